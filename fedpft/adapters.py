@@ -1,0 +1,132 @@
+"""The adapter: LoRA on the attention projections and the task head. The one thing that the silos train.
+
+An adapter is a `dict[str, Tensor]`. Its names are the same in proxy and FM, since attention is identical in both;
+that is what makes the plug-in possible (method.md, sections 3 and 5). LoRA itself is `peft`'s.
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedpft.architectures import architecture_of, layers_of
+from fedpft.config import AdapterSection
+from fedpft.errors import InvalidUpdate
+from fedpft.seeding import derive_seed
+
+Adapter = dict[str, Tensor]
+
+_REMEDY = "train it on this federation's proxy with this version of fedpft"
+
+
+def attach(model: nn.Module, settings: AdapterSection, *, seed: int) -> None:
+    """Puts an untrained adapter into a model: LoRA's A random from the seed, B zero, the head as it is. In place.
+
+    Afterwards LoRA and head require gradients and nothing else does.
+    """
+    if settings.rank > 0:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            torch.manual_seed(derive_seed(seed, "adapter"))
+            # peft still asks transformers by an older name whether checkpoints of activations are on
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            inject_adapter_in_model(_lora_config(model, settings), model)
+    model.eval()  # peft adds its dropout in training mode
+    adapted = set(_parameters(model).values())
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in adapted)
+
+
+def extract(model: nn.Module) -> Adapter:
+    """A copy of the adapter that is in a model, on the CPU."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in _parameters(model).items()}
+
+
+def load(model: nn.Module, adapter: Adapter) -> None:
+    """Puts an adapter's values into a model that has one attached; InvalidUpdate if it does not fit."""
+    parameters = _parameters(model)
+    check(adapter, {name: parameter.detach() for name, parameter in parameters.items()}, "the adapter")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(adapter[name])
+
+
+def check(adapter: Adapter, like: Adapter, sender: str) -> None:
+    """Raises InvalidUpdate, naming sender and tensor, unless names, shapes and dtypes agree and every value is finite."""
+    if odd := sorted(adapter.keys() ^ like.keys()):
+        fault = "has an unknown" if odd[0] in adapter else "lacks the"
+        raise InvalidUpdate(f"{sender} {fault} tensor {odd[0]!r}", _REMEDY)
+    for name, tensor in adapter.items():
+        if tensor.shape != like[name].shape or tensor.dtype != like[name].dtype:
+            raise InvalidUpdate(
+                f"{sender}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(like[name].shape)} {like[name].dtype}",
+                _REMEDY,
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidUpdate(f"{sender}: {name!r} holds NaN or infinity", "lower the learning rate, look at the data")
+
+
+def plug_in(model: nn.Module, adapter: Adapter, layers: Sequence[int]) -> None:
+    """Puts the silos' adapter into the FM (method.md, section 5).
+
+    Args:
+        model: the FM with an adapter attached.
+        layers: for each layer of the proxy, the FM's layer it was cut from; LoRA on the FM's other layers stays 0.
+    """
+    path = f"{model.base_model_prefix}.{architecture_of(model).layers}."
+    pattern = re.compile(rf"^{re.escape(path)}(\d+)\.")
+    renamed = {pattern.sub(lambda m: f"{path}{layers[int(m[1])]}.", name): tensor for name, tensor in adapter.items()}
+    untouched = {
+        name: torch.zeros_like(tensor) if "lora_B" in name else tensor
+        for name, tensor in extract(model).items()
+        if name not in renamed and len(layers) < len(layers_of(model))
+    }
+    load(model, untouched | renamed)
+
+
+def merge(model: nn.Module) -> None:
+    """Adds B A alpha / R to each weight that carries LoRA and takes LoRA away. In place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)  # type: ignore[operator]
+            model.set_submodule(name, module.get_base_layer())
+    model.requires_grad_(False)
+
+
+def save_peft(model: nn.Module, settings: AdapterSection, directory: Path) -> None:
+    """Writes the adapter in a model as `peft.PeftModel.from_pretrained(fm, directory)` reads it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = _lora_config(model, settings)
+    config.inference_mode = True
+    config.modules_to_save = [architecture_of(model).head]
+    config.save_pretrained(str(directory))
+    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in extract(model).items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _lora_config(model: nn.Module, settings: AdapterSection) -> LoraConfig:
+    row, prefix = architecture_of(model), model.base_model_prefix
+    depth = len(layers_of(model))
+    targets = [f"{prefix}.{row.layers}.{layer}.{path}" for layer in range(depth) for path in row.attention]
+    return LoraConfig(
+        r=max(settings.rank, 1),
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        fan_in_fan_out=row.transposed,
+    )
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by the names that peft writes to disk."""
+    head = architecture_of(model).head + "."
+    return {
+        name.replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name or name.startswith(head)
+    }

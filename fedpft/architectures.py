@@ -1,0 +1,171 @@
+"""Where the parts of each supported architecture live: one row of data a model type, and nothing else.
+
+Paths in a row start at one layer, `layers` starts at the base model and `head` at the whole model. To support
+another architecture, add a row here and a case in tests/test_architectures.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fedpft.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row of the table.
+
+    Attributes:
+        layers: the `ModuleList` of transformer layers.
+        ffn: the module whose place the SubFFN takes.
+        absorbed: a module that the SubFFN already computed and that becomes the identity, or None.
+        input: the FFN's input projection ("up" of a gated FFN).
+        gate: the gate projection of a gated FFN, or None.
+        output: the FFN's output projection.
+        norm: the norm that belongs to the FFN (after it in a post-norm model, before it in a pre-norm one).
+        attention: projections that carry LoRA: query, key, value and attention output.
+        head: the task head, trained in full.
+        activation: the configuration's field that names the FFN's activation.
+        transposed: the projections are `Conv1D`, which hold the transpose of `nn.Linear`'s weight.
+    """
+
+    layers: str
+    ffn: str
+    input: str
+    output: str
+    norm: str
+    attention: tuple[str, ...]
+    head: str
+    absorbed: str | None = None
+    gate: str | None = None
+    activation: str = "hidden_act"
+    transposed: bool = False
+
+
+_BERT_ATTENTION = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": Architecture(
+        layers="encoder.layer",
+        ffn="intermediate",
+        absorbed="output.dense",
+        input="intermediate.dense",
+        output="output.dense",
+        norm="output.LayerNorm",
+        attention=_BERT_ATTENTION,
+        head="classifier",
+    ),
+    "roberta": Architecture(
+        layers="encoder.layer",
+        ffn="intermediate",
+        absorbed="output.dense",
+        input="intermediate.dense",
+        output="output.dense",
+        norm="output.LayerNorm",
+        attention=_BERT_ATTENTION,
+        head="classifier",
+    ),
+    "vit": Architecture(
+        layers="layers",
+        ffn="mlp",
+        input="mlp.fc1",
+        output="mlp.fc2",
+        norm="layernorm_after",
+        attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
+        head="classifier",
+    ),
+    "dinov2": Architecture(
+        layers="encoder.layer",
+        ffn="mlp",
+        input="mlp.fc1",
+        output="mlp.fc2",
+        norm="norm2",
+        attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
+        head="classifier",
+    ),
+    "gpt2": Architecture(
+        layers="h",
+        ffn="mlp",
+        input="mlp.c_fc",
+        output="mlp.c_proj",
+        norm="ln_2",
+        attention=("attn.c_attn", "attn.c_proj"),
+        head="score",
+        activation="activation_function",
+        transposed=True,
+    ),
+    "llama": Architecture(
+        layers="layers",
+        ffn="mlp",
+        input="mlp.up_proj",
+        gate="mlp.gate_proj",
+        output="mlp.down_proj",
+        norm="post_attention_layernorm",
+        attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        head="score",
+    ),
+}
+
+# transformers' names of the activations that the kernels know
+ACTIVATION_NAMES = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The row for a `transformers` model (its own `config.model_type`); ModelError where there is none."""
+    return row(model.config.model_type)  # type: ignore[union-attr, arg-type]
+
+
+def row(model_type: str) -> Architecture:
+    """The row for a model type; ModelError where there is none."""
+    if model_type not in ARCHITECTURES:
+        raise ModelError(
+            f"model type {model_type!r} is not supported",
+            f"use one of {', '.join(ARCHITECTURES)}, or add a row to fedpft/architectures.py",
+        )
+    return ARCHITECTURES[model_type]
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The transformer layers of a `transformers` model, with or without a task head."""
+    layers = model.base_model.get_submodule(architecture_of(model).layers)  # type: ignore[union-attr, operator]
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def activation_of(model: nn.Module) -> str:
+    """The kernels' name of the FFN's activation; ModelError for one that they lack."""
+    name = getattr(model.config, architecture_of(model).activation)
+    if name not in ACTIVATION_NAMES:
+        raise ModelError(f"activation {name!r} is not supported", f"use one of {', '.join(ACTIVATION_NAMES)}")
+    return ACTIVATION_NAMES[name]
+
+
+def layer_outputs(model: nn.Module, layers: Sequence[int], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Runs a model without its task head; returns the hidden states after each of `layers`, (B, T, D).
+
+    A hook sees them as the layer leaves them; `output_hidden_states` would give the last one after the final norm.
+    """
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
+        found[layer] = output[0] if isinstance(output, tuple) else output
+
+    modules = layers_of(model)
+    hooks = [
+        modules[layer].register_forward_hook(lambda _module, _inputs, output, layer=layer: keep(layer, output))
+        for layer in set(layers)
+    ]
+    try:
+        model.base_model(**{name: value for name, value in inputs.items() if name != "labels"})  # type: ignore[operator]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[layer] for layer in layers]

@@ -1,0 +1,351 @@
+"""The two YAML files, as frozen models that are checked before anything starts.
+
+`server.yaml` is read into :class:`ServerConfig`, `silo.yaml` into :class:`SiloConfig`. Field descriptions are
+the text of docs/configuration.md (`python -m fedpft.config` prints it), so that the two cannot drift apart.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedpft.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
+Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
+Task = Literal["sequence-classification", "image-classification"]
+
+
+class Section(BaseModel):
+    """A YAML mapping whose keys are all known; it cannot be changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The foundation model (FM). Only the server has this section."""
+
+    path: Path = Field(description="Directory of the FM as `transformers` saves it: config.json, safetensors, tokenizer.")
+    task: Task = Field("sequence-classification", description="What the silos' labels are for.")
+    labels: Path = Field(description="Text file with one label a line; the order gives the class indices.")
+    max_tokens: int = Field(64, ge=1, description="Texts are cut after this many tokens. No meaning for images.")
+
+
+class ProxySection(Section):
+    """How the proxy is cut from the FM (method.md, section 1)."""
+
+    keep: Literal["neurons", "layers"] = Field(
+        "neurons",
+        description="`neurons`: every layer, K neurons each (FedPFT). `layers`: whole layers only (FedOT, for comparison).",
+    )
+    neurons: int | Literal["hidden", "all"] = Field(
+        "hidden",
+        description="K, the FFN neurons kept in each compressed layer; `hidden`: K = D, the paper's setting; `all`: every neuron.",
+    )
+    keep_layers: tuple[int, ...] = Field(
+        (0, -1), description="Layers that stay whole; negative numbers count from the last layer."
+    )
+    layers: int | None = Field(
+        None, ge=2, description="With `keep: layers`, how many layers stay; the first and the last always do."
+    )
+
+
+class DistillationSection(Section):
+    """Layer-level distillation, before the federation (method.md, section 2)."""
+
+    steps: int = Field(250, ge=0, description="Optimizer steps; 0: no layer-level distillation.")
+    batch: int = Field(16, ge=1, description="Public samples a step.")
+    learning_rate: Rate = Field(6e-4, description="Peak rate of AdamW; linear warm-up, then linear decay to 0.")
+    warmup_fraction: Fraction = Field(0.048, description="Share of the steps over which the rate rises.")
+    weight_term: float = Field(0.01, ge=0.0, description="a: weight of the term on W_out W_in. The paper has 0.01 for text, 0 for images.")
+    gradient_clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
+
+
+class AlignmentSection(Section):
+    """Neuron-level distillation, during the federation (method.md, section 4)."""
+
+    every_rounds: int = Field(2, ge=0, description="t: rounds between two alignments; 0: none.")
+    updated_fraction: Fraction = Field(0.5, description="p: share of each compressed layer's neurons, the least active, that are updated.")
+    inactive_below: float = Field(
+        0.01, ge=0.0, description="eps: a neuron is inactive at a token if |act(z)| <= eps. Use 0 for ReLU."
+    )
+    steps: int = Field(30, ge=0, description="Optimizer steps of one alignment.")
+    batch: int = Field(16, ge=1, description="Public samples a step.")
+    learning_rate: Rate = Field(2e-4, description="Peak rate of AdamW, with the same schedule as the distillation.")
+
+
+class AdapterSection(Section):
+    """LoRA on query, key, value and attention output of every layer (method.md, section 3)."""
+
+    rank: int = Field(8, ge=0, description="R; 0: no LoRA, only the task head trains.")
+    alpha: float = Field(48.0, gt=0.0, description="LoRA's scale is alpha / rank.")
+    dropout: Fraction = Field(0.1, description="Dropout on the input of LoRA.")
+
+
+class TrainingSection(Section):
+    """What each silo does in a round; sent to the silos by the server."""
+
+    rounds: int = Field(6, ge=1, description="Rounds of the federation.")
+    local_epochs: float = Field(
+        1.0, gt=0.0, description="Share of its samples a silo goes through in a round; below 1 it goes on where the last round stopped."
+    )
+    batch: int = Field(32, ge=1, description="Samples a step.")
+    learning_rate: Rate = Field(8e-4, description="AdamW's rate for LoRA in the first step; decays linearly to 0 over all rounds.")
+    head_learning_rate: Rate | None = Field(
+        None, description="The same for the task head, which starts from nothing and may need more; default: learning_rate."
+    )
+    weight_decay: float = Field(0.01, ge=0.0, description="AdamW's decoupled weight decay.")
+    gradient_clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
+
+
+class FederationSection(Section):
+    """Who takes part, and what a round waits for."""
+
+    silos: tuple[str, ...] = Field(min_length=1, description="Names of the silos, as in their certificates.")
+    min_silos: int | None = Field(None, ge=1, description="Fewest updates that make a round; default: all that were picked.")
+    sample_fraction: float = Field(1.0, gt=0.0, le=1.0, description="Share of the silos picked in each round.")
+    round_deadline_seconds: float = Field(3600.0, gt=0.0, description="Longest wait for a round's updates, then for enrolment.")
+
+
+class TlsSection(Section):
+    """Mutual TLS. `fedpft provision` writes these files and the sections that name them."""
+
+    ca: Path = Field(description="Certificate of the federation's own authority (PEM).")
+    certificate: Path = Field(description="This side's certificate (PEM).")
+    key: Path = Field(description="This side's private key (PEM), readable by its owner only.")
+
+
+class ColumnsSection(Section):
+    """Where the fields stand in a data file with a header line."""
+
+    text: str = Field("text", description="Column that holds the text.")
+    image: str = Field("image", description="Column that holds the image's path, relative to the data file.")
+    label: str = Field("label", description="Column that holds the label.")
+
+
+class EvaluationSection(Section):
+    """What the server measures on its test data."""
+
+    every_rounds: int = Field(1, ge=0, description="Rounds between two measurements of proxy and plugged-in model; 0: only at the end.")
+    samples_per_round: int = Field(500, ge=1, description="Test samples used in a measurement between rounds; the last one uses all.")
+    batch: int = Field(64, ge=1, description="Samples a step.")
+
+
+class Endpoint(Section):
+    """What server.yaml and silo.yaml share: where to meet, and how each proves who it is."""
+
+    tls: TlsSection | None = Field(None, description="Key and certificates; needed, unless `insecure_loopback`.")
+    insecure_loopback: bool = Field(
+        False, description="For tests: no TLS, and only on 127.0.0.1 or [::1]; a silo then takes its name from `insecure_name`."
+    )
+
+    def _check_transport(self, address: str) -> None:
+        host = address.rpartition(":")[0]
+        if self.insecure_loopback and host not in ("127.0.0.1", "[::1]", "localhost"):
+            raise ValueError(f"insecure_loopback is for loopback addresses, not {host}")
+        if self.insecure_loopback == (self.tls is not None):
+            raise ValueError("exactly one of tls and insecure_loopback must be given")
+
+
+class ServerConfig(Endpoint):
+    """server.yaml: the FM owner's side. Relative paths start at the file's own directory."""
+
+    seed: int = Field(0, ge=0, description="Every random choice of the federation derives from it.")
+    out: Path = Field(description="Run directory: proxy, adapters, summary.json, report.html.")
+    listen: Address = Field(description="host:port to listen on; port 0 takes a free one and writes it to OUT/address.")
+    device: str = Field("cpu", description="Torch device for distillation and evaluation.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores.")
+    model: ModelSection = Field(description="The foundation model.")
+    proxy: ProxySection = Field(default_factory=ProxySection, description="How the proxy is cut.")
+    proxy_path: Path | None = Field(None, description="A proxy made by `fedpft build-proxy`; default: the server builds it.")
+    distillation: DistillationSection = Field(default_factory=DistillationSection, description="Before the federation.")
+    alignment: AlignmentSection = Field(default_factory=AlignmentSection, description="During the federation.")
+    adapter: AdapterSection = Field(default_factory=AdapterSection, description="What the silos train.")
+    training: TrainingSection = Field(default_factory=TrainingSection, description="How they train it.")
+    federation: FederationSection = Field(description="Who takes part.")
+    public_data: Path = Field(description="Unlabelled data file for both distillations; no silo's.")
+    test_data: Path | None = Field(None, description="Labelled data file that only the server has; none: no evaluation.")
+    columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Columns of public_data and test_data.")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured when.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ServerConfig":
+        self._check_transport(self.listen)
+        silos, wanted = self.federation.silos, self.federation.min_silos or 1
+        if len(set(silos)) != len(silos):
+            raise ValueError("federation.silos names a silo twice")
+        if wanted > len(silos):
+            raise ValueError(f"federation.min_silos is {wanted}, but only {len(silos)} silos are named")
+        if self.proxy.keep == "layers" and self.proxy.layers is None:
+            raise ValueError("proxy.layers is needed with proxy.keep: layers")
+        return self
+
+
+class RoundSettings(Section):
+    """What a silo learns from the server on enrolment, beside the proxy. Sent as JSON."""
+
+    seed: int = Field(ge=0, description="The federation's seed.")
+    adapter: AdapterSection = Field(description="What the silo trains.")
+    training: TrainingSection = Field(description="How it trains it.")
+    inactive_below: float = Field(ge=0.0, description="eps of the inactivity counts.")
+
+
+class LimitsSection(Section):
+    """How a silo narrows what the server asks of it. It cannot widen anything."""
+
+    max_batch: int | None = Field(None, ge=1, description="Samples that fit in memory at once; larger batches are accumulated.")
+    max_local_epochs: float | None = Field(None, gt=0.0, description="Most epochs in a round.")
+
+
+class SiloDataSection(Section):
+    """The institution's own labelled data."""
+
+    path: Path = Field(description="CSV or TSV file (UTF-8, with a header) or JSON lines.")
+    columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Which columns hold what.")
+
+
+class SiloConfig(Endpoint):
+    """silo.yaml: an institution's side. Relative paths start at the file's own directory."""
+
+    server: Address = Field(description="host:port of the server.")
+    insecure_name: str | None = Field(None, description="With insecure_loopback: this silo's name.")
+    data: SiloDataSection = Field(description="The silo's data; it never leaves.")
+    work: Path = Field(Path("work"), description="Directory for the proxy received and the last adapter sent.")
+    device: str = Field("cpu", description="Torch device for training.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores.")
+    connect_timeout_seconds: float = Field(300.0, gt=0.0, description="How long to try to reach a server that does not answer.")
+    limits: LimitsSection = Field(default_factory=LimitsSection, description="What this machine can take.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SiloConfig":
+        self._check_transport(self.server)
+        if self.insecure_loopback != (self.insecure_name is not None):
+            raise ValueError("insecure_name goes with insecure_loopback, and only with it")
+        return self
+
+
+AnyConfig = TypeVar("AnyConfig", ServerConfig, SiloConfig)
+
+
+def load_server_config(path: Path) -> ServerConfig:
+    """Reads server.yaml; raises ConfigError naming the file, the key and, for a typo, what was probably meant."""
+    return _load(path, ServerConfig)
+
+
+def load_silo_config(path: Path) -> SiloConfig:
+    """Reads silo.yaml; raises as :func:`load_server_config` does."""
+    return _load(path, SiloConfig)
+
+
+def dump(config: Section) -> dict[str, Any]:
+    """The configuration as plain values, for JSON and YAML."""
+    return config.model_dump(mode="json")
+
+
+def _load(path: Path, kind: type[AnyConfig]) -> AnyConfig:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", "give the path of a YAML file with --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})", "make it a readable UTF-8 file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError(f"{path}{line}: {problem}", "mend the YAML there") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys", "see docs/configuration.md")
+    try:
+        config = kind.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(path, kind, error) from None
+    return _anchor(config, path.resolve().parent)
+
+
+def _explain(path: Path, kind: type[Section], error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = list(_section_at(kind, location[:-1]).model_fields)
+        guess = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        remedy = f"did you mean {guess[0]!r}?" if guess else f"known keys here: {', '.join(known)}"
+        return ConfigError(f"{path}: unknown key {key!r}", remedy)
+    if first["type"] == "missing":
+        return ConfigError(f"{path}: key {key!r} is missing", "add it; docs/configuration.md describes it")
+    message = first["msg"].removeprefix("Value error, ")
+    given = f", got {first['input']!r}" if location and not isinstance(first["input"], dict) else ""
+    return ConfigError(f"{path}: {key or 'file'}: {message}{given}", "see docs/configuration.md")
+
+
+def _section_at(kind: type[Section], location: list[str]) -> type[Section]:
+    for part in location:
+        annotation = kind.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        kind = next(option for option in options if isinstance(option, type) and issubclass(option, Section))
+    return kind
+
+
+def _anchor(section: Any, base: Path) -> Any:
+    """The same section with every relative path made absolute from `base`."""
+    changes: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            changes[name] = _anchor(value, base)
+        elif isinstance(value, Path):
+            changes[name] = base / value
+    return section.model_copy(update=changes)
+
+
+def reference() -> str:
+    """docs/configuration.md: every field of both files, from the descriptions above."""
+    parts = [
+        "# Configuration\n",
+        "Two YAML files, both checked on start: an unknown key is an error that says what was probably meant.",
+        "This page is printed by `python -m fedpft.config`; `examples/three_silos/` is a complete working set.\n",
+    ]
+    for title, kind in (("server.yaml", ServerConfig), ("silo.yaml", SiloConfig)):
+        parts += [f"## {title}\n", *_describe(kind)]
+    return "\n".join(parts)
+
+
+def _describe(kind: type[Section], prefix: str = "") -> list[str]:
+    summary = (kind.__doc__ or "").strip()
+    lines = [summary + "\n", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    sections: list[tuple[str, type[Section]]] = []
+    for name, field in kind.model_fields.items():
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+        if section is not None:
+            sections.append((name, section))
+            kind_name = "section"
+        else:
+            kind_name = _type_name(field.annotation)
+        default = "**required**" if field.is_required() else "" if section else f"`{_plain(field.default)}`"
+        lines.append(f"| `{prefix}{name}` | {kind_name} | {default} | {field.description} |")
+    lines.append("")
+    for name, section in sections:
+        lines += [f"### `{prefix}{name}`\n", *_describe(section, f"{prefix}{name}.")]
+    return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return str(list(value))
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    name = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    for old, new in (("typing.", ""), ("pathlib.", ""), ("Literal", ""), ("tuple[str, ...]", "list of str"), ("tuple[int, ...]", "list of int"), (" | None", "")):
+        name = name.replace(old, new)
+    return name.replace("|", "or").replace("Path", "path")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,192 @@
+"""Both distillations of the FM into the proxy: one loss, two choices of what trains.
+
+Layer-level, before the federation (method.md, section 2): all neurons of the compressed layers. Neuron-level, during
+the federation (section 4): the least active neurons, towards the FM that carries the silos' aggregated adapter.
+
+B batch, T sequence length, D hidden size, K neurons of a compressed layer, U of them updated.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from fedpft import kernels
+from fedpft.architectures import architecture_of, layer_outputs, layers_of
+from fedpft.config import AlignmentSection, DistillationSection
+from fedpft.datasets import EncodedDataset, batches
+from fedpft.seeding import derive_seed
+from fedpft.subffn import projections, sub_ffns
+
+Matched = Sequence[tuple[int, int]]
+Progress = Callable[[int, float], None]
+
+
+def layer_level(
+    proxy: nn.Module,
+    model: nn.Module,
+    matched: Matched,
+    public: EncodedDataset,
+    settings: DistillationSection,
+    *,
+    seed: int,
+    progress: Progress,
+) -> list[float]:
+    """Distils every FFN neuron of the compressed layers, in place; returns the loss of each step.
+
+    Args:
+        proxy, model: student and teacher.
+        matched: (proxy layer, FM layer) pairs whose outputs are brought together; the proxy's layers train.
+        public: unlabelled samples.
+        progress: called with (step, loss) after each step.
+    """
+    everything: dict[int, Tensor | None] = {layer: None for layer, _ in matched}
+    return _distil(
+        proxy,
+        model,
+        matched,
+        everything,
+        public,
+        settings,
+        weight_term=settings.weight_term,
+        seed=derive_seed(seed, "layer-level distillation"),
+        progress=progress,
+    )
+
+
+def neuron_level(
+    proxy: nn.Module,
+    model: nn.Module,
+    matched: Matched,
+    updated: Mapping[int, Tensor],
+    public: EncodedDataset,
+    settings: AlignmentSection,
+    *,
+    seed: int,
+    round: int,
+    progress: Progress,
+) -> list[float]:
+    """Distils the `updated` neurons of each compressed layer, in place; returns the loss of each step.
+
+    Args:
+        proxy, model: student and teacher, both with the same adapter, which stays as it is.
+        updated: proxy layer -> (U,) int64 neurons that train.
+        others: as in :func:`layer_level`.
+    """
+    schedule = DistillationSection(
+        steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, weight_term=0.0
+    )
+    return _distil(
+        proxy,
+        model,
+        matched,
+        dict(updated),
+        public,
+        schedule,
+        weight_term=0.0,
+        seed=derive_seed(seed, "neuron-level distillation", round),
+        progress=progress,
+    )
+
+
+def least_active(inactivity: Sequence[Mapping[str, Tensor]], fraction: float) -> dict[int, Tensor]:
+    """The neurons of highest APoZ over all silos: proxy layer -> (round(p K),) int64, ascending.
+
+    Args:
+        inactivity: each silo's counts, as :class:`fedpft.training.LocalResult` has them.
+        fraction: p.
+    """
+    total: dict[str, Tensor] = {}
+    for counts in inactivity:
+        for name, value in counts.items():
+            total[name] = total[name] + value if name in total else value
+    chosen = {}
+    for name, counts in total.items():
+        if not name.endswith(".tokens"):
+            apoz = counts.double() / total[f"{name}.tokens"].clamp(min=1)
+            order = torch.sort(apoz, descending=True, stable=True).indices
+            chosen[int(name)] = order[: round(fraction * len(counts))].sort().values
+    return chosen
+
+
+def ffn_norms(proxy: nn.Module, layers: Sequence[int]) -> list[str]:
+    """Names of the parameters of the norms that belong to the given layers' FFNs."""
+    path, modules = architecture_of(proxy).norm, layers_of(proxy)
+    wanted = {id(parameter) for layer in layers for parameter in modules[layer].get_submodule(path).parameters()}
+    return [name for name, parameter in proxy.named_parameters() if id(parameter) in wanted]
+
+
+def _distil(
+    proxy: nn.Module,
+    model: nn.Module,
+    matched: Matched,
+    updated: dict[int, Tensor | None],
+    public: EncodedDataset,
+    settings: DistillationSection,
+    *,
+    weight_term: float,
+    seed: int,
+    progress: Progress,
+) -> list[float]:
+    if settings.steps == 0 or not matched:
+        return []
+    students, teachers = [pair[0] for pair in matched], [pair[1] for pair in matched]
+    ffns = list(sub_ffns(proxy).values())
+    products = {student: _product(model, teacher) for student, teacher in matched} if weight_term else {}
+    device = next(proxy.parameters()).device
+    frozen = {parameter: parameter.requires_grad for parameter in proxy.parameters()}
+    losses: list[float] = []
+    with ExitStack() as stack:
+        stack.callback(_restore, frozen)
+        proxy.requires_grad_(False)
+        parameters = [proxy.get_parameter(name).requires_grad_(True) for name in ffn_norms(proxy, students)]
+        for layer in students:
+            parameters += stack.enter_context(ffns[layer].training_neurons(updated[layer]))
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        count = settings.steps * settings.batch
+        for step, batch in enumerate(batches(public, batch=settings.batch, start=0, count=count, seed=seed)):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * _schedule(step, settings.steps, settings.warmup_fraction)
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            mask = inputs["attention_mask"].flatten().bool() if "attention_mask" in inputs else None
+            with torch.no_grad():
+                wanted = layer_outputs(model, teachers, inputs)
+            loss = torch.zeros((), device=device)
+            for layer, h, target in zip(students, layer_outputs(proxy, students, inputs), wanted, strict=True):
+                loss = loss + kernels.alignment_loss(h.flatten(0, 1), target.flatten(0, 1), mask)
+                if weight_term:
+                    loss = loss + weight_term * _relative(ffns[layer].product(), products[layer])
+            loss = loss / len(matched)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            progress(step + 1, losses[-1])
+    return losses
+
+
+def _schedule(step: int, steps: int, warmup_fraction: float) -> float:
+    """Linear warm-up, then linear decay to 0."""
+    warmup = max(1.0, warmup_fraction * steps)
+    return min((step + 1) / warmup, (steps - step) / max(1.0, steps - warmup))
+
+
+def _product(model: nn.Module, layer: int) -> Tensor:
+    ffn = projections(model, layers_of(model)[layer])
+    w_in, w_out = ffn["w_in"], ffn["w_out"]
+    assert w_in is not None and w_out is not None
+    return w_out.t() @ w_in
+
+
+def _relative(p: Tensor, target: Tensor) -> Tensor:
+    """mean(((P - p) / rms(P))^2)."""
+    return (target - p).square().mean() / target.square().mean()
+
+
+def _restore(requires_grad: dict[nn.Parameter, bool]) -> None:
+    for parameter, value in requires_grad.items():
+        parameter.requires_grad_(value)
+        if not value:
+            parameter.grad = None

@@ -1,0 +1,110 @@
+"""What a model is worth, and how far a proxy's gradients can be trusted.
+
+B batch, T sequence length, C classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedpft import kernels
+from fedpft.architectures import architecture_of, layer_outputs
+from fedpft.datasets import EncodedDataset, evaluation_batches
+from fedpft.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Shares in [0, 1]; `macro_f1` is the mean over the classes that occur among the labels or the predictions."""
+
+    accuracy: float
+    macro_f1: float
+
+
+def evaluate(model: nn.Module, dataset: EncodedDataset, batch: int, samples: int | None = None) -> Metrics:
+    """Accuracy and macro-F1 of a classifier over the first `samples` samples (default: all)."""
+    assert dataset.labels is not None
+    device = next(model.parameters()).device
+    predicted = torch.empty(len(dataset.labels[:samples]), dtype=torch.int64)
+    with torch.no_grad():
+        for indices, inputs in evaluation_batches(dataset, batch, samples):
+            inputs = {name: value.to(device) for name, value in inputs.items() if name != "labels"}
+            predicted[indices] = model(**inputs).logits.argmax(dim=-1).cpu()
+    return score(predicted, dataset.labels[:samples])
+
+
+def majority(dataset: EncodedDataset) -> Metrics:
+    """The metrics of always naming the most frequent label."""
+    assert dataset.labels is not None
+    return score(torch.full_like(dataset.labels, int(dataset.labels.mode().values)), dataset.labels)
+
+
+def score(predicted: Tensor, labels: Tensor) -> Metrics:
+    """Metrics of predicted class indices, (n,) int64, against labels, (n,) int64."""
+    classes = int(max(predicted.max(), labels.max())) + 1
+    hits = torch.bincount(labels[predicted == labels], minlength=classes).double()
+    seen = torch.bincount(labels, minlength=classes) + torch.bincount(predicted, minlength=classes)
+    f1 = (2 * hits / seen)[seen > 0]
+    return Metrics(float((predicted == labels).double().mean()), float(f1.mean()))
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far the proxy is from the FM, one entry a compressed layer.
+
+    Attributes:
+        layers: the proxy's compressed layers.
+        hidden_error: ||H_l - h_l||^2 / ||H_l||^2 over a public batch, without padding.
+        gradient_cosine: cosine between the gradients of the layer's LoRA on the proxy and on the FM.
+    """
+
+    layers: tuple[int, ...]
+    hidden_error: tuple[float, ...]
+    gradient_cosine: tuple[float, ...]
+
+
+def measure_gap(
+    proxy: nn.Module,
+    model: nn.Module,
+    matched: Sequence[tuple[int, int]],
+    public: EncodedDataset,
+    *,
+    samples: int,
+    seed: int,
+) -> Gap:
+    """Compares proxy and FM, both with the same adapter, on the first `samples` public samples.
+
+    The gradient is that of the cross-entropy to labels drawn uniformly: public text has none, and the FM's own
+    predictions would say nothing while the head is untrained.
+    """
+    indices = torch.arange(min(samples, len(public)))
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in public.batch(indices).items() if name != "labels"}
+    mask = inputs["attention_mask"].flatten().bool() if "attention_mask" in inputs else None
+    classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    generator = torch.Generator().manual_seed(derive_seed(seed, "gap labels"))
+    labels = torch.randint(classes, (len(indices),), generator=generator).to(device)
+
+    students, teachers = [pair[0] for pair in matched], [pair[1] for pair in matched]
+    with torch.no_grad():
+        wanted = layer_outputs(model, teachers, inputs)
+        found = layer_outputs(proxy, students, inputs)
+        errors = [float(kernels.alignment_loss(h.flatten(0, 1), t.flatten(0, 1), mask)) for h, t in zip(found, wanted, strict=True)]
+    ours = _lora_gradients(proxy, students, inputs, labels)
+    theirs = _lora_gradients(model, teachers, inputs, labels)
+    cosines = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(ours, theirs, strict=True)]
+    return Gap(tuple(students), tuple(errors), tuple(cosines))
+
+
+def _lora_gradients(model: nn.Module, layers: Sequence[int], inputs: dict[str, Tensor], labels: Tensor) -> list[Tensor]:
+    """The gradient of each layer's LoRA, flattened, float32. Leaves no gradient behind."""
+    path = f"{model.base_model_prefix}.{architecture_of(model).layers}."
+    loss = model(**inputs, labels=labels).loss
+    names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if ".lora_" in n], strict=True)
+    gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    return [
+        torch.cat([g.flatten() for name, g in gradients.items() if name.startswith(f"{path}{layer}.")])
+        for layer in layers
+    ]

@@ -1,0 +1,168 @@
+"""The feed-forward part of a proxy's layer: a chosen set of neurons, stored neuron by neuron.
+
+    y = act(x W_in^T + b_in) W_out + b_out                               plain
+    y = (act(x W_gate^T + b_gate) * (x W_in^T + b_in)) W_out + b_out     gated
+
+D hidden size, F the FM's FFN size, K neurons here, U neurons being updated, N tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedpft import kernels
+from fedpft.architectures import activation_of, architecture_of
+
+# The kernels' argument names. Row j of each is neuron j; b_out belongs to no neuron.
+NEURON_PARAMETERS = ("w_in", "b_in", "w_gate", "b_gate", "w_out")
+
+
+@dataclass
+class InactivityCounter:
+    """Counts, for every neuron of one SubFFN, the tokens at which it is inactive (method.md, section 4).
+
+    Attributes:
+        eps: a neuron is inactive at a token if |act(z)| <= eps.
+        counts: (K,) int64, inactive tokens so far.
+        tokens: tokens so far.
+        mask: (N,) bool, the tokens of the next forward pass that count; None: all of them.
+    """
+
+    eps: float
+    counts: Tensor
+    tokens: int = 0
+    mask: Tensor | None = None
+
+
+class SubFFN(nn.Module):
+    """K neurons of one FFN, frozen.
+
+    Parameters:
+        w_in: (K, D), b_in: (K,) or None. Input projection, "up" of a gated FFN.
+        w_gate: (K, D) or None, b_gate: (K,) or None. Only a gated FFN has them.
+        w_out: (K, D), the transpose of the output projection, b_out: (D,) or None.
+    """
+
+    w_in: nn.Parameter
+    w_out: nn.Parameter
+    b_out: nn.Parameter | None
+
+    def __init__(self, parameters: dict[str, Tensor | None], activation: str) -> None:
+        super().__init__()
+        for name in (*NEURON_PARAMETERS, "b_out"):
+            value = parameters.get(name)
+            copy = None if value is None else value.detach().clone(memory_format=torch.contiguous_format)
+            self.register_parameter(name, None if copy is None else nn.Parameter(copy, requires_grad=False))
+        self.activation = activation
+        self.inactivity: InactivityCounter | None = None
+        self._training: dict[str, Tensor | None] | None = None
+
+    @property
+    def neurons(self) -> int:
+        """K."""
+        return self.w_in.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., D)."""
+        if self._training is not None:
+            return kernels.sub_ffn_train(x, **self._training, b_out=self.b_out, activation=self.activation)
+        weights = {**self._neuron_parameters(), "b_out": self.b_out, "activation": self.activation}
+        counter = self.inactivity
+        if counter is None:
+            return kernels.sub_ffn(x, **weights)
+        y, counts = kernels.sub_ffn(x, **weights, mask=counter.mask, eps=counter.eps, count=True)
+        counter.counts += counts
+        counter.tokens += x[..., 0].numel() if counter.mask is None else int(counter.mask.sum())
+        return y
+
+    def product(self) -> Tensor:
+        """W_out W_in, (D, D): what the FFN would be without its activation (method.md, section 2). Differentiable."""
+        if self._training is None:
+            return self.w_out.t() @ self.w_in
+        updated_in, updated_out = self._training["updated_in"], self._training["updated_out"]
+        w_in, w_out = self._training["w_in"], self._training["w_out"]
+        assert updated_in is not None and updated_out is not None and w_in is not None and w_out is not None
+        fixed = slice(len(updated_in), None)
+        return updated_out.t() @ updated_in + w_out[fixed].t() @ w_in[fixed]
+
+    @contextmanager
+    def training_neurons(self, neurons: Tensor | None) -> Iterator[list[nn.Parameter]]:
+        """While open, the given neurons and the output bias can be trained; the others stand still.
+
+        The kernel wants the updated neurons in front, so that their gradients need no copy: the weights are
+        reordered on entry, and written back in their own order on exit.
+
+        Args:
+            neurons: (U,) int64, without repetition; None: all K.
+
+        Yields:
+            The trainable parameters.
+        """
+        chosen = torch.zeros(self.neurons, dtype=torch.bool, device=self.w_in.device)
+        chosen[slice(None) if neurons is None else neurons.to(chosen.device)] = True
+        order, updated = torch.argsort(~chosen, stable=True), int(chosen.sum())
+        ordered = {name: None if p is None else p.detach()[order] for name, p in self._neuron_parameters().items()}
+        leaves = {
+            f"updated_{name.removeprefix('w_')}": None if tensor is None else nn.Parameter(tensor[:updated])
+            for name, tensor in ordered.items()
+        }
+        self._training = {**ordered, **leaves}
+        bias = [] if self.b_out is None else [self.b_out.requires_grad_(True)]
+        try:
+            yield [leaf for leaf in leaves.values() if leaf is not None] + bias
+        finally:
+            self._training = None
+            with torch.no_grad():
+                for name, tensor in ordered.items():
+                    if tensor is not None:
+                        getattr(self, name)[order] = tensor
+            for parameter in bias:
+                parameter.requires_grad_(False).grad = None
+
+    def _neuron_parameters(self) -> dict[str, nn.Parameter | None]:
+        return {name: getattr(self, name) for name in NEURON_PARAMETERS}
+
+
+def projections(model: nn.Module, layer: nn.Module) -> dict[str, Tensor | None]:
+    """The FFN of one of the FM's layers under the SubFFN's names: (F, D) weights, views of the FM's own."""
+    row = architecture_of(model)
+
+    def weight(path: str | None) -> Tensor | None:
+        if path is None:
+            return None
+        tensor = layer.get_submodule(path).get_parameter("weight").detach()
+        return tensor.t() if row.transposed else tensor
+
+    def bias(path: str | None) -> Tensor | None:
+        found = None if path is None else getattr(layer.get_submodule(path), "bias", None)
+        return None if found is None else found.detach()
+
+    output = weight(row.output)
+    assert output is not None
+    return {
+        "w_in": weight(row.input),
+        "b_in": bias(row.input),
+        "w_gate": weight(row.gate),
+        "b_gate": bias(row.gate),
+        "w_out": output.t(),
+        "b_out": bias(row.output),
+    }
+
+
+def replace_ffn(model: nn.Module, layer: nn.Module, neurons: Tensor) -> None:
+    """Puts a SubFFN of the given neurons, (K,) int64, in the place of a layer's FFN. In place."""
+    row, parameters = architecture_of(model), projections(model, layer)
+    for name in NEURON_PARAMETERS:
+        value = parameters[name]
+        parameters[name] = None if value is None else value[neurons]
+    layer.set_submodule(row.ffn, SubFFN(parameters, activation_of(model)))
+    if row.absorbed is not None:
+        layer.set_submodule(row.absorbed, nn.Identity())
+
+
+def sub_ffns(model: nn.Module) -> dict[str, SubFFN]:
+    """Every SubFFN of a proxy by its module name, in the order of the layers."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SubFFN)}
