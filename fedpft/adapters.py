@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedpft.architectures import architecture_of, layers_of
 from fedpft.config import AdapterSection
-from fedpft.errors import InvalidUpdate
+from fedpft.errors import InvalidUpdate, ModelError
 from fedpft.seeding import derive_seed
 
 Adapter = dict[str, Tensor]
@@ -56,6 +57,16 @@ def load(model: nn.Module, adapter: Adapter) -> None:
             parameter.copy_(adapter[name])
 
 
+def read(path: Path) -> Adapter:
+    """Reads an adapter.safetensors of a run; ModelError if there is none."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: not an adapter ({error})", "give the adapter.safetensors of a finished run"
+        ) from None
+
+
 def check(adapter: Adapter, like: Adapter, sender: str) -> None:
     """Raises InvalidUpdate, naming sender and tensor, unless names, shapes and dtypes agree and every value is finite."""
     if odd := sorted(adapter.keys() ^ like.keys()):
@@ -68,7 +79,9 @@ def check(adapter: Adapter, like: Adapter, sender: str) -> None:
                 _REMEDY,
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise InvalidUpdate(f"{sender}: {name!r} holds NaN or infinity", "lower the learning rate, look at the data")
+            raise InvalidUpdate(
+                f"{sender}: {name!r} holds NaN or infinity", "lower the learning rate, look at the data"
+            )
 
 
 def plug_in(model: nn.Module, adapter: Adapter, layers: Sequence[int]) -> None:
@@ -96,6 +109,11 @@ def merge(model: nn.Module) -> None:
             module.merge(safe_merge=True)  # type: ignore[operator]
             model.set_submodule(name, module.get_base_layer())
     model.requires_grad_(False)
+
+
+def frozen_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model as if no LoRA were attached; the tensors are the model's own."""
+    return {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}
 
 
 def save_peft(model: nn.Module, settings: AdapterSection, directory: Path) -> None:

@@ -148,15 +148,22 @@ def activation_of(model: nn.Module) -> str:
     return ACTIVATION_NAMES[name]
 
 
-def layer_outputs(model: nn.Module, layers: Sequence[int], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Runs a model without its task head; returns the hidden states after each of `layers`, (B, T, D).
+class _LastLayerReached(Exception):
+    """Ends a forward pass whose rest nobody would look at."""
 
-    A hook sees them as the layer leaves them; `output_hidden_states` would give the last one after the final norm.
+
+def layer_outputs(model: nn.Module, layers: Sequence[int], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Runs a model up to the last of `layers`; returns the hidden states after each of them, (B, T, D).
+
+    Hooks see them as the layer leaves them; `output_hidden_states` would give the last one after the final norm.
     """
     found: dict[int, Tensor] = {}
+    last = max(layers)
 
     def keep(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
         found[layer] = output[0] if isinstance(output, tuple) else output
+        if layer == last:
+            raise _LastLayerReached
 
     modules = layers_of(model)
     hooks = [
@@ -165,6 +172,8 @@ def layer_outputs(model: nn.Module, layers: Sequence[int], inputs: Mapping[str, 
     ]
     try:
         model.base_model(**{name: value for name, value in inputs.items() if name != "labels"})  # type: ignore[operator]
+    except _LastLayerReached:
+        pass
     finally:
         for hook in hooks:
             hook.remove()

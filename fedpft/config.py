@@ -5,17 +5,21 @@ the text of docs/configuration.md (`python -m fedpft.config` prints it), so that
 """
 
 import difflib
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from fedpft.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
+SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
 Task = Literal["sequence-classification", "image-classification"]
 
 
@@ -28,7 +32,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The foundation model (FM). Only the server has this section."""
 
-    path: Path = Field(description="Directory of the FM as `transformers` saves it: config.json, safetensors, tokenizer.")
+    path: Path = Field(
+        description="Directory of the FM as `transformers` saves it: config.json, safetensors, tokenizer."
+    )
     task: Task = Field("sequence-classification", description="What the silos' labels are for.")
     labels: Path = Field(description="Text file with one label a line; the order gives the class indices.")
     max_tokens: int = Field(64, ge=1, description="Texts are cut after this many tokens. No meaning for images.")
@@ -39,11 +45,11 @@ class ProxySection(Section):
 
     keep: Literal["neurons", "layers"] = Field(
         "neurons",
-        description="`neurons`: every layer, K neurons each (FedPFT). `layers`: whole layers only (FedOT, for comparison).",
+        description="`neurons`: K neurons of each layer (FedPFT). `layers`: whole layers only (FedOT, for comparison).",
     )
-    neurons: int | Literal["hidden", "all"] = Field(
+    neurons: Annotated[int, Field(ge=1)] | Literal["hidden", "all"] = Field(
         "hidden",
-        description="K, the FFN neurons kept in each compressed layer; `hidden`: K = D, the paper's setting; `all`: every neuron.",
+        description="K, neurons kept in a compressed layer; `hidden`: K = D, the paper's setting; `all`: every neuron.",
     )
     keep_layers: tuple[int, ...] = Field(
         (0, -1), description="Layers that stay whole; negative numbers count from the last layer."
@@ -60,7 +66,9 @@ class DistillationSection(Section):
     batch: int = Field(16, ge=1, description="Public samples a step.")
     learning_rate: Rate = Field(6e-4, description="Peak rate of AdamW; linear warm-up, then linear decay to 0.")
     warmup_fraction: Fraction = Field(0.048, description="Share of the steps over which the rate rises.")
-    weight_term: float = Field(0.01, ge=0.0, description="a: weight of the term on W_out W_in. The paper has 0.01 for text, 0 for images.")
+    weight_term: float = Field(
+        0.01, ge=0.0, description="a: weight of the term on W_out W_in. The paper has 0.01 for text, 0 for images."
+    )
     gradient_clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
 
 
@@ -68,7 +76,9 @@ class AlignmentSection(Section):
     """Neuron-level distillation, during the federation (method.md, section 4)."""
 
     every_rounds: int = Field(2, ge=0, description="t: rounds between two alignments; 0: none.")
-    updated_fraction: Fraction = Field(0.5, description="p: share of each compressed layer's neurons, the least active, that are updated.")
+    updated_fraction: Fraction = Field(
+        0.5, description="p: share of each compressed layer's neurons, the least active, that are updated."
+    )
     inactive_below: float = Field(
         0.01, ge=0.0, description="eps: a neuron is inactive at a token if |act(z)| <= eps. Use 0 for ReLU."
     )
@@ -90,12 +100,17 @@ class TrainingSection(Section):
 
     rounds: int = Field(6, ge=1, description="Rounds of the federation.")
     local_epochs: float = Field(
-        1.0, gt=0.0, description="Share of its samples a silo goes through in a round; below 1 it goes on where the last round stopped."
+        1.0,
+        gt=0.0,
+        description="Share of its samples a silo goes through in a round; below 1 the next round goes on from there.",
     )
     batch: int = Field(32, ge=1, description="Samples a step.")
-    learning_rate: Rate = Field(8e-4, description="AdamW's rate for LoRA in the first step; decays linearly to 0 over all rounds.")
+    learning_rate: Rate = Field(
+        8e-4, description="AdamW's rate for LoRA in the first step; decays linearly to 0 over all rounds."
+    )
     head_learning_rate: Rate | None = Field(
-        None, description="The same for the task head, which starts from nothing and may need more; default: learning_rate."
+        None,
+        description="The same for the task head, which starts from nothing and may need more; default: learning_rate.",
     )
     weight_decay: float = Field(0.01, ge=0.0, description="AdamW's decoupled weight decay.")
     gradient_clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
@@ -105,9 +120,13 @@ class FederationSection(Section):
     """Who takes part, and what a round waits for."""
 
     silos: tuple[str, ...] = Field(min_length=1, description="Names of the silos, as in their certificates.")
-    min_silos: int | None = Field(None, ge=1, description="Fewest updates that make a round; default: all that were picked.")
+    min_silos: int | None = Field(
+        None, ge=1, description="Fewest updates that make a round; default: all that were picked."
+    )
     sample_fraction: float = Field(1.0, gt=0.0, le=1.0, description="Share of the silos picked in each round.")
-    round_deadline_seconds: float = Field(3600.0, gt=0.0, description="Longest wait for a round's updates, then for enrolment.")
+    round_deadline_seconds: float = Field(
+        3600.0, gt=0.0, description="Longest wait for a round's updates, then for enrolment."
+    )
 
 
 class TlsSection(Section):
@@ -129,8 +148,12 @@ class ColumnsSection(Section):
 class EvaluationSection(Section):
     """What the server measures on its test data."""
 
-    every_rounds: int = Field(1, ge=0, description="Rounds between two measurements of proxy and plugged-in model; 0: only at the end.")
-    samples_per_round: int = Field(500, ge=1, description="Test samples used in a measurement between rounds; the last one uses all.")
+    every_rounds: int = Field(
+        1, ge=0, description="Rounds between two measurements of proxy and plugged-in model; 0: only at the end."
+    )
+    samples_per_round: int = Field(
+        500, ge=1, description="Test samples used in a measurement between rounds; the last one uses all."
+    )
     batch: int = Field(64, ge=1, description="Samples a step.")
 
 
@@ -139,11 +162,14 @@ class Endpoint(Section):
 
     tls: TlsSection | None = Field(None, description="Key and certificates; needed, unless `insecure_loopback`.")
     insecure_loopback: bool = Field(
-        False, description="For tests: no TLS, and only on 127.0.0.1 or [::1]; a silo then takes its name from `insecure_name`."
+        False,
+        description="For tests: no TLS, on 127.0.0.1 or [::1] only; a silo is then called `insecure_name`.",
     )
 
     def _check_transport(self, address: str) -> None:
-        host = address.rpartition(":")[0]
+        host, _, port = address.rpartition(":")
+        if int(port) > 65535:
+            raise ValueError(f"there is no port {port}: the last is 65535")
         if self.insecure_loopback and host not in ("127.0.0.1", "[::1]", "localhost"):
             raise ValueError(f"insecure_loopback is for loopback addresses, not {host}")
         if self.insecure_loopback == (self.tls is not None):
@@ -151,7 +177,7 @@ class Endpoint(Section):
 
 
 class ServerConfig(Endpoint):
-    """server.yaml: the FM owner's side. Relative paths start at the file's own directory."""
+    """The FM owner's side. Relative paths start at the file's own directory."""
 
     seed: int = Field(0, ge=0, description="Every random choice of the federation derives from it.")
     out: Path = Field(description="Run directory: proxy, adapters, summary.json, report.html.")
@@ -160,14 +186,18 @@ class ServerConfig(Endpoint):
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores.")
     model: ModelSection = Field(description="The foundation model.")
     proxy: ProxySection = Field(default_factory=ProxySection, description="How the proxy is cut.")
-    proxy_path: Path | None = Field(None, description="A proxy made by `fedpft build-proxy`; default: the server builds it.")
+    proxy_path: Path | None = Field(
+        None, description="A proxy made by `fedpft build-proxy`; default: the server builds it."
+    )
     distillation: DistillationSection = Field(default_factory=DistillationSection, description="Before the federation.")
     alignment: AlignmentSection = Field(default_factory=AlignmentSection, description="During the federation.")
     adapter: AdapterSection = Field(default_factory=AdapterSection, description="What the silos train.")
     training: TrainingSection = Field(default_factory=TrainingSection, description="How they train it.")
     federation: FederationSection = Field(description="Who takes part.")
     public_data: Path = Field(description="Unlabelled data file for both distillations; no silo's.")
-    test_data: Path | None = Field(None, description="Labelled data file that only the server has; none: no evaluation.")
+    test_data: Path | None = Field(
+        None, description="Labelled data file that only the server has; none: no evaluation."
+    )
     columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Columns of public_data and test_data.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured when.")
 
@@ -175,6 +205,8 @@ class ServerConfig(Endpoint):
     def _consistent(self) -> "ServerConfig":
         self._check_transport(self.listen)
         silos, wanted = self.federation.silos, self.federation.min_silos or 1
+        if odd := next((silo for silo in silos if not re.match(SILO_NAME, silo)), None):
+            raise ValueError(f"federation.silos: {odd!r} is not a name of up to 63 letters, digits, _, . and -")
         if len(set(silos)) != len(silos):
             raise ValueError("federation.silos names a silo twice")
         if wanted > len(silos):
@@ -196,7 +228,9 @@ class RoundSettings(Section):
 class LimitsSection(Section):
     """How a silo narrows what the server asks of it. It cannot widen anything."""
 
-    max_batch: int | None = Field(None, ge=1, description="Samples that fit in memory at once; larger batches are accumulated.")
+    max_batch: int | None = Field(
+        None, ge=1, description="Samples that fit in memory at once; larger batches are accumulated."
+    )
     max_local_epochs: float | None = Field(None, gt=0.0, description="Most epochs in a round.")
 
 
@@ -208,15 +242,17 @@ class SiloDataSection(Section):
 
 
 class SiloConfig(Endpoint):
-    """silo.yaml: an institution's side. Relative paths start at the file's own directory."""
+    """An institution's side. Relative paths start at the file's own directory."""
 
     server: Address = Field(description="host:port of the server.")
-    insecure_name: str | None = Field(None, description="With insecure_loopback: this silo's name.")
+    insecure_name: str | None = Field(None, pattern=SILO_NAME, description="With insecure_loopback: this silo's name.")
     data: SiloDataSection = Field(description="The silo's data; it never leaves.")
     work: Path = Field(Path("work"), description="Directory for the proxy received and the last adapter sent.")
     device: str = Field("cpu", description="Torch device for training.")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores.")
-    connect_timeout_seconds: float = Field(300.0, gt=0.0, description="How long to try to reach a server that does not answer.")
+    connect_timeout_seconds: float = Field(
+        300.0, gt=0.0, description="How long to try to reach a server that does not answer."
+    )
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What this machine can take.")
 
     @model_validator(mode="after")
@@ -228,6 +264,7 @@ class SiloConfig(Endpoint):
 
 
 AnyConfig = TypeVar("AnyConfig", ServerConfig, SiloConfig)
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_server_config(path: Path) -> ServerConfig:
@@ -267,30 +304,58 @@ def _load(path: Path, kind: type[AnyConfig]) -> AnyConfig:
 
 
 def _explain(path: Path, kind: type[Section], error: ValidationError) -> ConfigError:
+    """The first of pydantic's errors in the words of a YAML file."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
+    key, section, field = _locate(kind, first["loc"])
     if first["type"] == "extra_forbidden":
-        known = list(_section_at(kind, location[:-1]).model_fields)
-        guess = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        given, known = str(first["loc"][-1]), list(section.model_fields)
+        guess = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
         remedy = f"did you mean {guess[0]!r}?" if guess else f"known keys here: {', '.join(known)}"
-        return ConfigError(f"{path}: unknown key {key!r}", remedy)
+        return ConfigError(f"{path}: unknown key {key + '.' + given if key else given!r}", remedy)
+    meaning = f"{key}: {field.description}" if field else "see docs/configuration.md"
     if first["type"] == "missing":
-        return ConfigError(f"{path}: key {key!r} is missing", "add it; docs/configuration.md describes it")
-    message = first["msg"].removeprefix("Value error, ")
-    given = f", got {first['input']!r}" if location and not isinstance(first["input"], dict) else ""
-    return ConfigError(f"{path}: {key or 'file'}: {message}{given}", "see docs/configuration.md")
+        return ConfigError(f"{path}: key {key!r} is missing", f"add {meaning}")
+    message = MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))
+    message = message[:1].lower() + message[1:]
+    if not field:
+        return ConfigError(f"{path}: {message}", meaning)
+    return ConfigError(f"{path}: {key}: {message}, got {first['input']!r}", meaning)
 
 
-def _section_at(kind: type[Section], location: list[str]) -> type[Section]:
+# pydantic's own texts for these speak of Python, not of YAML
+MESSAGES = {
+    "tuple_type": "must be a list",
+    "model_type": "must be a mapping of keys",
+    "string_pattern_mismatch": "does not have the right form",
+}
+
+
+def _locate(kind: type[Section], location: tuple[int | str, ...]) -> tuple[str, type[Section], FieldInfo | None]:
+    """Follows an error's location: the key as a person writes it, the section it stands in, and its field."""
+    key, section, field = "", kind, None
     for part in location:
-        annotation = kind.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        kind = next(option for option in options if isinstance(option, type) and issubclass(option, Section))
-    return kind
+        if isinstance(part, int):
+            key += f"[{part}]"
+            continue
+        if field is not None:
+            inner = _section_of(field)
+            if inner is None:
+                break  # pydantic names the alternatives of a union after the field
+            section = inner
+        if part not in section.model_fields:
+            field = None
+            break
+        field = section.model_fields[part]
+        key = f"{key}.{part}" if key else part
+    return key, section, field
 
 
-def _anchor(section: Any, base: Path) -> Any:
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    options = [field.annotation, *get_args(field.annotation)]
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
+
+
+def _anchor(section: AnySection, base: Path) -> AnySection:
     """The same section with every relative path made absolute from `base`."""
     changes: dict[str, Any] = {}
     for name in type(section).model_fields:
@@ -304,47 +369,74 @@ def _anchor(section: Any, base: Path) -> Any:
 
 def reference() -> str:
     """docs/configuration.md: every field of both files, from the descriptions above."""
-    parts = [
-        "# Configuration\n",
-        "Two YAML files, both checked on start: an unknown key is an error that says what was probably meant.",
-        "This page is printed by `python -m fedpft.config`; `examples/three_silos/` is a complete working set.\n",
+    return "\n".join(
+        [
+            "# Configuration\n",
+            "Two YAML files, both checked on start: an unknown key is an error that says what was probably meant.",
+            "This page is printed by `python -m fedpft.config`; `examples/three_silos/` is a complete working set.\n",
+            *_describe("## `server.yaml`", ServerConfig),
+            *_describe("## `silo.yaml`", SiloConfig),
+        ]
+    )
+
+
+def _describe(title: str, kind: type[Section], prefix: str = "") -> list[str]:
+    lines = [
+        title,
+        "",
+        (kind.__doc__ or "").strip(),
+        "",
+        "| key | value | default | meaning |",
+        "| --- | --- | --- | --- |",
     ]
-    for title, kind in (("server.yaml", ServerConfig), ("silo.yaml", SiloConfig)):
-        parts += [f"## {title}\n", *_describe(kind)]
-    return "\n".join(parts)
-
-
-def _describe(kind: type[Section], prefix: str = "") -> list[str]:
-    summary = (kind.__doc__ or "").strip()
-    lines = [summary + "\n", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-    sections: list[tuple[str, type[Section]]] = []
+    sections: list[str] = []
     for name, field in kind.model_fields.items():
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
-        if section is not None:
-            sections.append((name, section))
-            kind_name = "section"
-        else:
-            kind_name = _type_name(field.annotation)
-        default = "**required**" if field.is_required() else "" if section else f"`{_plain(field.default)}`"
-        lines.append(f"| `{prefix}{name}` | {kind_name} | {default} | {field.description} |")
-    lines.append("")
-    for name, section in sections:
-        lines += [f"### `{prefix}{name}`\n", *_describe(section, f"{prefix}{name}.")]
-    return lines
+        inner = _section_of(field)
+        if inner is not None:
+            sections += _describe(f"### `{prefix}{name}`", inner, f"{prefix}{name}.")
+        value = "section" if inner else _value(field.annotation, field.metadata)
+        default = "required" if field.is_required() else "" if inner else _default(field.default)
+        meaning = (field.description or "").replace("|", "\\|")
+        lines.append(f"| `{name}` | {value} | {default} | {meaning} |")
+    return [*lines, "", *sections]
 
 
-def _plain(value: Any) -> str:
+def _default(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, tuple):
-        return str(list(value))
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        return f"`{list(value)}`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def _type_name(annotation: Any) -> str:
-    name = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    for old, new in (("typing.", ""), ("pathlib.", ""), ("Literal", ""), ("tuple[str, ...]", "list of str"), ("tuple[int, ...]", "list of int"), (" | None", "")):
-        name = name.replace(old, new)
-    return name.replace("|", "or").replace("Path", "path")
+def _value(annotation: Any, limits: Sequence[Any] = ()) -> str:
+    """What may be written, such as "whole number from 1"."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        constraint = arguments[1]
+        return _value(arguments[0], constraint.metadata if isinstance(constraint, FieldInfo) else arguments[1:])
+    if origin is Literal:
+        return " or ".join(f"`{choice}`" for choice in arguments)
+    if origin is tuple:
+        return f"list of {VALUES[arguments[0]][1]}"
+    if arguments:
+        return " or ".join(_value(option, limits) for option in arguments if option is not type(None))
+    bounds = [
+        f"{word} {getattr(limit, name):g}"
+        for limit in limits
+        for name, word in (("ge", "from"), ("gt", "above"), ("le", "to"), ("lt", "and below"))
+        if hasattr(limit, name)
+    ]
+    return " ".join([VALUES[annotation][0], *bounds])
+
+
+VALUES = {
+    str: ("text", "texts"),
+    int: ("whole number", "whole numbers"),
+    float: ("number", "numbers"),
+    bool: ("`true` or `false`", ""),
+    Path: ("path", "paths"),
+}
 
 
 if __name__ == "__main__":

@@ -91,7 +91,10 @@ def measure_gap(
     with torch.no_grad():
         wanted = layer_outputs(model, teachers, inputs)
         found = layer_outputs(proxy, students, inputs)
-        errors = [float(kernels.alignment_loss(h.flatten(0, 1), t.flatten(0, 1), mask)) for h, t in zip(found, wanted, strict=True)]
+        errors = [
+            float(kernels.alignment_loss(h.flatten(0, 1), t.flatten(0, 1), mask))
+            for h, t in zip(found, wanted, strict=True)
+        ]
     ours = _lora_gradients(proxy, students, inputs, labels)
     theirs = _lora_gradients(model, teachers, inputs, labels)
     cosines = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(ours, theirs, strict=True)]
@@ -108,3 +111,12 @@ def _lora_gradients(model: nn.Module, layers: Sequence[int], inputs: dict[str, T
         torch.cat([g.flatten() for name, g in gradients.items() if name.startswith(f"{path}{layer}.")])
         for layer in layers
     ]
+
+
+def format_gaps(gaps: Sequence[tuple[str, Gap]]) -> str:
+    """Stages of a proxy's making as a plain-text table, one line for each stage and compressed layer."""
+    lines = [f"{'stage':<24}  layer  hidden-state error  gradient cosine"]
+    for stage, gap in gaps:
+        for layer, error, cosine in zip(gap.layers, gap.hidden_error, gap.gradient_cosine, strict=True):
+            lines.append(f"{stage:<24}  {layer:>5}  {error:>18.4f}  {cosine:>15.4f}")
+    return "\n".join(lines)

@@ -56,7 +56,9 @@ def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> n
                 local_files_only=True,
             )
         except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: cannot be loaded for {task} ({_first_line(error)})", "check model.path") from None
+            raise ModelError(
+                f"{path}: cannot be loaded for {task} ({_first_line(error)})", "check model.path"
+            ) from None
     return prepare(model)
 
 

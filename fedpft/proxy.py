@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedpft import architectures, kernels, models
+from fedpft.adapters import frozen_state
 from fedpft.config import ProxySection, Task
 from fedpft.errors import ModelError
 from fedpft.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
@@ -104,7 +105,9 @@ def select(model: nn.Module, settings: ProxySection) -> Selection:
     whole = set()
     for layer in settings.keep_layers:
         if not -total <= layer < total:
-            raise ModelError(f"proxy.keep_layers names layer {layer}, the FM has {total}", f"use {-total} to {total - 1}")
+            raise ModelError(
+                f"proxy.keep_layers names layer {layer}, the FM has {total}", f"use {-total} to {total - 1}"
+            )
         whole.add(layer % total)
     neurons = tuple(
         torch.arange(full) if layer in whole else most_salient(scores[layer], count) for layer in range(total)
@@ -130,7 +133,7 @@ def save_bundle(proxy: Proxy, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     models.save_config(proxy.model, directory)
     proxy.processor.save_pretrained(directory)
-    tensors = {name: tensor.contiguous() for name, tensor in proxy.model.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in frozen_state(proxy.model).items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     description = {
         "format": _FORMAT,
@@ -148,7 +151,9 @@ def load_proxy(directory: Path) -> Proxy:
     try:
         description = json.loads((directory / "proxy.json").read_text(encoding="utf-8"))
         if description["format"] != _FORMAT:
-            raise ModelError(f"{directory}: proxy format {description['format']}", "install the server's fedpft version")
+            raise ModelError(
+                f"{directory}: proxy format {description['format']}", "install the server's fedpft version"
+            )
         counts, task = description["neurons"], description["task"]
         model = models.empty_model(directory, task, len(counts))
         for layer, count in zip(architectures.layers_of(model), counts, strict=True):
@@ -156,7 +161,9 @@ def load_proxy(directory: Path) -> Proxy:
         model.load_state_dict(load_file(directory / "model.safetensors"))
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"{directory}: not a proxy ({reason})", "build it again, or delete it to fetch it again") from None
+        raise ModelError(
+            f"{directory}: not a proxy ({reason})", "build it again, or delete it to fetch it again"
+        ) from None
     processor = models.load_processor(directory, task)
     labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
     return Proxy(model, processor, task, labels, description["max_tokens"], compressed)
@@ -190,7 +197,7 @@ def patch(model: nn.Module, updated: Mapping[int, Tensor], norms: Sequence[str])
     Returns:
         Whole tensors by their names, and rows as `<name>@rows`, (U,) int32, with `<name>@values`, (U, ...).
     """
-    state = model.state_dict()
+    state = frozen_state(model)
     modules = list(sub_ffns(model))
     whole = [*norms, *(f"{modules[layer]}.b_out" for layer in updated)]
     tensors = {name: state[name].clone() for name in whole if name in state}
@@ -204,7 +211,7 @@ def patch(model: nn.Module, updated: Mapping[int, Tensor], norms: Sequence[str])
 
 def apply_patch(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Puts a patch into a proxy's model, all of it or, with a ModelError that names the tensor, nothing."""
-    state = model.state_dict()
+    state = frozen_state(model)
     changes: list[tuple[Tensor, Tensor | None, Tensor]] = []
     for key, value in tensors.items():
         name, _, kind = key.partition("@")
@@ -219,7 +226,9 @@ def apply_patch(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             and bool(((rows >= 0) & (rows < len(target))).all())
         )
         if target is None or not fits:
-            raise ModelError(f"the patch's {key!r} does not fit the proxy", "delete the silo's work directory and start again")
+            raise ModelError(
+                f"the patch's {key!r} does not fit the proxy", "delete the silo's work directory and start again"
+            )
         changes.append((target, None if rows is None else rows.long(), value))
     with torch.no_grad():
         for target, rows, value in changes:

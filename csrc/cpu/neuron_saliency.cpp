@@ -1,0 +1,89 @@
+// neuron_saliency: the importance of every FFN neuron, for all layers in one call.
+//
+//   s[l, j] = sqrt( sum_i w_in[l][j, i]^2 + sum_i w_gate[l][j, i]^2 + sum_i w_out[l][i, j]^2 )
+//
+// Shapes: L layers; w_in, w_gate (F, D), w_out (D, F), any strides; s (L, F) float32.
+// Accumulation: squares of widened values (float32; float64 for float64), short partial sums in that type, joined in
+// float64; hence no overflow where float32 has none, and ties between equal neurons stay ties.
+// Determinism: a neuron is summed by one thread, in an order that does not depend on the number of threads.
+// Bytes moved: every weight is read once, nothing is copied or transposed; 4 L F bytes are written.
+// Parallel over blocks of neurons of all layers.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "capability.h"
+
+namespace {
+
+using fedpft::Element;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kNeuronsPerTask = 256;
+
+// A weight seen neuron by neuron, whichever way it lies in memory.
+struct Neurons {
+  const char* data;
+  int64_t hidden, neuron_stride, hidden_stride;
+};
+
+Neurons by_neuron(const Tensor& weight, int64_t neuron_dim) {
+  return {
+      static_cast<const char*>(weight.const_data_ptr()), weight.size(1 - neuron_dim), weight.stride(neuron_dim),
+      weight.stride(1 - neuron_dim)};
+}
+
+Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Element::kFloat32;
+    case ScalarType::Double:
+      return Element::kFloat64;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "neuron_saliency: unsupported dtype");
+  }
+}
+
+Tensor neuron_saliency_cpu(std::vector<Tensor> w_in, std::vector<Tensor> w_gate, std::vector<Tensor> w_out) {
+  const int64_t layers = static_cast<int64_t>(w_in.size()), neurons = w_in.at(0).size(0);
+  const Element element = element_of(w_in[0].scalar_type());
+  const int64_t bytes = static_cast<int64_t>(w_in[0].element_size());
+
+  std::vector<std::vector<Neurons>> parts(layers);
+  for (int64_t l = 0; l < layers; ++l) {
+    parts[l] = {by_neuron(w_in[l], 0), by_neuron(w_out.at(l), 1)};
+    if (!w_gate.empty()) parts[l].push_back(by_neuron(w_gate.at(l), 0));
+  }
+  Tensor saliency = torch::stable::new_empty(w_in[0], {layers, neurons}, ScalarType::Float);
+  float* out = static_cast<float*>(saliency.mutable_data_ptr());
+
+  const fedpft::VectorKernels& kernels = fedpft::vector_kernels();
+  const int64_t blocks = (neurons + kNeuronsPerTask - 1) / kNeuronsPerTask;
+  torch::stable::parallel_for(0, layers * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t l = task / blocks, first = task % blocks * kNeuronsPerTask;
+      const int64_t count = std::min(kNeuronsPerTask, neurons - first);
+      double energy[kNeuronsPerTask] = {};
+      for (const Neurons& part : parts[l]) {
+        kernels.add_squares(
+            element, part.data + first * part.neuron_stride * bytes, count, part.hidden, part.neuron_stride,
+            part.hidden_stride, energy);
+      }
+      for (int64_t j = 0; j < count; ++j) out[l * neurons + first + j] = static_cast<float>(std::sqrt(energy[j]));
+    }
+  });
+  return saliency;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fedpft, CPU, m) { m.impl("neuron_saliency", TORCH_BOX(&neuron_saliency_cpu)); }

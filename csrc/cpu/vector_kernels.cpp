@@ -1,0 +1,325 @@
+// Row loops, compiled once per instruction set (CMakeLists.txt): FEDPFT_KERNELS is the name of this copy's table.
+//
+// Formulas, with exp the float32 polynomial below (relative error 3e-9 before rounding), libm's in float64:
+//   gelu       z Phi(z),  Phi(-x) = exp(-x^2 / 2) t P(t),  t = 1 / (1 + 0.35 x),  x >= 0, P a degree 6 fit of the
+//   normal
+//              tail whose error, weighted with max(x, 1/2), is below 6e-9; what is left is float32 rounding: against
+//              float64 the absolute error of gelu and of gelu' stays below 4e-7 on [-10, 10] (tests/test_kernels.py)
+//   gelu_tanh  z sigmoid(2 u),  u = sqrt(2 / pi) (z + 0.044715 z^3)
+//   silu       z sigmoid(z)
+// Determinism: the value of an element does not depend on its place in a row beyond the compiler's choice of vector
+// body or remainder; the same build gives the same bits on every run.
+#include "vector_kernels.h"
+
+namespace fedpft {
+namespace {
+
+template <class To, class From>
+inline To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline double exponential(double x) { return __builtin_exp(x); }
+
+// 2^k e^r with k = round(x / ln 2); adding and taking off 1.5 * 2^23 rounds, and leaves k in the low bits.
+// Below -87.7 the result is 0 and above 88.7 infinite; NaN passes through.
+inline float exponential(float x) {
+  x = x < -88.0f ? -88.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float k = shifted - 12582912.0f;
+  const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+  const float p =
+      (((1.381446627e-3f * r + 8.368780475e-3f) * r + 4.166839423e-2f) * r + 1.666652011e-1f) * r + 4.999999341e-1f;
+  const float scale = bits<float>((bits<int>(shifted) - 0x4B400000 + 127) << 23);
+  return ((p * r) * r + r + 1.0f) * scale;
+}
+
+inline double magnitude(double x) { return __builtin_fabs(x); }
+inline float magnitude(float x) { return __builtin_fabsf(x); }
+
+template <class Real>
+inline Real sigmoid(Real x) {
+  return Real(1) / (Real(1) + exponential(-x));
+}
+
+// The standard normal distribution: its function, and its density from the same exponential.
+template <class Real>
+struct Normal {
+  Real below;
+  Real density;
+};
+
+inline Normal<double> normal(double z) {
+  return {0.5 * __builtin_erfc(-z * 0.70710678118654752440), 0.39894228040143267794 * exponential(-0.5 * z * z)};
+}
+
+inline Normal<float> normal(float z) {
+  const float x = magnitude(z);
+  const float t = 1.0f / (1.0f + 0.35f * x);
+  const float e = exponential(-0.5f * x * x);
+  float p = 3.557020610e-2f;
+  p = p * t - 1.425810648e-1f;
+  p = p * t + 1.313377707e-1f;
+  p = p * t + 8.886135030e-2f;
+  p = p * t + 9.858749106e-2f;
+  p = p * t + 1.499116786e-1f;
+  p = p * t + 1.382125797e-1f;
+  const float tail = e * t * p;
+  return {z >= 0.0f ? 1.0f - tail : tail, 0.398942280f * e};
+}
+
+template <class Real>
+inline Real twice_tanh_argument(Real z) {
+  return Real(1.59576912160573071176) * (z + Real(0.044715) * z * z * z);
+}
+
+template <Activation A, class Real>
+inline Real value(Real z) {
+  if constexpr (A == Activation::kRelu) return z < Real(0) ? Real(0) : z;
+  if constexpr (A == Activation::kGelu) return z * normal(z).below;
+  if constexpr (A == Activation::kGeluTanh) return z * sigmoid(twice_tanh_argument(z));
+  if constexpr (A == Activation::kSilu) return z * sigmoid(z);
+}
+
+template <Activation A, class Real>
+inline Real derivative(Real z) {
+  if constexpr (A == Activation::kRelu) return z > Real(0) ? Real(1) : Real(0);
+  if constexpr (A == Activation::kGelu) {
+    const Normal<Real> phi = normal(z);
+    return phi.below + z * phi.density;
+  }
+  if constexpr (A == Activation::kGeluTanh) {
+    const Real s = sigmoid(twice_tanh_argument(z));
+    return s + z * s * (Real(1) - s) * Real(1.59576912160573071176) * (Real(1) + Real(3 * 0.044715) * z * z);
+  }
+  if constexpr (A == Activation::kSilu) {
+    const Real s = sigmoid(z);
+    return s + z * s * (Real(1) - s);
+  }
+}
+
+// Calls f with the activation as a compile-time constant, so that a row's loop has no branch.
+template <class F>
+inline void with_activation(Activation activation, F f) {
+  switch (activation) {
+    case Activation::kRelu:
+      return f.template run<Activation::kRelu>();
+    case Activation::kGelu:
+      return f.template run<Activation::kGelu>();
+    case Activation::kGeluTanh:
+      return f.template run<Activation::kGeluTanh>();
+    case Activation::kSilu:
+      return f.template run<Activation::kSilu>();
+  }
+}
+
+template <class Real>
+struct Activate {
+  const Real* z;
+  Real* out;
+  long n;
+  template <Activation A>
+  void run() const {
+#pragma omp simd
+    for (long j = 0; j < n; ++j) out[j] = value<A>(z[j]);
+  }
+};
+
+template <class Real>
+struct Differentiate {
+  const Real* z;
+  Real* out;
+  long n;
+  template <Activation A>
+  void run() const {
+#pragma omp simd
+    for (long j = 0; j < n; ++j) out[j] = derivative<A>(z[j]);
+  }
+};
+
+template <class Real>
+struct MultiplyDerivative {
+  const Real* z;
+  Real* out;
+  long n;
+  template <Activation A>
+  void run() const {
+#pragma omp simd
+    for (long j = 0; j < n; ++j) out[j] *= derivative<A>(z[j]);
+  }
+};
+
+template <class Real>
+void activate(Activation activation, const Real* z, Real* out, long n) {
+  with_activation(activation, Activate<Real>{z, out, n});
+}
+
+template <class Real>
+void differentiate(Activation activation, const Real* z, Real* out, long n) {
+  with_activation(activation, Differentiate<Real>{z, out, n});
+}
+
+template <class Real>
+void multiply_derivative(Activation activation, const Real* z, Real* out, long n) {
+  with_activation(activation, MultiplyDerivative<Real>{z, out, n});
+}
+
+template <class Real>
+void add(Real* out, const Real* a, long n) {
+#pragma omp simd
+  for (long j = 0; j < n; ++j) out[j] += a[j];
+}
+
+template <class Real>
+void multiply(Real* out, const Real* a, long n) {
+#pragma omp simd
+  for (long j = 0; j < n; ++j) out[j] *= a[j];
+}
+
+template <class Real>
+void count_inactive(const Real* active, Real eps, int* counts, long n) {
+#pragma omp simd
+  for (long j = 0; j < n; ++j) counts[j] += magnitude(active[j]) <= eps ? 1 : 0;
+}
+
+template <class Real>
+void narrow(const Real* a, unsigned short* bfloat16, long n) {
+#pragma omp simd
+  for (long j = 0; j < n; ++j) {
+    const float value = static_cast<float>(a[j]);
+    const unsigned word = bits<unsigned>(value);
+    const unsigned rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
+    bfloat16[j] = static_cast<unsigned short>(value != value ? 0x7FC0u : rounded);
+  }
+}
+
+struct Float32 {
+  using Stored = float;
+  using Wide = float;
+  static inline float load(float x) { return x; }
+};
+struct Float64 {
+  using Stored = double;
+  using Wide = double;
+  static inline double load(double x) { return x; }
+};
+struct BFloat16 {
+  using Stored = unsigned short;
+  using Wide = float;
+  static inline float load(unsigned short x) { return bits<float>(static_cast<unsigned>(x) << 16); }
+};
+struct Float16 {
+  using Stored = unsigned short;
+  using Wide = float;
+  // Exponent and fraction move to their place in a float32, 2^112 mends the bias (and subnormals); 31 means inf or NaN.
+  // The sign is dropped: the value is only ever squared.
+  static inline float load(unsigned short x) {
+    const unsigned word = (static_cast<unsigned>(x) & 0x7FFFu) << 13;
+    const float finite = bits<float>(word) * 5.192296858534828e33f;
+    return word >= 0x0F800000u ? bits<float>(word | 0x7F800000u) : finite;
+  }
+};
+
+template <class Real>
+void multiply_bfloat16(Real* out, const unsigned short* bfloat16, long n) {
+#pragma omp simd
+  for (long j = 0; j < n; ++j) out[j] *= BFloat16::load(bfloat16[j]);
+}
+
+// Terms that are summed in Wide before they join a float64: rounding does not grow with the hidden size.
+constexpr long kChunk = 64;
+constexpr long kNeuronBlock = 256;
+
+// Neuron j is a row: its values are next to each other.
+template <class E>
+void add_squares_of_rows(const typename E::Stored* w, long neurons, long hidden, long neuron_stride, double* energy) {
+  for (long j = 0; j < neurons; ++j, w += neuron_stride) {
+    double sum = 0.0;
+    for (long first = 0; first < hidden; first += 8 * kChunk) {
+      const long last = first + 8 * kChunk < hidden ? first + 8 * kChunk : hidden;
+      typename E::Wide partial = 0;
+#pragma omp simd reduction(+ : partial)
+      for (long i = first; i < last; ++i) {
+        const typename E::Wide x = E::load(w[i]);
+        partial += x * x;
+      }
+      sum += partial;
+    }
+    energy[j] += sum;
+  }
+}
+
+// Neuron j is a column, or neither: whole rows of a block of neurons are read in turn.
+template <class E>
+void add_squares_of_columns(
+    const typename E::Stored* w, long neurons, long hidden, long neuron_stride, long hidden_stride, double* energy) {
+  typename E::Wide partial[kNeuronBlock];
+  for (long block = 0; block < neurons; block += kNeuronBlock) {
+    const long width = neurons - block < kNeuronBlock ? neurons - block : kNeuronBlock;
+    for (long first = 0; first < hidden; first += kChunk) {
+      const long last = first + kChunk < hidden ? first + kChunk : hidden;
+      for (long j = 0; j < width; ++j) partial[j] = 0;
+      for (long i = first; i < last; ++i) {
+        const typename E::Stored* row = w + block * neuron_stride + i * hidden_stride;
+        if (neuron_stride == 1) {
+#pragma omp simd
+          for (long j = 0; j < width; ++j) {
+            const typename E::Wide x = E::load(row[j]);
+            partial[j] += x * x;
+          }
+        } else {
+          for (long j = 0; j < width; ++j) {
+            const typename E::Wide x = E::load(row[j * neuron_stride]);
+            partial[j] += x * x;
+          }
+        }
+      }
+      for (long j = 0; j < width; ++j) energy[block + j] += partial[j];
+    }
+  }
+}
+
+template <class E>
+void add_squares_of(const void* w, long neurons, long hidden, long neuron_stride, long hidden_stride, double* energy) {
+  const auto* values = static_cast<const typename E::Stored*>(w);
+  if (hidden_stride == 1) return add_squares_of_rows<E>(values, neurons, hidden, neuron_stride, energy);
+  add_squares_of_columns<E>(values, neurons, hidden, neuron_stride, hidden_stride, energy);
+}
+
+void add_squares(
+    Element element, const void* w, long neurons, long hidden, long neuron_stride, long hidden_stride, double* energy) {
+  switch (element) {
+    case Element::kFloat32:
+      return add_squares_of<Float32>(w, neurons, hidden, neuron_stride, hidden_stride, energy);
+    case Element::kFloat64:
+      return add_squares_of<Float64>(w, neurons, hidden, neuron_stride, hidden_stride, energy);
+    case Element::kFloat16:
+      return add_squares_of<Float16>(w, neurons, hidden, neuron_stride, hidden_stride, energy);
+    case Element::kBFloat16:
+      return add_squares_of<BFloat16>(w, neurons, hidden, neuron_stride, hidden_stride, energy);
+  }
+}
+
+template <class Real>
+constexpr RowKernels<Real> row_kernels() {
+  return {
+      add<Real>,
+      multiply<Real>,
+      activate<Real>,
+      differentiate<Real>,
+      multiply_derivative<Real>,
+      count_inactive<Real>,
+      narrow<Real>,
+      multiply_bfloat16<Real>};
+}
+
+}  // namespace
+
+extern const VectorKernels FEDPFT_KERNELS = {
+    FEDPFT_KERNELS_NAME, row_kernels<float>(), row_kernels<double>(), add_squares};
+
+}  // namespace fedpft

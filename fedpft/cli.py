@@ -1,0 +1,160 @@
+"""The `fedpft` command: each sub-command is a few lines over the rooms."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedpft import __version__, adapters, demo, doctor
+from fedpft.command import run_command
+from fedpft.config import ServerConfig, load_server_config, load_silo_config
+from fedpft.errors import ConfigError
+from fedpft.evaluation import Gap, format_gaps
+from fedpft.provision import DEFAULT_DAYS, DEFAULT_PORT, provision
+from fedpft.proxy import apply_patch, cut
+from fedpft.report import format_table
+from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
+from fedpft.server.run import ADAPTER_FILE, PATCH_FILE, final_metrics, save_product
+from fedpft.server.run import run as run_server
+from fedpft.silo.run import run as run_silo
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main() -> int:
+    """Runs one sub-command; returns its exit code (docs/errors.md)."""
+    arguments = _parser().parse_args()
+    command: Command = arguments.command
+    return run_command(lambda: command(arguments))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    scale = demo.QUICK if arguments.quick else demo.FULL
+    summary = demo.run_demo(arguments.out, scale=scale, seed=arguments.seed, compare=arguments.compare)
+    print(format_table(summary))
+    print(f"\nreport: {arguments.out / 'report.html'}    numbers: {arguments.out / 'summary.json'}")
+
+
+def _build_proxy(arguments: argparse.Namespace) -> None:
+    config = load_server_config(arguments.config)
+    built = build_proxy(config, load_owner(config), arguments.out or config.out / "proxy")
+    print(format_gaps(built.record.gaps))
+
+
+def _server(arguments: argparse.Namespace) -> None:
+    print(format_table(run_server(load_server_config(arguments.config))))
+
+
+def _silo(arguments: argparse.Namespace) -> None:
+    run_silo(load_silo_config(arguments.config))
+
+
+def _plug_in(arguments: argparse.Namespace) -> None:
+    config = load_server_config(arguments.config)
+    owner, built = _owner_and_proxy(config)
+    adapters.plug_in(owner.model, adapters.read(arguments.adapter or config.out / ADAPTER_FILE), built.selection.layers)
+    save_product(owner, config.adapter, arguments.out)
+    print(f"PEFT adapter: {arguments.out / 'adapter'}    merged model: {arguments.out / 'merged'}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    config = load_server_config(arguments.config)
+    owner, built = _owner_and_proxy(config)
+    if arguments.alignment:
+        print(format_gaps(_gaps(config, owner, built)))
+        return
+    if owner.test is None:
+        raise ConfigError(f"{arguments.config}: no test_data", "name a labelled file there, or ask for --alignment")
+    adapter = adapters.read(arguments.adapter or config.out / ADAPTER_FILE)
+    apply_patch(built.proxy.model, adapters.read(config.out / PATCH_FILE))
+    adapters.load(built.proxy.model, adapter)
+    adapters.plug_in(owner.model, adapter, built.selection.layers)
+    print(format_table({"metrics": final_metrics(owner, built, config.evaluation.batch)}))
+
+
+def _provision(arguments: argparse.Namespace) -> None:
+    made = provision(arguments.out, arguments.silos, hosts=arguments.host, port=arguments.port, days=arguments.days)
+    print("\n".join(f"made {directory}" for directory in made))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    doctor.examine(arguments.config)
+
+
+def _owner_and_proxy(config: ServerConfig) -> tuple[Owner, Built]:
+    return load_owner(config), load_built(config, config.proxy_path or config.out / "proxy")
+
+
+def _gaps(config: ServerConfig, owner: Owner, built: Built) -> list[tuple[str, Gap]]:
+    """The proxy as cut and as distilled, measured now, and what the run measured at its alignments."""
+    selection, model = built.selection, built.proxy.model
+    stages = [("cut", measure(config, owner, cut(owner.model, selection), selection))]
+    stages.append(("distilled", measure(config, owner, model, selection)))
+    curves = config.out / "curves.json"
+    if curves.exists():
+        recorded: list[dict[str, Any]] = json.loads(curves.read_text(encoding="utf-8"))["alignment"]["stages"]
+        stages += [(stage.pop("stage"), Gap(**stage)) for stage in recorded if stage["stage"].startswith("round")]
+    return [(name, gap) for name, gap in stages if gap is not None]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedpft",
+        description="Federated proxy fine-tuning: silos tune a proxy, the owner plugs the result into the model.",
+        epilog="docs/configuration.md describes the YAML files, docs/errors.md the exit codes.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    def with_server_yaml(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument("--config", type=Path, required=True, metavar="server.yaml", help="the server's configuration")
+        return sub
+
+    sub = add("demo", _demo, "Run a federation of real processes over TLS on this machine, and show what it was worth.")
+    sub.add_argument("--out", type=Path, default=Path("demo-out"), help="directory for everything; default: %(default)s")
+    sub.add_argument("--seed", type=int, default=0, help="every random choice derives from it; default: %(default)s")
+    sub.add_argument("--quick", action="store_true", help="a small corpus and few steps: does it run at all?")
+    sub.add_argument("--compare", action="store_true", help="add the rows of the paper: full model, layer drop, ablations")
+
+    sub = with_server_yaml(add("build-proxy", _build_proxy, "Cut a proxy from the FM and distil it; no silo is needed."))
+    sub.add_argument("--out", type=Path, help="proxy directory to write; default: OUT/proxy")
+
+    with_server_yaml(add("server", _server, "Run the owner's side of a federation, from proxy to plugged-in model."))
+
+    sub = add("silo", _silo, "Run an institution's side of a federation.")
+    sub.add_argument("--config", type=Path, required=True, metavar="silo.yaml", help="the silo's configuration")
+
+    sub = with_server_yaml(add("plug-in", _plug_in, "Put an adapter into the FM and save the result."))
+    sub.add_argument("--adapter", type=Path, help="adapter.safetensors of a run; default: the one in OUT")
+    sub.add_argument("--out", type=Path, required=True, help="directory that receives adapter/ and merged/")
+
+    sub = with_server_yaml(add("evaluate", _evaluate, "Measure proxy and plugged-in FM on the server's test data."))
+    sub.add_argument("--adapter", type=Path, help="adapter.safetensors of a run; default: the one in OUT")
+    sub.add_argument(
+        "--alignment",
+        action="store_true",
+        help="instead, measure per compressed layer how far hidden states and adapter gradients of the proxy are from "
+        "the FM's, before and after each distillation",
+    )
+
+    sub = add("provision", _provision, "Make a federation's authority and one kit of key and certificates a party.")
+    sub.add_argument("--out", type=Path, required=True, help="directory that receives authority/ and the kits")
+    sub.add_argument("--silos", nargs="+", required=True, metavar="NAME", help="names of the silos")
+    sub.add_argument("--host", nargs="+", help="names and addresses of the server; default: those of this machine's loopback")
+    sub.add_argument("--port", type=int, default=DEFAULT_PORT, help="for silo.yaml; default: %(default)s")
+    sub.add_argument("--days", type=int, default=DEFAULT_DAYS, help="how long certificates are valid; default: %(default)s")
+
+    sub = add("doctor", _doctor, "Check this machine: versions, kernels against their references, and a kit if given.")
+    sub.add_argument("--config", type=Path, metavar="YAML", help="a server.yaml or silo.yaml whose kit is checked too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

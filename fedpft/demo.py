@@ -1,0 +1,239 @@
+"""The demo: a federation of real processes over TLS on this machine, and with `compare` the rows it is compared with.
+
+Every row is the same federation with another configuration:
+
+    OUT/data/            the silos' files, each in its own directory, and the server's
+    OUT/kits/            the authority, and one kit of key and certificates for each party
+    OUT/rows/ROW/        configurations, logs and results of one row's server and silos
+    OUT/summary.json, OUT/report.html
+"""
+
+import json
+import logging
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedpft import atomic, demo_data
+from fedpft.errors import ConfigError, FedPFTError
+from fedpft.provision import provision
+from fedpft.report import write_report
+
+log = logging.getLogger(__name__)
+
+SILOS = ("north", "south", "east")
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a demo is. `settings` are sections of server.yaml."""
+
+    corpus: demo_data.Corpus
+    documents: int
+    test_documents: int
+    public_documents: int
+    settings: Settings
+
+
+FULL = Scale(
+    corpus="20newsgroups",
+    documents=3900,
+    test_documents=1500,
+    public_documents=4000,
+    settings={
+        "distillation": {"steps": 200},
+        "alignment": {"every_rounds": 2, "steps": 30},
+        "training": {"rounds": 4, "local_epochs": 0.5, "head_learning_rate": 0.02},
+        "evaluation": {"samples_per_round": 400},
+    },
+)
+QUICK = Scale(
+    corpus="r8",
+    documents=360,
+    test_documents=120,
+    public_documents=200,
+    settings={
+        "distillation": {"steps": 8, "batch": 8},
+        "alignment": {"every_rounds": 1, "steps": 3, "batch": 8},
+        "training": {"rounds": 2, "local_epochs": 0.5, "batch": 16, "head_learning_rate": 0.02},
+        "evaluation": {"samples_per_round": 40},
+        "model": {"max_tokens": 32},
+    },
+)
+
+NO_DISTILLATION: Settings = {"distillation": {"steps": 0}}
+NO_ALIGNMENT: Settings = {"alignment": {"every_rounds": 0}}
+MAIN = "plugged_in"
+
+
+def rows(layers: int, *, compare: bool) -> dict[str, Settings]:
+    """What each row changes in the product's server.yaml. `local_only` is one federation for each silo.
+
+    Args:
+        layers: whole layers of the layer-drop proxy.
+    """
+    found: dict[str, Settings] = {"head_only": {"adapter": {"rank": 0}, **NO_ALIGNMENT}}
+    if compare:
+        found |= {
+            "full_model": {"proxy": {"neurons": "all"}, **NO_DISTILLATION, **NO_ALIGNMENT},
+            "layer_drop": {
+                "proxy": {"keep": "layers", "layers": layers},
+                "distillation": {"weight_term": 0.0},
+                **NO_ALIGNMENT,
+            },
+            "no_distillation": {**NO_DISTILLATION, **NO_ALIGNMENT},
+            "before_only": NO_ALIGNMENT,
+            "during_only": NO_DISTILLATION,
+            **{f"local_only/{silo}": {"federation": {"silos": [silo]}} for silo in SILOS},
+        }
+    return found
+
+
+def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, Any]:
+    """Runs the demo into an empty or missing directory and returns what is in OUT/summary.json.
+
+    Raises:
+        ConfigError: OUT holds something else than an earlier demo.
+        FedPFTError: a server or silo process failed; its log is named.
+    """
+    _clear(out)
+    data = demo_data.prepare(
+        out / "data",
+        corpus=scale.corpus,
+        silos=SILOS,
+        documents=scale.documents,
+        test_documents=scale.test_documents,
+        public_documents=scale.public_documents,
+        concentration=1.0,
+        seed=seed,
+    )
+    provision(out / "kits", SILOS)
+    product = _product_settings(out, data, scale, seed)
+    summary = _run_row(out, MAIN, product, data)
+    curves = json.loads((out / "rows" / MAIN / "out" / "curves.json").read_text(encoding="utf-8"))
+    model_layers = len(curves["saliency_kept"]["layers"])
+    local: list[dict[str, float]] = []
+    for row, changes in rows(_equal_layers(summary, model_layers), compare=compare).items():
+        settings = _merged(product, changes)
+        if not {"proxy", "distillation"} & changes.keys():
+            settings["proxy_path"] = str(out / "rows" / MAIN / "out" / "proxy")
+        found = _run_row(out, row, _merged(settings, {"evaluation": {"every_rounds": 0}}), data)
+        if row.startswith("local_only/"):
+            local.append(found["metrics"]["plugged_in"])
+        else:
+            summary["metrics"][row] = found["metrics"]["plugged_in"]
+    if local:
+        summary["metrics"]["local_only"] = {name: statistics.fmean(m[name] for m in local) for name in local[0]}
+    atomic.write_text(out / "summary.json", json.dumps(summary, indent=1))
+    write_report(summary, curves, out / "report.html")
+    return summary
+
+
+def _product_settings(out: Path, data: demo_data.DemoData, scale: Scale, seed: int) -> Settings:
+    kit = out / "kits" / "server"
+    settings: Settings = {
+        "seed": seed,
+        "listen": "127.0.0.1:0",
+        "tls": {name: str(kit / f"{name}.pem") for name in ("ca", "certificate", "key")},
+        "model": {"path": str(demo_data.model_directory()), "labels": str(data.labels)},
+        "federation": {"silos": list(SILOS)},
+        "public_data": str(data.public),
+        "test_data": str(data.test),
+    }
+    return _merged(settings, scale.settings)
+
+
+def _equal_layers(summary: dict[str, Any], layers: int) -> int:
+    """The whole layers that come closest to the parameters of the product's proxy, from above but for biases."""
+    parameters = summary["parameters"]
+    return round(layers * parameters["proxy_transformer"] / parameters["model_transformer"])
+
+
+def _run_row(out: Path, row: str, settings: Settings, data: demo_data.DemoData) -> dict[str, Any]:
+    """Runs one federation of real processes; returns its summary."""
+    directory = out / "rows" / row
+    results = directory / "out"
+    server_yaml = _write_yaml(directory / "server.yaml", {**settings, "out": str(results)})
+    log.info("row %s: configurations and logs in %s", row, directory)
+    with ExitStack() as stack:
+        server = stack.enter_context(_process("fedpft.server", server_yaml, None))
+        while not (results / "address").exists():
+            _all_ended([server])
+            time.sleep(0.1)
+        address = (results / "address").read_text(encoding="utf-8").strip()
+        processes = [server]
+        for name in settings["federation"]["silos"]:
+            kit = out / "kits" / "silos" / name
+            silo_yaml = yaml.safe_load((kit / "silo.yaml").read_text(encoding="utf-8"))
+            silo_yaml |= {
+                "server": address,
+                "tls": {part: str(kit / f"{part}.pem") for part in ("ca", "certificate", "key")},
+                "data": {"path": str(data.silos[name])},
+                "work": str(directory / f"work-{name}"),
+                "threads": 1,
+            }
+            path = _write_yaml(directory / f"silo-{name}.yaml", silo_yaml)
+            processes.append(stack.enter_context(_process("fedpft.silo", path, directory / f"silo-{name}.log")))
+        while not _all_ended(processes):
+            time.sleep(0.1)
+    found: dict[str, Any] = json.loads((results / "summary.json").read_text(encoding="utf-8"))
+    return found
+
+
+@contextmanager
+def _process(module: str, config: Path, log_file: Path | None) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does not outlive the block. Without a log file its progress goes to this process's stderr."""
+    with ExitStack() as stack:
+        sink = None if log_file is None else stack.enter_context(log_file.open("wb"))
+        command = [sys.executable, "-m", module, "--config", str(config)]
+        process = subprocess.Popen(command, stdout=sink or subprocess.DEVNULL, stderr=sink)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _all_ended(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Whether all processes ended well; FedPFTError as soon as one ended otherwise."""
+    codes = [process.poll() for process in processes]
+    for process, code in zip(processes, codes, strict=True):
+        if code:
+            _, _, module, _, config = process.args  # type: ignore[misc]
+            raise FedPFTError(f"{module} --config {config} ended with exit code {code}", "see its message above, or its log there")
+    return None not in codes
+
+
+def _write_yaml(path: Path, settings: Settings) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _merged(settings: Settings, changes: Settings) -> Settings:
+    """`settings` with the given keys of its sections changed; `changes` are one section deep."""
+    merged = dict(settings)
+    for name, value in changes.items():
+        merged[name] = {**merged.get(name, {}), **value} if isinstance(value, dict) else value
+    return merged
+
+
+def _clear(out: Path) -> None:
+    """Removes an earlier demo, and nothing else."""
+    ours = {"data", "kits", "rows", "summary.json", "report.html"}
+    if out.exists():
+        if not out.is_dir() or (strange := {path.name for path in out.iterdir()} - ours):
+            what = f"holds {sorted(strange)[0]!r}, which is no demo's" if out.is_dir() else "is not a directory"
+            raise ConfigError(f"{out}: {what}", "give an empty or a new directory with --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)

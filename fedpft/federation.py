@@ -1,0 +1,386 @@
+"""The round state machine: events in, actions out. No I/O, no clock, no tensors.
+
+    enrolling --Begin--> idle --StartRound--> training --Aggregate--> idle ... --> finished | aborted
+                  LoseQuorum leads from enrolling and training back to idle; the caller decides what then.
+
+A silo is *present* from its enrolment until it fails or misses a deadline; it is present again as soon as it is heard
+of again. Each round picks among the silos that are present. Of each silo a round counts at most one update, the first.
+"""
+
+import enum
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from fedpft.errors import InvalidUpdate, QuorumLost, RefusedByServer, RoundOver, StaleProxy
+from fedpft.seeding import derive_seed
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """A silo announced itself, or asked for its next task."""
+
+    silo: str
+
+
+@dataclass(frozen=True)
+class EnrolmentDeadlinePassed:
+    """The time in which silos could enrol before the first round is over."""
+
+
+@dataclass(frozen=True)
+class RoundRequested:
+    """The algorithm wants a round."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class UpdateArrived:
+    """A silo's update is there, whole, and its content was found valid."""
+
+    silo: str
+    round: int
+    proxy_version: int
+
+
+@dataclass(frozen=True)
+class SiloFailed:
+    """A silo left, or sent something unusable in a round. The reason names the fault, for the server's operator."""
+
+    silo: str
+    reason: str
+    round: int | None = None
+
+
+@dataclass(frozen=True)
+class DeadlinePassed:
+    """The time for a round's updates is over."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class PatchPublished:
+    """The proxy has a new version."""
+
+
+@dataclass(frozen=True)
+class FinishRequested:
+    """The algorithm is through with all rounds."""
+
+
+@dataclass(frozen=True)
+class AbortRequested:
+    """The algorithm cannot go on. All silos read the reason."""
+
+    reason: str
+
+
+Event = (
+    Enrolled
+    | EnrolmentDeadlinePassed
+    | RoundRequested
+    | UpdateArrived
+    | SiloFailed
+    | DeadlinePassed
+    | PatchPublished
+    | FinishRequested
+    | AbortRequested
+)
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Enough silos are enrolled."""
+
+    silos: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StartRound:
+    """These silos train."""
+
+    round: int
+    silos: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Accept:
+    """The update counts."""
+
+    silo: str
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """The round already counts an update of this silo; this one changes nothing."""
+
+    silo: str
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """The silo is told no."""
+
+    silo: str
+    error: RefusedByServer | InvalidUpdate
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The round is over; it counts the updates of these silos, in the order of their names."""
+
+    round: int
+    silos: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoseQuorum:
+    """Too few silos are left. `error` names each that is missing, and why."""
+
+    error: QuorumLost
+
+
+Verdict = Accept | Duplicate | Refuse
+Action = Begin | StartRound | Verdict | Aggregate | LoseQuorum
+
+# --- what a silo should do --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train in this round, and send an update."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do for now."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The federation reached its end."""
+
+
+@dataclass(frozen=True)
+class Aborted:
+    """The federation broke off."""
+
+    reason: str
+
+
+Task = Train | Wait | Finished | Aborted
+
+
+class Phase(enum.Enum):
+    """Where a federation stands."""
+
+    ENROLLING = enum.auto()
+    IDLE = enum.auto()
+    TRAINING = enum.auto()
+    OVER = enum.auto()
+
+
+class Federation:
+    """The state. Every change goes through :meth:`handle`; the attributes are for reading.
+
+    present: silos that can be picked.
+    pending, accepted: of the round in progress, the silos waited for and those whose update counts.
+    failed: silo -> reason, of the round in progress.
+    proxy_version: 0 for the proxy as first sent, one more for each patch.
+    """
+
+    def __init__(self, silos: Collection[str], *, min_silos: int | None, sample_fraction: float, seed: int) -> None:
+        """Args:
+        silos: names of all silos that may take part.
+        min_silos: fewest updates that make a round; None: all that were picked.
+        sample_fraction: share of the present silos that a round picks, at least min_silos and at least one.
+        """
+        self.silos = frozenset(silos)
+        self.min_silos = min_silos
+        self.sample_fraction = sample_fraction
+        self.seed = seed
+        self.phase = Phase.ENROLLING
+        self.round = 0
+        self.proxy_version = 0
+        self.present: set[str] = set()
+        self.pending: set[str] = set()
+        self.accepted: set[str] = set()
+        self.failed: dict[str, str] = {}
+        self.counted: dict[int, frozenset[str]] = {}
+        self._quorum = 0
+        self._end: Finished | Aborted = Finished()
+
+    def handle(self, event: Event) -> list[Action]:
+        """Applies an event; returns what is to be done about it, in order."""
+        match event:
+            case Enrolled(silo):
+                return self._enrol(silo)
+            case EnrolmentDeadlinePassed():
+                return self._close_enrolment()
+            case RoundRequested(round):
+                return self._start(round)
+            case UpdateArrived(silo):
+                return self._take(event)
+            case SiloFailed(silo, reason, round):
+                return [] if round is not None and round != self.round else self._fail({silo: reason})
+            case DeadlinePassed(round):
+                if self.phase is not Phase.TRAINING or round != self.round:
+                    return []
+                return self._fail(dict.fromkeys(self.pending, "no update before the deadline"))
+            case PatchPublished():
+                if self.phase is Phase.TRAINING:
+                    raise ValueError("the proxy cannot change during a round")
+                self.proxy_version += 1
+                return []
+            case FinishRequested():
+                self.phase, self._end = Phase.OVER, Finished()
+                return []
+            case AbortRequested(reason):
+                self.phase, self._end = Phase.OVER, Aborted(reason)
+                return []
+
+    def task(self, silo: str) -> Task:
+        """What a silo should do now."""
+        if self.phase is Phase.OVER:
+            return self._end
+        return Train(self.round) if self.phase is Phase.TRAINING and silo in self.pending else Wait()
+
+    def judge(self, update: UpdateArrived) -> Verdict:
+        """What :meth:`handle` would answer to an update. Changes nothing: it can be asked before the bytes arrive."""
+        silo, round = update.silo, update.round
+        if silo not in self.silos:
+            return Refuse(silo, _unknown(silo))
+        if silo in self.counted.get(round, ()) or (round == self.round and silo in self.accepted):
+            return Duplicate(silo)
+        if round > self.round:
+            return Refuse(
+                silo,
+                InvalidUpdate(
+                    f"an update of round {round}, but the federation is in round {self.round}",
+                    "restart the silo",
+                ),
+            )
+        if self.phase is not Phase.TRAINING or round < self.round:
+            return Refuse(silo, RoundOver(f"round {round} is over", "the silo goes on with the next round"))
+        if silo in self.failed:
+            return Refuse(
+                silo,
+                RoundOver(
+                    f"round {round} goes on without {silo}: {self.failed[silo]}", "the silo goes on with the next round"
+                ),
+            )
+        if silo not in self.pending:
+            return Refuse(silo, RefusedByServer(f"{silo} was not picked for round {round}", "restart the silo"))
+        if update.proxy_version != self.proxy_version:
+            return Refuse(
+                silo,
+                StaleProxy(
+                    f"trained on version {update.proxy_version} of the proxy, but round {round} is on version "
+                    f"{self.proxy_version}",
+                    "restart the silo: it fetches the present version",
+                ),
+            )
+        return Accept(silo)
+
+    def pick(self, round: int) -> tuple[str, ...]:
+        """The silos of a round: the same for the same seed, round and present silos, in whatever order they came.
+
+        Each silo draws a number from seed, round and its own name, and the lowest win: that one silo is away changes
+        the choice by no more than that silo.
+        """
+        count = max(math.ceil(self.sample_fraction * len(self.present)), self.min_silos or 1)
+        drawn = sorted(self.present, key=lambda silo: (derive_seed(self.seed, "silos of a round", round, silo), silo))
+        return tuple(sorted(drawn[:count]))
+
+    def _enrol(self, silo: str) -> list[Action]:
+        if silo not in self.silos:
+            return [Refuse(silo, _unknown(silo))]
+        self.present.add(silo)
+        return self._begin() if self.phase is Phase.ENROLLING and self.present == self.silos else []
+
+    def _close_enrolment(self) -> list[Action]:
+        if self.phase is not Phase.ENROLLING:
+            return []
+        needed = self.min_silos or len(self.silos)
+        if len(self.present) >= needed:
+            return self._begin()
+        missing = ", ".join(sorted(self.silos - self.present))
+        return [
+            LoseQuorum(
+                QuorumLost(
+                    f"{len(self.present)} of the {needed} silos needed have enrolled; missing: {missing}",
+                    "start the missing silos, or lower federation.min_silos",
+                )
+            )
+        ]
+
+    def _begin(self) -> list[Action]:
+        self.phase = Phase.IDLE
+        return [Begin(tuple(sorted(self.present)))]
+
+    def _start(self, round: int) -> list[Action]:
+        if self.phase is not Phase.IDLE or round <= max(self.counted, default=0):
+            raise ValueError(f"round {round} cannot start: {self.phase.name.lower()}, last round {self.round}")
+        self.round, self.accepted, self.failed = round, set(), {}
+        self.pending = set(self.pick(round))
+        self._quorum = self.min_silos or max(len(self.pending), 1)
+        if len(self.pending) < self._quorum:
+            self.failed = dict.fromkeys(self.silos - self.present, "not there")
+            return [self._lose_quorum()]
+        self.phase = Phase.TRAINING
+        return [StartRound(round, tuple(sorted(self.pending)))]
+
+    def _take(self, update: UpdateArrived) -> list[Action]:
+        verdict = self.judge(update)
+        if isinstance(verdict, Accept):
+            self.pending.discard(update.silo)
+            self.accepted.add(update.silo)
+            return [verdict, *self._settle()]
+        if isinstance(verdict, Refuse) and isinstance(verdict.error, StaleProxy):
+            return [verdict, *self._fail({update.silo: verdict.error.message})]
+        return [verdict]
+
+    def _fail(self, reasons: dict[str, str]) -> list[Action]:
+        self.present -= reasons.keys()
+        hit = reasons.keys() & self.pending if self.phase is Phase.TRAINING else set()
+        if not hit:
+            return []
+        self.pending -= hit
+        self.failed |= {silo: reasons[silo] for silo in sorted(hit)}
+        return self._settle()
+
+    def _settle(self) -> list[Action]:
+        """Ends the round if it is decided."""
+        if len(self.accepted) + len(self.pending) < self._quorum:
+            return [self._lose_quorum()]
+        if self.pending:
+            return []
+        self.phase = Phase.IDLE
+        self.counted[self.round] = frozenset(self.accepted)
+        return [Aggregate(self.round, tuple(sorted(self.accepted)))]
+
+    def _lose_quorum(self) -> LoseQuorum:
+        self.phase = Phase.IDLE
+        self.pending = set()
+        missing = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(self.failed.items()))
+        return LoseQuorum(
+            QuorumLost(
+                f"round {self.round} needs {self._quorum} updates and cannot get them ({missing})",
+                "mend these silos, or lower federation.min_silos",
+            )
+        )
+
+
+def _unknown(silo: str) -> RefusedByServer:
+    return RefusedByServer(
+        f"no silo named {silo!r} takes part in this federation",
+        "ask the server's operator to add the name to federation.silos",
+    )

@@ -1,0 +1,229 @@
+"""The report's figures, each an SVG element that takes its colours and its font from the page around it.
+
+matplotlib knows no CSS, so it draws with stand-in colours which are then replaced by CSS variables: one drawing is
+readable on a light and on a dark page.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+INK, MUTED, RULE, ACCENT, SECOND, THIRD = (f"#0000{number:02x}" for number in range(1, 7))
+VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", SECOND: "second", THIRD: "third"}
+
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedpft",  # the same numbers give the same file
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9.0,
+    "axes.edgecolor": RULE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0.0,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.wspace": 0.06,
+}
+WIDTH_INCHES, HEIGHT_INCHES = 7.4, 2.7
+
+
+def accuracy_by_round(rounds: Sequence[Mapping[str, Any]], reference: Mapping[str, float]) -> str:
+    """Accuracy of proxy and plugged-in model by round; `reference` are rows without rounds, drawn as levels."""
+    series = {
+        name: [(entry["round"], entry[name]) for entry in rounds if entry.get(name) is not None]
+        for name in ("proxy", "plugged_in")
+    }
+    if not any(series.values()):
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _panels(1)
+        for (name, points), color, marker in zip(series.items(), (SECOND, ACCENT), ("s", "o"), strict=True):
+            if points:
+                label = name.replace("_", "-")
+                axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=label, clip_on=False)
+        for (name, level), dashes in zip(reference.items(), ((5, 3), (1.5, 2.5)), strict=False):
+            axes.axhline(level, color=MUTED, linewidth=1.1, dashes=dashes, label=name)
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=0)
+        _percent(axes)
+        _legend_beside(axes)
+        said = "; ".join(
+            f"{name.replace('_', '-')} from {points[0][1]:.1%} to {points[-1][1]:.1%}"
+            for name, points in series.items()
+            if points
+        )
+        return _svg(figure, f"Line chart of test accuracy by round: {said}.")
+
+
+def distillation_loss(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Loss by step: the layer-level distillation in one panel, the alignments one after another in the next."""
+    stages = [stage for stage in stages if stage["loss"]]
+    panels = [
+        [stage for stage in stages if stage["stage"] == "layer-level"],
+        [stage for stage in stages if stage["stage"] != "layer-level"],
+    ]
+    panels = [panel for panel in panels if panel]
+    if not panels:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure, all_axes = _panels(len(panels))
+        for axes, panel in zip(all_axes, panels, strict=True):
+            start = 1
+            for stage in panel:
+                losses = stage["loss"]
+                steps = range(start, start + len(losses))
+                axes.plot(steps, losses, color=ACCENT, linewidth=0.8, alpha=0.35)
+                axes.plot(steps, _smooth(losses), color=ACCENT)
+                if panel[0]["stage"] != "layer-level":
+                    _name_span(axes, stage["stage"], start, len(losses))
+                start += len(losses)
+            axes.set_title("layer-level distillation" if panel[0]["stage"] == "layer-level" else "alignment")
+            axes.set_xlabel("step")
+            axes.set_ylim(bottom=0)
+        said = "; ".join(f"{stage['stage']} from {stage['loss'][0]:.3g} to {stage['loss'][-1]:.3g}" for stage in stages)
+        return _svg(figure, f"Line chart of distillation loss by step: {said}.")
+
+
+def alignment_gap(layers: Sequence[int], stages: Sequence[Mapping[str, Any]]) -> str:
+    """Relative hidden-state error, and cosine of the adapter's gradients, per layer and stage."""
+    panels = [
+        (key, title)
+        for key, title in (("hidden_error", "relative hidden-state error"), ("gradient_cosine", "gradient cosine"))
+        if any(stage.get(key) for stage in stages)
+    ]
+    if not panels:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure, all_axes = _panels(len(panels))
+        for axes, (key, title) in zip(all_axes, panels, strict=True):
+            shown = [stage for stage in stages if stage.get(key)]
+            for number, stage in enumerate(shown):
+                # The first stage is the gap that everything after it is to close.
+                look: dict[str, Any] = (
+                    {"color": MUTED, "linestyle": (0, (4, 2.5)), "marker": "s"}
+                    if number == 0
+                    else {"color": ACCENT, "alpha": 0.3 + 0.7 * number / (len(shown) - 1), "marker": "o"}
+                )
+                axes.plot(layers, stage[key], label=stage["stage"], clip_on=False, **look)
+            axes.set_title(title)
+            axes.set_xlabel("layer")
+            axes.set_xticks(list(layers))
+            axes.set_ylim(bottom=min(0.0, *(value for stage in shown for value in stage[key])))
+            if key == "gradient_cosine":
+                axes.set_ylim(top=1.0)
+        _legend_beside(all_axes[-1])
+        said = "; ".join(
+            f"{title} {_mean(stage[key]):.3g} {stage['stage']}"
+            for key, title in panels
+            for stage in stages
+            if stage.get(key)
+        )
+        return _svg(figure, f"Line charts per layer; means over layers: {said}.")
+
+
+def saliency_kept(layers: Sequence[int], share: Sequence[float]) -> str:
+    """Share of each layer's squared saliency that the kept neurons hold."""
+    if not share:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _panels(1)
+        bars = axes.bar(layers, share, width=0.62, color=[THIRD if value >= 1 else ACCENT for value in share])
+        axes.bar_label(bars, [f"{value:.0%}" for value in share], padding=3, color=INK)
+        axes.set_xticks(list(layers))
+        axes.set_xlabel("layer")
+        axes.set_ylim(0, 1.12)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+        _percent(axes)
+        said = ", ".join(f"layer {layer} {value:.0%}" for layer, value in zip(layers, share, strict=True))
+        return _svg(figure, f"Bar chart of the saliency kept: {said}.")
+
+
+def rows_compared(accuracy: Mapping[str, float]) -> str:
+    """Accuracy of every row, best first; the product stands out."""
+    if not accuracy:
+        return ""
+    ranked = sorted(accuracy.items(), key=lambda row: row[1])
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _panels(1, height_inches=0.5 + 0.27 * len(ranked))
+        colors = [ACCENT if name == "plugged_in" else THIRD for name, _ in ranked]
+        bars = axes.barh([name for name, _ in ranked], [value for _, value in ranked], height=0.66, color=colors)
+        axes.bar_label(bars, [f"{value:.1%}" for _, value in ranked], padding=4, color=INK)
+        axes.grid(visible=False)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.margins(y=0.02)
+        said = ", ".join(f"{name} {value:.1%}" for name, value in reversed(ranked))
+        return _svg(figure, f"Bar chart of accuracy: {said}.")
+
+
+def _panels(count: int, height_inches: float = HEIGHT_INCHES) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches))
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _percent(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+
+
+def _legend_beside(axes: Axes) -> None:
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0, handlelength=2.4)
+
+
+def _name_span(axes: Axes, name: str, start: int, steps: int) -> None:
+    if start > 1:
+        axes.axvline(start - 0.5, color=RULE, linewidth=0.9)
+    axes.annotate(
+        name, (start + (steps - 1) / 2, 0.0), (0, 5), "data", "offset points", ha="center", color=MUTED, fontsize=8.5
+    )
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a window that grows with the series; narrow at its start, where the loss is steep."""
+    reach = max(1, len(values) // 20)
+    return [_mean(values[i - min(reach, i) : i + min(reach, i) + 1]) for i in range(len(values))]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _svg(figure: Figure, alternative: str) -> str:
+    """The drawing as an element for an HTML page, with `alternative` for those who cannot see it."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    mark = re.sub(r"\W", "", alternative)[:24].lower()  # ids must differ between the figures of one page
+    svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{mark}-", svg)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    label = escape(alternative, quote=True)
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{label}" \g<1>>', svg, count=1)

@@ -1,0 +1,31 @@
+"""The operators: wrappers that check their arguments. Importing this loads the compiled kernels, if they were built.
+
+`python -m fedpft.kernels` checks every operator on this machine against its reference; docs/kernels.md has the table.
+"""
+
+from fedpft.kernels import library
+from fedpft.kernels.operators import (
+    ACTIVATIONS,
+    alignment_loss,
+    dequantize_accumulate,
+    inactivity_count,
+    neuron_saliency,
+    quantize_blocks,
+    sub_ffn,
+    sub_ffn_train,
+)
+
+library.load()
+build_info = library.build_info
+
+__all__ = [
+    "ACTIVATIONS",
+    "alignment_loss",
+    "build_info",
+    "dequantize_accumulate",
+    "inactivity_count",
+    "neuron_saliency",
+    "quantize_blocks",
+    "sub_ffn",
+    "sub_ffn_train",
+]

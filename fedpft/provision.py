@@ -1,0 +1,282 @@
+"""Makes the federation's own certificate authority, and from it a kit of files for the server and for each silo.
+
+    DIRECTORY/authority/      ca.pem, key.pem (stays with whoever runs the authority)
+    DIRECTORY/server/         ca.pem, certificate.pem, key.pem, tls.yaml
+    DIRECTORY/silos/<name>/   ca.pem, certificate.pem, key.pem, silo.yaml
+
+Keys are EC P-256, made here, without password and readable by their owner only: send each kit over a channel that
+you trust. A silo's certificate is good for dialing only, the server's for being dialed only.
+"""
+
+import datetime
+import ipaddress
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedpft import atomic
+from fedpft.config import SILO_NAME
+from fedpft.errors import CertificateError, ConfigError
+
+DEFAULT_HOSTS = ("127.0.0.1", "localhost")
+DEFAULT_PORT = 8470
+DEFAULT_DAYS = 365
+AUTHORITY_DAYS = 3650
+CLOCK_SKEW = datetime.timedelta(minutes=10)  # a kit is used at once, on machines whose clocks differ
+
+SILO_YAML = """\
+# One institution's side of the federation. Relative paths start at this file's directory.
+# docs/configuration.md lists all keys.
+
+server: {server}
+
+tls:
+  ca: ca.pem
+  certificate: certificate.pem
+  key: key.pem
+
+# EDIT: your own labelled data, a CSV or TSV file with a header line, or JSON lines. It never leaves this machine.
+data:
+  path: data.csv
+  columns:
+    text: text
+    label: label
+"""
+
+TLS_YAML = """\
+# For server.yaml; the paths start at the directory of the file that they stand in.
+listen: {listen}
+
+tls:
+  ca: {directory}/ca.pem
+  certificate: {directory}/certificate.pem
+  key: {directory}/key.pem
+"""
+
+
+def provision(
+    directory: Path,
+    silos: Sequence[str],
+    *,
+    hosts: Sequence[str] | None = None,
+    port: int = DEFAULT_PORT,
+    days: int = DEFAULT_DAYS,
+) -> list[Path]:
+    """Makes what is missing: the authority, the server's kit, and a kit for each of these silos.
+
+    Silos can be added later: the authority and the server's kit that are there are used and stay as they are.
+
+    Args:
+        hosts: names and addresses under which silos reach the server, the first of which goes into silo.yaml; default:
+            those of the server's kit or, for a new one, DEFAULT_HOSTS.
+        port: goes into silo.yaml.
+        days: how long the certificates are valid.
+
+    Returns:
+        The directories made.
+
+    Raises:
+        ConfigError: a kit is there already, or a name that cannot be a silo's. Nothing was made then.
+        CertificateError: the authority that is there cannot be used.
+    """
+    server = directory / "server"
+    _check_names(silos, directory)
+    if hosts is not None and server.exists():
+        raise ConfigError(f"{server} is there already, with its own host names", "leave the hosts out, or move it away")
+    made = []
+    if (directory / "authority").exists():
+        authority = Authority.load(directory / "authority")
+    else:
+        authority = Authority.create()
+        made.append(_make(directory / "authority", {"ca.pem": authority.pem, "key.pem": _pem(authority.key)}))
+    if not server.exists():
+        hosts = hosts or DEFAULT_HOSTS
+        kit = authority.kit("server", hosts=hosts, days=days)
+        section = TLS_YAML.format(listen=json.dumps(f"{_bracketed(hosts[0])}:{port}"), directory=server.name)
+        made.append(_make(server, {**kit, "tls.yaml": section.encode()}))
+    address = f"{_bracketed(hosts[0] if hosts else _first_host(server / 'certificate.pem'))}:{port}"
+    for silo in silos:
+        kit = authority.kit(silo, hosts=None, days=days)
+        text = SILO_YAML.format(server=json.dumps(address))
+        made.append(_make(directory / "silos" / silo, {**kit, "silo.yaml": text.encode()}))
+    return made
+
+
+@dataclass(frozen=True)
+class Authority:
+    """Signs certificates."""
+
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+
+    @classmethod
+    def create(cls) -> "Authority":
+        """A new one."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = _common_name("fedpft authority")
+        now = datetime.datetime.now(datetime.UTC)
+        builder = _builder(name, name, key.public_key(), now - CLOCK_SKEW, now + datetime.timedelta(AUTHORITY_DAYS))
+        certificate = (
+            builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_key_usage(signs_certificates=True), critical=True)
+            .sign(key, hashes.SHA256())
+        )
+        return cls(key, certificate)
+
+    @classmethod
+    def load(cls, directory: Path) -> "Authority":
+        """The one in a directory; CertificateError if it cannot be used."""
+        try:
+            key = load_pem_private_key((directory / "key.pem").read_bytes(), password=None)
+            certificate = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
+        except (OSError, ValueError, TypeError) as error:
+            raise CertificateError(
+                f"{directory}: no authority that can be used ({error})", "restore its ca.pem and key.pem"
+            ) from None
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+            raise CertificateError(f"{directory}: key.pem is not the key of ca.pem", "restore the two files")
+        return cls(key, certificate)
+
+    @property
+    def pem(self) -> bytes:
+        """The certificate that both sides trust."""
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    def kit(
+        self, name: str, *, hosts: Sequence[str] | None, days: int, valid_from: datetime.datetime | None = None
+    ) -> dict[str, bytes]:
+        """The three files of one side.
+
+        Args:
+            name: the common name; a silo is known by it.
+            hosts: for a server, its names and addresses; None for a silo.
+            valid_from: default: now, and a little before.
+        """
+        key = ec.generate_private_key(ec.SECP256R1())
+        begin = valid_from or datetime.datetime.now(datetime.UTC) - CLOCK_SKEW
+        end = min(begin + datetime.timedelta(days), self.certificate.not_valid_after_utc)
+        alternatives = [_general_name(host) for host in hosts] if hosts else [x509.DNSName(name)]
+        usage = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
+        certificate = (
+            _builder(_common_name(name), self.certificate.subject, key.public_key(), begin, end)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+            .add_extension(issuer, critical=False)
+            .sign(self.key, hashes.SHA256())
+        )
+        return {"ca.pem": self.pem, "certificate.pem": certificate.public_bytes(Encoding.PEM), "key.pem": _pem(key)}
+
+
+def _check_names(silos: Sequence[str], directory: Path) -> None:
+    for silo in silos:
+        if not re.match(SILO_NAME, silo):
+            raise ConfigError(f"{silo!r} cannot be a silo's name", "use up to 63 letters, digits, _, . and -")
+        if silos.count(silo) > 1:
+            raise ConfigError(f"silo {silo!r} is named twice", "name it once")
+        if (directory / "silos" / silo).exists():
+            raise ConfigError(
+                f"{directory / 'silos' / silo} is there already", "move it away first if this silo needs a new kit"
+            )
+
+
+def _make(directory: Path, files: dict[str, bytes]) -> Path:
+    """Writes a kit: the whole directory or nothing."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))  # mode 0700, and it stays so
+    try:
+        for name, content in files.items():
+            mode = 0o600 if name == "key.pem" else 0o644
+            descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            atomic.sync(place / name)
+        place.rename(directory)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    return directory
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    begin: datetime.datetime,
+    end: datetime.datetime,
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(end)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _common_name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(host)
+    except ValueError:
+        raise ConfigError(f"{host!r} is neither a host name nor an IP address", "mend the server's hosts") from None
+
+
+def _first_host(certificate: Path) -> str:
+    """The first name in the server's certificate."""
+    try:
+        parsed = x509.load_pem_x509_certificate(certificate.read_bytes())
+        names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return str(next(iter(names)).value)
+    except (OSError, ValueError, x509.ExtensionNotFound, StopIteration):
+        raise CertificateError(f"{certificate}: names no host", "restore the server's kit") from None
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

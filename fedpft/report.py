@@ -1,0 +1,266 @@
+"""What a run came to: a table for the terminal, and a page that needs nothing beside itself.
+
+Both read `summary.json`'s structure; the page adds curves, each left out where the run has none.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedpft import atomic, figures
+
+MEANINGS = {
+    "majority": "most frequent class",
+    "head_only": "no adapters: a head trained federated on the frozen proxy, plugged into the FM",
+    "proxy": "the tuned proxy by itself",
+    "plugged_in": "the FM with the silos' adapter: the product",
+    "full_model": "federated LoRA on the full FM: the upper bound, with the FM given away",
+    "layer_drop": "FedOT: a proxy of whole layers, with at least as many transformer parameters",
+    "no_distillation": "no distillation at all",
+    "before_only": "distillation before the federation only",
+    "during_only": "distillation during the federation only",
+    "local_only": "mean over silos of tuning alone on their own data, plugged in",
+}
+ALWAYS = ("majority", "head_only", "proxy", "plugged_in")
+PARAMETERS = {
+    "model": "the FM",
+    "proxy": "the proxy: what the silos receive",
+    "model_transformer": "the FM's transformer layers",
+    "proxy_transformer": "the proxy's transformer layers",
+    "adapter": "the adapter: what a silo trains and returns",
+}
+BYTES = {"down": "server to silos", "up": "silos to server"}
+
+
+def format_table(summary: Mapping[str, Any]) -> str:
+    """The metrics as plain text, one line a row, without a line end after the last."""
+    rows = _metric_rows(summary)
+    width = max([3, *(len(row[0]) for row in rows)])
+    lines = [f"{'row':<{width}}  accuracy  macro-F1  meaning", f"{'-' * width}  --------  --------  {'-' * 7}"]
+    lines += [f"{name:<{width}}  {accuracy:>8}  {f1:>8}  {meaning}" for name, accuracy, f1, meaning in rows]
+    return "\n".join(lines)
+
+
+def write_report(summary: Mapping[str, Any], curves: Mapping[str, Any], path: Path) -> None:
+    """Writes report.html, whole or not at all.
+
+    Args:
+        summary: as summary.json.
+        curves: {"distillation": [{"stage": "layer-level" or "round 2", "loss": [..]}],
+            "alignment": {"layers": [..], "stages": [{"stage": str, "hidden_error": [..], "gradient_cosine": [..]}]},
+            "saliency_kept": {"layers": [..], "share": [..]},
+            "rounds": [{"round": i, "proxy": accuracy, "plugged_in": accuracy}]}; any of them may be missing.
+    """
+    atomic.write_text(path, _page(_headline(summary), _sections(summary, curves)))
+
+
+# --- words and numbers ------------------------------------------------------------------------------------------------
+
+
+def _metric_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    metrics = summary.get("metrics", {})
+    names = [name for name in MEANINGS if name in metrics] + [name for name in metrics if name not in MEANINGS]
+    return [
+        (name, f"{metrics[name]['accuracy']:.4f}", f"{metrics[name]['macro_f1']:.4f}", MEANINGS.get(name, ""))
+        for name in names
+    ]
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    accuracy = {name: row["accuracy"] for name, row in summary.get("metrics", {}).items()}
+    parameters = summary.get("parameters", {})
+    sentences = []
+    if "plugged_in" in accuracy:
+        others = [
+            f"{accuracy[name]:.1%} {words}"
+            for name, words in (("proxy", "by the proxy alone"), ("head_only", "without adapters"))
+            if name in accuracy
+        ]
+        beside = f", against {' and '.join(others)}" if others else ""
+        sentences.append(f"The FM with the silos' adapter classifies {accuracy['plugged_in']:.1%} of the test{beside}.")
+    if {"full_model", "layer_drop", "plugged_in"} <= accuracy.keys():
+        way = accuracy["full_model"] - accuracy["layer_drop"]
+        if way > 0:
+            covered = (accuracy["plugged_in"] - accuracy["layer_drop"]) / way
+            sentences.append(f"That is {covered:.0%} of the way from dropping layers to tuning the full model.")
+    if parameters.get("model_transformer"):
+        share = parameters["proxy_transformer"] / parameters["model_transformer"]
+        sentences.append(f"The silos received {share:.0%} of its transformer parameters; the FM stayed on the server.")
+    return " ".join(sentences)
+
+
+def _count(value: int) -> str:
+    return f"{value:,}".replace(",", "\u2009")  # a thin space: no reader takes it for a decimal sign
+
+
+def _size(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def _decimal(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str]:
+    metrics = summary.get("metrics", {})
+    accuracy = {name: row["accuracy"] for name, row in metrics.items()}
+    alignment, saliency = curves.get("alignment", {}), curves.get("saliency_kept", {})
+    parameters, traffic, seconds = (summary.get(key, {}) for key in ("parameters", "bytes", "seconds"))
+    compared = accuracy if accuracy.keys() - set(ALWAYS) else {}
+    reference = {name: accuracy[name] for name in ("head_only", "majority") if name in accuracy}
+    sections = [
+        _table("Result", ["row", "accuracy#", "macro-F1#", "meaning"], _metric_rows(summary), strong="plugged_in"),
+        _figure(figures.rows_compared(compared), "Test accuracy of every row, each the same federation otherwise."),
+        _figure(
+            figures.accuracy_by_round(curves.get("rounds", []), reference),
+            "Test accuracy after each round, of the tuned proxy and of the FM with the same adapter.",
+        ),
+        _figure(
+            figures.distillation_loss(curves.get("distillation", [])),
+            "Distillation loss on public data: thin as measured, thick smoothed.",
+        ),
+        _figure(
+            figures.alignment_gap(alignment.get("layers", []), alignment.get("stages", [])),
+            "How far the proxy is from the FM on a public batch: the error of its hidden states (lower is better), and "
+            "the cosine between the adapter's gradients on proxy and FM (1 is the FM's own direction).",
+        ),
+        _figure(
+            figures.saliency_kept(saliency.get("layers", []), saliency.get("share", [])),
+            "Share of each layer's squared saliency that the kept neurons hold.",
+        ),
+        _table(
+            "Rounds",
+            ["round#", "silos#", "training loss#", "accuracy#", "alignment loss#"],
+            [
+                (
+                    str(entry["round"]),
+                    str(entry["silos"]),
+                    *(_decimal(entry.get(key)) for key in ("train_loss", "accuracy", "alignment_loss")),
+                )
+                for entry in summary.get("rounds", [])
+            ],
+        ),
+        _table(
+            "Parameters",
+            ["part", "parameters#", "share of the FM#"],
+            [
+                (PARAMETERS.get(name, name), _count(value), f"{value / parameters['model']:.1%}")
+                for name, value in parameters.items()
+            ],
+        ),
+        _table(
+            "Traffic",
+            ["direction", "payload#", "bytes#"],
+            [(BYTES.get(name, name), _size(value), _count(value)) for name, value in traffic.items()],
+        ),
+        _table(
+            "Time",
+            ["phase", "seconds#"],
+            [(name.replace("_", " "), _decimal(value, 1)) for name, value in seconds.items()],
+        ),
+        _setup(summary),
+    ]
+    return [section for section in sections if section]
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], strong: str = "") -> str:
+    """An HTML table; a column whose name ends in # holds numbers. Nothing if there are no rows."""
+    if not rows:
+        return ""
+    numeric = [column.endswith("#") for column in columns]
+
+    def line(tag: str, cells: Sequence[str], mark: str = "") -> str:
+        written = (
+            f"<{tag}{' class=n' if number else ''}>{escape(cell)}</{tag}>"
+            for cell, number in zip(cells, numeric, strict=True)
+        )
+        return f"<tr{mark}>{''.join(written)}</tr>"
+
+    head = line("th", [column.removesuffix("#") for column in columns])
+    body = "\n".join(line("td", row, " class=strong" if row[0] == strong else "") for row in rows)
+    return (
+        f"<section><h2>{escape(title)}</h2>\n<div class=wide><table><thead>{head}</thead>\n"
+        f"<tbody>{body}</tbody></table></div></section>"
+    )
+
+
+def _figure(svg: str, caption: str) -> str:
+    return svg and f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _setup(summary: Mapping[str, Any]) -> str:
+    shown = {key: summary[key] for key in ("seed", "versions", "config") if key in summary}
+    if not shown:
+        return ""
+    text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+    return f"<details><summary>Seed, versions and configuration</summary><pre>{escape(text)}</pre></details>"
+
+
+def _page(headline: str, sections: Sequence[str]) -> str:
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>FedPFT run</title>
+<style>{CSS}</style>
+</head>
+<body>
+<main>
+<header><h1>FedPFT run</h1>
+<p class=lead>{escape(headline)}</p></header>
+{chr(10).join(sections)}
+</main>
+</body>
+</html>
+"""
+
+
+CSS = """
+:root {
+  color-scheme: light dark;
+  --page: #fdfdfc; --ink: #1d2126; --muted: #666e78; --rule: #dfe2e5; --tint: #f0f4f9;
+  --accent: #1f62b3; --second: #c0601a; --third: #9db0c6;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #15181c; --ink: #e4e7ea; --muted: #98a1ab; --rule: #333a42; --tint: #1c2733;
+    --accent: #6aaaf0; --second: #eb9a5b; --third: #50647a;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 50rem; margin: 0 auto; padding: 3.5rem 1.5rem 5rem; }
+h1 { margin: 0; font-size: .8rem; font-weight: 600; letter-spacing: .08em; text-transform: uppercase;
+  color: var(--muted); }
+.lead { margin: .6rem 0 0; font-size: 1.35rem; line-height: 1.45; text-wrap: pretty; }
+h2 { margin: 3rem 0 .6rem; font-size: 1rem; font-weight: 600; }
+.wide { overflow-x: auto; }
+table { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .42rem 1.2rem .42rem 0; text-align: left; vertical-align: baseline;
+  border-bottom: 1px solid var(--rule); }
+th { font-weight: 500; color: var(--muted); white-space: nowrap; }
+.n { text-align: right; white-space: nowrap; }
+tr > :first-child { padding-left: .5rem; }
+tr > :last-child { padding-right: .5rem; }
+.strong { background: var(--tint); }
+.strong td:not(:last-child) { font-weight: 600; }
+figure { margin: 2.8rem 0 0; }
+figure svg { display: block; width: 100%; height: auto; }
+figure svg text { font-family: system-ui, sans-serif !important; font-variant-numeric: tabular-nums; }
+figcaption { margin-top: .5rem; padding-left: .5rem; font-size: .85rem; color: var(--muted); text-wrap: pretty; }
+details { margin-top: 3rem; font-size: .9rem; }
+summary { cursor: pointer; color: var(--muted); }
+pre { overflow-x: auto; padding: 1rem; background: var(--tint); font: .8rem/1.5 ui-monospace, monospace; }
+@media print { main { padding: 0; } figure, tr { break-inside: avoid; } }
+"""

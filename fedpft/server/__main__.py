@@ -1,0 +1,26 @@
+"""`python -m fedpft.server --config server.yaml`: the process of the FM's owner."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fedpft.command import run_command
+from fedpft.config import load_server_config
+from fedpft.report import format_table
+from fedpft.server.run import run
+
+
+def main() -> int:
+    """Parses the command line, runs a federation, returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedpft.server",
+        description="The owner of the foundation model: builds the proxy, runs the rounds, plugs the adapter in.",
+        epilog="docs/configuration.md describes server.yaml, docs/errors.md the exit codes.",
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="server.yaml", help="the server's configuration")
+    arguments = parser.parse_args()
+    return run_command(lambda: print(format_table(run(load_server_config(arguments.config)))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

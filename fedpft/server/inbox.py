@@ -1,0 +1,113 @@
+"""Where updates arrive: OUT/updates/round-<r>/<silo>.safetensors, each checked before it is there."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fedpft import atomic
+from fedpft.errors import InvalidUpdate, RoundOver, TransferCorrupt
+from fedpft.server.updates import Update, check_update, compressed_neurons, largest_update_bytes
+from fedpft.wire import transfer
+from fedpft.wire.federation_pb2 import Header, Piece, UpdateHeader
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What the present round's updates must be like: an adapter, and the compressed layers' K if counts are wanted."""
+
+    round: int
+    like: dict[str, Tensor]
+    neurons: Mapping[int, int]
+
+
+class Inbox:
+    """Receives, checks and keeps the updates of one round at a time.
+
+    bytes_up: payload bytes received so far, from all silos together.
+    """
+
+    def __init__(self, bundle: Path, directory: Path) -> None:
+        """Args:
+            bundle: its proxy.json says what inactivity counts must be like.
+            directory: for the updates; emptied here.
+
+        Raises:
+            ModelError: no proxy.json, or one that cannot be read.
+        """
+        self.bytes_up = 0
+        self._directory = directory
+        self._neurons = compressed_neurons(bundle)
+        self._order: Order | None = None
+        self._kept: dict[str, Update] = {}
+        self._lock = threading.Lock()
+        self._checking = threading.Lock()  # one at a time: a check has a whole update in memory
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+
+    def open_round(self, round: int, like: dict[str, Tensor], *, count_inactivity: bool) -> None:
+        """From now on updates of this round are welcome; those of the last are deleted."""
+        self.clear()
+        self._order = Order(round, like, self._neurons if count_inactivity else {})
+
+    def clear(self) -> None:
+        """Deletes all updates: once the mean is taken, what one silo sent is nobody's to keep."""
+        self._order, self._kept = None, {}
+        for path in self._directory.glob("round-*"):
+            shutil.rmtree(path)
+
+    @property
+    def counts_inactivity(self) -> bool:
+        """Whether the present round's updates bring inactivity counts."""
+        return self._order is not None and bool(self._order.neurons)
+
+    def updates(self, silos: Iterable[str]) -> list[Update]:
+        """The kept updates of these silos."""
+        return [self._kept[silo] for silo in silos]
+
+    @contextlib.contextmanager
+    def receive(self, silo: str, header: UpdateHeader, pieces: Iterable[Piece]) -> Iterator[Callable[[], None]]:
+        """Receives and checks an update; yields the call that keeps it. Otherwise it is gone after the body.
+
+        Raises:
+            RoundOver: in the meantime.
+            InvalidUpdate: it cannot be used, naming silo and tensor.
+            TransferCorrupt: it did not arrive as it was sent.
+        """
+        order = self._order
+        if order is None or order.round != header.round:
+            raise RoundOver(f"round {header.round} is over", "the silo goes on with the next round")
+        largest = largest_update_bytes(order.like, order.neurons)
+
+        def check_size(file: Header) -> None:
+            if file.total_bytes > largest:
+                raise InvalidUpdate(
+                    f"{silo}: the update has {file.total_bytes} bytes, at most {largest} make sense",
+                    "train on this federation's proxy with this version of fedpft",
+                )
+
+        with tempfile.TemporaryDirectory(prefix="incoming-", dir=self._directory) as place:
+            files = transfer.receive(pieces, Path(place), check=check_size, received=self._count)
+            if len(files) != 1:
+                raise TransferCorrupt(f"{silo}: an update is one file, not {len(files)}", transfer.AGAIN)
+            update = Update(silo, header.samples, dict(header.metrics), files[0])
+            with self._checking:
+                check_update(update, order.like, order.neurons)
+            yield lambda: self._keep(update, order.round)
+
+    def _keep(self, update: Update, round: int) -> None:
+        path = self._directory / f"round-{round}" / f"{update.silo}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        os.replace(update.path, path)
+        atomic.sync(path.parent)
+        self._kept[update.silo] = dataclasses.replace(update, path=path)
+
+    def _count(self, chunk_bytes: int) -> None:
+        with self._lock:
+            self.bytes_up += chunk_bytes

@@ -1,0 +1,198 @@
+"""Connections: mutual TLS 1.3 and keep-alive on both sides; on the silo's, patience with a server that is away.
+
+TLS. Each side shows a certificate of the federation's own authority and demands one of the other; a silo also checks
+that the server's certificate is made out to the host it dials. `fedpft.wire` keeps TLS 1.2 out. Keys are read once.
+"""
+
+import logging
+import random
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import grpc
+
+from fedpft.config import TlsSection
+from fedpft.errors import CertificateError, FedPFTError, PortInUse, ServerUnreachable, TransferCorrupt
+from fedpft.wire.status import error_of
+from fedpft.wire.transfer import MAX_MESSAGE_BYTES
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+MESSAGE_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+# A silo trains for hours between two calls: pings keep firewalls from forgetting the connection, and tell within
+# 40 s if the other side is gone.
+SILO_OPTIONS = [
+    *MESSAGE_OPTIONS,
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),  # the waiting is done here, by `persist`
+    ("grpc.enable_http_proxy", 0),  # the address in silo.yaml is where the silo connects, whatever http_proxy says
+]
+SERVER_OPTIONS = [
+    *MESSAGE_OPTIONS,
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),  # else a second server on the same port would silently share its silos
+]
+
+SILO_KEY = "fedpft-silo"  # metadata: a silo's name where there is no certificate to carry it
+
+FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 10.0
+CORRUPT_ATTEMPTS = 3
+PROBE_SECONDS = 5.0
+
+
+def listen(server: grpc.Server, address: str, tls: TlsSection | None) -> int:
+    """Binds a server to host:port, without TLS if `tls` is None; returns the port, the real one for port 0.
+
+    Raises:
+        PortInUse: something else listens there, or the host is not this machine's.
+    """
+    try:
+        if tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
+            credentials = grpc.ssl_server_credentials([pair], tls.ca.read_bytes(), require_client_auth=True)
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise PortInUse(
+            f"cannot listen on {address}: the port is taken, or the host is not an address of this machine",
+            "stop the other process or change `listen` in server.yaml",
+        )
+    return int(port)
+
+
+def dial(address: str, tls: TlsSection | None) -> grpc.Channel:
+    """A channel to the server; it connects with the first call."""
+    if tls is None:
+        return grpc.insecure_channel(address, options=SILO_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(tls.ca.read_bytes(), tls.key.read_bytes(), tls.certificate.read_bytes())
+    return grpc.secure_channel(address, credentials, options=SILO_OPTIONS)
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait between attempts: doubling, with jitter so that silos do not come back all at once."""
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        yield random.uniform(0.5, 1.0) * pause
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def persist(
+    attempt: Callable[[], Answer],
+    address: str,
+    tls: TlsSection | None,
+    *,
+    timeout_seconds: float,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> Answer:
+    """Calls the server until it answers; only what waiting can mend is tried again.
+
+    Args:
+        attempt: one or more RPCs; it may be called many times.
+        timeout_seconds: longest wait since the first failure.
+
+    Raises:
+        ServerUnreachable: no answer within that time.
+        CertificateError: the server is there, but the certificates of the two sides do not fit.
+        TransferCorrupt: CORRUPT_ATTEMPTS transfers in a row were broken.
+        FedPFTError: what the server answered.
+    """
+    began, corrupt, waiting = None, 0, pauses()
+    while True:
+        try:
+            return attempt()
+        except TransferCorrupt as error:
+            fault: FedPFTError = error
+        except grpc.RpcError as error:
+            fault = error_of(error)
+        if isinstance(fault, TransferCorrupt):
+            corrupt += 1
+            if corrupt == CORRUPT_ATTEMPTS:
+                raise fault
+            log.warning("%s; trying again", fault.message)
+            continue
+        if not isinstance(fault, ServerUnreachable):
+            raise fault
+        reason = diagnose(address, tls)
+        began, pause = began if began is not None else clock(), next(waiting)
+        if clock() - began + pause > timeout_seconds:
+            raise ServerUnreachable(
+                f"the server at {address} did not answer for {timeout_seconds:g} s ({reason})",
+                "check `server` in silo.yaml, that the server runs, and that firewalls let TCP through",
+            )
+        log.info("the server at %s does not answer (%s); trying again in %.1f s", address, reason, pause)
+        sleep(pause)
+
+
+def diagnose(address: str, tls: TlsSection | None) -> str:
+    """Finds out with a handshake of its own why the server could not be reached; a few words.
+
+    gRPC reports a refused connection and a refused certificate alike, but only the first can pass by waiting.
+
+    Raises:
+        CertificateError: one side does not accept the other's certificate.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        with socket.create_connection((host, int(port)), timeout=PROBE_SECONDS) as connection:
+            if tls is not None:
+                _handshake(connection, host, address, tls)
+    except socket.gaierror:
+        return f"the name {host} is not known"
+    except TimeoutError:
+        return "no answer"
+    except OSError as error:
+        return (error.strerror or "no connection").lower()
+    return "it broke the connection off"
+
+
+def _handshake(connection: socket.socket, host: str, address: str, tls: TlsSection) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(tls.ca)
+    context.load_cert_chain(tls.certificate, tls.key)
+    context.set_alpn_protocols(["h2"])
+    try:
+        with context.wrap_socket(connection, server_hostname=host) as secured:
+            # With TLS 1.3 a silo's handshake is over before the server has looked at the silo's certificate: only
+            # the first read tells. A server that is content opens HTTP/2 with a settings frame.
+            secured.recv(1)
+    except ssl.SSLCertVerificationError as error:
+        raise CertificateError(
+            f"the certificate of the server at {address} is not accepted: {error.verify_message.rstrip('.')}",
+            "check that `server` is a host named in that certificate, and that tls.ca is this federation's authority",
+        ) from None
+    except ssl.SSLEOFError:
+        return
+    except ssl.SSLError as error:
+        reason = (error.reason or "handshake failed").lower().replace("_", " ")
+        if "alert" not in reason:
+            raise CertificateError(
+                f"what listens at {address} does not speak TLS 1.3: {reason}", "check `server` in silo.yaml"
+            ) from None
+        raise CertificateError(
+            f"the server at {address} does not accept {tls.certificate}: {reason}",
+            "check that the kit is this federation's; ask the server's operator",
+        ) from None

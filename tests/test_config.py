@@ -1,0 +1,216 @@
+"""What server.yaml and silo.yaml may say, and what a mistake in them ends in."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedpft.config import ServerConfig, dump, load_server_config, load_silo_config, reference
+from fedpft.errors import ConfigError
+
+TLS = {"ca": "ca.pem", "certificate": "me.pem", "key": "me.key"}
+SERVER: dict[str, Any] = {
+    "out": "run",
+    "listen": "0.0.0.0:7000",
+    "tls": TLS,
+    "model": {"path": "../model", "labels": "labels.txt"},
+    "federation": {"silos": ["north", "south"]},
+    "public_data": "/data/public.csv",
+}
+SILO: dict[str, Any] = {"server": "example.org:7000", "tls": TLS, "data": {"path": "train.csv"}}
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+
+
+def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `values` with dotted keys set, or left out where the change is None."""
+    copy = yaml.safe_load(yaml.safe_dump(values))
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        section = copy
+        for part in path:
+            section = section.setdefault(part, {})
+        if value is None:
+            del section[last]
+        else:
+            section[last] = value
+    return copy
+
+
+def written(directory: Path, values: Any) -> Path:
+    path = directory / "the.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def fault(directory: Path, values: Any, load: Any = load_server_config) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load(written(directory, values))
+    assert raised.value.message.startswith(str(directory / "the.yaml"))
+    assert raised.value.remedy
+    assert "\n" not in str(raised.value)
+    return str(raised.value).removeprefix(str(directory / "the.yaml"))
+
+
+def test_relative_paths_start_at_the_files_own_directory(tmp_path: Path) -> None:
+    config = load_server_config(written(tmp_path, SERVER))
+    assert config.out == tmp_path / "run"
+    assert config.model.path == tmp_path / "../model"
+    assert config.tls is not None
+    assert config.tls.key == tmp_path / "me.key"
+    assert config.public_data == Path("/data/public.csv")
+    assert config.test_data is None
+
+
+def test_a_silos_default_work_directory_is_beside_its_file(tmp_path: Path) -> None:
+    config = load_silo_config(written(tmp_path, SILO))
+    assert config.work == tmp_path / "work"
+    assert config.data.path == tmp_path / "train.csv"
+
+
+def test_relative_paths_do_not_depend_on_where_the_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, SILO)
+    monkeypatch.chdir(tmp_path)
+    assert load_silo_config(Path("the.yaml")).work == tmp_path / "work"
+
+
+def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
+    config = load_server_config(written(tmp_path, SERVER))
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+
+
+def test_what_is_dumped_is_read_as_the_same(tmp_path: Path) -> None:
+    config = load_server_config(written(tmp_path, SERVER))
+    assert load_server_config(written(tmp_path, dump(config))) == config
+
+
+TYPOS = [
+    ("sed", 3, "unknown key 'sed' -> did you mean 'seed'?"),
+    ("model.lables", "a", "unknown key 'model.lables' -> did you mean 'labels'?"),
+    ("training.learning-rate", 0.1, "unknown key 'training.learning-rate' -> did you mean 'learning_rate'?"),
+    ("adapter.zzz", 1, "unknown key 'adapter.zzz' -> known keys here: rank, alpha, dropout"),
+    ("tls.cert", "a", "unknown key 'tls.cert' -> "),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "text"), TYPOS)
+def test_an_unknown_key_is_named_with_what_was_meant(tmp_path: Path, key: str, value: Any, text: str) -> None:
+    assert text in fault(tmp_path, changed(SERVER, {key: value}))
+
+
+@pytest.mark.parametrize("key", ["out", "listen", "model", "model.path", "federation.silos", "public_data"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    assert f": key '{key}' is missing -> add {key}: " in fault(tmp_path, changed(SERVER, {key: None}))
+
+
+WRONG = [
+    ("seed", "many", ": seed: input should be a valid integer"),
+    ("seed", -1, ": seed: input should be greater than or equal to 0, got -1"),
+    (
+        "adapter.dropout",
+        1.5,
+        ": adapter.dropout: input should be less than or equal to 1, got 1.5 -> adapter.dropout: ",
+    ),
+    ("training", "fast", ": training: must be a mapping of keys, got 'fast' -> "),
+    ("model", ["a"], ": model: must be a mapping of keys, got ['a'] -> "),
+    ("federation.silos", "north", ": federation.silos: must be a list, got 'north' -> "),
+    ("federation.silos", ["north", 3], ": federation.silos[1]: input should be a valid string, got 3 -> "),
+    ("federation.silos", [], ": federation.silos: "),
+    ("federation.silos", ["north", "north"], ": federation.silos names a silo twice"),
+    ("federation.silos", ["../north"], "'../north' is not a name"),
+    ("federation.min_silos", 3, ": federation.min_silos is 3, but only 2 silos are named"),
+    ("listen", "here", ": listen: does not have the right form, got 'here' -> listen: host:port"),
+    ("listen", "0.0.0.0:70000", "there is no port 70000"),
+    ("model.task", "translation", ": model.task: input should be 'sequence-classification' or"),
+    ("proxy.neurons", "some", ": proxy.neurons: input should be a valid integer"),
+    ("proxy.neurons", 0, ": proxy.neurons: input should be greater than or equal to 1, got 0"),
+    ("proxy.keep", "layers", ": proxy.layers is needed with proxy.keep: layers"),
+    ("model.path", 7, ": model.path: input is not a valid path"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "text"), WRONG)
+def test_a_wrong_value_is_named_with_its_meaning(tmp_path: Path, key: str, value: Any, text: str) -> None:
+    assert text in fault(tmp_path, changed(SERVER, {key: value}))
+
+
+def test_bad_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    assert fault(tmp_path, "out: run\nlisten: 'open\n").startswith(":3: ")
+    assert fault(tmp_path, "out: run\n\tlisten: a\n").startswith(":2: ")
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- b\n"])
+def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    assert fault(tmp_path, text).startswith(": must be a mapping of keys")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.yaml: no such file -> .*--config"):
+        load_server_config(tmp_path / "gone.yaml")
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"out: caf\xe9\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_server_config(tmp_path / "a.yaml")
+
+
+# --- transport --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:7000", "localhost:7000"])
+def test_insecure_is_allowed_on_loopback(tmp_path: Path, address: str) -> None:
+    changes = {"tls": None, "insecure_loopback": True, "listen": address}
+    assert load_server_config(written(tmp_path, changed(SERVER, changes))).insecure_loopback
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:7000", "127.0.0.1.example.org:7000", "192.168.0.2:7000", "[::]:7000"])
+def test_insecure_is_refused_elsewhere(tmp_path: Path, address: str) -> None:
+    changes = {"tls": None, "insecure_loopback": True, "listen": address}
+    assert "insecure_loopback is for loopback addresses" in fault(tmp_path, changed(SERVER, changes))
+
+
+def test_a_silo_is_held_to_the_same_rule(tmp_path: Path) -> None:
+    changes = {"tls": None, "insecure_loopback": True, "insecure_name": "north"}
+    assert "insecure_loopback is for loopback" in fault(tmp_path, changed(SILO, changes), load_silo_config)
+    local = changed(SILO, {**changes, "server": "127.0.0.1:7000"})
+    assert load_silo_config(written(tmp_path, local)).insecure_name == "north"
+
+
+@pytest.mark.parametrize("changes", [{"tls": None}, {"insecure_loopback": True, "listen": "127.0.0.1:0"}])
+def test_exactly_one_transport_is_given(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert "exactly one of tls and insecure_loopback" in fault(tmp_path, changed(SERVER, changes))
+
+
+def test_a_name_goes_with_insecure_loopback_only(tmp_path: Path) -> None:
+    assert "insecure_name goes with" in fault(tmp_path, changed(SILO, {"insecure_name": "a"}), load_silo_config)
+    changes = {"tls": None, "insecure_loopback": True, "server": "127.0.0.1:1"}
+    assert "insecure_name goes with" in fault(tmp_path, changed(SILO, changes), load_silo_config)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_in_step_with_the_code() -> None:
+    assert PAGE.read_text(encoding="utf-8") == reference(), f"run: python -m fedpft.config > {PAGE.name}"
+
+
+def test_the_page_is_printed_by_the_module() -> None:
+    command = [sys.executable, "-m", "fedpft.config"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == reference()
+
+
+def test_the_page_describes_every_field_in_words() -> None:
+    for line in reference().splitlines():
+        if line.startswith("| `"):
+            cells = line.replace("\\|", "/").strip("| ").split(" | ")
+            assert len(cells) == 4, line
+            assert cells[1] in ("section", "path", "text", "list of texts", "list of whole numbers") or cells[
+                1
+            ].startswith(("`", "number", "whole number")), line
+    assert set(ServerConfig.model_fields) <= {line.split("`")[1] for line in reference().splitlines() if "| `" in line}

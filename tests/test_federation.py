@@ -1,0 +1,354 @@
+"""The round state machine: named situations first, then invariants under any order of events."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from fedpft.errors import InvalidUpdate, QuorumLost, RefusedByServer, RoundOver, StaleProxy
+from fedpft.federation import (
+    AbortRequested,
+    Aborted,
+    Accept,
+    Aggregate,
+    Begin,
+    DeadlinePassed,
+    Duplicate,
+    Enrolled,
+    EnrolmentDeadlinePassed,
+    Federation,
+    Finished,
+    FinishRequested,
+    LoseQuorum,
+    PatchPublished,
+    Phase,
+    Refuse,
+    RoundRequested,
+    SiloFailed,
+    StartRound,
+    Train,
+    UpdateArrived,
+    Wait,
+)
+
+SILOS = ("east", "north", "south")
+
+
+def begun(silos=SILOS, min_silos=None, sample_fraction=1.0, seed=0):
+    federation = Federation(silos, min_silos=min_silos, sample_fraction=sample_fraction, seed=seed)
+    for silo in silos:
+        federation.handle(Enrolled(silo))
+    return federation
+
+
+def training(**settings):
+    federation = begun(**settings)
+    federation.handle(RoundRequested(1))
+    return federation
+
+
+def refusal(actions):
+    (action,) = actions
+    assert isinstance(action, Refuse)
+    return action.error
+
+
+# --- enrolment --------------------------------------------------------------------------------------------------------
+
+
+def test_the_federation_begins_when_the_last_silo_is_there():
+    federation = Federation(SILOS, min_silos=1, sample_fraction=1.0, seed=0)
+    assert federation.handle(Enrolled("north")) == []
+    assert federation.handle(Enrolled("north")) == []
+    assert federation.handle(Enrolled("east")) == []
+    assert federation.handle(Enrolled("south")) == [Begin(SILOS)]
+    assert federation.handle(EnrolmentDeadlinePassed()) == []
+
+
+def test_an_unknown_silo_is_refused():
+    federation = Federation(SILOS, min_silos=None, sample_fraction=1.0, seed=0)
+    error = refusal(federation.handle(Enrolled("west")))
+    assert type(error) is RefusedByServer
+    assert "west" in error.message
+    assert refusal(training().handle(UpdateArrived("west", 1, 0))).message == error.message
+
+
+def test_enough_silos_at_the_deadline_are_enough():
+    federation = Federation(SILOS, min_silos=2, sample_fraction=1.0, seed=0)
+    federation.handle(Enrolled("north"))
+    federation.handle(Enrolled("south"))
+    assert federation.handle(EnrolmentDeadlinePassed()) == [Begin(("north", "south"))]
+    assert federation.handle(RoundRequested(1)) == [StartRound(1, ("north", "south"))]
+
+
+@pytest.mark.parametrize("min_silos", [2, None])
+def test_too_few_silos_at_the_deadline_lose_the_quorum_by_name(min_silos):
+    federation = Federation(SILOS, min_silos=min_silos, sample_fraction=1.0, seed=0)
+    federation.handle(Enrolled("north"))
+    (action,) = federation.handle(EnrolmentDeadlinePassed())
+    assert isinstance(action, LoseQuorum)
+    assert "east, south" in action.error.message
+
+
+# --- a round ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_round_ends_with_the_last_update():
+    federation = training()
+    assert [federation.task(silo) for silo in SILOS] == [Train(1)] * 3
+    assert federation.handle(UpdateArrived("south", 1, 0)) == [Accept("south")]
+    assert federation.task("south") == Wait()
+    assert federation.handle(UpdateArrived("north", 1, 0)) == [Accept("north")]
+    assert federation.handle(UpdateArrived("east", 1, 0)) == [Accept("east"), Aggregate(1, SILOS)]
+    assert federation.handle(RoundRequested(2)) == [StartRound(2, SILOS)]
+
+
+def test_the_same_update_twice_counts_once():
+    federation = training(silos=("north", "south"))
+    federation.handle(UpdateArrived("north", 1, 0))
+    assert federation.handle(UpdateArrived("north", 1, 0)) == [Duplicate("north")]
+    actions = federation.handle(UpdateArrived("south", 1, 0))
+    assert actions == [Accept("south"), Aggregate(1, ("north", "south"))]
+    assert federation.handle(UpdateArrived("south", 1, 0)) == [Duplicate("south")], "even after the round"
+    federation.handle(RoundRequested(2))
+    assert federation.handle(UpdateArrived("south", 1, 0)) == [Duplicate("south")], "even in the next one"
+
+
+def test_a_late_update_is_refused():
+    federation = training(min_silos=2)
+    federation.handle(UpdateArrived("north", 1, 0))
+    federation.handle(UpdateArrived("south", 1, 0))
+    assert federation.handle(DeadlinePassed(1)) == [Aggregate(1, ("north", "south"))]
+    assert type(refusal(federation.handle(UpdateArrived("east", 1, 0)))) is RoundOver
+    federation.handle(RoundRequested(2))
+    assert type(refusal(federation.handle(UpdateArrived("east", 1, 0)))) is RoundOver
+
+
+def test_an_update_of_a_round_to_come_is_invalid():
+    assert type(refusal(training().handle(UpdateArrived("north", 2, 0)))) is InvalidUpdate
+
+
+def test_a_stale_proxy_is_refused_and_its_silo_not_waited_for():
+    federation = begun(min_silos=2)
+    federation.handle(PatchPublished())
+    federation.handle(RoundRequested(1))
+    assert federation.handle(UpdateArrived("east", 1, 1)) == [Accept("east")]
+    assert federation.handle(UpdateArrived("south", 1, 1)) == [Accept("south")]
+    refused, ended = federation.handle(UpdateArrived("north", 1, 0))
+    assert type(refused.error) is StaleProxy
+    assert ended == Aggregate(1, ("east", "south"))
+
+
+def test_a_failed_silo_is_out_of_the_round_and_back_in_the_next():
+    federation = training(min_silos=1)
+    assert federation.handle(SiloFailed("north", "NaN", 1)) == []
+    assert type(refusal(federation.handle(UpdateArrived("north", 1, 0)))) is RoundOver
+    assert federation.handle(Enrolled("north")) == []
+    assert federation.task("north") == Wait()
+    federation.handle(UpdateArrived("east", 1, 0))
+    assert federation.handle(UpdateArrived("south", 1, 0))[-1] == Aggregate(1, ("east", "south"))
+    assert federation.handle(RoundRequested(2)) == [StartRound(2, SILOS)]
+
+
+def test_a_silo_that_is_not_heard_of_is_not_picked_again():
+    federation = training(min_silos=1)
+    federation.handle(UpdateArrived("north", 1, 0))
+    federation.handle(DeadlinePassed(1))
+    assert federation.handle(RoundRequested(2)) == [StartRound(2, ("north",))]
+
+
+def test_a_failure_of_an_earlier_round_is_no_failure_of_this_one():
+    federation = training(min_silos=2)
+    for silo in SILOS:
+        federation.handle(UpdateArrived(silo, 1, 0))
+    federation.handle(RoundRequested(2))
+    assert federation.handle(SiloFailed("north", "NaN", 1)) == []
+    assert federation.task("north") == Train(2)
+
+
+def test_a_lost_quorum_names_each_silo_and_its_reason():
+    federation = training(min_silos=2)
+    federation.handle(UpdateArrived("south", 1, 0))
+    assert federation.handle(SiloFailed("north", "'head' holds NaN")) == []
+    (action,) = federation.handle(DeadlinePassed(1))
+    assert isinstance(action, LoseQuorum)
+    assert isinstance(action.error, QuorumLost)
+    assert "north: 'head' holds NaN" in action.error.message
+    assert "east: no update before the deadline" in action.error.message
+    assert federation.phase is Phase.IDLE
+
+
+def test_a_quorum_out_of_reach_is_lost_before_the_deadline():
+    federation = training(min_silos=3)
+    (action,) = federation.handle(SiloFailed("north", "it left"))
+    assert isinstance(action, LoseQuorum)
+
+
+def test_a_round_without_enough_silos_does_not_start():
+    federation = begun(min_silos=2)
+    federation.handle(SiloFailed("north", "it left"))
+    federation.handle(SiloFailed("south", "it left"))
+    (action,) = federation.handle(RoundRequested(1))
+    assert isinstance(action, LoseQuorum)
+    assert "north" in action.error.message
+
+
+def test_a_deadline_of_another_round_means_nothing():
+    federation = training(min_silos=1)
+    assert federation.handle(DeadlinePassed(2)) == []
+    assert federation.phase is Phase.TRAINING
+
+
+def test_an_update_of_a_silo_that_was_not_picked_is_refused():
+    federation = training(sample_fraction=0.34)
+    (left_out, *_) = federation.silos - federation.pending
+    assert federation.task(left_out) == Wait()
+    assert "not picked" in refusal(federation.handle(UpdateArrived(left_out, 1, 0))).message
+
+
+def test_every_silo_hears_the_end():
+    finished, aborted = training(), training()
+    finished.handle(FinishRequested())
+    aborted.handle(AbortRequested("the disk is full"))
+    for silo in SILOS:
+        assert finished.task(silo) == Finished()
+        assert aborted.task(silo) == Aborted("the disk is full")
+
+
+def test_a_patch_during_a_round_is_a_programming_error():
+    with pytest.raises(ValueError, match="during a round"):
+        training().handle(PatchPublished())
+
+
+def test_a_round_that_was_is_a_programming_error():
+    federation = training(silos=("north",))
+    federation.handle(UpdateArrived("north", 1, 0))
+    with pytest.raises(ValueError, match="cannot start"):
+        federation.handle(RoundRequested(1))
+
+
+# --- picking ----------------------------------------------------------------------------------------------------------
+
+MANY = tuple(f"silo{number}" for number in range(20))
+
+
+def test_the_choice_is_the_same_for_every_order_of_enrolment():
+    one, other = begun(silos=MANY, sample_fraction=0.25), begun(silos=MANY[::-1], sample_fraction=0.25)
+    assert [one.pick(round) for round in range(1, 9)] == [other.pick(round) for round in range(1, 9)]
+
+
+def test_the_choice_varies_with_round_and_seed():
+    federation, other = begun(silos=MANY, sample_fraction=0.25), begun(silos=MANY, sample_fraction=0.25, seed=1)
+    assert len({federation.pick(round) for round in range(1, 9)}) == 8
+    assert federation.pick(1) != other.pick(1)
+    assert {len(federation.pick(round)) for round in range(1, 9)} == {5}
+
+
+def test_every_silo_has_its_turn():
+    federation = begun(silos=MANY, sample_fraction=0.25)
+    turns = [silo for round in range(1, 401) for silo in federation.pick(round)]
+    assert all(60 <= turns.count(silo) <= 140 for silo in MANY)  # 100 expected, standard deviation 8.7
+
+
+def test_a_fraction_below_the_minimum_picks_the_minimum():
+    assert len(begun(silos=MANY, min_silos=3, sample_fraction=0.05).pick(1)) == 3
+    assert len(begun(silos=MANY, sample_fraction=0.001).pick(1)) == 1
+
+
+# --- any order of events ----------------------------------------------------------------------------------------------
+
+names = st.sampled_from([*SILOS, "stranger"])
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Keeps its own plain record of what was answered, and compares."""
+
+    @initialize(min_silos=st.none() | st.integers(1, 3), fraction=st.sampled_from([0.3, 0.6, 1.0]), seed=st.integers(0, 9))
+    def start(self, min_silos, fraction, seed):
+        self.federation = Federation(SILOS, min_silos=min_silos, sample_fraction=fraction, seed=seed)
+        self.round, self.picked, self.counted, self.open = 0, (), [], False
+        self.versions = 0
+
+    def handle(self, event):
+        actions = self.federation.handle(event)
+        for action in actions:
+            match action:
+                case StartRound(round, silos):
+                    assert not self.open
+                    assert round == self.round
+                    assert silos
+                    self.picked, self.counted, self.open = silos, [], True
+                case Accept(silo):
+                    assert self.open
+                    assert silo in self.picked
+                    assert silo not in self.counted, "a silo counts once"
+                    self.counted.append(silo)
+                case Aggregate(round, silos):
+                    assert self.open
+                    assert round == self.round
+                    assert silos == tuple(sorted(self.counted)), "exactly the accepted updates count"
+                    assert len(silos) >= (self.federation.min_silos or len(self.picked))
+                    self.open = False
+                case LoseQuorum():
+                    self.open = False
+        return actions
+
+    @rule(silo=names)
+    def enrol(self, silo):
+        self.handle(Enrolled(silo))
+
+    @rule()
+    def close_enrolment(self):
+        self.handle(EnrolmentDeadlinePassed())
+
+    @rule()
+    def request_round(self):
+        if self.federation.phase is Phase.IDLE:
+            self.round += 1
+            self.handle(RoundRequested(self.round))
+
+    @rule(silo=names, behind=st.integers(-1, 2), version_behind=st.integers(-1, 1))
+    def send_update(self, silo, behind, version_behind):
+        update = UpdateArrived(silo, self.round - behind, self.versions - version_behind)
+        counted, foreseen = len(self.counted), self.federation.judge(update)
+        verdict = self.handle(update)[0]
+        assert type(verdict) is type(foreseen), "judge says what handle does"
+        if isinstance(verdict, Accept):
+            assert behind == version_behind == 0
+            assert len(self.counted) == counted + 1
+        else:
+            assert len(self.counted) == counted
+
+    @rule(silo=names, round_known=st.booleans())
+    def fail(self, silo, round_known):
+        self.handle(SiloFailed(silo, "it left", self.round if round_known else None))
+
+    @rule(behind=st.integers(0, 1))
+    def pass_deadline(self, behind):
+        self.handle(DeadlinePassed(self.round - behind))
+        if behind == 0:
+            assert not self.open, "no round outlives its deadline"
+
+    @rule()
+    def publish_patch(self):
+        if self.federation.phase is not Phase.TRAINING:
+            self.handle(PatchPublished())
+            self.versions += 1
+
+    @invariant()
+    def holds(self):
+        federation = self.federation
+        assert (federation.phase is Phase.TRAINING) == self.open
+        assert federation.present <= federation.silos
+        assert federation.proxy_version == self.versions
+        if self.open:
+            groups = [federation.pending, federation.accepted, federation.failed.keys()]
+            assert sorted(silo for group in groups for silo in group) == sorted(self.picked), "each silo is in one"
+            assert federation.pending, "an open round waits for somebody"
+            assert federation.pending <= federation.present
+            assert all(federation.task(silo) == Train(self.round) for silo in federation.pending)
+        assert all(federation.task(silo) == Wait() for silo in federation.silos - federation.pending)
+
+
+AnyOrder.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+TestAnyOrder = AnyOrder.TestCase

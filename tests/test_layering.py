@@ -1,0 +1,147 @@
+"""Who may import whom: a room imports rooms of the rows above its own, and none beside it but those listed."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fedpft"
+
+ROWS: list[set[str]] = [
+    {"errors", "atomic", "figures", "progress"},
+    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command"},
+    {"subffn", "models", "aggregation", "adapters"},
+    {
+        "proxy",
+        "distillation",
+        "datasets",
+        "training",
+        "checkpoint",
+        "evaluation",
+        "provision",
+        "demo_data",
+        "report",
+    },
+    {"wire"},
+    {"server", "silo"},
+    {"demo", "doctor", "cli"},
+]
+BESIDE = {
+    ("federation", "seeding"),
+    ("distillation", "datasets"),
+    ("training", "datasets"),
+    ("evaluation", "datasets"),
+    ("demo_data", "datasets"),
+    ("cli", "demo"),
+    ("cli", "doctor"),
+}
+ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
+
+# Rooms that some packages are kept to, and packages that some rooms are kept from.
+ONLY_IN = {
+    "transformers": {"models"},
+    "peft": {"adapters"},
+    "grpc": {"wire", "server", "silo"},
+    "matplotlib": {"figures"},
+}
+NEVER_IN = {
+    "federation": {"torch", "numpy", "time", "datetime", "threading", "asyncio", "random", "os", "pathlib"},
+    "command": {"torch", "grpc", "transformers"},
+}
+ONLY_ROOMS = {"command": {"errors"}, "federation": {"errors", "seeding"}, "kernels": {"errors"}}
+
+Import = tuple[str, int, str]  # file, line, dotted name of what is imported
+
+
+def imports_of(path: Path, root: Path) -> Iterator[Import]:
+    """Every import of a file, those inside functions too; `from fedpft import x` counts as fedpft.x."""
+    package = ("fedpft", *path.relative_to(root).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "fedpft" else [module]
+        else:
+            continue
+        for name in names:
+            yield str(path.relative_to(root.parent)), node.lineno, name
+
+
+def room_of(dotted: str) -> str | None:
+    """The room a dotted name of fedpft is in; None for the package itself and for its version."""
+    parts = dotted.split(".")
+    return None if len(parts) == 1 or parts[1].startswith("__") else parts[1]
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+ROOM_OF_FILE = {path: path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES}
+IMPORTS = [(ROOM_OF_FILE[path], found) for path in FILES for found in imports_of(path, PACKAGE)]
+
+
+def allowed(room: str, other: str) -> bool:
+    return room == other or ROW_OF[other] < ROW_OF[room] or (room, other) in BESIDE
+
+
+def test_every_room_has_a_row() -> None:
+    rooms = set(ROOM_OF_FILE.values()) - {"__init__"}
+    assert rooms <= ROW_OF.keys(), f"give these a row here: {sorted(rooms - ROW_OF.keys())}"
+
+
+def test_rooms_import_only_rooms_above_them() -> None:
+    wrong = [
+        f"{file}:{line}: {room} imports {other}"
+        for room, (file, line, name) in IMPORTS
+        if name.split(".")[0] == "fedpft" and (other := room_of(name)) and not allowed(room, other)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert [found for room, found in IMPORTS if room == "__init__"] == []
+
+
+def test_exceptions_are_between_rooms_of_one_row() -> None:
+    for room, other in BESIDE:
+        assert ROW_OF[room] == ROW_OF[other], (room, other)
+        assert (other, room) not in BESIDE
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_a_package_is_kept_to_its_rooms(package: str) -> None:
+    wrong = [
+        f"{file}:{line}"
+        for room, (file, line, name) in IMPORTS
+        if name.split(".")[0] == package and room not in ONLY_IN[package]
+    ]
+    assert not wrong, f"{package} is imported in {wrong}"
+
+
+@pytest.mark.parametrize("room", NEVER_IN)
+def test_a_room_is_kept_from_some_packages(room: str) -> None:
+    wrong = {name for importer, (_, _, name) in IMPORTS if importer == room and name.split(".")[0] in NEVER_IN[room]}
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", ONLY_ROOMS)
+def test_a_room_imports_only_few_rooms(room: str) -> None:
+    found = {room_of(name) for importer, (_, _, name) in IMPORTS if importer == room and name.startswith("fedpft")}
+    assert found <= {*ONLY_ROOMS[room], room, None}
+
+
+def test_the_walk_sees_every_form_of_import(tmp_path: Path) -> None:
+    path = tmp_path / "fedpft" / "wire" / "a.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import fedpft.silo\nfrom fedpft import server\nfrom fedpft.cli import main\nfrom . import b\n"
+        "from ..demo import c\nfrom .. import proxy\ndef f():\n    import grpc.aio as g\n"
+    )
+    names = [name for _, _, name in imports_of(path, tmp_path / "fedpft")]
+    assert names[:6] == ["fedpft.silo", "fedpft.server", "fedpft.cli", "fedpft.wire", "fedpft.demo", "fedpft.proxy"]
+    assert names[6] == "grpc.aio"
+    assert not allowed("wire", "server")
+    assert not allowed("training", "proxy")
+    assert allowed("training", "datasets")
+    assert allowed("server", "wire")

@@ -1,0 +1,172 @@
+"""The run's page and table."""
+
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpft.report import MEANINGS, format_table, write_report
+
+SUMMARY: dict[str, Any] = {
+    "metrics": {
+        "plugged_in": {"accuracy": 0.5713, "macro_f1": 0.5603},
+        "majority": {"accuracy": 0.0525, "macro_f1": 0.005},
+        "proxy": {"accuracy": 0.5531, "macro_f1": 0.5402},
+        "head_only": {"accuracy": 0.4312, "macro_f1": 0.41},
+    },
+    "parameters": {
+        "model": 22_721_684,
+        "proxy": 19_174_100,
+        "model_transformer": 10_646_784,
+        "proxy_transformer": 7_107_072,
+        "adapter": 154_772,
+    },
+    "bytes": {"down": 236_182_345, "up": 11_143_584},
+    "seconds": {"distillation": 61.4, "rounds": 214.9},
+    "rounds": [
+        {"round": 1, "train_loss": 2.5, "accuracy": 0.31, "alignment_loss": None, "silos": 3},
+        {"round": 2, "train_loss": 1.5, "accuracy": None, "alignment_loss": 0.09, "silos": 2},
+    ],
+    "versions": {"torch": "2.13.0"},
+    "seed": 0,
+    "config": {"proxy": {"neurons": "<hidden>"}},
+}
+COMPARED = {"full_model": {"accuracy": 0.58, "macro_f1": 0.57}, "layer_drop": {"accuracy": 0.53, "macro_f1": 0.52}}
+CURVES: dict[str, Any] = {
+    "distillation": [{"stage": "layer-level", "loss": [0.3, 0.2, 0.1]}, {"stage": "round 2", "loss": [0.1, 0.08]}],
+    "alignment": {
+        "layers": [1, 2],
+        "stages": [
+            {"stage": "as cut", "hidden_error": [0.1, 0.2], "gradient_cosine": [0.5, 0.4]},
+            {"stage": "distilled", "hidden_error": [0.05, 0.1], "gradient_cosine": [0.8, 0.7]},
+        ],
+    },
+    "saliency_kept": {"layers": [0, 1, 2, 3], "share": [1.0, 0.31, 0.33, 1.0]},
+    "rounds": [{"round": 1, "proxy": 0.3, "plugged_in": 0.31}, {"round": 2, "proxy": 0.5, "plugged_in": 0.52}],
+}
+
+
+def page(directory: Path, summary: dict[str, Any], curves: dict[str, Any]) -> str:
+    write_report(summary, curves, directory / "report.html")
+    return (directory / "report.html").read_text(encoding="utf-8")
+
+
+def drawings(html: str) -> list[str]:
+    return re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+
+
+def test_the_table_has_every_row_in_its_order() -> None:
+    lines = format_table({"metrics": {**COMPARED, **SUMMARY["metrics"]}}).splitlines()
+    names = [line.split()[0] for line in lines[2:]]
+    assert names == ["majority", "head_only", "proxy", "plugged_in", "full_model", "layer_drop"]
+    assert lines[0].split() == ["row", "accuracy", "macro-F1", "meaning"]
+    assert lines[5] == "plugged_in    0.5713    0.5603  the FM with the silos' adapter: the product"
+    assert len({line.index(MEANINGS[name]) for line, name in zip(lines[2:], names, strict=True)}) == 1
+
+
+def test_the_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
+    html = page(tmp_path, SUMMARY, CURVES)
+    assert re.findall(r'(?:src|href)="(?!#)[^"]*"', html) == []
+    assert "<script" not in html
+    assert "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_page_shows_every_number_of_the_summary(tmp_path: Path) -> None:
+    html = page(tmp_path, SUMMARY, CURVES).replace("\u2009", "")
+    for shown in ("0.5713", "0.5603", "22721684", "84.4%", "236182345", "236.2 MB", "61.4", "0.0900", "2.5000"):
+        assert shown in html, shown
+    assert "classifies 57.1% of the test, against 55.3% by the proxy alone and 43.1% without adapters." in html
+    assert "67% of its transformer parameters" in html
+
+
+def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
+    html = page(tmp_path, SUMMARY, CURVES)
+    assert "&lt;hidden&gt;" in html
+    assert "<hidden>" not in html
+
+
+def test_tags_are_balanced(tmp_path: Path) -> None:
+    class Balance(HTMLParser):
+        open: list[str] = []  # noqa: RUF012
+
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            if tag != "meta":
+                self.open.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    parser = Balance()
+    parser.feed(page(tmp_path, SUMMARY, CURVES))
+    parser.close()
+    assert parser.open == []
+
+
+def test_every_figure_is_well_formed_and_says_what_it_shows(tmp_path: Path) -> None:
+    found = drawings(page(tmp_path, {**SUMMARY, "metrics": {**SUMMARY["metrics"], **COMPARED}}, CURVES))
+    assert len(found) == 5
+    labels = []
+    for drawing in found:
+        root = ET.fromstring(drawing.replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1))
+        assert root.get("role") == "img"
+        labels.append(root.get("aria-label") or "")
+        assert not re.search(r"#0000\d\d|#000000", drawing), "a colour that the page cannot set"
+    assert any("plugged-in from 31.0% to 52.0%" in label for label in labels)
+    assert any("round 2 from 0.1 to 0.08" in label for label in labels)
+    assert any("gradient cosine 0.75 distilled" in label for label in labels)
+    assert any("layer 1 31%" in label for label in labels)
+    assert any("full_model 58.0%, plugged_in 57.1%" in label for label in labels)
+
+
+def test_ids_of_different_figures_differ(tmp_path: Path) -> None:
+    found = drawings(page(tmp_path, {**SUMMARY, "metrics": {**SUMMARY["metrics"], **COMPARED}}, CURVES))
+    ids = [set(re.findall(r'\bid="([^"]+)"', drawing)) for drawing in found]
+    assert sum(map(len, ids)) == len(set().union(*ids))
+    for drawing, own in zip(found, ids, strict=True):
+        assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', drawing)) <= own
+
+
+def test_the_headline_says_how_far_it_is_to_the_full_model(tmp_path: Path) -> None:
+    html = page(tmp_path, {**SUMMARY, "metrics": {**SUMMARY["metrics"], **COMPARED}}, {})
+    assert "83% of the way from dropping layers to tuning the full model" in html
+
+
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    assert page(tmp_path, SUMMARY, CURVES) == page(tmp_path, SUMMARY, CURVES)
+
+
+@pytest.mark.parametrize("missing", [*CURVES, "all"])
+def test_a_missing_curve_leaves_no_empty_figure(tmp_path: Path, missing: str) -> None:
+    curves = {} if missing == "all" else {name: curve for name, curve in CURVES.items() if name != missing}
+    html = page(tmp_path, SUMMARY, curves)
+    assert len(drawings(html)) == html.count("<figure>") == len(curves)
+
+
+def test_empty_curves_leave_no_figure(tmp_path: Path) -> None:
+    curves = {
+        "distillation": [{"stage": "layer-level", "loss": []}],
+        "alignment": {"layers": [], "stages": []},
+        "saliency_kept": {"layers": [], "share": []},
+        "rounds": [{"round": 1, "proxy": None, "plugged_in": None}],
+    }
+    assert drawings(page(tmp_path, SUMMARY, curves)) == []
+
+
+def test_one_stage_and_one_step_are_drawn(tmp_path: Path) -> None:
+    curves = {
+        "distillation": [{"stage": "round 2", "loss": [0.1]}],
+        "alignment": {"layers": [1], "stages": [{"stage": "as cut", "hidden_error": [0.1]}]},
+        "rounds": [{"round": 1, "proxy": 0.2}],
+    }
+    assert len(drawings(page(tmp_path, SUMMARY, curves))) == 3
+
+
+def test_a_run_without_evaluation_has_a_page(tmp_path: Path) -> None:
+    html = page(tmp_path, {key: value for key, value in SUMMARY.items() if key != "metrics"}, {})
+    assert "Parameters" in html
+    assert "Result" not in html

@@ -1,0 +1,370 @@
+import dataclasses
+import hashlib
+import re
+import tempfile
+from pathlib import Path
+
+import fedpft.wire  # noqa: F401  isort: skip  (sets gRPC's environment before grpc is imported)
+import grpc
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedpft import errors
+from fedpft.errors import FedPFTError, InvalidUpdate, RefusedByServer, ServerUnreachable, TransferCorrupt
+from fedpft.wire import federation_pb2 as pb
+from fedpft.wire import status, transfer
+from fedpft.wire.channel import CORRUPT_ATTEMPTS, LONGEST_PAUSE_SECONDS, pauses, persist
+from fedpft.wire.tensors import check_groups, read_tensors, write_tensors
+
+ROOT = Path(__file__).parent.parent
+PROTO = ROOT / "protos" / "fedpft" / "wire" / "federation.proto"
+
+
+# --- generated code ---------------------------------------------------------------------------------------------------
+
+
+def test_generated_code_is_that_of_the_proto(tmp_path):
+    protoc = pytest.importorskip("grpc_tools.protoc")
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    assert protoc.main(["protoc", f"-I{ROOT / 'protos'}", *outputs, str(PROTO)]) == 0
+    remedy = "run the command at the head of federation.proto"
+    for name in ("federation_pb2.py", "federation_pb2.pyi", "federation_pb2_grpc.py"):
+        committed = (ROOT / "fedpft" / "wire" / name).read_text()
+        generated = (tmp_path / "fedpft" / "wire" / name).read_text()
+        if _versions(committed) == _versions(generated):
+            assert committed == generated, remedy
+    # Whatever version of the compiler made them, the messages and methods must be the same.
+    descriptors = [
+        re.search(r"AddSerializedFile\((b'.*')\)", (directory / "fedpft/wire/federation_pb2.py").read_text())[1]
+        for directory in (ROOT, tmp_path)
+    ]
+    assert descriptors[0] == descriptors[1], remedy
+
+
+def _versions(source):
+    return re.findall(r"Protobuf Python Version: (\S+)|GRPC_GENERATED_VERSION = '(\S+)'", source)
+
+
+def test_no_message_names_its_sender():
+    names = [field.name for message in pb.DESCRIPTOR.message_types_by_name.values() for field in message.fields]
+    assert not {"silo", "sender", "identity"} & set(names)
+
+
+# --- files in chunks --------------------------------------------------------------------------------------------------
+
+
+def welcome(header):
+    pass
+
+
+def written(directory, contents):
+    paths = [directory / f"file{number}.bin" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    return [transfer.payload(path) for path in paths]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 16)
+
+
+@settings(deadline=None, max_examples=40)
+@given(contents=st.lists(st.binary(max_size=100), max_size=4), chunk=st.integers(1, 40))
+def test_files_arrive_as_they_were_sent(contents, chunk):
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "CHUNK_BYTES", chunk)
+        there = Path(place) / "there"
+        there.mkdir()
+        sent, received = [], []
+        pieces = transfer.send(written(Path(place), contents), sent.append)
+        files = transfer.receive(pieces, there, check=welcome, received=received.append)
+        assert [file.read_bytes() for file in files] == contents
+        assert sum(sent) == sum(received) == sum(map(len, contents))
+
+
+@settings(deadline=None, max_examples=60)
+@given(content=st.binary(min_size=1, max_size=100), data=st.data())
+def test_a_corrupt_byte_is_detected(content, data):
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "CHUNK_BYTES", 16)
+        there = Path(place) / "there"
+        there.mkdir()
+        pieces = list(transfer.send(written(Path(place), [content])))
+        number = data.draw(st.integers(1, len(pieces) - 1))
+        position = data.draw(st.integers(0, len(pieces[number].chunk) - 1))
+        chunk = bytearray(pieces[number].chunk)
+        chunk[position] ^= data.draw(st.integers(1, 255))
+        pieces[number] = pb.Piece(chunk=bytes(chunk))
+        with pytest.raises(TransferCorrupt):
+            transfer.receive(pieces, there, check=welcome)
+        assert list(there.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["lost", "twice", "swapped", "no header", "empty piece", "cut"])
+def test_a_disturbed_stream_is_detected(fault, tmp_path, small_chunks):
+    first, second, *rest = list(transfer.send(written(tmp_path, [bytes(range(48))])))
+    disturbed = {
+        "lost": [first, *rest],
+        "twice": [first, second, second, *rest],
+        "swapped": [first, *reversed([second, *rest])],
+        "no header": [second, *rest],
+        "empty piece": [pb.Piece(), first, second, *rest],
+        "cut": [first, second],
+    }[fault]
+    there = tmp_path / "there"
+    there.mkdir()
+    with pytest.raises(TransferCorrupt):
+        transfer.receive(disturbed, there, check=welcome)
+    assert list(there.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../escape", "/etc/passwd", ".hidden", "a/b", "", "x" * 200, "nul\0"])
+def test_a_name_with_a_directory_is_refused(name, tmp_path):
+    header = pb.Header(name=name, total_bytes=0, sha256=hashlib.sha256(b"").digest())
+    with pytest.raises(TransferCorrupt, match="no name"):
+        transfer.receive([pb.Piece(header=header)], tmp_path, check=welcome)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_twice_in_a_transfer_is_refused(tmp_path):
+    header = pb.Header(name="a", total_bytes=0, sha256=hashlib.sha256(b"").digest())
+    with pytest.raises(TransferCorrupt, match="no name"):
+        transfer.receive([pb.Piece(header=header)] * 2, tmp_path, check=welcome)
+
+
+def test_no_message_reaches_the_limit(tmp_path):
+    pieces = transfer.send(written(tmp_path, [bytes(5 << 20)]))
+    sizes = [pb.UpdatePart(piece=piece).ByteSize() for piece in pieces]
+    assert len(sizes) == 1 + 5
+    assert max(sizes) < transfer.MAX_MESSAGE_BYTES
+
+
+def test_digest_depends_on_names_and_contents_but_not_on_order(tmp_path):
+    files = written(tmp_path, [b"one", b"two"])
+    assert transfer.digest(files) == transfer.digest(reversed(files))
+    renamed = [dataclasses.replace(files[0], name="other"), files[1]]
+    (tmp_path / "file0.bin").write_bytes(b"0ne")
+    changed = [transfer.payload(file.path) for file in files]
+    assert len({transfer.digest(each) for each in (files, renamed, changed)}) == 3
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    shape=st.lists(st.integers(0, 5), max_size=3),
+    seed=st.integers(0, 1000),
+    name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20),
+)
+def test_tensors_keep_every_bit(dtype, shape, seed, name):
+    count = torch.Size(shape).numel()
+    generator = torch.Generator().manual_seed(seed)
+    if dtype is torch.bool:
+        tensor = torch.randint(0, 2, shape, generator=generator).bool()
+    else:  # any bits at all: NaN payloads, infinities, subnormal numbers
+        raw = torch.randint(0, 256, (count * dtype.itemsize,), generator=generator, dtype=torch.uint8)
+        tensor = raw.view(dtype).reshape(shape)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "x.safetensors"
+        write_tensors(path, {"adapter": {name: tensor}})
+        (read,) = read_tensors(path, "adapter").items()
+        assert read[0] == name
+        assert read[1].dtype == dtype
+        assert read[1].shape == tensor.shape
+        assert read[1].flatten().view(torch.uint8).equal(tensor.flatten().view(torch.uint8))
+
+
+def test_strided_and_shared_tensors_can_be_sent(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {"turned": base.t(), "row": base[1], "all": base}
+    write_tensors(tmp_path / "x", {"adapter": tensors, "inactivity": {"0": torch.ones(2)}})
+    read = read_tensors(tmp_path / "x", "adapter")
+    assert read.keys() == tensors.keys()
+    assert all(read[name].equal(tensor) for name, tensor in tensors.items())
+    assert read_tensors(tmp_path / "x", "inactivity").keys() == {"0"}
+    assert read_tensors(tmp_path / "x", "patch") == {}
+
+
+def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"\x80\x04K\x01.")  # a pickle
+    with pytest.raises(TransferCorrupt, match=r"x\.safetensors"):
+        read_tensors(tmp_path / "x.safetensors", "adapter")
+
+
+def test_a_tensor_outside_of_the_known_groups_is_refused(tmp_path):
+    write_tensors(tmp_path / "x", {"adapter": {"a": torch.ones(1)}, "patch": {"b": torch.ones(1)}})
+    with pytest.raises(TransferCorrupt, match="patch/b"):
+        check_groups(tmp_path / "x", {"adapter", "inactivity"})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    write_tensors(path, {"adapter": {"a": torch.ones(1)}})
+    with pytest.raises(AttributeError):
+        write_tensors(path, {"adapter": {"a": None}})
+    assert read_tensors(path, "adapter")["a"].equal(torch.ones(1))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- errors as status codes -------------------------------------------------------------------------------------------
+
+
+class Ended(Exception):
+    pass
+
+
+class Context:
+    """What the server side of an RPC says, and then how gRPC shows it to the silo's side."""
+
+    def __init__(self):
+        self.metadata = ()
+
+    def set_trailing_metadata(self, metadata):
+        self.metadata = metadata
+
+    def is_active(self):
+        return True
+
+    def abort(self, code, details):
+        self.reply = Reply(code, details, self.metadata)
+        raise Ended
+
+
+class Reply(grpc.RpcError):
+    def __init__(self, code, details="", metadata=()):
+        self._code, self._details, self._metadata = code, details, metadata
+
+    def code(self):
+        return self._code
+
+    def details(self):
+        return self._details
+
+    def trailing_metadata(self):
+        return self._metadata
+
+
+def as_seen_by_the_silo(error):
+    context = Context()
+    with pytest.raises(Ended), status.answering(context):
+        raise error
+    return status.error_of(context.reply)
+
+
+@pytest.mark.parametrize("kind", status.CODES)
+def test_an_error_is_the_same_at_the_silo(kind):
+    seen = as_seen_by_the_silo(kind("the fault", "the remedy — à faire"))
+    assert type(seen) is kind
+    assert (seen.message, seen.remedy) == ("the fault", "the remedy — à faire")
+
+
+def test_every_status_code_stands_for_one_class():
+    assert len(set(status.CODES.values())) == len(status.CODES)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("secret"), errors.ModelError("/srv/fm: secret", "secret")])
+def test_an_error_outside_of_the_table_says_nothing(error):
+    seen = as_seen_by_the_silo(error)
+    assert type(seen) is RefusedByServer
+    assert "secret" not in str(seen)
+    assert "srv" not in str(seen)
+
+
+def test_a_peer_never_sees_a_path():
+    for text in ("/srv/fed/out/x.json: no such file", "cannot read '/home/a/b.pem'", "at C:\\keys\\key.pem (bad)"):
+        seen = as_seen_by_the_silo(InvalidUpdate(text, text))
+        assert not re.search(r"srv|home|keys\\", str(seen))
+    assert status.sanitised("ratio 3/4 and/or adapter/weight at 127.0.0.1:80") == (
+        "ratio 3/4 and/or adapter/weight at 127.0.0.1:80"
+    )
+
+
+@given(st.text(max_size=2000))
+def test_what_a_peer_sees_is_one_short_printable_line(text):
+    line = status.sanitised(text)
+    assert len(line) <= status.LONGEST_TEXT
+    assert line.isprintable()
+
+
+# --- patience ---------------------------------------------------------------------------------------------------------
+
+NOBODY = "127.0.0.1:1"
+AWAY = Reply(grpc.StatusCode.UNAVAILABLE)
+
+
+class Time:
+    def __init__(self):
+        self.now = 0.0
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def clock(self):
+        return self.now
+
+
+def persisting(outcomes, timeout_seconds=60.0):
+    time, attempts = Time(), iter(outcomes)
+
+    def attempt():
+        outcome = next(attempts)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    answer = persist(
+        attempt, NOBODY, None, timeout_seconds=timeout_seconds, sleep=time.sleep, clock=time.clock
+    )
+    return answer, time.now
+
+
+def test_a_server_that_comes_back_in_time_is_reached():
+    answer, waited = persisting([AWAY] * 5 + ["here"])
+    assert answer == "here"
+    assert 0 < waited < 60
+
+
+def test_a_server_that_stays_away_is_unreachable():
+    with pytest.raises(ServerUnreachable, match=r"127\.0\.0\.1:1 did not answer for 60 s .*refused") as caught:
+        persisting([AWAY] * 1000)
+    assert "silo.yaml" in caught.value.remedy
+
+
+def test_a_refusal_is_not_tried_again():
+    with pytest.raises(RefusedByServer):
+        persisting([Reply(grpc.StatusCode.PERMISSION_DENIED, "no"), "here"])
+
+
+def test_a_broken_transfer_is_tried_again_but_not_for_ever():
+    broken = TransferCorrupt("x", "y")
+    assert persisting([broken] * (CORRUPT_ATTEMPTS - 1) + ["here"]) == ("here", 0.0)
+    with pytest.raises(TransferCorrupt):
+        persisting([broken] * CORRUPT_ATTEMPTS + ["here"])
+
+
+def test_pauses_grow_to_their_limit():
+    waiting = pauses()
+    drawn = [next(waiting) for _ in range(50)]
+    assert 0 < drawn[0] <= 0.1
+    assert LONGEST_PAUSE_SECONDS / 2 <= drawn[-1] <= LONGEST_PAUSE_SECONDS
+
+
+# --- exit codes -------------------------------------------------------------------------------------------------------
+
+
+def error_classes(kind=FedPFTError):
+    return [kind, *(found for each in kind.__subclasses__() for found in error_classes(each))]
+
+
+def test_the_table_of_exit_codes_is_that_of_the_classes():
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert sorted((int(code), name) for code, name in rows) == sorted(
+        (kind.exit_code, kind.__name__) for kind in error_classes()
+    )
