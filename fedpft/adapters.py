@@ -68,16 +68,14 @@ def read(path: Path) -> Adapter:
 
 
 def check(adapter: Adapter, like: Adapter, sender: str) -> None:
-    """Raises InvalidUpdate, naming sender and tensor, unless names, shapes and dtypes agree and every value is finite."""
+    """Raises InvalidUpdate, naming sender and tensor, unless names, shapes and dtypes agree and all is finite."""
     if odd := sorted(adapter.keys() ^ like.keys()):
         fault = "has an unknown" if odd[0] in adapter else "lacks the"
         raise InvalidUpdate(f"{sender} {fault} tensor {odd[0]!r}", _REMEDY)
     for name, tensor in adapter.items():
         if tensor.shape != like[name].shape or tensor.dtype != like[name].dtype:
-            raise InvalidUpdate(
-                f"{sender}: {name!r} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(like[name].shape)} {like[name].dtype}",
-                _REMEDY,
-            )
+            given, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, like[name]))
+            raise InvalidUpdate(f"{sender}: {name!r} is {given}, not {wanted}", _REMEDY)
         if not bool(torch.isfinite(tensor).all()):
             raise InvalidUpdate(
                 f"{sender}: {name!r} holds NaN or infinity", "lower the learning rate, look at the data"

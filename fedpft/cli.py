@@ -118,12 +118,18 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = add("demo", _demo, "Run a federation of real processes over TLS on this machine, and show what it was worth.")
-    sub.add_argument("--out", type=Path, default=Path("demo-out"), help="directory for everything; default: %(default)s")
+    sub.add_argument(
+        "--out", type=Path, default=Path("demo-out"), help="directory for everything; default: %(default)s"
+    )
     sub.add_argument("--seed", type=int, default=0, help="every random choice derives from it; default: %(default)s")
     sub.add_argument("--quick", action="store_true", help="a small corpus and few steps: does it run at all?")
-    sub.add_argument("--compare", action="store_true", help="add the rows of the paper: full model, layer drop, ablations")
+    sub.add_argument(
+        "--compare", action="store_true", help="add the rows of the paper: full model, layer drop, ablations"
+    )
 
-    sub = with_server_yaml(add("build-proxy", _build_proxy, "Cut a proxy from the FM and distil it; no silo is needed."))
+    sub = with_server_yaml(
+        add("build-proxy", _build_proxy, "Cut a proxy from the FM and distil it; no silo is needed.")
+    )
     sub.add_argument("--out", type=Path, help="proxy directory to write; default: OUT/proxy")
 
     with_server_yaml(add("server", _server, "Run the owner's side of a federation, from proxy to plugged-in model."))
@@ -147,9 +153,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("provision", _provision, "Make a federation's authority and one kit of key and certificates a party.")
     sub.add_argument("--out", type=Path, required=True, help="directory that receives authority/ and the kits")
     sub.add_argument("--silos", nargs="+", required=True, metavar="NAME", help="names of the silos")
-    sub.add_argument("--host", nargs="+", help="names and addresses of the server; default: those of this machine's loopback")
+    sub.add_argument(
+        "--host", nargs="+", help="names and addresses of the server; default: those of this machine's loopback"
+    )
     sub.add_argument("--port", type=int, default=DEFAULT_PORT, help="for silo.yaml; default: %(default)s")
-    sub.add_argument("--days", type=int, default=DEFAULT_DAYS, help="how long certificates are valid; default: %(default)s")
+    sub.add_argument(
+        "--days", type=int, default=DEFAULT_DAYS, help="how long certificates are valid; default: %(default)s"
+    )
 
     sub = add("doctor", _doctor, "Check this machine: versions, kernels against their references, and a kit if given.")
     sub.add_argument("--config", type=Path, metavar="YAML", help="a server.yaml or silo.yaml whose kit is checked too")

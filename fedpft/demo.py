@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,11 +140,10 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, 
 
 
 def _product_settings(out: Path, data: demo_data.DemoData, scale: Scale, seed: int) -> Settings:
-    kit = out / "kits" / "server"
     settings: Settings = {
         "seed": seed,
         "listen": "127.0.0.1:0",
-        "tls": {name: str(kit / f"{name}.pem") for name in ("ca", "certificate", "key")},
+        "tls": _certificates(out / "kits" / "server"),
         "model": {"path": str(demo_data.model_directory()), "labels": str(data.labels)},
         "federation": {"silos": list(SILOS)},
         "public_data": str(data.public),
@@ -160,34 +159,46 @@ def _equal_layers(summary: dict[str, Any], layers: int) -> int:
 
 
 def _run_row(out: Path, row: str, settings: Settings, data: demo_data.DemoData) -> dict[str, Any]:
-    """Runs one federation of real processes; returns its summary."""
+    silos = {}
+    for name in settings["federation"]["silos"]:
+        kit = out / "kits" / "silos" / name
+        silos[name] = {"tls": _certificates(kit), "data": {"path": str(data.silos[name])}, "threads": 1}
     directory = out / "rows" / row
+    log.info("row %s: configurations, logs and results in %s", row, directory)
+    return run_federation(directory, settings, silos)
+
+
+def run_federation(directory: Path, server: Settings, silos: Mapping[str, Settings]) -> dict[str, Any]:
+    """Runs one federation of real processes on this machine; returns its summary.
+
+    Args:
+        directory: receives the YAML files, the silos' logs, their work directories, and the server's OUT.
+        server: server.yaml without `out`; it has to listen on port 0.
+        silos: for each name silo.yaml without `server` and `work`.
+
+    Raises:
+        FedPFTError: a process failed.
+    """
     results = directory / "out"
-    server_yaml = _write_yaml(directory / "server.yaml", {**settings, "out": str(results)})
-    log.info("row %s: configurations and logs in %s", row, directory)
     with ExitStack() as stack:
-        server = stack.enter_context(_process("fedpft.server", server_yaml, None))
+        server_yaml = _write_yaml(directory / "server.yaml", {**server, "out": str(results)})
+        processes = [stack.enter_context(_process("fedpft.server", server_yaml, None))]
         while not (results / "address").exists():
-            _all_ended([server])
+            _all_ended(processes)
             time.sleep(0.1)
         address = (results / "address").read_text(encoding="utf-8").strip()
-        processes = [server]
-        for name in settings["federation"]["silos"]:
-            kit = out / "kits" / "silos" / name
-            silo_yaml = yaml.safe_load((kit / "silo.yaml").read_text(encoding="utf-8"))
-            silo_yaml |= {
-                "server": address,
-                "tls": {part: str(kit / f"{part}.pem") for part in ("ca", "certificate", "key")},
-                "data": {"path": str(data.silos[name])},
-                "work": str(directory / f"work-{name}"),
-                "threads": 1,
-            }
-            path = _write_yaml(directory / f"silo-{name}.yaml", silo_yaml)
-            processes.append(stack.enter_context(_process("fedpft.silo", path, directory / f"silo-{name}.log")))
+        for name, settings in silos.items():
+            settings = {**settings, "server": address, "work": str(directory / f"work-{name}")}
+            silo_yaml = _write_yaml(directory / f"silo-{name}.yaml", settings)
+            processes.append(stack.enter_context(_process("fedpft.silo", silo_yaml, directory / f"silo-{name}.log")))
         while not _all_ended(processes):
             time.sleep(0.1)
     found: dict[str, Any] = json.loads((results / "summary.json").read_text(encoding="utf-8"))
     return found
+
+
+def _certificates(kit: Path) -> Settings:
+    return {part: str(kit / f"{part}.pem") for part in ("ca", "certificate", "key")}
 
 
 @contextmanager
@@ -210,7 +221,9 @@ def _all_ended(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
     for process, code in zip(processes, codes, strict=True):
         if code:
             _, _, module, _, config = process.args  # type: ignore[misc]
-            raise FedPFTError(f"{module} --config {config} ended with exit code {code}", "see its message above, or its log there")
+            raise FedPFTError(
+                f"{module} --config {config} ended with exit code {code}", "see its message above, or its log there"
+            )
     return None not in codes
 
 

@@ -102,11 +102,11 @@ def least_active(inactivity: Sequence[Mapping[str, Tensor]], fraction: float) ->
         for name, value in counts.items():
             total[name] = total[name] + value if name in total else value
     chosen = {}
-    for name, counts in total.items():
+    for name, inactive in total.items():
         if not name.endswith(".tokens"):
-            apoz = counts.double() / total[f"{name}.tokens"].clamp(min=1)
+            apoz = inactive.double() / total[f"{name}.tokens"].clamp(min=1)
             order = torch.sort(apoz, descending=True, stable=True).indices
-            chosen[int(name)] = order[: round(fraction * len(counts))].sort().values
+            chosen[int(name)] = order[: round(fraction * len(inactive))].sort().values
     return chosen
 
 
@@ -175,9 +175,7 @@ def _schedule(step: int, steps: int, warmup_fraction: float) -> float:
 
 def _product(model: nn.Module, layer: int) -> Tensor:
     ffn = projections(model, layers_of(model)[layer])
-    w_in, w_out = ffn["w_in"], ffn["w_out"]
-    assert w_in is not None and w_out is not None
-    return w_out.t() @ w_in
+    return ffn["w_out"].t() @ ffn["w_in"]
 
 
 def _relative(p: Tensor, target: Tensor) -> Tensor:

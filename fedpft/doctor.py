@@ -32,7 +32,9 @@ def examine(config: Path | None) -> None:
     if config is not None:
         _examine_kit(config)
     if wrong:
-        raise FedPFTError(f"{len(wrong)} operators are wrong on this machine", "build the extension again: make install")
+        raise FedPFTError(
+            f"{len(wrong)} operators are wrong on this machine", "build the extension again: make install"
+        )
 
 
 def _examine_kit(path: Path) -> None:

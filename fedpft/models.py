@@ -17,8 +17,8 @@ from fedpft.seeding import derive_seed
 log = logging.getLogger(__name__)
 
 # A checkpoint's new head is no news here; transformers would print a table for it.
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 _CLASSES: dict[str, Any] = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,

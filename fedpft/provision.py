@@ -92,11 +92,15 @@ def provision(
         The directories made.
 
     Raises:
-        ConfigError: a kit is there already, or a name that cannot be a silo's. Nothing was made then.
+        ConfigError: a kit is there already, or a name that cannot be a silo's or a host's. Nothing was made then.
         CertificateError: the authority that is there cannot be used.
     """
     server = directory / "server"
     _check_names(silos, directory)
+    for host in hosts or ():
+        _general_name(host)
+    if days < 1:
+        raise ConfigError(f"certificates cannot be valid for {days} days", "make them valid for at least one day")
     if hosts is not None and server.exists():
         raise ConfigError(f"{server} is there already, with its own host names", "leave the hosts out, or move it away")
     made = []

@@ -83,7 +83,7 @@ class Selection:
 def saliency(model: nn.Module) -> Tensor:
     """s_j of every FFN neuron of the FM, (L, F) float32 (method.md, section 0)."""
     ffns = [projections(model, layer) for layer in architectures.layers_of(model)]
-    w_in, w_gate, w_out = ([ffn[name] for ffn in ffns if ffn[name] is not None] for name in ("w_in", "w_gate", "w_out"))
+    w_in, w_gate, w_out = ([ffn[name] for ffn in ffns if name in ffn] for name in ("w_in", "w_gate", "w_out"))
     return kernels.neuron_saliency(w_in, w_gate, [weight.t() for weight in w_out])
 
 
@@ -122,7 +122,7 @@ def cut(model: nn.Module, selection: Selection) -> nn.Module:
     chosen = [layers[layer] for layer in selection.layers]
     del layers[:]
     layers.extend(chosen)
-    proxy.config.num_hidden_layers = len(chosen)  # type: ignore[union-attr, assignment]
+    proxy.config.num_hidden_layers = len(chosen)  # type: ignore[union-attr]
     for layer, neurons in zip(chosen, selection.neurons, strict=True):
         replace_ffn(proxy, layer, neurons)
     return proxy

@@ -6,9 +6,10 @@
 D hidden size, F the FM's FFN size, K neurons here, U neurons being updated, N tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class SubFFN(nn.Module):
     w_out: nn.Parameter
     b_out: nn.Parameter | None
 
-    def __init__(self, parameters: dict[str, Tensor | None], activation: str) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], activation: str) -> None:
         super().__init__()
         for name in (*NEURON_PARAMETERS, "b_out"):
             value = parameters.get(name)
@@ -58,7 +59,7 @@ class SubFFN(nn.Module):
             self.register_parameter(name, None if copy is None else nn.Parameter(copy, requires_grad=False))
         self.activation = activation
         self.inactivity: InactivityCounter | None = None
-        self._training: dict[str, Tensor | None] | None = None
+        self._training: dict[str, Any] | None = None  # sub_ffn_train's tensors while training_neurons is open
 
     @property
     def neurons(self) -> int:
@@ -69,10 +70,10 @@ class SubFFN(nn.Module):
         """x: (..., D) -> (..., D)."""
         if self._training is not None:
             return kernels.sub_ffn_train(x, **self._training, b_out=self.b_out, activation=self.activation)
-        weights = {**self._neuron_parameters(), "b_out": self.b_out, "activation": self.activation}
+        weights: dict[str, Any] = {**self._neuron_parameters(), "b_out": self.b_out, "activation": self.activation}
         counter = self.inactivity
         if counter is None:
-            return kernels.sub_ffn(x, **weights)
+            return cast(Tensor, kernels.sub_ffn(x, **weights))
         y, counts = kernels.sub_ffn(x, **weights, mask=counter.mask, eps=counter.eps, count=True)
         counter.counts += counts
         counter.tokens += x[..., 0].numel() if counter.mask is None else int(counter.mask.sum())
@@ -83,10 +84,9 @@ class SubFFN(nn.Module):
         if self._training is None:
             return self.w_out.t() @ self.w_in
         updated_in, updated_out = self._training["updated_in"], self._training["updated_out"]
-        w_in, w_out = self._training["w_in"], self._training["w_out"]
-        assert updated_in is not None and updated_out is not None and w_in is not None and w_out is not None
-        fixed = slice(len(updated_in), None)
-        return updated_out.t() @ updated_in + w_out[fixed].t() @ w_in[fixed]
+        fixed_in, fixed_out = (self._training[name][len(updated_in) :] for name in ("w_in", "w_out"))
+        product: Tensor = updated_out.t() @ updated_in + fixed_out.t() @ fixed_in
+        return product
 
     @contextmanager
     def training_neurons(self, neurons: Tensor | None) -> Iterator[list[nn.Parameter]]:
@@ -110,7 +110,9 @@ class SubFFN(nn.Module):
             for name, tensor in ordered.items()
         }
         self._training = {**ordered, **leaves}
-        bias = [] if self.b_out is None else [self.b_out.requires_grad_(True)]
+        bias = [] if self.b_out is None else [self.b_out]
+        for parameter in bias:
+            parameter.requires_grad_(True)
         try:
             yield [leaf for leaf in leaves.values() if leaf is not None] + bias
         finally:
@@ -126,38 +128,32 @@ class SubFFN(nn.Module):
         return {name: getattr(self, name) for name in NEURON_PARAMETERS}
 
 
-def projections(model: nn.Module, layer: nn.Module) -> dict[str, Tensor | None]:
-    """The FFN of one of the FM's layers under the SubFFN's names: (F, D) weights, views of the FM's own."""
-    row = architecture_of(model)
+def projections(model: nn.Module, layer: nn.Module) -> dict[str, Tensor]:
+    """The FFN of one of the FM's layers: those of the SubFFN's parameters that it has, as views of the FM's own.
 
-    def weight(path: str | None) -> Tensor | None:
+    Returns:
+        w_in, w_gate, w_out: (F, D), b_in, b_gate: (F,), b_out: (D,).
+    """
+    row, found = architecture_of(model), {}
+    for kind, path in (("in", row.input), ("gate", row.gate), ("out", row.output)):
         if path is None:
-            return None
-        tensor = layer.get_submodule(path).get_parameter("weight").detach()
-        return tensor.t() if row.transposed else tensor
-
-    def bias(path: str | None) -> Tensor | None:
-        found = None if path is None else getattr(layer.get_submodule(path), "bias", None)
-        return None if found is None else found.detach()
-
-    output = weight(row.output)
-    assert output is not None
-    return {
-        "w_in": weight(row.input),
-        "b_in": bias(row.input),
-        "w_gate": weight(row.gate),
-        "b_gate": bias(row.gate),
-        "w_out": output.t(),
-        "b_out": bias(row.output),
-    }
+            continue
+        projection = layer.get_submodule(path)
+        weight, bias = projection.get_parameter("weight").detach(), getattr(projection, "bias", None)
+        # `Conv1D` has its neurons where `nn.Linear` has them not
+        found[f"w_{kind}"] = weight.t() if row.transposed != (kind == "out") else weight
+        if bias is not None:
+            found[f"b_{kind}"] = bias.detach()
+    return found
 
 
 def replace_ffn(model: nn.Module, layer: nn.Module, neurons: Tensor) -> None:
     """Puts a SubFFN of the given neurons, (K,) int64, in the place of a layer's FFN. In place."""
-    row, parameters = architecture_of(model), projections(model, layer)
-    for name in NEURON_PARAMETERS:
-        value = parameters[name]
-        parameters[name] = None if value is None else value[neurons]
+    row = architecture_of(model)
+    parameters = {
+        name: value[neurons] if name in NEURON_PARAMETERS else value
+        for name, value in projections(model, layer).items()
+    }
     layer.set_submodule(row.ffn, SubFFN(parameters, activation_of(model)))
     if row.absorbed is not None:
         layer.set_submodule(row.absorbed, nn.Identity())

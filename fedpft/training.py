@@ -105,7 +105,8 @@ def train_round(
 
 def _optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.AdamW:
     head_prefix = architecture_of(model).head + "."
-    head, lora = [], []
+    head: list[nn.Parameter] = []
+    lora: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (head if name.startswith(head_prefix) else lora).append(parameter)

@@ -39,11 +39,12 @@ BESIDE = {
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 
 # Rooms that some packages are kept to, and packages that some rooms are kept from.
-ONLY_IN = {
+ONLY_IN: dict[str, set[str]] = {
     "transformers": {"models"},
     "peft": {"adapters"},
     "grpc": {"wire", "server", "silo"},
     "matplotlib": {"figures"},
+    "orangecontrib": set(),  # AGPL: the demo reads its data files, no code is imported
 }
 NEVER_IN = {
     "federation": {"torch", "numpy", "time", "datetime", "threading", "asyncio", "random", "os", "pathlib"},

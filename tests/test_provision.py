@@ -92,6 +92,13 @@ def test_a_name_twice_is_refused(tmp_path):
 def test_an_unusable_host_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="neither a host name nor"):
         provision(tmp_path, ["north"], hosts=["hö"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_certificates_are_valid_for_a_day_at_least(tmp_path):
+    with pytest.raises(ConfigError, match="0 days"):
+        provision(tmp_path, ["north"], days=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_broken_authority_is_named(tmp_path):

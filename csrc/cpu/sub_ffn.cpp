@@ -69,9 +69,9 @@ Tensor empty_like(const Tensor& like, std::vector<int64_t> shape, std::optional<
 
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-Optional contiguous(const Optional& tensor) {
-  return tensor ? Optional(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
+Tensor contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+Optional contiguous(const Optional& tensor) { return tensor ? Optional(contiguous(*tensor)) : std::nullopt; }
 
 template <class T>
 const T* data_or_null(const Optional& tensor) {
@@ -106,11 +106,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const Tensor y = empty_like(x, {N, D});
   const Tensor saved =
       save ? empty_like(x, {P, N, K}, derive ? ScalarType::BFloat16 : x.scalar_type()) : empty_like(x, {0});
-  const Tensor counts = torch::stable::new_zeros(x, {count ? K : 0}, ScalarType::Long);
-  const Tensor lane_counts = torch::stable::new_zeros(x, {count ? tiles.lanes() : 0, K}, ScalarType::Int);
-  const Tensor lane_derivative = empty_like(x, {derive ? tiles.lanes() : 0, K});
-  const Tensor hidden = empty_like(x, {tiles.slots() * tiles.tokens(), K});
-  const Tensor second_scratch = empty_like(x, {w_gate && !exact ? tiles.slots() * tiles.tokens() : 0, K});
+  const Tensor counts =
+      count ? torch::stable::new_zeros(x, {K}, ScalarType::Long) : empty_like(x, {0}, ScalarType::Long);
+  const int64_t scratch_tokens = tiles.slots() * tiles.tokens();
+  const Tensor hidden = empty_like(x, {scratch_tokens, K});
+  Tensor second_scratch, lane_counts, lane_derivative;
+  if (w_gate && !exact) second_scratch = empty_like(x, {scratch_tokens, K});
+  if (count) lane_counts = torch::stable::new_zeros(x, {tiles.lanes(), K}, ScalarType::Int);
+  if (derive) lane_derivative = empty_like(x, {tiles.lanes(), K});
 
   // Views are made here: a view made in another thread would be recorded by autograd.
   struct Views {
@@ -186,9 +189,11 @@ Tensor backward(
   const int64_t N = grad_y.size(0), D = grad_y.size(1), K = w_in.size(0);
   const fedpft::Tiles tiles(N);
   const Tensor grad_x = empty_like(grad_y, {N, D});
-  const Tensor grad_first = empty_like(grad_y, {tiles.slots() * tiles.tokens(), K});
-  const Tensor grad_second = empty_like(grad_y, {w_gate ? tiles.slots() * tiles.tokens() : 0, K});
-  const Tensor lane_active = empty_like(grad_y, {w_gate && !compact ? tiles.lanes() : 0, K});
+  const int64_t scratch_tokens = tiles.slots() * tiles.tokens();
+  const Tensor grad_first = empty_like(grad_y, {scratch_tokens, K});
+  Tensor grad_second, lane_active;
+  if (w_gate) grad_second = empty_like(grad_y, {scratch_tokens, K});
+  if (w_gate && !compact) lane_active = empty_like(grad_y, {tiles.lanes(), K});
 
   struct Views {
     Tensor grad_y, first, second, grad_x;
@@ -204,7 +209,7 @@ Tensor backward(
     if (w_gate) view.second = rows(grad_second, scratch, tile.tokens);
     views.push_back(view);
   }
-  const Tensor kept = torch::stable::contiguous(saved), w_out_t = transposed(w_out);
+  const Tensor kept = contiguous(saved), w_out_t = transposed(w_out);
 
   tiles.for_each([&](const fedpft::Tile& tile) {
     const Views& view = views[tile.index];

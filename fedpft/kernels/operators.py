@@ -106,8 +106,10 @@ def sub_ffn(
     if mask is not None:
         mask = mask.reshape(-1) if isinstance(mask, Tensor) else mask
         _check_mask(mask, tokens.shape[0], x)
-    weights = {"w_in": w_in, "b_in": b_in, "w_gate": w_gate, "b_gate": b_gate, "w_out": w_out, "b_out": b_out}
-    _refuse_gradients(weights, "sub_ffn_train computes it")
+    grad = torch.is_grad_enabled()
+    if grad:
+        weights = {"w_in": w_in, "b_in": b_in, "w_gate": w_gate, "b_gate": b_gate, "w_out": w_out, "b_out": b_out}
+        _refuse_gradients(weights, "sub_ffn_train computes it")
     if neurons is not None:
         if not isinstance(neurons, Tensor) or neurons.dtype != torch.int64 or neurons.dim() != 1:
             raise TypeError("neurons: must be a one-dimensional int64 tensor")
@@ -115,7 +117,7 @@ def sub_ffn(
         b_in, w_gate, b_gate = (
             None if rows is None else rows.index_select(0, neurons) for rows in (b_in, w_gate, b_gate)
         )
-    save = torch.is_grad_enabled() and x.requires_grad
+    save = grad and x.requires_grad
     y, _, counts = ops.sub_ffn(
         tokens, w_in, b_in, w_gate, b_gate, w_out, b_out, mask, activation, eps, count, save, compact
     )
@@ -231,7 +233,7 @@ def _check(
     """`shape` has None where any size will do; `like` gives the dtype and device that are wanted."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: must be a tensor, not {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
+    if like is None and tensor.dtype not in dtypes:
         raise TypeError(f"{name}: must be of {', '.join(map(str, dtypes))}, not {tensor.dtype}")
     if like is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
         raise TypeError(f"{name}: is {tensor.dtype} on {tensor.device}, must be {like.dtype} on {like.device}")
@@ -264,13 +266,17 @@ def _check_ffn(
     hidden = x.shape[-1]
     _check(w_in, "w_in", (None, hidden), like=x)
     neurons = w_in.shape[0]
-    if w_gate is None and b_gate is not None:
-        raise ValueError("b_gate: given without w_gate")
-    optional = {"b_in": (b_in, (neurons,)), "w_gate": (w_gate, (neurons, hidden)), "b_gate": (b_gate, (neurons,))}
-    for name, (tensor, shape) in {**optional, "b_out": (b_out, (hidden,))}.items():
-        if tensor is not None:
-            _check(tensor, name, shape, like=x)
+    if b_in is not None:
+        _check(b_in, "b_in", (neurons,), like=x)
+    if w_gate is not None:
+        _check(w_gate, "w_gate", (neurons, hidden), like=x)
+    if b_gate is not None:
+        if w_gate is None:
+            raise ValueError("b_gate: given without w_gate")
+        _check(b_gate, "b_gate", (neurons,), like=x)
     _check(w_out, "w_out", (neurons, hidden), like=x)
+    if b_out is not None:
+        _check(b_out, "b_out", (hidden,), like=x)
 
 
 def _check_view(view: Tensor | None, name: str, whole: Tensor | None, updated: int) -> None:

@@ -1,0 +1,611 @@
+"""Server and silo over real sockets: TLS, transfers, refusals. The adapters are plain tensors, no model is needed."""
+
+import contextlib
+import datetime
+import json
+import logging
+import shutil
+import socket
+import ssl
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from fedpft import command
+from fedpft.config import (
+    AdapterSection,
+    FederationSection,
+    ModelSection,
+    RoundSettings,
+    ServerConfig,
+    SiloConfig,
+    SiloDataSection,
+    TlsSection,
+    TrainingSection,
+)
+from fedpft.errors import (
+    CertificateError,
+    ConfigError,
+    DataError,
+    InvalidUpdate,
+    ModelError,
+    PortInUse,
+    QuorumLost,
+    RefusedByServer,
+    RoundOver,
+    ServerUnreachable,
+    StaleProxy,
+)
+from fedpft.provision import Authority, provision
+from fedpft.server import servicer
+from fedpft.server.service import FederationServer
+from fedpft.silo import __main__ as silo_command
+from fedpft.silo.connection import ServerConnection
+from fedpft.silo.run import run
+from fedpft.training import LocalResult
+from fedpft.wire import federation_pb2 as pb
+
+SETTINGS = RoundSettings(seed=0, adapter=AdapterSection(), training=TrainingSection(), inactive_below=0.01)
+ADAPTER = {"lora_A": torch.ones(2, 3), "head": torch.zeros(4, dtype=torch.bfloat16)}
+COUNTS = {"1": torch.tensor([0, 3, 5]), "1.tokens": torch.tensor(5)}
+LONG_SECONDS = 60.0  # no test waits so long unless it fails
+
+
+@pytest.fixture(scope="session")
+def kits(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("kits")
+    provision(directory, ["north", "south", "west"])
+    return directory
+
+
+def tls(kit):
+    return TlsSection(ca=kit / "ca.pem", certificate=kit / "certificate.pem", key=kit / "key.pem")
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    directory = tmp_path / "bundle"
+    directory.mkdir()
+    description = {"format": 1, "neurons": [3, 3], "compressed": [1]}
+    (directory / "proxy.json").write_text(json.dumps(description))
+    (directory / "model.safetensors").write_bytes(bytes(range(256)) * 5000)  # more than one chunk
+    return directory
+
+
+def server_config(tmp_path, section, **changes):
+    federation = {"silos": ("north", "south"), "round_deadline_seconds": LONG_SECONDS} | changes.pop("federation", {})
+    values = {
+        "out": tmp_path / "out",
+        "listen": "127.0.0.1:0",
+        "tls": section,
+        "insecure_loopback": section is None,
+        "model": ModelSection(path=tmp_path, labels=tmp_path),
+        "federation": FederationSection(**federation),
+        "public_data": tmp_path,
+    }
+    return ServerConfig(**(values | changes))
+
+
+@pytest.fixture
+def start(tmp_path, bundle):
+    """Starts a server without TLS; at the end every silo is told to go, so that no thread is left behind."""
+    with contextlib.ExitStack() as stack:
+
+        def started(section=None, **changes):
+            server = FederationServer(server_config(tmp_path, section, **changes), bundle, SETTINGS)
+            stack.callback(server.close)
+            return server, server.start()
+
+        yield started
+
+
+def silo_config(tmp_path, address, name, section=None, **changes):
+    values = {
+        "server": address,
+        "tls": section,
+        "insecure_loopback": section is None,
+        "insecure_name": name if section is None else None,
+        "data": SiloDataSection(path=tmp_path / "data.csv"),
+        "work": tmp_path / f"work-{name}",
+        "connect_timeout_seconds": LONG_SECONDS,
+    }
+    config = SiloConfig(**(values | changes))
+    config.work.mkdir(exist_ok=True)
+    return config
+
+
+@pytest.fixture
+def dial(tmp_path):
+    """A silo's connection, enrolled."""
+    with contextlib.ExitStack() as stack:
+
+        def dialed(address, name, section=None, *, enrol=True, **changes):
+            connection = ServerConnection(silo_config(tmp_path, address, name, section, **changes))
+            stack.callback(connection._channel.close)
+            if enrol:
+                connection.enrol(7)
+            return connection
+
+        yield dialed
+
+
+@pytest.fixture
+def background():
+    with ThreadPoolExecutor(4) as pool:
+        yield lambda function, *arguments, **named: pool.submit(function, *arguments, **named)
+
+
+def result(value=1.0, samples=7, adapter=None, inactivity=None, **metrics):
+    trained = adapter or {name: torch.full_like(tensor, value) for name, tensor in ADAPTER.items()}
+    return LocalResult(trained, samples, {"train_loss": 0.5} | metrics, inactivity)
+
+
+def next_round(connection):
+    task = connection.next_task()
+    assert task.WhichOneof("task") == "train"
+    return task.train
+
+
+# --- the whole way ----------------------------------------------------------------------------------------------------
+
+
+def take_part(connection, value):
+    """A silo without a model: what it does in each round is to send `value`. Returns what it saw."""
+    enrolment = connection.enrol(int(value))
+    seen = {"settings": enrolment.settings, "proxy": connection.fetch_proxy(enrolment), "patches": [], "adapters": []}
+    version = 0
+    while (task := connection.next_task()).WhichOneof("task") == "train":
+        patches = connection.fetch_patches(version)
+        seen["patches"] += patches
+        version += len(patches)
+        assert version == task.train.proxy_version
+        seen["adapters"].append(connection.fetch_adapter(task.train.round))
+        counts = COUNTS if task.train.count_inactivity else None
+        assert connection.submit(task.train.round, version, result(value, int(value), inactivity=counts))
+    return seen | {"end": task.WhichOneof("task")}
+
+
+def test_two_silos_take_part_over_tls(start, dial, kits, bundle, background, tmp_path):
+    server, address = start(tls(kits / "server"))
+    assert (tmp_path / "out/address").read_text() == f"{address}\n"
+    silos = [
+        background(take_part, dial(address, name, tls(kits / "silos" / name), enrol=False), value)
+        for name, value in (("south", 2.0), ("north", 1.0))
+    ]
+    server.wait_for_silos()
+    first = server.run_round(1, ADAPTER, count_inactivity=True)
+    assert [(update.silo, update.samples) for update in first] == [("north", 1), ("south", 2)]
+    assert [update.adapter["lora_A"].mean().item() for update in first] == [1.0, 2.0]
+    assert first[0].adapter["head"].dtype == torch.bfloat16
+    assert first[0].metrics == {"train_loss": 0.5}
+    assert all(torch.equal(first[0].inactivity[name], count) for name, count in COUNTS.items())
+    files = sorted(path.name for path in (tmp_path / "out/updates/round-1").iterdir())
+    assert files == ["north.safetensors", "south.safetensors"]
+    assert server.publish_patch({"norm": torch.full((2,), 3.0)}) == 1
+    assert server.publish_patch({"norm": torch.full((2,), 4.0)}) == 2
+    second = server.run_round(2, {name: tensor + 1 for name, tensor in ADAPTER.items()}, count_inactivity=False)
+    assert second[0].inactivity is None
+    assert not (tmp_path / "out/updates/round-1").exists(), "one round's updates are kept, not all"
+    server.finish()
+    for silo in silos:
+        seen = silo.result()
+        assert seen["end"] == "finished"
+        assert seen["settings"] == SETTINGS
+        assert {p.name: p.read_bytes() for p in seen["proxy"].iterdir()} == {
+            p.name: p.read_bytes() for p in bundle.iterdir()
+        }
+        assert [patch["norm"][0].item() for patch in seen["patches"]] == [3.0, 4.0]
+        assert [adapter["lora_A"][0, 0].item() for adapter in seen["adapters"]] == [1.0, 2.0]
+    assert server.bytes_down > 2 * sum(path.stat().st_size for path in bundle.iterdir())
+    assert server.bytes_up > 4 * sum(tensor.nbytes for tensor in ADAPTER.values())
+    assert not list((tmp_path / "out/updates").iterdir())
+
+
+def test_the_proxy_is_fetched_once(start, dial, bundle):
+    server, address = start()
+    silo = dial(address, "north", enrol=False)
+    enrolment = silo.enrol(1)
+    directory = silo.fetch_proxy(enrolment)
+    sent = server.bytes_down
+    assert silo.fetch_proxy(enrolment) == directory
+    assert server.bytes_down == sent
+    (directory / "proxy.json").write_text("spoiled")
+    silo.fetch_proxy(enrolment)
+    assert (directory / "proxy.json").read_bytes() == (bundle / "proxy.json").read_bytes()
+
+
+def test_a_silo_that_starts_again_goes_on_with_its_round(start, dial, background):
+    server, address = start(federation={"silos": ("north",)})
+    dial(address, "north")
+    server.wait_for_silos()
+    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    assert next_round(dial(address, "north")).round == 1
+    again = dial(address, "north")
+    assert next_round(again).round == 1
+    assert again.submit(1, 0, result())
+    assert [update.silo for update in outcome.result()] == ["north"]
+
+
+# --- who may come in --------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_silo_is_refused_with_the_reason(start, dial, kits):
+    _, address = start(tls(kits / "server"))
+    with pytest.raises(RefusedByServer, match="'west' takes part") as caught:
+        dial(address, "west", tls(kits / "silos/west"))
+    assert "federation.silos" in caught.value.remedy
+
+
+def test_a_silo_that_has_not_enrolled_gets_nothing(start, dial):
+    _, address = start()
+    silo = dial(address, "north", enrol=False)
+    for ask in (silo.next_task, lambda: silo.fetch_patches(0), lambda: silo.submit(1, 0, result())):
+        with pytest.raises(RefusedByServer, match="has not enrolled"):
+            ask()
+
+
+def test_another_version_of_the_package_is_refused(start, dial, monkeypatch):
+    _, address = start()
+    monkeypatch.setattr(servicer.fedpft, "__version__", "99.1.0")
+    monkeypatch.setattr(servicer, "_series", lambda version: [version, object()])
+    with pytest.raises(RefusedByServer, match="runs fedpft"):
+        dial(address, "north")
+
+
+def write_kit(directory, files):
+    directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    (directory / "key.pem").chmod(0o600)
+    return directory
+
+
+def test_a_silo_of_another_authority_finds_the_server_strange(start, dial, kits, tmp_path):
+    _, address = start(tls(kits / "server"))
+    kit = write_kit(tmp_path / "kit", Authority.create().kit("north", hosts=None, days=1))
+    with pytest.raises(CertificateError, match="certificate of the server .* is not accepted"):
+        dial(address, "north", tls(kit))
+
+
+def certificate_of_another_authority(kits):
+    """A silo that trusts the right server, but whose own certificate is somebody else's."""
+    return Authority.create().kit("north", hosts=None, days=1) | {"ca.pem": (kits / "server/ca.pem").read_bytes()}
+
+
+def expired_certificate(kits):
+    past = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    return Authority.load(kits / "authority").kit("north", hosts=None, days=30, valid_from=past)
+
+
+def server_certificate(kits):
+    return Authority.load(kits / "authority").kit("north", hosts=["localhost"], days=1)
+
+
+@pytest.mark.parametrize("forge", [certificate_of_another_authority, expired_certificate, server_certificate])
+def test_a_certificate_that_does_not_fit_ends_in_the_handshake(forge, start, dial, kits, tmp_path):
+    _, address = start(tls(kits / "server"))
+    kit = write_kit(tmp_path / "kit", forge(kits))
+    with pytest.raises(CertificateError, match="does not accept"):
+        dial(address, "north", tls(kit))
+
+
+def test_a_server_under_another_host_name_is_not_trusted(start, dial, kits, tmp_path):
+    kit = write_kit(tmp_path / "kit", Authority.load(kits / "authority").kit("s", hosts=["fed.example"], days=1))
+    _, address = start(tls(kit))
+    with pytest.raises(CertificateError, match="not accepted: .*127"):
+        dial(address, "north", tls(kits / "silos/north"))
+
+
+def test_a_silo_cannot_pose_as_the_server(start, dial, kits):
+    section = tls(kits / "silos/north")
+    with pytest.raises(CertificateError, match="not a server's certificate"):
+        start(section)
+
+
+def test_tls_below_1_3_is_refused(start, kits):
+    _, address = start(tls(kits / "server"))
+    host, port = address.split(":")
+    section = tls(kits / "silos/north")
+    outcomes = {}
+    for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(section.ca)
+        context.load_cert_chain(section.certificate, section.key)
+        context.set_alpn_protocols(["h2"])
+        context.minimum_version = context.maximum_version = version
+        with socket.create_connection((host, int(port)), timeout=LONG_SECONDS) as connection:
+            try:
+                outcomes[version] = context.wrap_socket(connection, server_hostname=host).version()
+            except (ssl.SSLError, OSError):
+                outcomes[version] = "refused"
+    assert outcomes == {ssl.TLSVersion.TLSv1_2: "refused", ssl.TLSVersion.TLSv1_3: "TLSv1.3"}
+
+
+def test_a_server_without_tls_is_no_server_for_a_silo_with_tls(start, dial, kits):
+    _, address = start()
+    with pytest.raises(CertificateError, match="does not speak TLS"):
+        dial(address, "north", tls(kits / "silos/north"))
+
+
+# --- what may come in -------------------------------------------------------------------------------------------------
+
+
+def changed(**tensors):
+    return {name: tensor.clone() for name, tensor in ADAPTER.items()} | tensors
+
+
+INVALID = {
+    "NaN": (result(adapter=changed(lora_A=torch.full((2, 3), float("nan")))), "north: 'lora_A' holds NaN"),
+    "infinity": (result(adapter=changed(lora_A=torch.full((2, 3), float("inf")))), "'lora_A' holds NaN or infinity"),
+    "shape": (result(adapter=changed(lora_A=torch.ones(3, 2))), r"'lora_A' is \(3, 2\)"),
+    "dtype": (result(adapter=changed(lora_A=torch.ones(2, 3).half())), r"torch\.float16"),
+    "name": (result(adapter=changed(extra=torch.ones(1))), "unknown tensor 'extra'"),
+    "lacking": (result(adapter={"lora_A": torch.ones(2, 3)}), "lacks the tensor 'head'"),
+    "no samples": (result(samples=0), "no sample"),
+    "metric": (result(train_loss=float("nan")), "'train_loss' is nan"),
+    "huge": (result(adapter=changed(extra=torch.ones(600_000))), "bytes, at most"),
+    "no counts": (result(), "inactivity '1' is missing"),
+    "count above tokens": (result(inactivity=COUNTS | {"1": torch.tensor([0, 3, 6])}), "0 to 6 of 5 tokens"),
+    "count below zero": (result(inactivity=COUNTS | {"1": torch.tensor([0, -3, 5])}), "-3 to 5 of 5 tokens"),
+    "count shape": (result(inactivity=COUNTS | {"1": torch.tensor([0, 3])}), r"is \(2,\) torch.int64, not \(3,\)"),
+    "count dtype": (result(inactivity=COUNTS | {"1": torch.ones(3)}), r"torch\.float32, not"),
+    "count layer": (result(inactivity=COUNTS | {"0": torch.ones(3)}), "'0' is unknown"),
+}
+
+
+@pytest.mark.parametrize("fault", INVALID)
+def test_an_invalid_update_is_refused_and_the_round_goes_on(fault, start, dial, background):
+    bad, message = INVALID[fault]
+    server, address = start(federation={"min_silos": 1})
+    north, south = dial(address, "north"), dial(address, "south")
+    server.wait_for_silos()
+    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=True)
+    next_round(north), next_round(south)
+    with pytest.raises(InvalidUpdate, match=message) as caught:
+        north.submit(1, 0, bad)
+    assert "out/updates" not in str(caught.value)
+    assert south.submit(1, 0, result(inactivity=COUNTS))
+    assert [update.silo for update in outcome.result()] == ["south"]
+    with pytest.raises(RoundOver):
+        north.submit(1, 0, result(inactivity=COUNTS))
+
+
+def test_an_invalid_update_that_costs_the_quorum_is_named(start, dial, background, caplog):
+    server, address = start()
+    north, _ = dial(address, "north"), dial(address, "south")
+    server.wait_for_silos()
+    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    next_round(north)
+    with pytest.raises(InvalidUpdate):
+        north.submit(1, 0, INVALID["NaN"][0])
+    with pytest.raises(QuorumLost, match=r"round 1 .*north: 'lora_A' holds NaN"):
+        outcome.result()
+    assert "north failed" in caplog.text
+
+
+def test_counts_that_nobody_asked_for_are_refused(start, dial, background):
+    server, address = start(federation={"silos": ("north",)})
+    north = dial(address, "north")
+    server.wait_for_silos()
+    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    next_round(north)
+    with pytest.raises(InvalidUpdate, match="inactivity '1' is unknown"):
+        north.submit(1, 0, result(inactivity=COUNTS))
+    with pytest.raises(QuorumLost):
+        outcome.result()
+
+
+def test_the_same_update_twice_counts_once(start, dial, background):
+    server, address = start()
+    north, south = dial(address, "north"), dial(address, "south")
+    server.wait_for_silos()
+    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    next_round(north), next_round(south)
+    assert north.submit(1, 0, result(1.0))
+    assert not north.submit(1, 0, result(9.0))
+    assert south.submit(1, 0, result())
+    assert [update.adapter["lora_A"][0, 0].item() for update in outcome.result()] == [1.0, 1.0]
+    assert not north.submit(1, 0, result()), "even after the round"
+
+
+def test_a_late_update_is_refused_and_the_silo_takes_part_in_the_next_round(start, dial, background):
+    server, address = start(federation={"min_silos": 1})
+    north, south = dial(address, "north"), dial(address, "south")
+    server.wait_for_silos()
+    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    next_round(north), next_round(south)
+    south.leave()
+    assert north.submit(1, 0, result())
+    assert [update.silo for update in outcome.result()] == ["north"]
+    with pytest.raises(RoundOver, match="round 1 is over"):
+        south.submit(1, 0, result())
+    polling = background(south.next_task)
+    while "south" not in server._live._federation.present:
+        pass
+    outcome = background(server.run_round, 2, ADAPTER, count_inactivity=False)
+    assert polling.result().train.round == 2
+    with pytest.raises(RoundOver):
+        south.fetch_adapter(1)
+    assert south.submit(2, 0, result())
+    assert north.submit(next_round(north).round, 0, result())
+    assert [update.silo for update in outcome.result()] == ["north", "south"]
+
+
+def test_a_stale_proxy_is_refused(start, dial, background):
+    server, address = start(federation={"silos": ("north",)})
+    north = dial(address, "north")
+    server.wait_for_silos()
+    server.publish_patch({"norm": torch.ones(2)})
+    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    assert next_round(north).proxy_version == 1
+    with pytest.raises(StaleProxy, match="version 0 of the proxy"):
+        north.submit(1, 0, result())
+    with pytest.raises(QuorumLost, match="version 0 of the proxy"):
+        outcome.result()
+    with pytest.raises(StaleProxy, match="no version 5"):
+        north.fetch_patches(5)
+
+
+def test_a_damaged_upload_is_sent_again(start, dial, background, monkeypatch):
+    server, address = start(federation={"silos": ("north",)})
+    north = dial(address, "north")
+    server.wait_for_silos()
+    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    next_round(north)
+    submit, damaged = north._stub.SubmitUpdate, []
+
+    def damage_once(parts, **options):
+        def passing():
+            for part in parts:
+                if part.piece.chunk and not damaged:
+                    damaged.append(part)
+                    part = pb.UpdatePart(piece=pb.Piece(chunk=part.piece.chunk[:-1] + b"!"))
+                yield part
+
+        return submit(passing(), **options)
+
+    monkeypatch.setattr(north._stub, "SubmitUpdate", damage_once)
+    assert north.submit(1, 0, result())
+    assert damaged
+    assert len(outcome.result()) == 1
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+def test_silos_that_stay_silent_lose_the_quorum_by_name(start, dial):
+    server, address = start(federation={"round_deadline_seconds": 0.2})
+    dial(address, "north")
+    with pytest.raises(QuorumLost, match="missing: south"):
+        server.wait_for_silos()
+    dial(address, "south")
+    with pytest.raises(QuorumLost, match=r"north: no update before the deadline; south: no update"):
+        server.run_round(1, ADAPTER, count_inactivity=False)
+
+
+def test_an_abort_reaches_the_silos_with_its_reason(start, dial, background):
+    server, address = start(federation={"silos": ("north",)})
+    polling = background(dial(address, "north").next_task)
+    server.wait_for_silos()
+    server.abort("the disk at /srv/fed/out is full")
+    assert polling.result().aborted.reason == "the disk at out is full"
+
+
+def test_a_taken_port_is_named(start):
+    _, address = start()
+    with pytest.raises(PortInUse, match=address):
+        start(listen=address)
+
+
+def test_a_host_that_is_not_this_machines_is_named(start, kits):
+    with pytest.raises(PortInUse, match=r"192\.0\.2\.1"):
+        start(tls(kits / "server"), listen="192.0.2.1:0")
+
+
+# --- egress -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("intruder", ["fm.bin", "notes.py", ".hidden.json", "directory.json", "link.json"])
+def test_nothing_but_plain_files_of_a_proxy_is_ever_sent(intruder, start, bundle, tmp_path):
+    path = bundle / intruder
+    if intruder == "directory.json":
+        path.mkdir()
+    elif intruder == "link.json":
+        (tmp_path / "secret.json").write_text("secret")
+        path.symlink_to(tmp_path / "secret.json")
+    else:
+        path.write_text("secret")
+    with pytest.raises(ModelError, match=intruder):
+        start()
+
+
+def test_a_bundle_without_description_is_no_bundle(start, bundle):
+    (bundle / "proxy.json").unlink()
+    with pytest.raises(ModelError, match=r"proxy\.json"):
+        start()
+
+
+# --- the silo's command -----------------------------------------------------------------------------------------------
+
+
+def silo_yaml(tmp_path, address, **changes):
+    values = {"server": address, "insecure_loopback": True, "insecure_name": "north", "data": {"path": "data.csv"}}
+    path = tmp_path / "silo.yaml"
+    path.write_text(json.dumps(values | {"connect_timeout_seconds": 0.2} | changes))
+    (tmp_path / "data.csv").write_text("text,label\ngood,1\n")
+    return path
+
+
+def test_an_unreachable_server_is_named_with_its_exit_code(tmp_path, capsys):
+    path = silo_yaml(tmp_path, "127.0.0.1:1")
+    assert silo_command.main(["--config", str(path)]) == ServerUnreachable.exit_code
+    errors = capsys.readouterr().err.splitlines()
+    assert [line for line in errors if line.startswith("error:")] == [errors[-1]]
+    assert "127.0.0.1:1 did not answer for 0.2 s" in errors[-1]
+
+
+def test_faulty_data_is_found_before_anything_is_sent(start, tmp_path, capsys):
+    server, address = start()
+    path = silo_yaml(tmp_path, address)
+    (tmp_path / "data.csv").write_text("text,label\ngood\n")
+    assert silo_command.main(["--config", str(path)]) == DataError.exit_code
+    assert "data.csv:2" in capsys.readouterr().err
+    assert not server._live._federation.present
+
+
+def test_an_unwanted_silo_ends_with_the_servers_reason(start, tmp_path, capsys):
+    _, address = start()
+    path = silo_yaml(tmp_path, address, insecure_name="stranger")
+    assert silo_command.main(["--config", str(path)]) == RefusedByServer.exit_code
+    assert "federation.silos" in capsys.readouterr().err
+
+
+def test_a_missing_key_is_found_before_dialing(tmp_path, capsys, kits):
+    shutil.copytree(kits / "silos/north", tmp_path / "kit")
+    (tmp_path / "kit/key.pem").unlink()
+    section = {"ca": "kit/ca.pem", "certificate": "kit/certificate.pem", "key": "kit/key.pem"}
+    path = silo_yaml(tmp_path, "127.0.0.1:1", insecure_loopback=False, insecure_name=None, tls=section)
+    assert silo_command.main(["--config", str(path)]) == CertificateError.exit_code
+    assert "key.pem: no such file" in capsys.readouterr().err
+
+
+def test_a_proxy_that_cannot_be_loaded_frees_the_round_of_this_silo(start, tmp_path):
+    server, address = start(federation={"silos": ("north",)})
+    (tmp_path / "data.csv").write_text("text,label\ngood,1\n")
+    with pytest.raises(ModelError):
+        run(silo_config(tmp_path, address, "north"))
+    assert not server._live._federation.present, "it told the server that it leaves"
+
+
+def test_two_silos_cannot_share_a_work_directory(start, tmp_path, monkeypatch):
+    _, address = start()
+    (tmp_path / "data.csv").write_text("text,label\ngood,1\n")
+    config = silo_config(tmp_path, address, "north")
+    from fedpft.silo.run import _own_directory
+
+    with _own_directory(config.work), pytest.raises(ConfigError, match="in use by another silo"):
+        run(config)
+
+
+def test_help_is_complete(capsys):
+    with pytest.raises(SystemExit) as caught:
+        silo_command.main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--config" in text
+    assert "Exit codes" in text
+
+
+def test_a_command_ends_with_one_line_and_the_exit_code(capsys):
+    def fail():
+        raise DataError("data.csv:3: no\nlabel", "add one")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert command.run_command(lambda: None) == 0
+    assert command.run_command(fail) == DataError.exit_code
+    assert command.run_command(interrupt) == 130
+    assert capsys.readouterr().err.splitlines() == ["error: data.csv:3: no label -> add one", "error: interrupted"]
