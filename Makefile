@@ -41,7 +41,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fedpft/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-out build dist *.egg-info fedpft/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find fedpft tests -name __pycache__ -prune -exec rm -rf {} +
 
 # torch and the build tools come first: the extension is built against this torch, without build isolation.
@@ -60,6 +60,6 @@ $(TORCH_STAMP): constraints.txt
 	@touch '$@'
 
 $(STAMP): $(TORCH_STAMP) pyproject.toml setup.py CMakeLists.txt requirements-demo.txt $(NATIVE)
-	$(PIP) install --no-build-isolation -e '.[demo,test]' -c $(HELD)
+	$(PIP) install --no-build-isolation -e '.[test]' -c $(HELD)
 	$(PIP) install --no-deps -r requirements-demo.txt
 	@touch '$@'

@@ -104,7 +104,7 @@ def merge(model: nn.Module) -> None:
     """Adds B A alpha / R to each weight that carries LoRA and takes LoRA away. In place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)  # type: ignore[operator]
+            module.merge(safe_merge=True)
             model.set_submodule(name, module.get_base_layer())
     model.requires_grad_(False)
 

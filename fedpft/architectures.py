@@ -135,7 +135,7 @@ def row(model_type: str) -> Architecture:
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The transformer layers of a `transformers` model, with or without a task head."""
-    layers = model.base_model.get_submodule(architecture_of(model).layers)  # type: ignore[union-attr, operator]
+    layers = model.base_model.get_submodule(architecture_of(model).layers)  # type: ignore[union-attr]
     assert isinstance(layers, nn.ModuleList)
     return layers
 

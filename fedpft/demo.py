@@ -174,7 +174,7 @@ def run_federation(directory: Path, server: Settings, silos: Mapping[str, Settin
     Args:
         directory: receives the YAML files, the silos' logs, their work directories, and the server's OUT.
         server: server.yaml without `out`; it has to listen on port 0.
-        silos: for each name silo.yaml without `server` and `work`.
+        silos: for each name silo.yaml; `server` and `work` may be left out.
 
     Raises:
         FedPFTError: a process failed.
@@ -188,7 +188,7 @@ def run_federation(directory: Path, server: Settings, silos: Mapping[str, Settin
             time.sleep(0.1)
         address = (results / "address").read_text(encoding="utf-8").strip()
         for name, settings in silos.items():
-            settings = {**settings, "server": address, "work": str(directory / f"work-{name}")}
+            settings = {"server": address, "work": str(directory / f"work-{name}"), **settings}
             silo_yaml = _write_yaml(directory / f"silo-{name}.yaml", settings)
             processes.append(stack.enter_context(_process("fedpft.silo", silo_yaml, directory / f"silo-{name}.log")))
         while not _all_ended(processes):

@@ -7,8 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from fedpft.errors import InvalidUpdate, QuorumLost, RefusedByServer, RoundOver, StaleProxy
 from fedpft.federation import (
-    AbortRequested,
     Aborted,
+    AbortRequested,
     Accept,
     Aggregate,
     Begin,
@@ -263,7 +263,9 @@ names = st.sampled_from([*SILOS, "stranger"])
 class AnyOrder(RuleBasedStateMachine):
     """Keeps its own plain record of what was answered, and compares."""
 
-    @initialize(min_silos=st.none() | st.integers(1, 3), fraction=st.sampled_from([0.3, 0.6, 1.0]), seed=st.integers(0, 9))
+    @initialize(
+        min_silos=st.none() | st.integers(1, 3), fraction=st.sampled_from([0.3, 0.6, 1.0]), seed=st.integers(0, 9)
+    )
     def start(self, min_silos, fraction, seed):
         self.federation = Federation(SILOS, min_silos=min_silos, sample_fraction=fraction, seed=seed)
         self.round, self.picked, self.counted, self.open = 0, (), [], False

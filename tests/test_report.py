@@ -58,6 +58,13 @@ def drawings(html: str) -> list[str]:
     return re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run that was compared, with every figure."""
+    summary = {**SUMMARY, "metrics": {**SUMMARY["metrics"], **COMPARED}}
+    return page(tmp_path_factory.mktemp("report"), summary, CURVES)
+
+
 def test_the_table_has_every_row_in_its_order() -> None:
     lines = format_table({"metrics": {**COMPARED, **SUMMARY["metrics"]}}).splitlines()
     names = [line.split()[0] for line in lines[2:]]
@@ -76,21 +83,20 @@ def test_the_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_the_page_shows_every_number_of_the_summary(tmp_path: Path) -> None:
-    html = page(tmp_path, SUMMARY, CURVES).replace("\u2009", "")
+def test_the_page_shows_every_number_of_the_summary(whole: str) -> None:
+    html = whole.replace("\u2009", "")
     for shown in ("0.5713", "0.5603", "22721684", "84.4%", "236182345", "236.2 MB", "61.4", "0.0900", "2.5000"):
         assert shown in html, shown
     assert "classifies 57.1% of the test, against 55.3% by the proxy alone and 43.1% without adapters." in html
     assert "67% of its transformer parameters" in html
 
 
-def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
-    html = page(tmp_path, SUMMARY, CURVES)
-    assert "&lt;hidden&gt;" in html
-    assert "<hidden>" not in html
+def test_text_from_the_run_is_escaped(whole: str) -> None:
+    assert "&lt;hidden&gt;" in whole
+    assert "<hidden>" not in whole
 
 
-def test_tags_are_balanced(tmp_path: Path) -> None:
+def test_tags_are_balanced(whole: str) -> None:
     class Balance(HTMLParser):
         open: list[str] = []  # noqa: RUF012
 
@@ -102,13 +108,13 @@ def test_tags_are_balanced(tmp_path: Path) -> None:
             assert self.open.pop() == tag
 
     parser = Balance()
-    parser.feed(page(tmp_path, SUMMARY, CURVES))
+    parser.feed(whole)
     parser.close()
     assert parser.open == []
 
 
-def test_every_figure_is_well_formed_and_says_what_it_shows(tmp_path: Path) -> None:
-    found = drawings(page(tmp_path, {**SUMMARY, "metrics": {**SUMMARY["metrics"], **COMPARED}}, CURVES))
+def test_every_figure_is_well_formed_and_says_what_it_shows(whole: str) -> None:
+    found = drawings(whole)
     assert len(found) == 5
     labels = []
     for drawing in found:
@@ -123,8 +129,8 @@ def test_every_figure_is_well_formed_and_says_what_it_shows(tmp_path: Path) -> N
     assert any("full_model 58.0%, plugged_in 57.1%" in label for label in labels)
 
 
-def test_ids_of_different_figures_differ(tmp_path: Path) -> None:
-    found = drawings(page(tmp_path, {**SUMMARY, "metrics": {**SUMMARY["metrics"], **COMPARED}}, CURVES))
+def test_ids_of_different_figures_differ(whole: str) -> None:
+    found = drawings(whole)
     ids = [set(re.findall(r'\bid="([^"]+)"', drawing)) for drawing in found]
     assert sum(map(len, ids)) == len(set().union(*ids))
     for drawing, own in zip(found, ids, strict=True):

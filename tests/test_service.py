@@ -3,11 +3,9 @@
 import contextlib
 import datetime
 import json
-import logging
 import shutil
 import socket
 import ssl
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -39,7 +37,7 @@ from fedpft.errors import (
     StaleProxy,
 )
 from fedpft.provision import Authority, provision
-from fedpft.server import servicer
+from fedpft.server import service, servicer
 from fedpft.server.service import FederationServer
 from fedpft.silo import __main__ as silo_command
 from fedpft.silo.connection import ServerConnection
@@ -246,12 +244,11 @@ def test_a_silo_that_has_not_enrolled_gets_nothing(start, dial):
             ask()
 
 
-def test_another_version_of_the_package_is_refused(start, dial, monkeypatch):
+def test_another_version_of_the_package_is_refused(start, dial):
     _, address = start()
-    monkeypatch.setattr(servicer.fedpft, "__version__", "99.1.0")
-    monkeypatch.setattr(servicer, "_series", lambda version: [version, object()])
-    with pytest.raises(RefusedByServer, match="runs fedpft"):
-        dial(address, "north")
+    silo = dial(address, "north", enrol=False)
+    with pytest.raises(RefusedByServer, match=r"north runs fedpft 99\.1\.0, the server"):
+        silo._ask(silo._stub.Enrol, pb.EnrolRequest(samples=1, package_version="99.1.0"))
 
 
 def write_kit(directory, files):
@@ -265,7 +262,7 @@ def write_kit(directory, files):
 def test_a_silo_of_another_authority_finds_the_server_strange(start, dial, kits, tmp_path):
     _, address = start(tls(kits / "server"))
     kit = write_kit(tmp_path / "kit", Authority.create().kit("north", hosts=None, days=1))
-    with pytest.raises(CertificateError, match="certificate of the server .* is not accepted"):
+    with pytest.raises(CertificateError, match=r"certificate of the server .* is not accepted"):
         dial(address, "north", tls(kit))
 
 
@@ -294,7 +291,7 @@ def test_a_certificate_that_does_not_fit_ends_in_the_handshake(forge, start, dia
 def test_a_server_under_another_host_name_is_not_trusted(start, dial, kits, tmp_path):
     kit = write_kit(tmp_path / "kit", Authority.load(kits / "authority").kit("s", hosts=["fed.example"], days=1))
     _, address = start(tls(kit))
-    with pytest.raises(CertificateError, match="not accepted: .*127"):
+    with pytest.raises(CertificateError, match=r"not accepted: .*127"):
         dial(address, "north", tls(kits / "silos/north"))
 
 
@@ -410,7 +407,7 @@ def test_the_same_update_twice_counts_once(start, dial, background):
     assert not north.submit(1, 0, result()), "even after the round"
 
 
-def test_a_late_update_is_refused_and_the_silo_takes_part_in_the_next_round(start, dial, background):
+def test_a_late_update_is_refused_and_the_silo_takes_part_in_the_next_round(start, dial, background, monkeypatch):
     server, address = start(federation={"min_silos": 1})
     north, south = dial(address, "north"), dial(address, "south")
     server.wait_for_silos()
@@ -421,11 +418,10 @@ def test_a_late_update_is_refused_and_the_silo_takes_part_in_the_next_round(star
     assert [update.silo for update in outcome.result()] == ["north"]
     with pytest.raises(RoundOver, match="round 1 is over"):
         south.submit(1, 0, result())
-    polling = background(south.next_task)
-    while "south" not in server._live._federation.present:
-        pass
+    monkeypatch.setattr(servicer, "POLL_SECONDS", 0.0)
+    assert south._ask(south._stub.NextTask, pb.NextTaskRequest()).WhichOneof("task") == "wait"
     outcome = background(server.run_round, 2, ADAPTER, count_inactivity=False)
-    assert polling.result().train.round == 2
+    assert next_round(south).round == 2
     with pytest.raises(RoundOver):
         south.fetch_adapter(1)
     assert south.submit(2, 0, result())
@@ -483,6 +479,25 @@ def test_silos_that_stay_silent_lose_the_quorum_by_name(start, dial):
     dial(address, "south")
     with pytest.raises(QuorumLost, match=r"north: no update before the deadline; south: no update"):
         server.run_round(1, ADAPTER, count_inactivity=False)
+
+
+def test_a_server_that_goes_away_in_the_middle_is_unreachable(start, dial, monkeypatch):
+    server, address = start()
+    north = dial(address, "north", connect_timeout_seconds=0.2)
+    monkeypatch.setattr(service, "CLOSING_SECONDS", 0.0)
+    server.close()
+    with pytest.raises(ServerUnreachable, match=r"did not answer for 0\.2 s \(connection refused\)"):
+        north.next_task()
+
+
+def test_a_server_that_starts_anew_asks_silos_to_enrol(start, dial, monkeypatch):
+    server, address = start()
+    north = dial(address, "north")
+    monkeypatch.setattr(service, "CLOSING_SECONDS", 0.0)
+    server.close()
+    start(listen=address)
+    with pytest.raises(RefusedByServer, match="has not enrolled"):
+        north.next_task()
 
 
 def test_an_abort_reaches_the_silos_with_its_reason(start, dial, background):

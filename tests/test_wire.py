@@ -319,9 +319,7 @@ def persisting(outcomes, timeout_seconds=60.0):
             raise outcome
         return outcome
 
-    answer = persist(
-        attempt, NOBODY, None, timeout_seconds=timeout_seconds, sleep=time.sleep, clock=time.clock
-    )
+    answer = persist(attempt, NOBODY, None, timeout_seconds=timeout_seconds, sleep=time.sleep, clock=time.clock)
     return answer, time.now
 
 

@@ -69,9 +69,9 @@ Tensor empty_like(const Tensor& like, std::vector<int64_t> shape, std::optional<
 
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-Tensor contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
-Optional contiguous(const Optional& tensor) { return tensor ? Optional(contiguous(*tensor)) : std::nullopt; }
+Optional packed(const Optional& tensor) { return tensor ? Optional(packed(*tensor)) : std::nullopt; }
 
 template <class T>
 const T* data_or_null(const Optional& tensor) {
@@ -103,13 +103,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const fedpft::Tiles tiles(N);
   const bool exact = save && !compact, derive = save && compact;
 
+  const int64_t scratch_tokens = tiles.slots() * tiles.tokens();
+  const Tensor hidden = empty_like(x, {scratch_tokens, K});
   const Tensor y = empty_like(x, {N, D});
   const Tensor saved =
       save ? empty_like(x, {P, N, K}, derive ? ScalarType::BFloat16 : x.scalar_type()) : empty_like(x, {0});
   const Tensor counts =
       count ? torch::stable::new_zeros(x, {K}, ScalarType::Long) : empty_like(x, {0}, ScalarType::Long);
-  const int64_t scratch_tokens = tiles.slots() * tiles.tokens();
-  const Tensor hidden = empty_like(x, {scratch_tokens, K});
   Tensor second_scratch, lane_counts, lane_derivative;
   if (w_gate && !exact) second_scratch = empty_like(x, {scratch_tokens, K});
   if (count) lane_counts = torch::stable::new_zeros(x, {tiles.lanes(), K}, ScalarType::Int);
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     views.push_back(view);
   }
   const Tensor w_in_t = transposed(w_in), w_first_t = w_gate ? transposed(*w_gate) : w_in_t;
-  const Optional bias_in = contiguous(b_in), bias_gate = contiguous(b_gate), valid = contiguous(mask);
+  const Optional bias_in = packed(b_in), bias_gate = packed(b_gate), valid = packed(mask);
   const Real* bias_first = data_or_null<Real>(w_gate ? bias_gate : bias_in);
   const Real* bias_second = data_or_null<Real>(bias_in);
   const bool* counted = data_or_null<bool>(valid);
@@ -209,7 +209,7 @@ Tensor backward(
     if (w_gate) view.second = rows(grad_second, scratch, tile.tokens);
     views.push_back(view);
   }
-  const Tensor kept = contiguous(saved), w_out_t = transposed(w_out);
+  const Tensor kept = packed(saved), w_out_t = transposed(w_out);
 
   tiles.for_each([&](const fedpft::Tile& tile) {
     const Views& view = views[tile.index];

@@ -64,7 +64,7 @@ inline Normal<float> normal(float z) {
   float p = 3.557020610e-2f;
   p = p * t - 1.425810648e-1f;
   p = p * t + 1.313377707e-1f;
-  p = p * t + 8.886135030e-2f;
+  p = p * t + 8.896135030e-2f;
   p = p * t + 9.858749106e-2f;
   p = p * t + 1.499116786e-1f;
   p = p * t + 1.382125797e-1f;

@@ -60,12 +60,13 @@ class LiveFederation:
     def enrol(self, silo: str, samples: int) -> None:
         """Raises RefusedByServer if the federation has no such silo."""
         with self._changed:
+            named, present = self._federation.silos, self._federation.present
+            if silo in named:
+                self._samples[silo] = samples
+                log.info("%s enrolled, %d samples; %d of %d silos", silo, samples, len(present | {silo}), len(named))
             for action in self.handle(Enrolled(silo)):
                 if isinstance(action, Refuse):
                     raise action.error
-            self._samples[silo] = samples
-            there = f"{len(self._federation.present)} of {len(self._federation.silos)} are there"
-            log.info("%s enrolled with %d samples (%s)", silo, samples, there)
 
     def check_enrolled(self, silo: str) -> None:
         """Raises RefusedByServer if the silo has not enrolled since this server started."""

@@ -55,7 +55,9 @@ SILO_KEY = "fedpft-silo"  # metadata: a silo's name where there is no certificat
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 10.0
 CORRUPT_ATTEMPTS = 3
+PROBES = 3
 PROBE_SECONDS = 5.0
+PROBE_PAUSE_SECONDS = 0.2
 
 
 def listen(server: grpc.Server, address: str, tls: TlsSection | None) -> int:
@@ -118,7 +120,8 @@ def persist(
         TransferCorrupt: CORRUPT_ATTEMPTS transfers in a row were broken.
         FedPFTError: what the server answered.
     """
-    began, corrupt, waiting = None, 0, pauses()
+    corrupt, waiting = 0, pauses()
+    began: float | None = None
     while True:
         try:
             return attempt()
@@ -156,19 +159,27 @@ def diagnose(address: str, tls: TlsSection | None) -> str:
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:
-        with socket.create_connection((host, int(port)), timeout=PROBE_SECONDS) as connection:
-            if tls is not None:
-                _handshake(connection, host, address, tls)
+        for _ in range(PROBES):
+            with socket.create_connection((host, int(port)), timeout=PROBE_SECONDS) as connection:
+                if tls is None or _is_welcome(connection, host, address, tls):
+                    return "the connection broke"
+            time.sleep(PROBE_PAUSE_SECONDS)
     except socket.gaierror:
         return f"the name {host} is not known"
     except TimeoutError:
         return "no answer"
     except OSError as error:
         return (error.strerror or "no connection").lower()
-    return "it broke the connection off"
+    raise _not_accepted(address, "it hangs up on seeing it")
 
 
-def _handshake(connection: socket.socket, host: str, address: str, tls: TlsSection) -> None:
+def _is_welcome(connection: socket.socket, host: str, address: str, tls: TlsSection) -> bool:
+    """Whether the server goes on talking after the handshake.
+
+    With TLS 1.3 a silo's part of the handshake is over before the server has looked at the silo's certificate, so only
+    the first read tells. A content server opens HTTP/2 with a settings frame; gRPC hangs up without an alert if the
+    certificate does not please it, which a server that is just going down does too: hence several probes.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(tls.ca)
@@ -176,23 +187,25 @@ def _handshake(connection: socket.socket, host: str, address: str, tls: TlsSecti
     context.set_alpn_protocols(["h2"])
     try:
         with context.wrap_socket(connection, server_hostname=host) as secured:
-            # With TLS 1.3 a silo's handshake is over before the server has looked at the silo's certificate: only
-            # the first read tells. A server that is content opens HTTP/2 with a settings frame.
-            secured.recv(1)
+            return secured.recv(1) != b""
     except ssl.SSLCertVerificationError as error:
         raise CertificateError(
             f"the certificate of the server at {address} is not accepted: {error.verify_message.rstrip('.')}",
             "check that `server` is a host named in that certificate, and that tls.ca is this federation's authority",
         ) from None
     except ssl.SSLEOFError:
-        return
+        raise ConnectionResetError(None, "it broke the connection off") from None
     except ssl.SSLError as error:
         reason = (error.reason or "handshake failed").lower().replace("_", " ")
-        if "alert" not in reason:
-            raise CertificateError(
-                f"what listens at {address} does not speak TLS 1.3: {reason}", "check `server` in silo.yaml"
-            ) from None
+        if "alert" in reason:
+            raise _not_accepted(address, reason) from None
         raise CertificateError(
-            f"the server at {address} does not accept {tls.certificate}: {reason}",
-            "check that the kit is this federation's; ask the server's operator",
+            f"what listens at {address} does not speak TLS 1.3: {reason}", "check `server` in silo.yaml"
         ) from None
+
+
+def _not_accepted(address: str, reason: str) -> CertificateError:
+    return CertificateError(
+        f"the server at {address} does not accept this side's certificate: {reason}",
+        "check that the kit is this federation's and has not expired, or ask the server's operator",
+    )

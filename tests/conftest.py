@@ -1,0 +1,44 @@
+"""What several test files share: a tiny FM of each architecture, written once, a fresh copy for every test."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from torch import nn
+
+from fedpft.models import load_model
+
+ModelFactory = Callable[[str], nn.Module]
+
+
+@pytest.fixture(scope="session")
+def fm_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """model type -> directory of a tiny FM."""
+    written: dict[str, Path] = {}
+
+    def directory(model_type: str) -> Path:
+        if model_type not in written:
+            written[model_type] = tiny.write_model(model_type, tmp_path_factory.mktemp(f"the-owners-{model_type}"))
+        return written[model_type]
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def _loaded(fm_directory: Callable[[str], Path]) -> ModelFactory:
+    loaded: dict[str, nn.Module] = {}
+
+    def load(model_type: str) -> nn.Module:
+        if model_type not in loaded:
+            loaded[model_type] = load_model(fm_directory(model_type), tiny.task_of(model_type), tiny.LABELS, seed=0)
+        return loaded[model_type]
+
+    return load
+
+
+@pytest.fixture
+def make_fm(_loaded: ModelFactory) -> ModelFactory:
+    """model type -> a tiny FM of the test's own."""
+    return lambda model_type: copy.deepcopy(_loaded(model_type))

@@ -1,0 +1,168 @@
+"""Each row of the table against transformers' own module tree, and the parity of a whole proxy with its FM."""
+
+import pytest
+import tiny
+import torch
+from conftest import ModelFactory
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedpft.architectures import (
+    ACTIVATION_NAMES,
+    ARCHITECTURES,
+    activation_of,
+    architecture_of,
+    layer_outputs,
+    layers_of,
+    row,
+)
+from fedpft.config import ProxySection
+from fedpft.errors import ModelError
+from fedpft.proxy import cut, select
+from fedpft.subffn import projections, sub_ffns
+
+every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
+
+
+@every_architecture
+def test_ffn_projections_are_those_that_transformers_names(model_type: str, make_fm: ModelFactory) -> None:
+    fm = make_fm(model_type)
+    for layer, module in enumerate(layers_of(fm)):
+        found, wanted = projections(fm, module), tiny.ffn(fm.state_dict(), model_type, layer)
+        wanted["w_out"] = wanted["w_out"]
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=0)
+
+
+@every_architecture
+def test_norm_stands_right_before_or_right_after_the_ffn(model_type: str, make_fm: ModelFactory) -> None:
+    fm, table = make_fm(model_type), architecture_of(make_fm(model_type))
+    seen: dict[str, Tensor] = {}
+    layer = layers_of(fm)[1]
+    norm, projection = layer.get_submodule(table.norm), layer.get_submodule(table.input)
+    norm.register_forward_hook(lambda _m, _i, output: seen.update(norm=output))
+    projection.register_forward_pre_hook(lambda _m, inputs: seen.update(ffn=inputs[0]))
+    layer.register_forward_hook(lambda _m, _i, output: seen.update(layer=output))
+    tiny.logits(fm, tiny.batch(model_type))
+    follows = seen["layer"][0] if isinstance(seen["layer"], tuple) else seen["layer"]
+    assert torch.equal(seen["norm"], seen["ffn"]) or torch.equal(seen["norm"], follows)
+
+
+@every_architecture
+def test_attention_is_every_projection_of_a_layer_outside_the_ffn(model_type: str, make_fm: ModelFactory) -> None:
+    fm, table = make_fm(model_type), ARCHITECTURES[model_type]
+    layer = layers_of(fm)[0]
+    linear = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    assert linear - {table.input, table.output, table.gate} == set(table.attention)
+
+
+@every_architecture
+def test_head_is_what_the_base_model_lacks(model_type: str, make_fm: ModelFactory) -> None:
+    fm = make_fm(model_type)
+    outside = [n for n, _ in fm.named_parameters() if not n.startswith(f"{fm.base_model_prefix}.")]
+    assert outside
+    assert all(name.startswith(f"{ARCHITECTURES[model_type].head}.") for name in outside)
+
+
+@every_architecture
+def test_activation_is_the_function_that_the_fm_applies(model_type: str, make_fm: ModelFactory) -> None:
+    fm = make_fm(model_type)
+    z = torch.linspace(-6, 6, 101)
+    functions = {
+        "relu": torch.relu,
+        "gelu": nn.functional.gelu,
+        "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
+        "silu": nn.functional.silu,
+    }
+    applied = next(m for n, m in layers_of(fm)[0].named_modules() if n.split(".")[-1].startswith(("act", "intermediate_act")))
+    torch.testing.assert_close(functions[activation_of(fm)](z), applied(z))
+
+
+def test_activation_without_a_kernel_is_refused(make_fm: ModelFactory) -> None:
+    fm = make_fm("bert")
+    fm.config.hidden_act = "tanh"
+    with pytest.raises(ModelError, match="'tanh' is not supported") as caught:
+        activation_of(fm)
+    assert all(name in caught.value.remedy for name in ACTIVATION_NAMES)
+
+
+def test_model_type_without_a_row_is_refused_with_those_that_have_one() -> None:
+    with pytest.raises(ModelError, match="'mamba' is not supported") as caught:
+        row("mamba")
+    assert all(model_type in caught.value.remedy for model_type in ARCHITECTURES)
+
+
+@every_architecture
+def test_whole_proxy_holds_every_weight_of_the_fm_bit_for_bit(model_type: str, make_fm: ModelFactory) -> None:
+    fm = make_fm(model_type)
+    proxy = cut(fm, select(fm, ProxySection(neurons="all")))
+    state, left = fm.state_dict(), proxy.state_dict()
+    ffns = list(sub_ffns(proxy).items())
+    assert len(ffns) == tiny.L
+    for layer, (path, _) in enumerate(ffns):
+        for name, weight in tiny.ffn(state, model_type, layer).items():
+            assert tiny.same_bits(left.pop(f"{path}.{name}"), weight)
+        for name in tiny.ffn_names(model_type, layer):
+            del state[name]
+    assert tiny.changed(state, left) == set()  # and the two have the same names
+
+
+@every_architecture
+def test_whole_proxy_computes_what_the_fm_computes(model_type: str, make_fm: ModelFactory) -> None:
+    fm, inputs = make_fm(model_type), tiny.batch(model_type)
+    proxy = cut(fm, select(fm, ProxySection(neurons="all")))
+    wanted = tiny.logits(fm, inputs)
+    assert wanted.std() > 0.01
+    torch.testing.assert_close(tiny.logits(proxy, inputs), wanted, rtol=1e-5, atol=1e-5)
+
+
+@every_architecture
+def test_whole_proxy_has_the_fms_gradients(model_type: str, make_fm: ModelFactory) -> None:
+    fm, inputs = make_fm(model_type), tiny.batch(model_type)
+    proxy = cut(fm, select(fm, ProxySection(neurons="all")))
+    gradients = []
+    for model in (fm, proxy):
+        first = layers_of(model)[0].get_submodule(ARCHITECTURES[model_type].attention[0]).weight.requires_grad_(True)
+        loss = model(**inputs, labels=torch.tensor([0, 1, 2, 0, 1])).loss
+        gradients.append(torch.autograd.grad(loss, first)[0])
+    assert gradients[0].abs().max() > 1e-4
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+@every_architecture
+def test_layer_outputs_are_the_hidden_states_between_the_layers(model_type: str, make_fm: ModelFactory) -> None:
+    fm, inputs = make_fm(model_type), tiny.batch(model_type)
+    with torch.no_grad():
+        states = fm.base_model(**inputs, output_hidden_states=True).hidden_states
+        third, first = layer_outputs(fm, [2, 0], {**inputs, "labels": torch.zeros(5, dtype=torch.int64)})
+    assert torch.equal(third, states[3])
+    assert torch.equal(first, states[1])
+
+
+def test_layer_outputs_of_the_last_layer_are_taken_before_the_final_norm(make_fm: ModelFactory) -> None:
+    fm, inputs = make_fm("gpt2"), tiny.batch("gpt2")
+    with torch.no_grad():
+        (last,) = layer_outputs(fm, [tiny.L - 1], inputs)
+        assert torch.equal(fm.transformer.ln_f(last), fm.base_model(**inputs).last_hidden_state)
+
+
+def test_layer_outputs_run_no_further_than_asked_and_leave_no_hook(make_fm: ModelFactory) -> None:
+    fm, inputs = make_fm("bert"), tiny.batch("bert")
+    ran = []
+    layers_of(fm)[2].register_forward_hook(lambda *_: ran.append(2))
+    layer_outputs(fm, [0, 1], inputs)
+    assert not ran
+    fm(**inputs)
+    assert ran == [2]
+
+
+@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if tiny.task_of(name) == "sequence-classification"])
+def test_padding_does_not_reach_the_logits_of_a_proxy(model_type: str, make_fm: ModelFactory) -> None:
+    fm = make_fm(model_type)
+    proxy = cut(fm, select(fm, ProxySection(neurons=16)))
+    texts = tiny.dataset(model_type, 5, labelled=False)
+    together = tiny.logits(proxy, texts.batch(torch.arange(5)))
+    alone = torch.cat([tiny.logits(proxy, texts.batch(torch.tensor([index]))) for index in range(5)])
+    assert len(set(texts.lengths.tolist())) > 1
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
