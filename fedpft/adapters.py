@@ -4,7 +4,6 @@ An adapter is a `dict[str, Tensor]`. Its names are the same in proxy and FM, sin
 that is what makes the plug-in possible (method.md, sections 3 and 5). LoRA itself is `peft`'s.
 """
 
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,16 +87,22 @@ def plug_in(model: nn.Module, adapter: Adapter, layers: Sequence[int]) -> None:
     Args:
         model: the FM with an adapter attached.
         layers: for each layer of the proxy, the FM's layer it was cut from; LoRA on the FM's other layers stays 0.
+
+    Raises:
+        InvalidUpdate: the adapter is not one of a proxy with these layers.
     """
-    path = f"{model.base_model_prefix}.{architecture_of(model).layers}."
-    pattern = re.compile(rf"^{re.escape(path)}(\d+)\.")
-    renamed = {pattern.sub(lambda m: f"{path}{layers[int(m[1])]}.", name): tensor for name, tensor in adapter.items()}
-    untouched = {
-        name: torch.zeros_like(tensor) if "lora_B" in name else tensor
-        for name, tensor in extract(model).items()
-        if name not in renamed and len(layers) < len(layers_of(model))
-    }
-    load(model, untouched | renamed)
+    path, own = f"{model.base_model_prefix}.{architecture_of(model).layers}.", extract(model)
+    position = {str(layer): str(index) for index, layer in enumerate(layers)}
+    on_proxy: dict[str, str] = {}  # the FM's name of a tensor -> the proxy's
+    for name in own:
+        layer, _, rest = name.removeprefix(path).partition(".")
+        if not name.startswith(path):
+            on_proxy[name] = name
+        elif layer in position:
+            on_proxy[name] = f"{path}{position[layer]}.{rest}"
+    check(adapter, {proxy_name: own[name] for name, proxy_name in on_proxy.items()}, "the adapter")
+    dropped = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in own.items()}
+    load(model, dropped | {name: adapter[proxy_name] for name, proxy_name in on_proxy.items()})
 
 
 def merge(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from fedpft import architectures
@@ -39,14 +40,15 @@ def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> n
         seed: draws the task head where the checkpoint has none of C rows.
 
     Raises:
-        ModelError: no such directory, not a model, or a model type without a row in architectures.py.
+        ModelError: no such directory, not a model, weights that do not fit config.json, or a model type without a row
+            in architectures.py.
     """
     _config(path)
     names = dict(enumerate(labels))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "task head"))
         try:
-            model: nn.Module = _CLASSES[task].from_pretrained(
+            model, report = _CLASSES[task].from_pretrained(
                 path,
                 num_labels=len(names),
                 id2label=names,
@@ -54,11 +56,13 @@ def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> n
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
+                output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(
                 f"{path}: cannot be loaded for {task} ({_first_line(error)})", "check model.path"
             ) from None
+    _check_layers(path, model, report)
     return prepare(model)
 
 
@@ -71,8 +75,13 @@ def load_processor(path: Path, task: Task) -> Any:
             f"{path}: holds no tokenizer or image processor that can be loaded ({_first_line(error)})",
             "save it beside the model",
         ) from None
-    if task == "sequence-classification" and processor.pad_token_id is None:
-        processor.pad_token = processor.eos_token
+    if task == "sequence-classification":
+        # Without these files transformers makes up a tokenizer that knows no word.
+        files = {"tokenizer.json", *processor.vocab_files_names.values()}
+        if not any((path / name).is_file() for name in files):
+            raise ModelError(f"{path}: holds no tokenizer ({' or '.join(sorted(files))})", "save it beside the model")
+        if processor.pad_token_id is None:
+            processor.pad_token = processor.eos_token
     return processor
 
 
@@ -116,6 +125,17 @@ def _config(path: Path) -> Any:
         raise ModelError(f"{path}/config.json: {_first_line(error)}", "check model.path") from None
     architectures.row(config.model_type)
     return config
+
+
+def _check_layers(path: Path, model: nn.Module, report: dict[str, Any]) -> None:
+    """transformers draws at random what it does not find: right for a head, never for a layer."""
+    found_none = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    layers = f"{model.base_model_prefix}.{architectures.architecture_of(model).layers}."
+    if lost := sorted(name for name in found_none if name.startswith(layers)):
+        raise ModelError(
+            f"{path}: cannot be loaded, it has no {lost[0]} of the size that config.json asks for",
+            "save weights and config.json together",
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -159,14 +160,15 @@ def load_proxy(directory: Path) -> Proxy:
         for layer, count in zip(architectures.layers_of(model), counts, strict=True):
             replace_ffn(model, layer, torch.arange(count))
         model.load_state_dict(load_file(directory / "model.safetensors"))
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
+        return Proxy(
+            model, models.load_processor(directory, task), task, labels, description["max_tokens"], compressed
+        )
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{directory}: not a proxy ({reason})", "build it again, or delete it to fetch it again"
         ) from None
-    processor = models.load_processor(directory, task)
-    labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
-    return Proxy(model, processor, task, labels, description["max_tokens"], compressed)
 
 
 def save_selection(selection: Selection, path: Path) -> None:
@@ -182,7 +184,7 @@ def load_selection(path: Path) -> Selection:
         tensors = load_file(path)
         layers = tuple(tensors["layers"].tolist())
         return Selection(layers, tuple(tensors[f"neurons.{i}"] for i in range(len(layers))), tensors["saliency"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error})", "build the proxy again") from None
 
 
@@ -212,27 +214,29 @@ def patch(model: nn.Module, updated: Mapping[int, Tensor], norms: Sequence[str])
 def apply_patch(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Puts a patch into a proxy's model, all of it or, with a ModelError that names the tensor, nothing."""
     state = frozen_state(model)
-    changes: list[tuple[Tensor, Tensor | None, Tensor]] = []
+    changes: list[tuple[Tensor, Tensor | slice, Tensor]] = []
     for key, value in tensors.items():
         name, _, kind = key.partition("@")
         target, rows = state.get(name), tensors.get(f"{name}@rows")
-        if kind == "rows":
-            continue
-        fits = target is not None and (
-            target.shape == value.shape
-            if rows is None
-            else kind == "values"
-            and value.shape == (len(rows), *target.shape[1:])
-            and bool(((rows >= 0) & (rows < len(target))).all())
-        )
-        if target is None or not fits:
+        if kind == "rows" and f"{name}@values" in tensors:
+            continue  # goes in with its values
+        if kind == "" and target is not None and target.shape == value.shape:
+            changes.append((target, slice(None), value))
+        elif kind == "values" and target is not None and rows is not None and _fits(target, rows, value):
+            changes.append((target, rows.long(), value))
+        else:
             raise ModelError(
                 f"the patch's {key!r} does not fit the proxy", "delete the silo's work directory and start again"
             )
-        changes.append((target, None if rows is None else rows.long(), value))
     with torch.no_grad():
-        for target, rows, value in changes:
-            target[slice(None) if rows is None else rows] = value.to(target)
+        for target, place, value in changes:
+            target[place] = value.to(target)
+
+
+def _fits(target: Tensor, rows: Tensor, values: Tensor) -> bool:
+    """Whether `target[rows] = values` says one thing for each of the rows: (U,), (U, ...)."""
+    inside = bool(((rows >= 0) & (rows < len(target))).all())
+    return rows.dim() == 1 and inside and values.shape == (len(rows), *target.shape[1:])
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fedpft.errors import InvalidUpdate, QuorumLost, RefusedByServer, RoundOver, StaleProxy
 from fedpft.federation import (
@@ -264,12 +264,20 @@ class AnyOrder(RuleBasedStateMachine):
     """Keeps its own plain record of what was answered, and compares."""
 
     @initialize(
-        min_silos=st.none() | st.integers(1, 3), fraction=st.sampled_from([0.3, 0.6, 1.0]), seed=st.integers(0, 9)
+        min_silos=st.none() | st.integers(1, 3),
+        fraction=st.sampled_from([0.3, 0.6, 1.0]),
+        seed=st.integers(0, 9),
+        enrolled=st.sampled_from([SILOS, SILOS, SILOS[:2], ()]),
     )
-    def start(self, min_silos, fraction, seed):
+    def start(self, min_silos, fraction, seed, enrolled):
         self.federation = Federation(SILOS, min_silos=min_silos, sample_fraction=fraction, seed=seed)
         self.round, self.picked, self.counted, self.open = 0, (), [], False
         self.versions = 0
+        for silo in enrolled:
+            self.handle(Enrolled(silo))
+
+    def in_phase(phase):
+        return precondition(lambda self: self.federation.phase is phase)
 
     def handle(self, event):
         actions = self.federation.handle(event)
@@ -299,15 +307,22 @@ class AnyOrder(RuleBasedStateMachine):
     def enrol(self, silo):
         self.handle(Enrolled(silo))
 
+    @in_phase(Phase.ENROLLING)
     @rule()
     def close_enrolment(self):
         self.handle(EnrolmentDeadlinePassed())
 
+    @in_phase(Phase.IDLE)
     @rule()
     def request_round(self):
-        if self.federation.phase is Phase.IDLE:
-            self.round += 1
-            self.handle(RoundRequested(self.round))
+        self.round += 1
+        self.handle(RoundRequested(self.round))
+
+    @in_phase(Phase.TRAINING)
+    @rule(data=st.data())
+    def send_good_update(self, data):
+        silo = data.draw(st.sampled_from(sorted(self.federation.pending)))
+        assert self.handle(UpdateArrived(silo, self.round, self.versions))[0] == Accept(silo)
 
     @rule(silo=names, behind=st.integers(-1, 2), version_behind=st.integers(-1, 1))
     def send_update(self, silo, behind, version_behind):
@@ -325,17 +340,18 @@ class AnyOrder(RuleBasedStateMachine):
     def fail(self, silo, round_known):
         self.handle(SiloFailed(silo, "it left", self.round if round_known else None))
 
+    @in_phase(Phase.TRAINING)
     @rule(behind=st.integers(0, 1))
     def pass_deadline(self, behind):
         self.handle(DeadlinePassed(self.round - behind))
         if behind == 0:
             assert not self.open, "no round outlives its deadline"
 
+    @in_phase(Phase.IDLE)
     @rule()
     def publish_patch(self):
-        if self.federation.phase is not Phase.TRAINING:
-            self.handle(PatchPublished())
-            self.versions += 1
+        self.handle(PatchPublished())
+        self.versions += 1
 
     @invariant()
     def holds(self):
@@ -352,5 +368,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert all(federation.task(silo) == Wait() for silo in federation.silos - federation.pending)
 
 
-AnyOrder.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+AnyOrder.TestCase.settings = settings(deadline=None, max_examples=100, stateful_step_count=30)
 TestAnyOrder = AnyOrder.TestCase

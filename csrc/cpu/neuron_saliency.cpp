@@ -32,7 +32,10 @@ struct Neurons {
   int64_t hidden, neuron_stride, hidden_stride;
 };
 
-Neurons by_neuron(const Tensor& weight, int64_t neuron_dim) {
+Neurons by_neuron(const Tensor& weight, int64_t neuron_dim, int64_t neurons, ScalarType type) {
+  STD_TORCH_CHECK(
+      weight.dim() == 2 && weight.size(neuron_dim) == neurons && weight.scalar_type() == type,
+      "neuron_saliency: a weight differs in its neurons or dtype from w_in[0]");
   return {
       static_cast<const char*>(weight.const_data_ptr()), weight.size(1 - neuron_dim), weight.stride(neuron_dim),
       weight.stride(1 - neuron_dim)};
@@ -55,13 +58,14 @@ Element element_of(ScalarType type) {
 
 Tensor neuron_saliency_cpu(std::vector<Tensor> w_in, std::vector<Tensor> w_gate, std::vector<Tensor> w_out) {
   const int64_t layers = static_cast<int64_t>(w_in.size()), neurons = w_in.at(0).size(0);
-  const Element element = element_of(w_in[0].scalar_type());
+  const ScalarType type = w_in[0].scalar_type();
+  const Element element = element_of(type);
   const int64_t bytes = static_cast<int64_t>(w_in[0].element_size());
 
   std::vector<std::vector<Neurons>> parts(layers);
   for (int64_t l = 0; l < layers; ++l) {
-    parts[l] = {by_neuron(w_in[l], 0), by_neuron(w_out.at(l), 1)};
-    if (!w_gate.empty()) parts[l].push_back(by_neuron(w_gate.at(l), 0));
+    parts[l] = {by_neuron(w_in[l], 0, neurons, type), by_neuron(w_out.at(l), 1, neurons, type)};
+    if (!w_gate.empty()) parts[l].push_back(by_neuron(w_gate.at(l), 0, neurons, type));
   }
   Tensor saliency = torch::stable::new_empty(w_in[0], {layers, neurons}, ScalarType::Float);
   float* out = static_cast<float*>(saliency.mutable_data_ptr());

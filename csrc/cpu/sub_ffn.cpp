@@ -87,6 +87,14 @@ void multiply_add(Tensor out, const Tensor& addend, const Tensor& a, const Tenso
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), addend.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
+// The wrappers check with better words; this keeps a direct call from reading past a tensor's end.
+void check(const Optional& tensor, const char* name, ScalarType type, std::vector<int64_t> shape) {
+  if (!tensor) return;
+  bool fits = tensor->scalar_type() == type && tensor->dim() == static_cast<int64_t>(shape.size());
+  for (size_t d = 0; fits && d < shape.size(); ++d) fits = tensor->size(d) == shape[d];
+  STD_TORCH_CHECK(fits, "sub_ffn: ", name, " has a wrong shape or dtype");
+}
+
 bool is_half(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
 
 Tensor cast(const Tensor& tensor, ScalarType type) { return torch::stable::to(tensor, type); }
@@ -252,6 +260,15 @@ std::tuple<Tensor, Tensor, Tensor> sub_ffn_cpu(
     std::string activation, double eps, bool count, bool save, bool compact) {
   const Activation act = activation_of(activation);
   const ScalarType type = x.scalar_type(), wide = is_half(type) ? ScalarType::Float : type;
+  STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 2, "sub_ffn: x and w_in must have two dimensions");
+  const int64_t N = x.size(0), D = x.size(1), K = w_in.size(0);
+  check(w_in, "w_in", type, {K, D});
+  check(b_in, "b_in", type, {K});
+  check(w_gate, "w_gate", type, {K, D});
+  check(b_gate, "b_gate", type, {K});
+  check(w_out, "w_out", type, {K, D});
+  check(b_out, "b_out", type, {D});
+  check(mask, "mask", ScalarType::Bool, {N});
   auto run = wide == ScalarType::Double ? forward<double> : forward<float>;
   STD_TORCH_CHECK(wide == ScalarType::Double || wide == ScalarType::Float, "sub_ffn: unsupported dtype");
   if (!is_half(type)) {
@@ -267,6 +284,12 @@ Tensor sub_ffn_backward_cpu(
     Tensor grad_y, Tensor saved, Tensor w_in, Optional w_gate, Tensor w_out, std::string activation, bool compact) {
   const Activation act = activation_of(activation);
   const ScalarType type = grad_y.scalar_type(), wide = is_half(type) ? ScalarType::Float : type;
+  STD_TORCH_CHECK(grad_y.dim() == 2 && w_in.dim() == 2, "sub_ffn_backward: grad_y and w_in must have two dimensions");
+  const int64_t N = grad_y.size(0), D = grad_y.size(1), K = w_in.size(0);
+  check(saved, "saved", compact ? ScalarType::BFloat16 : type, {w_gate ? 2 : 1, N, K});
+  check(w_in, "w_in", type, {K, D});
+  check(w_gate, "w_gate", type, {K, D});
+  check(w_out, "w_out", type, {K, D});
   auto run = wide == ScalarType::Double ? backward<double> : backward<float>;
   STD_TORCH_CHECK(wide == ScalarType::Double || wide == ScalarType::Float, "sub_ffn_backward: unsupported dtype");
   if (!is_half(type)) return run(grad_y, saved, w_in, w_gate, w_out, act, compact);

@@ -102,7 +102,7 @@ def sub_ffn(
     """
     _check_ffn(x, w_in, b_in, w_gate, b_gate, w_out, b_out)
     _check_inactivity(activation, eps)
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if mask is not None:
         mask = mask.reshape(-1) if isinstance(mask, Tensor) else mask
         _check_mask(mask, tokens.shape[0], x)
@@ -121,7 +121,7 @@ def sub_ffn(
     y, _, counts = ops.sub_ffn(
         tokens, w_in, b_in, w_gate, b_gate, w_out, b_out, mask, activation, eps, count, save, compact
     )
-    y = y.reshape(x.shape)
+    y = y if x.dim() == 2 else y.reshape(x.shape)
     return (y, counts) if count else y
 
 

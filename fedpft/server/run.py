@@ -25,6 +25,7 @@ from fedpft.server.service import FederationServer
 from fedpft.server.updates import Update
 from fedpft.subffn import sub_ffns
 from fedpft.wire.certificates import check_certificates
+from fedpft.wire.channel import check_listen
 
 ADAPTER_FILE = "adapter.safetensors"
 PATCH_FILE = "patch.safetensors"
@@ -46,6 +47,7 @@ def run(config: ServerConfig) -> dict[str, Any]:
     """
     if config.tls is not None:
         check_certificates(config.tls, "server")
+    check_listen(config.listen)
     record = Record()
     with record.timed("load"):
         owner = load_owner(config)

@@ -60,6 +60,18 @@ PROBE_SECONDS = 5.0
 PROBE_PAUSE_SECONDS = 0.2
 
 
+def check_listen(address: str) -> None:
+    """Raises PortInUse if a server could not listen on host:port now, so that nobody waits for a proxy in vain."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(target)
+    except OSError:
+        raise _cannot_listen(address) from None
+
+
 def listen(server: grpc.Server, address: str, tls: TlsSection | None) -> int:
     """Binds a server to host:port, without TLS if `tls` is None; returns the port, the real one for port 0.
 
@@ -76,11 +88,15 @@ def listen(server: grpc.Server, address: str, tls: TlsSection | None) -> int:
     except RuntimeError:
         port = 0
     if port == 0:
-        raise PortInUse(
-            f"cannot listen on {address}: the port is taken, or the host is not an address of this machine",
-            "stop the other process or change `listen` in server.yaml",
-        )
+        raise _cannot_listen(address)
     return int(port)
+
+
+def _cannot_listen(address: str) -> PortInUse:
+    return PortInUse(
+        f"cannot listen on {address}: the port is taken, or the host is not an address of this machine",
+        "stop the other process or change `listen` in server.yaml",
+    )
 
 
 def dial(address: str, tls: TlsSection | None) -> grpc.Channel:

@@ -1,0 +1,145 @@
+"""What the owner's side does with input that cannot be right: one line that names place and remedy, an exit code,
+and nothing written. The silos' side is in test_service.py, files and YAML are in test_datasets.py and test_config.py.
+"""
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+from fedpft.command import run_command
+from fedpft.config import load_server_config
+from fedpft.server.run import run
+
+
+@pytest.fixture
+def settings(fm_directory: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:
+    """A server.yaml that is right, with its files beside it."""
+    texts = [f"the {color} {thing} moves" for color in ("red", "green") for thing in ("bird", "fish", "tree")]
+    (tmp_path / "labels.txt").write_text("\n".join(tiny.LABELS), encoding="utf-8")
+    (tmp_path / "public.csv").write_text("text\n" + "\n".join(texts), encoding="utf-8")
+    (tmp_path / "test.csv").write_text("text,label\n" + "\n".join(f"{t},sea" for t in texts), encoding="utf-8")
+    return {
+        "out": "out",
+        "listen": "127.0.0.1:0",
+        "insecure_loopback": True,
+        "model": {"path": str(fm_directory("bert")), "labels": "labels.txt"},
+        "distillation": {"steps": 1, "batch": 2},
+        "federation": {"silos": ["north"], "round_deadline_seconds": 0.05},
+        "public_data": "public.csv",
+        "test_data": "test.csv",
+    }
+
+
+def outcome(settings: dict[str, Any], directory: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and the one line of a server with these settings."""
+    path = directory / "server.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    code = run_command(lambda: run(load_server_config(path)) and None)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    return code, lines[0]
+
+
+def test_a_federation_without_its_silos_ends_by_itself(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, line = outcome(settings, tmp_path, capsys)
+    assert code == 12
+    assert "north" in line
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def _unsupported(settings: dict[str, Any], directory: Path) -> None:
+    (directory / "fm").mkdir()
+    (directory / "fm" / "config.json").write_text(json.dumps({"model_type": "t5"}), encoding="utf-8")
+    settings["model"]["path"] = "fm"
+
+
+def _no_model(settings: dict[str, Any], directory: Path) -> None:
+    settings["model"]["path"] = "nowhere"
+
+
+def _too_many_neurons(settings: dict[str, Any], directory: Path) -> None:
+    settings["proxy"] = {"neurons": tiny.F + 1}
+
+
+def _no_such_layer(settings: dict[str, Any], directory: Path) -> None:
+    settings["proxy"] = {"keep_layers": [0, tiny.L]}
+
+
+def _strange_label(settings: dict[str, Any], directory: Path) -> None:
+    (directory / "test.csv").write_text("text,label\nthe red bird,sea\nthe blue fish,see\n", encoding="utf-8")
+
+
+def _empty_corpus(settings: dict[str, Any], directory: Path) -> None:
+    (directory / "public.csv").write_text("", encoding="utf-8")
+
+
+def _latin_corpus(settings: dict[str, Any], directory: Path) -> None:
+    (directory / "public.csv").write_bytes(b"text\nthe red bird\nla premi\xe8re\n")
+
+
+def _doubled_label(settings: dict[str, Any], directory: Path) -> None:
+    (directory / "labels.txt").write_text("earth\nsea\nearth\n", encoding="utf-8")
+
+
+def _typo(settings: dict[str, Any], directory: Path) -> None:
+    settings["distilation"] = settings.pop("distillation")
+
+
+def _missing_certificate(settings: dict[str, Any], directory: Path) -> None:
+    del settings["insecure_loopback"]
+    settings["tls"] = {"ca": "ca.pem", "certificate": "certificate.pem", "key": "key.pem"}
+
+
+def _no_proxy(settings: dict[str, Any], directory: Path) -> None:
+    settings["proxy_path"] = "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "names"),
+    [
+        (_unsupported, 5, ["'t5'", "architectures.py"]),
+        (_no_model, 5, ["nowhere", "config.json"]),
+        (_too_many_neurons, 5, [str(tiny.F + 1), str(tiny.F)]),
+        (_no_such_layer, 5, ["keep_layers", str(tiny.L)]),
+        (_strange_label, 4, ["test.csv:3", "'see'", "'sea'"]),
+        (_empty_corpus, 4, ["public.csv", "empty"]),
+        (_latin_corpus, 4, ["public.csv:3", "UTF-8"]),
+        (_doubled_label, 4, ["labels.txt:3", "'earth'"]),
+        (_typo, 3, ["'distilation'", "'distillation'"]),
+        (_missing_certificate, 6, ["pem"]),
+        (_no_proxy, 5, ["nowhere", "build-proxy"]),
+    ],
+)
+def test_a_fault_is_named_in_one_line_and_nothing_is_written(
+    fault: Callable[[dict[str, Any], Path], None],
+    code: int,
+    names: list[str],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fault(settings, tmp_path)
+    found, line = outcome(settings, tmp_path, capsys)
+    assert found == code
+    assert not [name for name in names if name not in line], line
+    assert " -> " in line, "the line carries a remedy"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_taken_port_is_found_before_the_proxy_is_built(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings["listen"] = f"127.0.0.1:{taken.getsockname()[1]}"
+        code, line = outcome(settings, tmp_path, capsys)
+    assert code == 11
+    assert settings["listen"] in line
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,145 @@
+"""The SubFFN module against torch's own linear layers: forward, training some neurons, counting inactivity."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedpft.subffn import NEURON_PARAMETERS, InactivityCounter, SubFFN
+
+# D hidden size, K neurons
+D, K = 6, 10
+plain_and_gated = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+
+
+def parameters(gated: bool, *, biases: bool = True, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {"w_in": (K, D), "w_out": (K, D)}
+    shapes |= {"w_gate": (K, D)} if gated else {}
+    shapes |= {"b_in": (K,), "b_out": (D,)} if biases else {}
+    shapes |= {"b_gate": (K,)} if biases and gated else {}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def by_hand(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    z = F.linear(x, p["w_in"], p.get("b_in"))
+    hidden = F.silu(F.linear(x, p["w_gate"], p.get("b_gate"))) * z if "w_gate" in p else F.silu(z)
+    return F.linear(hidden, p["w_out"].t(), p.get("b_out"))
+
+
+@plain_and_gated
+@pytest.mark.parametrize("biases", [True, False])
+def test_forward_is_the_formula(gated: bool, biases: bool) -> None:
+    p, x = parameters(gated, biases=biases), torch.randn(2, 3, D)
+    torch.testing.assert_close(SubFFN(p, "silu")(x), by_hand(x, p))
+
+
+@plain_and_gated
+def test_gradient_reaches_the_input_and_no_weight(gated: bool) -> None:
+    p = parameters(gated)
+    ffn, x = SubFFN(p, "silu"), torch.randn(4, D, requires_grad=True)
+    ffn(x).square().sum().backward()
+    assert not any(parameter.requires_grad for parameter in ffn.parameters())
+    x_by_hand = x.detach().clone().requires_grad_()
+    by_hand(x_by_hand, p).square().sum().backward()
+    torch.testing.assert_close(x.grad, x_by_hand.grad)
+
+
+def test_module_owns_its_weights() -> None:
+    p = parameters(False)
+    ffn = SubFFN(p, "silu")
+    p["w_in"].zero_()
+    assert ffn.w_in.abs().sum() > 0
+
+
+@plain_and_gated
+@pytest.mark.parametrize("neurons", [[7, 2, 3], [], None], ids=["three", "none", "all"])
+def test_training_neurons_have_the_gradients_of_a_dense_ffn(gated: bool, neurons: list[int] | None) -> None:
+    p, x = parameters(gated), torch.randn(4, D)
+    dense = {name: tensor.clone().requires_grad_() for name, tensor in p.items()}
+    by_hand(x, dense).square().sum().backward()
+    rows = torch.arange(K) if neurons is None else torch.tensor(sorted(neurons), dtype=torch.int64)
+    ffn = SubFFN(p, "silu")
+    with ffn.training_neurons(None if neurons is None else torch.tensor(neurons, dtype=torch.int64)) as trained:
+        y = ffn(x)
+        torch.testing.assert_close(y, by_hand(x, p))
+        gradients = torch.autograd.grad(y.square().sum(), trained)
+    wanted = [dense[name].grad[rows] for name in NEURON_PARAMETERS if name in p] + [dense["b_out"].grad]
+    assert len(gradients) == len(wanted)
+    for found, expected in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@plain_and_gated
+def test_only_the_chosen_neurons_and_the_output_bias_change(gated: bool) -> None:
+    p = parameters(gated)
+    ffn, chosen = SubFFN(p, "silu"), torch.tensor([1, 8, 4])
+    with ffn.training_neurons(chosen) as trained:
+        for parameter in trained:
+            assert parameter.requires_grad
+            parameter.data += 1.0
+    others = [row for row in range(K) if row not in chosen.tolist()]
+    for name in NEURON_PARAMETERS:
+        if name in p:
+            now = getattr(ffn, name)
+            assert torch.equal(now[others], p[name][others])
+            assert torch.equal(now[chosen], p[name][chosen] + 1.0)
+    assert torch.equal(ffn.b_out, p["b_out"] + 1.0)
+    assert not any(parameter.requires_grad for parameter in ffn.parameters())
+
+
+def test_weights_come_back_in_their_own_order_after_an_error() -> None:
+    p = parameters(False)
+    ffn = SubFFN(p, "silu")
+    with pytest.raises(KeyError), ffn.training_neurons(torch.tensor([9, 0])):  # noqa: PT012
+        raise KeyError
+    for name in p:
+        assert torch.equal(getattr(ffn, name), p[name])
+    x = torch.randn(3, D)
+    torch.testing.assert_close(ffn(x), by_hand(x, p))
+
+
+@pytest.mark.parametrize("neurons", [None, torch.tensor([5, 2])], ids=["all", "two"])
+def test_product_is_w_out_times_w_in_while_training_and_at_rest(neurons: Tensor | None) -> None:
+    p = parameters(False)
+    ffn = SubFFN(p, "silu")
+    wanted = p["w_out"].t() @ p["w_in"]
+    torch.testing.assert_close(ffn.product(), wanted)
+    dense = {name: p[name].clone().requires_grad_() for name in ("w_in", "w_out")}
+    (dense["w_out"].t() @ dense["w_in"]).square().sum().backward()
+    rows = torch.arange(K) if neurons is None else neurons.sort().values
+    with ffn.training_neurons(neurons) as (updated_in, _, updated_out, _):
+        torch.testing.assert_close(ffn.product(), wanted)
+        found = torch.autograd.grad(ffn.product().square().sum(), [updated_in, updated_out])
+    torch.testing.assert_close(found[0], dense["w_in"].grad[rows])
+    torch.testing.assert_close(found[1], dense["w_out"].grad[rows])
+
+
+@plain_and_gated
+def test_counter_counts_the_tokens_at_which_a_neuron_does_nothing(gated: bool) -> None:
+    p, x = parameters(gated), torch.randn(2, 7, D)
+    ffn, eps = SubFFN(p, "silu"), 0.2
+    ffn.inactivity = InactivityCounter(eps, torch.zeros(K, dtype=torch.int64))
+    y = ffn(x)
+    ffn.inactivity.mask = mask = torch.arange(14) % 3 > 0
+    ffn(x)
+    first = "gate" if gated else "in"
+    inactive = F.silu(F.linear(x.flatten(0, 1), p[f"w_{first}"], p[f"b_{first}"])).abs() <= eps
+    assert torch.equal(ffn.inactivity.counts, inactive.sum(0) + inactive[mask].sum(0))
+    assert 0 < int(ffn.inactivity.counts.sum()) < 2 * 14 * K
+    assert ffn.inactivity.tokens == 14 + int(mask.sum())
+    torch.testing.assert_close(y, by_hand(x, p))
+
+
+def test_counting_does_not_hide_the_gradient_of_the_input() -> None:
+    p = parameters(False)
+    ffn, x = SubFFN(p, "silu"), torch.randn(3, D, requires_grad=True)
+    (wanted,) = torch.autograd.grad(ffn(x).sum(), x)
+    ffn.inactivity = InactivityCounter(0.1, torch.zeros(K, dtype=torch.int64))
+    (found,) = torch.autograd.grad(ffn(x).sum(), x)
+    assert torch.equal(found, wanted)
+
+
+def test_state_dict_holds_the_parameters_and_nothing_else() -> None:
+    assert set(SubFFN(parameters(True), "silu").state_dict()) == {*NEURON_PARAMETERS, "b_out"}
+    assert isinstance(SubFFN(parameters(False), "silu").w_in, nn.Parameter)
