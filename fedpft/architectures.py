@@ -27,6 +27,8 @@ class Architecture:
         attention: projections that carry LoRA: query, key, value and attention output.
         head: the task head, trained in full.
         activation: the configuration's field that names the FFN's activation.
+        post_norm: the norm comes after the FFN and its residual, not before the FFN.
+        scale: a parameter that multiplies the FFN's output, or None.
         transposed: the projections are `Conv1D`, which hold the transpose of `nn.Linear`'s weight.
     """
 
@@ -40,6 +42,8 @@ class Architecture:
     absorbed: str | None = None
     gate: str | None = None
     activation: str = "hidden_act"
+    post_norm: bool = False
+    scale: str | None = None
     transposed: bool = False
 
 
@@ -55,6 +59,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="output.LayerNorm",
         attention=_BERT_ATTENTION,
         head="classifier",
+        post_norm=True,
     ),
     "roberta": Architecture(
         layers="encoder.layer",
@@ -65,6 +70,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="output.LayerNorm",
         attention=_BERT_ATTENTION,
         head="classifier",
+        post_norm=True,
     ),
     "vit": Architecture(
         layers="layers",
@@ -83,6 +89,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="norm2",
         attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
         head="classifier",
+        scale="layer_scale2.lambda1",
     ),
     "gpt2": Architecture(
         layers="h",

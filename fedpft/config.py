@@ -62,7 +62,12 @@ class ProxySection(Section):
 class DistillationSection(Section):
     """Layer-level distillation, before the federation (method.md, section 2)."""
 
-    steps: int = Field(250, ge=0, description="Optimizer steps; 0: no layer-level distillation.")
+    closed_form_samples: int = Field(
+        256,
+        ge=0,
+        description="Public samples on which the output projections are refitted before the first step; 0: none.",
+    )
+    steps: int = Field(250, ge=0, description="Optimizer steps; 0: none.")
     batch: int = Field(16, ge=1, description="Public samples a step.")
     learning_rate: Rate = Field(6e-4, description="Peak rate of AdamW; linear warm-up, then linear decay to 0.")
     warmup_fraction: Fraction = Field(0.048, description="Share of the steps over which the rate rises.")

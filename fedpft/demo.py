@@ -63,7 +63,7 @@ QUICK = Scale(
     test_documents=120,
     public_documents=200,
     settings={
-        "distillation": {"steps": 8, "batch": 8},
+        "distillation": {"closed_form_samples": 64, "steps": 8, "batch": 8},
         "alignment": {"every_rounds": 1, "steps": 3, "batch": 8},
         "training": {"rounds": 2, "local_epochs": 0.5, "batch": 16, "head_learning_rate": 0.02},
         "evaluation": {"samples_per_round": 40},
@@ -71,7 +71,7 @@ QUICK = Scale(
     },
 )
 
-NO_DISTILLATION: Settings = {"distillation": {"steps": 0}}
+NO_DISTILLATION: Settings = {"distillation": {"steps": 0, "closed_form_samples": 0}}
 NO_ALIGNMENT: Settings = {"alignment": {"every_rounds": 0}}
 MAIN = "plugged_in"
 

@@ -16,6 +16,7 @@ from fedpft import kernels
 from fedpft.architectures import architecture_of, layer_outputs, layers_of
 from fedpft.config import AlignmentSection, DistillationSection
 from fedpft.datasets import EncodedDataset, batches
+from fedpft.regression import fit_output_projections
 from fedpft.seeding import derive_seed
 from fedpft.subffn import projections, sub_ffns
 
@@ -41,6 +42,9 @@ def layer_level(
         public: unlabelled samples.
         progress: called with (step, loss) after each step.
     """
+    if settings.closed_form_samples:
+        samples = settings.closed_form_samples
+        fit_output_projections(proxy, model, matched, public, samples=samples, batch=settings.batch)
     everything: dict[int, Tensor | None] = {layer: None for layer, _ in matched}
     return _distil(
         proxy,

@@ -88,9 +88,17 @@ def load_processor(path: Path, task: Task) -> Any:
 def empty_model(directory: Path, task: Task, num_layers: int) -> nn.Module:
     """A model of the FM's shape with `num_layers` layers and meaningless weights, from config.json alone."""
     config = _config(directory)
-    config.num_hidden_layers = num_layers
+    set_depth(config, num_layers)
     model: nn.Module = _CLASSES[task].from_config(config, dtype=torch.float32)
     return prepare(model)
+
+
+def set_depth(config: Any, num_layers: int) -> None:
+    """Makes a model's configuration one of `num_layers` layers, fewer than before. In place."""
+    config.num_hidden_layers = num_layers
+    if hasattr(config, "stage_names"):  # a vision backbone's: the stem and each layer, and which of them it returns
+        config.stage_names = config.stage_names[: num_layers + 1]
+        config.set_output_features_output_indices(out_features=None, out_indices=None)
 
 
 def prepare(model: nn.Module) -> nn.Module:

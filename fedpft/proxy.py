@@ -123,7 +123,7 @@ def cut(model: nn.Module, selection: Selection) -> nn.Module:
     chosen = [layers[layer] for layer in selection.layers]
     del layers[:]
     layers.extend(chosen)
-    proxy.config.num_hidden_layers = len(chosen)  # type: ignore[union-attr]
+    models.set_depth(proxy.config, len(chosen))
     for layer, neurons in zip(chosen, selection.neurons, strict=True):
         replace_ffn(proxy, layer, neurons)
     return proxy
@@ -161,9 +161,7 @@ def load_proxy(directory: Path) -> Proxy:
             replace_ffn(model, layer, torch.arange(count))
         model.load_state_dict(load_file(directory / "model.safetensors"))
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
-        return Proxy(
-            model, models.load_processor(directory, task), task, labels, description["max_tokens"], compressed
-        )
+        return Proxy(model, models.load_processor(directory, task), task, labels, description["max_tokens"], compressed)
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(

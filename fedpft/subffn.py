@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedpft import kernels
 from fedpft.architectures import activation_of, architecture_of
+from fedpft.kernels import reference
 
 # The kernels' argument names. Row j of each is neuron j; b_out belongs to no neuron.
 NEURON_PARAMETERS = ("w_in", "b_in", "w_gate", "b_gate", "w_out")
@@ -78,6 +79,15 @@ class SubFFN(nn.Module):
         counter.counts += counts
         counter.tokens += x[..., 0].numel() if counter.mask is None else int(counter.mask.sum())
         return y
+
+    def values(self, x: Tensor) -> Tensor:
+        """What each neuron passes on to the output projection: (..., D) -> (..., K)."""
+        parameters = self._neuron_parameters()
+        w_gate = parameters["w_gate"]
+        up = nn.functional.linear(x, self.w_in, parameters["b_in"])
+        gate = up if w_gate is None else nn.functional.linear(x, w_gate, parameters["b_gate"])
+        active = reference.ACTIVATIONS[self.activation].forward(gate)
+        return active if w_gate is None else active * up
 
     def product(self) -> Tensor:
         """W_out W_in, (D, D): what the FFN would be without its activation (method.md, section 2). Differentiable."""

@@ -260,6 +260,10 @@ def test_a_fraction_below_the_minimum_picks_the_minimum():
 names = st.sampled_from([*SILOS, "stranger"])
 
 
+def in_phase(phase):
+    return precondition(lambda machine: machine.federation.phase is phase)
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Keeps its own plain record of what was answered, and compares."""
 
@@ -275,9 +279,6 @@ class AnyOrder(RuleBasedStateMachine):
         self.versions = 0
         for silo in enrolled:
             self.handle(Enrolled(silo))
-
-    def in_phase(phase):
-        return precondition(lambda self: self.federation.phase is phase)
 
     def handle(self, event):
         actions = self.federation.handle(event)

@@ -4,6 +4,7 @@
 """
 
 from fedpft.kernels import library
+from fedpft.kernels.check import CheckResult, check_operators
 from fedpft.kernels.operators import (
     ACTIVATIONS,
     alignment_loss,
@@ -20,8 +21,10 @@ build_info = library.build_info
 
 __all__ = [
     "ACTIVATIONS",
+    "CheckResult",
     "alignment_loss",
     "build_info",
+    "check_operators",
     "dequantize_accumulate",
     "inactivity_count",
     "neuron_saliency",

@@ -2,6 +2,7 @@
 
 # ruff: noqa: N802, D102  (the methods are named and described in the proto)
 
+import logging
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -17,6 +18,8 @@ from fedpft.wire import federation_pb2 as pb
 from fedpft.wire.channel import SILO_KEY
 from fedpft.wire.status import answering, sanitised
 from fedpft.wire.transfer import AGAIN
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 20.0
 
@@ -38,6 +41,7 @@ class FederationServicer:
         with answering(context):
             silo = self._sender(context)
             if _series(request.package_version) != _series(fedpft.__version__):
+                log.warning("%s: refused: it runs fedpft %s", silo, sanitised(request.package_version))
                 raise RefusedByServer(
                     f"{silo} runs fedpft {request.package_version}, the server {fedpft.__version__}",
                     f"install fedpft {fedpft.__version__} at the silo",

@@ -1,0 +1,160 @@
+"""Small inputs for every operator, and how far a kernel may be from its reference; for check, tests and bench.
+
+N tokens, D hidden size, K neurons, U updated neurons. Sizes are odd on purpose: no vector width divides them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpft.kernels import reference
+
+# How far outputs may be from the reference in float64, as a share of the output's largest value. Weights are scaled so
+# that every stage keeps values near 1, and products are summed over at most 129 terms: that many roundings, all to one
+# side, would reach the figures of float64 and float32. Half types: inputs are exact; z, the hidden value and the output
+# are each rounded once, to 2^-11 or 2^-8, and a sum of rounded terms may be small beside them.
+TOLERANCES = {torch.float64: 2e-14, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2.4e-2}
+DTYPES = tuple(TOLERANCES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `arguments` in the order of the operator's schema, floating tensors in `dtype`."""
+
+    operator: str
+    label: str
+    dtype: torch.dtype
+    arguments: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"{self.operator}-{self.label}-{str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """A random FFN and N tokens for it."""
+
+    x: Tensor
+    w_in: Tensor
+    b_in: Tensor | None
+    w_gate: Tensor | None
+    b_gate: Tensor | None
+    w_out: Tensor
+    b_out: Tensor | None
+    mask: Tensor
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """As every FFN operator takes them, after x."""
+        return self.w_in, self.b_in, self.w_gate, self.b_gate, self.w_out, self.b_out
+
+    def updated(self, count: int) -> tuple[Tensor | None, ...]:
+        """Views of the first `count` rows, as `sub_ffn_train` takes them."""
+        return tuple(None if rows is None else rows[:count] for rows in self.weights[:5])
+
+
+def make_ffn(
+    N: int, D: int, K: int, *, dtype: torch.dtype, gated: bool = False, bias: bool = True, strided: bool = False
+) -> Ffn:
+    """Weights of standard deviation 1 / sqrt(fan-in), so that every stage keeps values near 1.
+
+    Args:
+        strided: x and the weights are transposed views, biases and mask have gaps.
+    """
+    draw = torch.Generator().manual_seed(N + 31 * D + 1009 * K)
+
+    def matrix(rows: int, columns: int, fan_in: int) -> Tensor:
+        shape = (columns, rows) if strided else (rows, columns)
+        drawn: Tensor = (torch.randn(shape, generator=draw) / math.sqrt(fan_in)).to(dtype)
+        return drawn.t() if strided else drawn
+
+    def vector(size: int) -> Tensor:
+        return (0.3 * torch.randn(2 * size, generator=draw)).to(dtype)[:: 2 if strided else 1][:size]
+
+    return Ffn(
+        x=matrix(N, D, 1),
+        w_in=matrix(K, D, D),
+        b_in=vector(K) if bias else None,
+        w_gate=matrix(K, D, D) if gated else None,
+        b_gate=vector(K) if gated and bias else None,
+        w_out=matrix(K, D, K),
+        b_out=vector(D) if bias else None,
+        mask=(torch.rand(2 * N, generator=draw) < 0.7)[:: 2 if strided else 1][:N],
+    )
+
+
+def cases() -> Iterator[Case]:
+    """Every operator and every dtype it takes, with ragged, strided, empty and single-neuron inputs."""
+    for dtype in DTYPES:
+        yield from _saliency_cases(dtype)
+        yield from _ffn_cases(dtype)
+        yield from _other_cases(dtype)
+
+
+def _saliency_cases(dtype: torch.dtype) -> Iterator[Case]:
+    draw = torch.Generator().manual_seed(7)
+    for F, D in ((67, 41), (301, 129), (1, 3)):
+
+        def layers(rows: int, columns: int) -> list[Tensor]:
+            return [torch.randn(rows, columns, generator=draw).to(dtype) for _ in range(2)]
+
+        def views(weights: list[Tensor]) -> list[Tensor]:
+            return [w.t() for w in weights]
+
+        yield Case("neuron_saliency", f"plain-{F}x{D}", dtype, (layers(F, D), [], layers(D, F)))
+        yield Case("neuron_saliency", f"gated-{F}x{D}", dtype, (layers(F, D), layers(F, D), layers(D, F)))
+        yield Case("neuron_saliency", f"transposed-{F}x{D}", dtype, (views(layers(D, F)), [], views(layers(F, D))))
+        gaps = [w[::2, ::3] for w in layers(2 * F, 3 * D)]
+        yield Case("neuron_saliency", f"gaps-{F}x{D}", dtype, (gaps, [], layers(D, F)))
+
+
+def _ffn_cases(dtype: torch.dtype) -> Iterator[Case]:
+    shapes = {
+        "ragged": make_ffn(37, 19, 23, dtype=dtype),
+        "gated": make_ffn(37, 19, 23, dtype=dtype, gated=True),
+        "tiles": make_ffn(1061, 17, 29, dtype=dtype),
+        "no-bias": make_ffn(9, 16, 33, dtype=dtype, gated=True, bias=False),
+        "strided": make_ffn(35, 21, 18, dtype=dtype, gated=True, strided=True),
+        "one-neuron": make_ffn(5, 3, 1, dtype=dtype),
+        "no-tokens": make_ffn(0, 8, 8, dtype=dtype, gated=True),
+    }
+    for label, ffn in shapes.items():
+        for activation in reference.ACTIVATIONS if label in ("ragged", "gated") else ("gelu",):
+            name = f"{label}-{activation}"
+            for compact in (False, True):
+                full: tuple[Any, ...] = (ffn.x, *ffn.weights, ffn.mask, activation, 0.05, True, True, compact)
+                yield Case("sub_ffn", f"{name}-compact" if compact else name, dtype, full)
+                saved = reference.sub_ffn(*full)[1]
+                inputs: tuple[Any, ...] = (ffn.x, saved, ffn.w_in, ffn.w_gate, ffn.w_out, activation, compact)
+                yield Case("sub_ffn_backward", f"{name}-compact" if compact else name, dtype, inputs)
+            bare = (ffn.x, *ffn.weights, None, activation, 0.0, False, False, False)
+            yield Case("sub_ffn", f"{name}-bare", dtype, bare)
+            updated = (ffn.w_in.shape[0] + 1) // 2
+            train: tuple[Any, ...] = (ffn.x, *ffn.weights, *ffn.updated(updated), activation, True)
+            yield Case("sub_ffn_train", name, dtype, train)
+            inputs = (ffn.x, ffn.x, reference.sub_ffn_train(*train)[1], ffn.w_in, ffn.w_gate, ffn.w_out)
+            yield Case("sub_ffn_train_backward", name, dtype, (*inputs, updated, activation, True))
+
+
+def _other_cases(dtype: torch.dtype) -> Iterator[Case]:
+    draw = torch.Generator().manual_seed(11)
+    for N, D in ((37, 19), (0, 5), (1, 1)):
+        first, second = (torch.randn(N, D, generator=draw).to(dtype) for _ in range(2))
+        mask = torch.rand(N, generator=draw) < 0.6
+        for label, valid in (("masked", mask), ("all", None), ("none", torch.zeros_like(mask))):
+            where = f"{N}x{D}-{label}"
+            yield Case("inactivity_count", where, dtype, (first, valid, "silu", 0.05))
+            yield Case("alignment_loss", where, dtype, (first, second, valid))
+            inverse_energy = reference.alignment_loss(first, second, valid)[1]
+            gradient = (torch.ones_like(inverse_energy), inverse_energy, first, second, valid)
+            yield Case("alignment_loss_backward", where, dtype, gradient)
+    for size in (0, 1, 256, 777):
+        x = torch.randn(size, generator=draw).to(dtype)
+        yield Case("quantize_blocks", f"{size}", dtype, (x, 64))
+        q, scales = reference.quantize_blocks(x, 64)
+        if dtype == torch.float32:
+            yield Case("dequantize_accumulate", f"{size}", dtype, (x, q, scales, 0.37, 64))

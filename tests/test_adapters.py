@@ -1,0 +1,315 @@
+"""The adapter: attach, extract, load, check, plug in, merge, and the two ways it is saved."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import tiny
+import torch
+from conftest import ModelFactory
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedpft.adapters import Adapter, attach, check, extract, frozen_state, load, merge, plug_in, read, save_peft
+from fedpft.architectures import ARCHITECTURES, layers_of
+from fedpft.config import AdapterSection, ProxySection
+from fedpft.errors import InvalidUpdate, ModelError
+from fedpft.models import save_model
+from fedpft.proxy import cut, select
+
+FM = Callable[[str], Path]
+RANK = 2
+SETTINGS = AdapterSection(rank=RANK, alpha=6.0)
+SCALE = 3.0  # alpha / rank
+every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
+
+
+def tuned(model: nn.Module, seed: int = 1) -> Adapter:
+    """An adapter for the model in which no tensor is what it was at the start."""
+    generator = torch.Generator().manual_seed(seed)
+    return {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in sorted(extract(model).items())}
+
+
+def attention_weights(model_type: str, layer: int) -> list[str]:
+    prefix = tiny.NAMES[model_type].layer.format(layer)
+    return [f"{prefix}{path}" for path in ARCHITECTURES[model_type].attention]
+
+
+def adapted_by_hand(fm: nn.Module, model_type: str, adapter: Adapter) -> dict[str, Tensor]:
+    """The FM's state dict with W + (alpha / rank) B A in each attention projection, and the adapter's head."""
+    state = tiny.snapshot(fm)
+    for layer in range(tiny.L):
+        for name in attention_weights(model_type, layer):
+            change = SCALE * adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
+            state[f"{name}.weight"] += change.t() if ARCHITECTURES[model_type].transposed else change
+    return state | {name: tensor for name, tensor in adapter.items() if ".lora_" not in name}
+
+
+@every_architecture
+def test_adapter_is_lora_on_every_attention_projection_and_the_head(model_type: str, make_fm: ModelFactory) -> None:
+    fm = make_fm(model_type)
+    plain = fm.state_dict().keys()
+    attach(fm, SETTINGS, seed=0)
+    wanted = {
+        f"{name}.lora_{which}.weight"
+        for layer in range(tiny.L)
+        for name in attention_weights(model_type, layer)
+        for which in "AB"
+    } | {name for name in plain if name.startswith(f"{ARCHITECTURES[model_type].head}.")}
+    adapter = extract(fm)
+    assert adapter.keys() == wanted
+    assert all(t.shape[0] == RANK for name, t in adapter.items() if "lora_A" in name)
+    trained = {name.replace(".default.", ".") for name, p in fm.named_parameters() if p.requires_grad}
+    assert trained == wanted
+    assert not any(module.training for module in fm.modules())
+
+
+def test_untrained_adapter_is_drawn_from_the_seed_and_nothing_else(make_fm: ModelFactory) -> None:
+    drawn = []
+    for number, seed in enumerate((4, 4, 5)):
+        torch.manual_seed(number)
+        fm = make_fm("bert")
+        attach(fm, SETTINGS, seed=seed)
+        drawn.append(extract(fm))
+    assert tiny.changed(drawn[0], drawn[1]) == set()
+    assert {name for name in drawn[0] if "lora_A" in name} == tiny.changed(drawn[0], drawn[2])
+    assert not any(tensor.any() for name, tensor in drawn[0].items() if "lora_B" in name)
+
+
+def test_attaching_leaves_the_callers_random_numbers_alone(make_fm: ModelFactory) -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    attach(make_fm("bert"), SETTINGS, seed=0)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+@every_architecture
+def test_plugging_in_an_untouched_adapter_leaves_the_fm_bit_for_bit(model_type: str, make_fm: ModelFactory) -> None:
+    fm, inputs = make_fm(model_type), tiny.batch(model_type)
+    state, wanted = tiny.snapshot(fm), tiny.logits(fm, inputs)
+    attach(fm, SETTINGS, seed=0)
+    proxy = cut(fm, select(fm, ProxySection()))
+    plug_in(fm, extract(proxy), range(tiny.L))
+    assert tiny.changed(state, frozen_state(fm)) == set()
+    assert tiny.same_bits(tiny.logits(fm, inputs), wanted)
+    merge(fm)
+    assert tiny.changed(state, fm.state_dict()) == set()
+    assert tiny.same_bits(tiny.logits(fm, inputs), wanted)
+
+
+@every_architecture
+def test_plugged_in_fm_has_b_times_a_added_to_its_weights(model_type: str, make_fm: ModelFactory) -> None:
+    fm, by_hand, inputs = make_fm(model_type), make_fm(model_type), tiny.batch(model_type)
+    attach(fm, SETTINGS, seed=0)
+    adapter = tuned(fm)
+    before = tiny.logits(fm, inputs)
+    by_hand.load_state_dict(adapted_by_hand(by_hand, model_type, adapter))
+    wanted = tiny.logits(by_hand, inputs)
+    assert (wanted - before).abs().max() > 0.01
+    plug_in(fm, adapter, range(tiny.L))
+    torch.testing.assert_close(tiny.logits(fm, inputs), wanted, rtol=1e-5, atol=1e-5)
+    merge(fm)
+    torch.testing.assert_close(dict(fm.state_dict()), dict(by_hand.state_dict()), rtol=1e-6, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in fm.parameters())
+
+
+@every_architecture
+def test_merged_directory_is_loaded_by_plain_transformers(
+    model_type: str, make_fm: ModelFactory, tmp_path: Path
+) -> None:
+    fm, inputs = make_fm(model_type), tiny.batch(model_type)
+    attach(fm, SETTINGS, seed=0)
+    plug_in(fm, tuned(fm), range(tiny.L))
+    wanted = tiny.logits(fm, inputs)
+    merge(fm)
+    save_model(fm, tiny.processor(model_type), tmp_path)
+    loaded = tiny.AUTO[tiny.task_of(model_type)].from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(tiny.logits(loaded, inputs), wanted, rtol=1e-5, atol=1e-5)
+    assert tiny.changed(fm.state_dict(), loaded.state_dict()) == set()
+
+
+@every_architecture
+@pytest.mark.parametrize("rank", [RANK, 0])
+def test_peft_directory_is_loaded_by_peft(
+    model_type: str, rank: int, make_fm: ModelFactory, fm_directory: FM, tmp_path: Path
+) -> None:
+    fm, inputs, settings = make_fm(model_type), tiny.batch(model_type), AdapterSection(rank=rank, alpha=6.0)
+    attach(fm, settings, seed=0)
+    untouched = tiny.logits(fm, inputs)
+    plug_in(fm, tuned(fm), range(tiny.L))
+    save_peft(fm, settings, tmp_path)
+    plain = tiny.AUTO[tiny.task_of(model_type)].from_pretrained(fm_directory(model_type), num_labels=len(tiny.LABELS))
+    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    torch.testing.assert_close(tiny.logits(loaded, inputs), tiny.logits(fm, inputs), rtol=1e-6, atol=1e-6)
+    assert (tiny.logits(loaded, inputs) - untouched).abs().max() > 0.01
+    assert str(fm_directory(model_type)) not in (tmp_path / "adapter_config.json").read_text()
+
+
+@every_architecture
+def test_adapter_of_a_proxy_with_fewer_layers_goes_to_the_layers_it_was_cut_from(
+    model_type: str, make_fm: ModelFactory
+) -> None:
+    fm, inputs = make_fm(model_type), tiny.batch(model_type)
+    attach(fm, SETTINGS, seed=0)
+    selection = select(fm, ProxySection(keep="layers", layers=3))
+    assert selection.layers == (0, 2, 3)
+    proxy = cut(fm, selection)
+    adapter = tuned(proxy)
+    plug_in(fm, tuned(fm, seed=9), range(tiny.L))  # what an earlier round may have left behind
+    plug_in(fm, adapter, selection.layers)
+    found = extract(fm)
+    for on_proxy, on_fm in ((0, 0), (1, 2), (2, 3)):
+        for ours, theirs in zip(attention_weights(model_type, on_proxy), attention_weights(model_type, on_fm), strict=True):
+            for which in ("lora_A.weight", "lora_B.weight"):
+                assert torch.equal(found[f"{theirs}.{which}"], adapter[f"{ours}.{which}"])
+    for name in attention_weights(model_type, 1):
+        assert not found[f"{name}.lora_B.weight"].any()
+    with_dropped = tiny.logits(fm, inputs)
+    for name in ARCHITECTURES[model_type].attention:
+        layer = layers_of(fm)[1]
+        layer.set_submodule(name, layer.get_submodule(name).base_layer)
+    assert torch.equal(tiny.logits(fm, inputs), with_dropped)  # LoRA on the dropped layer had no effect
+
+
+def damaged(adapter: Adapter, change: str) -> tuple[Adapter, str]:
+    """An adapter with one fault, and the tensor that has it."""
+    name = sorted(adapter)[3]
+    broken = dict(adapter)
+    if change == "missing":
+        del broken[name]
+    elif change == "unknown":
+        broken[name := "bert.encoder.layer.9.lora_A.weight"] = torch.zeros(1)
+    elif change == "shape":
+        broken[name] = adapter[name].t().contiguous()
+    elif change == "dtype":
+        broken[name] = adapter[name].double()
+    else:
+        broken[name] = adapter[name].clone()
+        broken[name].view(-1)[-1] = float(change)
+    return broken, name
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape", "dtype", "nan", "inf", "-inf"])
+def test_update_that_does_not_fit_is_refused_with_sender_and_tensor(change: str, make_fm: ModelFactory) -> None:
+    fm = make_fm("bert")
+    attach(fm, SETTINGS, seed=0)
+    like = extract(fm)
+    broken, name = damaged(tuned(fm), change)
+    with pytest.raises(InvalidUpdate) as caught:
+        check(broken, like, "silo 'north'")
+    assert "silo 'north'" in caught.value.message
+    assert repr(name) in caught.value.message
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InvalidUpdate):
+        load(fm, broken)
+    assert tiny.changed(like, extract(fm)) == set()  # nothing of it went in
+
+
+def test_update_that_fits_passes(make_fm: ModelFactory) -> None:
+    fm = make_fm("bert")
+    attach(fm, SETTINGS, seed=0)
+    check(tuned(fm), extract(fm), "silo 'north'")
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape", "nan"])
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (0, 2, 3)], ids=["all layers", "three layers"])
+def test_adapter_that_does_not_fit_is_not_plugged_in(
+    change: str, layers: tuple[int, ...], make_fm: ModelFactory
+) -> None:
+    fm = make_fm("bert")
+    attach(fm, SETTINGS, seed=0)
+    settings = ProxySection(keep="layers", layers=len(layers))
+    before = tiny.snapshot(fm)
+    broken, name = damaged(tuned(cut(fm, select(fm, settings))), change)
+    with pytest.raises(InvalidUpdate, match=name):
+        plug_in(fm, broken, layers)
+    assert tiny.changed(before, fm.state_dict()) == set()
+
+
+@pytest.mark.parametrize("layers", [(0, 2, 3), (0, 3)])
+def test_adapter_of_a_deeper_proxy_is_not_plugged_in(layers: tuple[int, ...], make_fm: ModelFactory) -> None:
+    fm = make_fm("bert")
+    attach(fm, SETTINGS, seed=0)
+    with pytest.raises(InvalidUpdate, match="unknown tensor"):
+        plug_in(fm, tuned(fm), layers)
+
+
+def test_adapter_without_its_head_is_not_plugged_in(make_fm: ModelFactory) -> None:
+    fm = make_fm("bert")
+    attach(fm, SETTINGS, seed=0)
+    adapter = tuned(cut(fm, select(fm, ProxySection(keep="layers", layers=3))))
+    del adapter["classifier.weight"]
+    with pytest.raises(InvalidUpdate, match=r"lacks the tensor 'classifier\.weight'"):
+        plug_in(fm, adapter, (0, 2, 3))
+
+
+@every_architecture
+def test_loaded_adapter_is_extracted_again_bit_for_bit(model_type: str, make_fm: ModelFactory) -> None:
+    fm = make_fm(model_type)
+    attach(fm, SETTINGS, seed=0)
+    frozen, adapter = {n: t.clone() for n, t in frozen_state(fm).items()}, tuned(fm)
+    load(fm, adapter)
+    assert tiny.changed(adapter, extract(fm)) == set()
+    head = f"{ARCHITECTURES[model_type].head}."
+    assert all(name.startswith(head) for name in tiny.changed(frozen, frozen_state(fm)))
+
+
+def test_extracted_adapter_does_not_follow_the_model(make_fm: ModelFactory) -> None:
+    fm = make_fm("bert")
+    attach(fm, SETTINGS, seed=0)
+    before = extract(fm)
+    kept = {name: tensor.clone() for name, tensor in before.items()}
+    load(fm, tuned(fm))
+    assert tiny.changed(kept, before) == set()
+
+
+@every_architecture
+def test_proxy_and_fm_have_the_same_adapter(model_type: str, make_fm: ModelFactory) -> None:
+    fm = make_fm(model_type)
+    attach(fm, SETTINGS, seed=0)
+    proxy = cut(fm, select(fm, ProxySection(neurons=8)))
+    assert tiny.changed(extract(fm), extract(proxy)) == set()
+
+
+@every_architecture
+def test_rank_0_is_the_head_alone(model_type: str, make_fm: ModelFactory) -> None:
+    fm, plain = make_fm(model_type), make_fm(model_type)
+    attach(fm, AdapterSection(rank=0), seed=0)
+    head = {name for name in plain.state_dict() if name.startswith(f"{ARCHITECTURES[model_type].head}.")}
+    assert head
+    assert extract(fm).keys() == head
+    assert tiny.changed(plain.state_dict(), fm.state_dict()) == set()
+    adapter = tuned(fm)
+    plug_in(fm, adapter, range(tiny.L))
+    merge(fm)
+    assert tiny.changed(plain.state_dict(), fm.state_dict()) == head
+    assert tiny.changed(adapter, {name: fm.state_dict()[name] for name in head}) == set()
+
+
+def test_frozen_state_has_the_fms_names_and_shares_its_memory(make_fm: ModelFactory) -> None:
+    fm = make_fm("llama")
+    names = list(fm.state_dict())
+    attach(fm, SETTINGS, seed=0)
+    state = frozen_state(fm)
+    assert sorted(state) == sorted(names)
+    state["model.layers.0.self_attn.q_proj.weight"].fill_(7.0)
+    assert layers_of(fm)[0].self_attn.q_proj.base_layer.weight[0, 0] == 7.0
+
+
+def test_adapter_file_comes_back(make_fm: ModelFactory, tmp_path: Path) -> None:
+    fm = make_fm("bert")
+    attach(fm, SETTINGS, seed=0)
+    adapter = tuned(fm)
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    assert tiny.changed(adapter, read(tmp_path / "adapter.safetensors")) == set()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an adapter, but long enough"])
+def test_file_that_is_no_adapter_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match="not an adapter"):
+        read(path)
