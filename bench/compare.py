@@ -85,7 +85,9 @@ def main() -> int:
     """Parses the command line, runs, prints the table, writes the results."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("compare-out"), help="directory of all runs; default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare-out"), help="directory of all runs; default: %(default)s"
+    )
     parser.add_argument("--json", type=Path, default=Path("bench/results/compare.json"), help="default: %(default)s")
     arguments = parser.parse_args()
 

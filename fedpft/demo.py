@@ -47,14 +47,14 @@ class Scale:
 
 FULL = Scale(
     corpus="20newsgroups",
-    documents=3900,
-    test_documents=1500,
+    documents=2600,
+    test_documents=1000,
     public_documents=4000,
     settings={
-        "distillation": {"steps": 200},
-        "alignment": {"every_rounds": 2, "steps": 30},
-        "training": {"rounds": 4, "local_epochs": 0.5, "head_learning_rate": 0.02},
-        "evaluation": {"samples_per_round": 400},
+        "distillation": {"closed_form_samples": 256, "steps": 100},
+        "alignment": {"every_rounds": 1, "steps": 15},
+        "training": {"rounds": 4, "local_epochs": 0.5, "batch": 16, "head_learning_rate": 0.02},
+        "evaluation": {"samples_per_round": 300},
     },
 )
 QUICK = Scale(
@@ -154,7 +154,7 @@ def _product_settings(out: Path, data: demo_data.DemoData, scale: Scale, seed: i
 
 def _equal_layers(summary: dict[str, Any], layers: int) -> int:
     """The whole layers that come closest to the parameters of the product's proxy, from above but for biases."""
-    parameters = summary["parameters"]
+    parameters: dict[str, int] = summary["parameters"]
     return round(layers * parameters["proxy_transformer"] / parameters["model_transformer"])
 
 
@@ -220,10 +220,8 @@ def _all_ended(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
     codes = [process.poll() for process in processes]
     for process, code in zip(processes, codes, strict=True):
         if code:
-            _, _, module, _, config = process.args  # type: ignore[misc]
-            raise FedPFTError(
-                f"{module} --config {config} ended with exit code {code}", "see its message above, or its log there"
-            )
+            command = " ".join(str(part) for part in process.args[2:])  # type: ignore[index]
+            raise FedPFTError(f"{command} ended with exit code {code}", "see its message above, or its log there")
     return None not in codes
 
 

@@ -57,9 +57,9 @@ def fit_output_projections(
                 chosen = slice(None) if mask is None else mask
                 equations.add(ffn.values(x[chosen]).flatten(0, -2), ((theirs - ours) / scale)[chosen].flatten(0, -2))
             weights, bias = equations.solve(with_bias=ffn.b_out is not None)
-            ffn.w_out += weights.to(ffn.w_out)
+            ffn.w_out.add_(weights)
             if ffn.b_out is not None:
-                ffn.b_out += bias.to(ffn.b_out)
+                ffn.b_out.add_(bias)
 
 
 class _NormalEquations:
@@ -77,10 +77,9 @@ class _NormalEquations:
 
     def solve(self, *, with_bias: bool) -> tuple[Tensor, Tensor]:
         """dW (K, D) and db (D,), float64; without bias db is 0."""
-        ridge = RIDGE * self.gram.diagonal()[:-1].mean()
         if not with_bias:
             self.gram[-1, :-1] = self.gram[:-1, -1] = self.cross[-1] = 0.0
-        penalty = torch.full_like(self.gram.diagonal(), ridge)
+        penalty = RIDGE * self.gram.diagonal()[:-1].mean() * torch.ones_like(self.gram.diagonal())
         penalty[-1] = 0.0
         solution = torch.linalg.solve(self.gram + penalty.diag(), self.cross)
         return solution[:-1], solution[-1]

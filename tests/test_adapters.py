@@ -130,6 +130,8 @@ def test_merged_directory_is_loaded_by_plain_transformers(
     assert tiny.changed(fm.state_dict(), loaded.state_dict()) == set()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # rank 0: there is no LoRA to find
 @every_architecture
 @pytest.mark.parametrize("rank", [RANK, 0])
 def test_peft_directory_is_loaded_by_peft(
@@ -161,7 +163,9 @@ def test_adapter_of_a_proxy_with_fewer_layers_goes_to_the_layers_it_was_cut_from
     plug_in(fm, adapter, selection.layers)
     found = extract(fm)
     for on_proxy, on_fm in ((0, 0), (1, 2), (2, 3)):
-        for ours, theirs in zip(attention_weights(model_type, on_proxy), attention_weights(model_type, on_fm), strict=True):
+        for ours, theirs in zip(
+            attention_weights(model_type, on_proxy), attention_weights(model_type, on_fm), strict=True
+        ):
             for which in ("lora_A.weight", "lora_B.weight"):
                 assert torch.equal(found[f"{theirs}.{which}"], adapter[f"{ours}.{which}"])
     for name in attention_weights(model_type, 1):

@@ -58,9 +58,7 @@ def test_mean_is_the_exact_one_to_the_last_float32_digit(silos: list[tuple[list[
 
 @given(updates)
 def test_same_updates_in_the_same_order_give_the_same_bits(silos: list[tuple[list[float], int]]) -> None:
-    once, again = (
-        mean_of(*(({"a": torch.tensor(values)}, weight) for values, weight in silos))["a"] for _ in range(2)
-    )
+    once, again = (mean_of(*(({"a": torch.tensor(values)}, weight) for values, weight in silos))["a"] for _ in range(2))
     assert torch.equal(once.view(torch.int32), again.view(torch.int32))
 
 

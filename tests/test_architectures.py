@@ -75,7 +75,9 @@ def test_activation_is_the_function_that_the_fm_applies(model_type: str, make_fm
         "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
         "silu": nn.functional.silu,
     }
-    applied = next(m for n, m in layers_of(fm)[0].named_modules() if n.split(".")[-1].startswith(("act", "intermediate_act")))
+    applied = next(
+        m for n, m in layers_of(fm)[0].named_modules() if n.split(".")[-1].startswith(("act", "intermediate_act"))
+    )
     torch.testing.assert_close(functions[activation_of(fm)](z), applied(z))
 
 
@@ -157,7 +159,9 @@ def test_layer_outputs_run_no_further_than_asked_and_leave_no_hook(make_fm: Mode
     assert ran == [2]
 
 
-@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if tiny.task_of(name) == "sequence-classification"])
+@pytest.mark.parametrize(
+    "model_type", [name for name in ARCHITECTURES if tiny.task_of(name) == "sequence-classification"]
+)
 def test_padding_does_not_reach_the_logits_of_a_proxy(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
     proxy = cut(fm, select(fm, ProxySection(neurons=16)))

@@ -3,6 +3,7 @@
 Cases and tolerances are those of fedpft/kernels/cases.py. N tokens, D hidden size, F or K neurons, U updated neurons.
 """
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -88,13 +89,14 @@ def test_every_instruction_set_passes_the_check(capability: str) -> None:
 
 
 def test_check_reports_an_operator_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "quantize_blocks", lambda x, block: (x.to(torch.int8) + 1, x.float()))
+    right = reference.alignment_loss_backward
+    monkeypatch.setattr(reference, "alignment_loss_backward", lambda *arguments: 1.1 * right(*arguments))
     wrong = [result for result in check_operators() if not result.passed]
-    assert {result.operator for result in wrong} == {"quantize_blocks"}
+    assert {result.operator for result in wrong} == {"alignment_loss_backward"}
     assert "FAILED" in table(wrong)
 
 
-# ---------------------------------------------------------------------------------------------------- saliency
+# ------------------------------------------------------------------------------------------------ saliency
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -106,7 +108,7 @@ def test_saliency_keeps_the_neurons_of_the_published_expression(transposed: bool
     published = torch.cat([w_in, w_out.t()], dim=1).norm(dim=1)
     saliency = kernels.neuron_saliency([w_in], [], [w_out])[0]
     torch.testing.assert_close(saliency, published, rtol=1e-6, atol=0)
-    assert torch.equal(saliency.topk(K).indices, published.topk(K).indices)
+    assert torch.equal(saliency.topk(K).indices.sort().values, published.topk(K).indices.sort().values)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -125,7 +127,9 @@ def test_saliency_of_large_float16_weights_does_not_overflow() -> None:
         [60000.0 * math.sqrt(192)] * 2, rel=1e-3
     )
     small = torch.full((2, 64), 2.0**-24, dtype=torch.float16)  # the smallest subnormal
-    assert kernels.neuron_saliency([small], [], [small.t()])[0].tolist() == [2.0**-24 * math.sqrt(128)] * 2
+    assert kernels.neuron_saliency([small], [], [small.t()])[0].tolist() == pytest.approx(
+        [2.0**-24 * math.sqrt(128)] * 2
+    )
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -143,7 +147,7 @@ def test_equal_neurons_have_equal_saliency() -> None:
     assert saliency.unique().numel() == 1
 
 
-# ---------------------------------------------------------------------------------------------------- FFN
+# ------------------------------------------------------------------------------------------------ FFN
 
 
 def has_kernel() -> bool:
@@ -229,16 +233,19 @@ def test_compact_mode_gives_the_gradient_to_bfloat16_rounding(activation: str) -
 @pytest.mark.skipif(not has_kernel(), reason="fedpft._C is not built")
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
 def test_activation_is_accurate_to_float32_rounding(activation: str) -> None:
-    z = torch.cat([torch.linspace(-10, 10, 40_001), torch.tensor([-1e30, -90.0, -30.0, 0.0, -0.0, 30.0, 90.0, 1e30])])
+    z = torch.cat([torch.linspace(-10, 10, 40_001), torch.tensor([-1e18, -90.0, -30.0, 0.0, -0.0, 30.0, 90.0, 1e18])])
     one = torch.ones(1, 1)
     x = z[:, None].requires_grad_()
     y = kernels.sub_ffn(x, one, None, None, None, one, None, activation=activation)
     assert isinstance(y, Tensor)
     (slope,) = torch.autograd.grad(y.sum(), x)
-    wide = z.double()
-    act = reference.ACTIVATIONS[activation]
-    torch.testing.assert_close(y[:, 0].double(), act.forward(wide), rtol=3e-7, atol=4e-7)
-    torch.testing.assert_close(slope[:, 0].double(), act.backward(torch.ones_like(wide), wide), rtol=3e-7, atol=4e-7)
+
+    def error(actual: Tensor, exact: Tensor) -> float:
+        return float(((actual[:, 0].double() - exact).abs() / exact.abs().clamp(min=1.0)).max())
+
+    wide, act = z.detach().double(), reference.ACTIVATIONS[activation]
+    assert error(y.detach(), act.forward(wide)) < 2e-7
+    assert error(slope, act.backward(torch.ones_like(wide), wide)) < 3e-6
 
 
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
@@ -269,8 +276,9 @@ def test_relu_counts_exact_zeros_and_padding_does_not_count() -> None:
 def test_chosen_neurons_are_the_only_ones_used() -> None:
     ffn = make_ffn(10, 8, 12, dtype=torch.float32, gated=True)
     neurons = torch.tensor([7, 0, 3])
-    rows = [None if w is None else w[neurons] for w in ffn.weights[:5]]
-    expected = kernels.sub_ffn(ffn.x, *rows, ffn.b_out, activation="silu", count=True)  # type: ignore[arg-type]
+    rows = {name: getattr(ffn, name)[neurons] for name in ("w_in", "b_in", "w_gate", "b_gate", "w_out")}
+    chosen = dataclasses.replace(ffn, **rows)
+    expected = kernels.sub_ffn(ffn.x, *chosen.weights, activation="silu", count=True)
     actual = kernels.sub_ffn(ffn.x, *ffn.weights, activation="silu", count=True, neurons=neurons)
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
@@ -279,9 +287,8 @@ def test_chosen_neurons_are_the_only_ones_used() -> None:
 def test_leading_dimensions_are_tokens() -> None:
     ffn = make_ffn(12, 8, 6, dtype=torch.float32)
     flat = kernels.sub_ffn(ffn.x, *ffn.weights, activation="relu", count=True, mask=ffn.mask)
-    shaped = kernels.sub_ffn(
-        ffn.x.view(3, 2, 2, 8), *ffn.weights, activation="relu", count=True, mask=ffn.mask.view(3, 4)
-    )
+    x, mask = ffn.x.view(3, 2, 2, 8), ffn.mask.view(3, 4)
+    shaped = kernels.sub_ffn(x, *ffn.weights, activation="relu", count=True, mask=mask)
     assert shaped[0].shape == (3, 2, 2, 8)
     assert torch.equal(shaped[0].view(12, 8), flat[0])
     assert torch.equal(shaped[1], flat[1])
@@ -338,7 +345,7 @@ def test_second_derivatives_are_refused() -> None:
         grad.sum().backward()
 
 
-# ---------------------------------------------------------------------------------------------------- loss, quantisation
+# ------------------------------------------------------------------------------------------------ loss, quantisation
 
 
 def test_alignment_loss_is_the_mean_of_method_md() -> None:
@@ -360,7 +367,7 @@ def test_alignment_loss_of_no_valid_token_is_zero_with_a_zero_gradient() -> None
     assert student.grad.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_quantisation_error_is_at_most_half_a_step(scale: float) -> None:
     torch.manual_seed(3)
     x = torch.randn(1000) * scale
@@ -368,7 +375,13 @@ def test_quantisation_error_is_at_most_half_a_step(scale: float) -> None:
     total = torch.zeros(1000)
     kernels.dequantize_accumulate(total, q, scales, 1.0, block=64)
     steps = scales.repeat_interleave(64)[:1000]
-    assert ((total - x).abs() <= 0.501 * steps + 1e-44).all()
+    assert ((total - x).abs() <= 0.501 * steps).all()
+
+
+def test_values_too_small_for_a_scale_become_zero() -> None:
+    total = torch.ones(8)
+    kernels.dequantize_accumulate(total, *kernels.quantize_blocks(torch.full((8,), 2.0**-149)), 1.0)
+    assert total.tolist() == [1.0] * 8
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -381,17 +394,18 @@ def test_quantisation_does_not_hide_values_that_are_not_finite(value: float) -> 
     assert not total[300].isfinite()
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------------------------ arguments
 
 FFN = make_ffn(6, 4, 5, dtype=torch.float32)
 GATED = make_ffn(6, 4, 5, dtype=torch.float32, gated=True)
+UNGATED = (*GATED.updated(2)[:2], None, None, GATED.w_out[:2])
 LONG = torch.ones(6, 4, dtype=torch.int64)
 
 
 def call_sub_ffn(ffn: Ffn = FFN, x: Any = None, **changes: Any) -> Any:
     names = ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
-    weights = {name: changes.pop(name, getattr(ffn, name)) for name in names}
-    return kernels.sub_ffn(ffn.x if x is None else x, **weights, **{"activation": "gelu", **changes})
+    weights = [changes.pop(name, getattr(ffn, name)) for name in names]
+    return kernels.sub_ffn(ffn.x if x is None else x, *weights, activation="gelu", **changes)
 
 
 def call_train(ffn: Ffn = FFN, updated: Any = None, **changes: Any) -> Any:
@@ -422,7 +436,11 @@ WRONG: list[tuple[str, type[Exception], Callable[[], Any]]] = [
     ("neurons: must be a", TypeError, lambda: call_sub_ffn(neurons=[1, 2])),
     ("w_out: requires a gradient", ValueError, lambda: call_sub_ffn(w_out=FFN.w_out.detach().requires_grad_())),
     ("w_in: requires a gradient", ValueError, lambda: call_train(w_in=FFN.w_in.detach().requires_grad_())),
-    ("updated_gate: must be given", ValueError, lambda: call_train(GATED, FFN.updated(2))),
+    (
+        "updated_gate: must be given",
+        ValueError,
+        lambda: call_train(GATED, UNGATED),
+    ),
     ("updated_b_in: has shape", ValueError, lambda: call_train(updated=(*FFN.updated(2)[:1], *FFN.updated(3)[1:]))),
     ("updated_out: must be a view", ValueError, lambda: call_train(updated=(*FFN.updated(2)[:4], FFN.w_out[:2] + 0))),
     ("teacher: has shape", ValueError, lambda: kernels.alignment_loss(FFN.x, FFN.x[:3], None)),

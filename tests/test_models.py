@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 from conftest import ModelFactory
+from safetensors.torch import load_file, save_file
 
 from fedpft.architectures import ARCHITECTURES
 from fedpft.errors import ModelError
@@ -100,6 +101,26 @@ def test_damaged_weights_are_refused_in_one_line(damage: str, tmp_path: Path) ->
     assert "\n" not in str(caught.value)
 
 
+def without_a_layer_tensor(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["bert.encoder.layer.2.intermediate.dense.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_another_config(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "intermediate_size": 2 * tiny.F}))
+
+
+@pytest.mark.parametrize("damage", [without_a_layer_tensor, with_another_config])
+def test_layer_whose_weights_are_not_there_is_not_drawn_at_random(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    damage(tiny.write_model("bert", tmp_path))
+    with pytest.raises(ModelError, match=r"has no bert\.encoder\.layer\.\d\.intermediate\.dense"):
+        load_model(tmp_path, "sequence-classification", tiny.LABELS, seed=0)
+
+
 @every_architecture
 def test_processor_comes_back_and_its_padding_is_the_models(model_type: str, fm_directory: FM) -> None:
     task = tiny.task_of(model_type)
@@ -107,7 +128,9 @@ def test_processor_comes_back_and_its_padding_is_the_models(model_type: str, fm_
     if task == "sequence-classification":
         model = load_model(fm_directory(model_type), task, tiny.LABELS, seed=0)
         assert processor.pad_token_id == model.config.pad_token_id == tiny.PADDING
-        assert processor("the red bird")["input_ids"] == [tiny.WORDS.index(w) for w in "[CLS] the red bird [SEP]".split()]
+        assert processor("the red bird")["input_ids"] == [
+            tiny.WORDS.index(w) for w in ("[CLS]", "the", "red", "bird", "[SEP]")
+        ]
 
 
 def test_causal_model_without_padding_token_pads_with_the_end_of_text(tmp_path: Path) -> None:

@@ -223,9 +223,7 @@ def test_loaded_bundle_is_the_saved_proxy(
 
 
 @every_architecture
-def test_no_weight_of_a_dropped_neuron_is_in_the_bundle(
-    model_type: str, make_fm: ModelFactory, tmp_path: Path
-) -> None:
+def test_no_weight_of_a_dropped_neuron_is_in_the_bundle(model_type: str, make_fm: ModelFactory, tmp_path: Path) -> None:
     fm = make_fm(model_type)
     _, selection = bundle_of(fm, model_type, tmp_path, neurons=K)
     files = contents(tmp_path)
@@ -315,9 +313,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_broken_bundle_is_refused_in_one_line_that_names_it(
-    damage: str, make_fm: ModelFactory, tmp_path: Path
-) -> None:
+def test_broken_bundle_is_refused_in_one_line_that_names_it(damage: str, make_fm: ModelFactory, tmp_path: Path) -> None:
     bundle_of(make_fm("bert"), "bert", tmp_path, neurons=K)
     DAMAGES[damage](tmp_path)
     with pytest.raises(ModelError) as caught:
@@ -356,7 +352,10 @@ def patched(make_fm: ModelFactory) -> tuple[nn.Module, nn.Module, dict[str, Tens
     fm = make_fm("bert")
     selection = select(fm, ProxySection(neurons=K))
     before, after = cut(fm, selection), cut(fm, selection)
-    rows, norms = torch.tensor([3, 20]), [f"bert.encoder.layer.1.output.LayerNorm.{kind}" for kind in ("weight", "bias")]
+    rows, norms = (
+        torch.tensor([3, 20]),
+        [f"bert.encoder.layer.1.output.LayerNorm.{kind}" for kind in ("weight", "bias")],
+    )
     ffn = list(sub_ffns(after).values())[1]
     for name in ("w_in", "b_in", "w_out"):
         getattr(ffn, name).data[rows] += 1.0
@@ -407,7 +406,9 @@ MISFITS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "values of another shape": lambda t: t.update({f"{W_IN}@values": torch.zeros(2, tiny.D + 1)}),
     "more values than rows": lambda t: t.update({f"{W_IN}@values": torch.zeros(3, tiny.D)}),
     "values without rows": lambda t: t.pop(f"{W_IN}@rows"),
-    "whole values without rows": lambda t: t.update({"bert.encoder.layer.1.intermediate.b_out@values": torch.zeros(32)}),
+    "whole values without rows": lambda t: t.update(
+        {"bert.encoder.layer.1.intermediate.b_out@values": torch.zeros(32)}
+    ),
     "rows without values": lambda t: t.pop(f"{W_IN}@values"),
     "unknown kind": lambda t: t.update({"bert.encoder.layer.1.intermediate.b_out@columns": torch.zeros(tiny.D)}),
 }

@@ -91,7 +91,7 @@ def test_only_the_chosen_neurons_and_the_output_bias_change(gated: bool) -> None
 def test_weights_come_back_in_their_own_order_after_an_error() -> None:
     p = parameters(False)
     ffn = SubFFN(p, "silu")
-    with pytest.raises(KeyError), ffn.training_neurons(torch.tensor([9, 0])):  # noqa: PT012
+    with pytest.raises(KeyError), ffn.training_neurons(torch.tensor([9, 0])):
         raise KeyError
     for name in p:
         assert torch.equal(getattr(ffn, name), p[name])

@@ -18,7 +18,8 @@ from fedpft.datasets import EncodedDataset, ImageDataset, TextDataset
 
 D, F, L = 32, 64, 4
 LABELS = ("earth", "sea", "sky")
-WORDS = "[PAD] [UNK] [CLS] [SEP] the a red green blue cold warm stone water cloud bird fish tree moves rests falls".split()
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "a", "red", "green", "blue", "cold", "warm", "stone", "water"]
+WORDS += ["cloud", "bird", "fish", "tree", "moves", "rests", "falls"]
 PADDING = WORDS.index("[PAD]")
 IMAGE_SIDE = 8
 
@@ -59,9 +60,7 @@ class Names:
 
 
 NAMES = {
-    "bert": Names(
-        "bert.encoder.layer.{}.", ("intermediate.dense", True), ("output.dense", False), "output.LayerNorm"
-    ),
+    "bert": Names("bert.encoder.layer.{}.", ("intermediate.dense", True), ("output.dense", False), "output.LayerNorm"),
     "roberta": Names(
         "roberta.encoder.layer.{}.", ("intermediate.dense", True), ("output.dense", False), "output.LayerNorm"
     ),
@@ -165,4 +164,8 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+    )

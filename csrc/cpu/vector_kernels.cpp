@@ -1,14 +1,13 @@
 // Row loops, compiled once per instruction set (CMakeLists.txt): FEDPFT_KERNELS is the name of this copy's table.
 //
 // Formulas, with exp the float32 polynomial below (relative error 3e-9 before rounding), libm's in float64:
-//   gelu       z Phi(z),  Phi(-x) = exp(-x^2 / 2) t P(t),  t = 1 / (1 + 0.35 x),  x >= 0, P a degree 6 fit of the
-//   normal
-//              tail whose error, weighted with max(x, 1/2), is below 6e-9; what is left is float32 rounding: against
-//              float64 the absolute error of gelu and of gelu' stays below 4e-7 on [-10, 10] (tests/test_kernels.py)
+//   gelu       z Phi(z),  Phi(-x) = exp(-x^2 / 2) t P(t),  t = 1 / (1 + 0.35 x),  x >= 0; P is a degree 6 fit of the
+//              normal tail, whose error times max(x, 1/2) is below 6e-9: what is left is float32 rounding
 //   gelu_tanh  z sigmoid(2 u),  u = sqrt(2 / pi) (z + 0.044715 z^3)
 //   silu       z sigmoid(z)
-// Determinism: the value of an element does not depend on its place in a row beyond the compiler's choice of vector
-// body or remainder; the same build gives the same bits on every run.
+// Measured against float64 on [-10, 10], |error| / max(1, |value|): 1.5e-7 for all three; derivatives 2e-7, 2e-6, 8e-7,
+// because 1 - sigmoid cancels in the last two.
+// Determinism: no sum crosses elements but in add_squares, whose order is fixed.
 #include "vector_kernels.h"
 
 namespace fedpft {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedpft import adapters, atomic, models
 from fedpft.config import ServerConfig
@@ -81,17 +81,18 @@ def load_owner(config: ServerConfig) -> Owner:
     section = config.model
     labels = read_label_list(section.labels)
     public = read_unlabelled(config.public_data, config.columns, section.task)
-    test = config.test_data and read_labelled(config.test_data, config.columns, section.task, labels)
+    tested = None
+    if config.test_data is not None:
+        tested = read_labelled(config.test_data, config.columns, section.task, labels)
     model = models.load_model(section.path, section.task, labels, seed=config.seed).to(config.device)
     processor = models.load_processor(section.path, section.task)
     adapters.attach(model, config.adapter, seed=config.seed)
-    return Owner(
-        model,
-        processor,
-        labels,
-        encode(public, None, processor, section.task, section.max_tokens),
-        test and encode(test.inputs, test.labels, processor, section.task, section.max_tokens),
-    )
+
+    def encoded(inputs: list[str], classes: Tensor | None) -> EncodedDataset:
+        return encode(inputs, classes, processor, section.task, section.max_tokens)
+
+    test = None if tested is None else encoded(tested.inputs, tested.labels)
+    return Owner(model, processor, labels, encoded(public, None), test)
 
 
 def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:

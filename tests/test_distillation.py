@@ -1,0 +1,403 @@
+"""Both distillations: what changes and what does not, the loss written out by hand, and the patch that is sent."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from conftest import ModelFactory
+from torch import Tensor, nn
+
+from fedpft.adapters import attach, extract, load
+from fedpft.architectures import ARCHITECTURES, layer_outputs
+from fedpft.config import AdapterSection, AlignmentSection, DistillationSection, ProxySection
+from fedpft.datasets import EncodedDataset, TextDataset
+from fedpft.distillation import ffn_norms, layer_level, least_active, neuron_level
+from fedpft.proxy import Selection, apply_patch, cut, patch, select
+from fedpft.subffn import sub_ffns
+
+K = 24
+MATCHED = ((1, 1), (2, 2))
+every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
+
+
+def pair(make_fm: ModelFactory, model_type: str, **settings: object) -> tuple[nn.Module, nn.Module, Selection]:
+    """A proxy and its FM."""
+    fm = make_fm(model_type)
+    selection = select(fm, ProxySection(**(settings or {"neurons": K})))
+    return cut(fm, selection), fm, selection
+
+
+def distil(proxy: nn.Module, fm: nn.Module, public: EncodedDataset, **others: object) -> list[float]:
+    given: dict[str, object] = {"steps": 3, "batch": 4, "learning_rate": 5e-3, "closed_form_samples": 0}
+    matched = others.pop("matched", MATCHED)
+    seed = others.pop("seed", 0)
+    settings = DistillationSection(**{**given, **others})
+    return layer_level(proxy, fm, matched, public, settings, seed=seed, progress=lambda _step, _loss: None)
+
+
+def align(
+    proxy: nn.Module, fm: nn.Module, updated: dict[int, Tensor], public: EncodedDataset, **others: object
+) -> list[float]:
+    given: dict[str, object] = {"steps": 3, "batch": 4, "learning_rate": 5e-3}
+    number = others.pop("round", 2)
+    settings = AlignmentSection(**{**given, **others})
+    return neuron_level(
+        proxy, fm, MATCHED, updated, public, settings, seed=0, round=number, progress=lambda _step, _loss: None
+    )
+
+
+def ffn_parts(proxy: nn.Module, model_type: str) -> set[str]:
+    """Names of all that belongs to the FFNs of layers 1 and 2: neurons, biases and norms."""
+    names = tiny.NAMES[model_type]
+    prefixes = [names.layer.format(layer) for layer in (1, 2)]
+    norms = {f"{prefix}{names.norm}.{kind}" for prefix in prefixes for kind in ("weight", "bias")}
+    inside = {f"{path}.{n}" for path, ffn in list(sub_ffns(proxy).items())[1:3] for n, _ in ffn.named_parameters()}
+    return inside | (norms & proxy.state_dict().keys())
+
+
+def alignment_by_hand(proxy: nn.Module, fm: nn.Module, inputs: dict[str, Tensor]) -> list[float]:
+    """mean over real tokens of ((H - h) / rms(H))^2 after layers 1 and 2, from transformers' own hidden states."""
+    with torch.no_grad():
+        ours, theirs = (m.base_model(**inputs, output_hidden_states=True).hidden_states for m in (proxy, fm))
+    losses = []
+    for layer in (1, 2):
+        h, target = ours[layer + 1].double(), theirs[layer + 1].double()
+        real = (
+            inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones(h.shape[:2], dtype=torch.bool)
+        )
+        losses.append(float(((target[real] - h[real]) / target[real].square().mean().sqrt()).square().mean()))
+    return losses
+
+
+def product_by_hand(fm: nn.Module, model_type: str, layer: int, neurons: Tensor) -> Tensor:
+    ffn = tiny.ffn(fm.state_dict(), model_type, layer)
+    return ffn["w_out"][neurons].double().t() @ ffn["w_in"][neurons].double()
+
+
+# --- layer-level ---
+
+
+@every_architecture
+def test_layer_level_brings_proxy_and_fm_together(model_type: str, make_fm: ModelFactory) -> None:
+    proxy, fm, _ = pair(make_fm, model_type)
+    public, inputs = tiny.dataset(model_type, 24, labelled=False), tiny.batch(model_type)
+    before = sum(alignment_by_hand(proxy, fm, inputs))
+    losses = distil(proxy, fm, public, steps=40, batch=8)
+    assert len(losses) == 40
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(alignment_by_hand(proxy, fm, inputs)) < 0.9 * before
+
+
+@every_architecture
+def test_layer_level_changes_ffns_and_their_norms_in_compressed_layers_only(
+    model_type: str, make_fm: ModelFactory
+) -> None:
+    proxy, fm, _ = pair(make_fm, model_type)
+    attach(fm, AdapterSection(rank=2), seed=0)
+    attach(proxy, AdapterSection(rank=2), seed=0)
+    proxy_before, fm_before = tiny.snapshot(proxy), tiny.snapshot(fm)
+    distil(proxy, fm, tiny.dataset(model_type, 12, labelled=False))
+    assert tiny.changed(proxy_before, proxy.state_dict()) == ffn_parts(proxy, model_type)
+    assert tiny.changed(fm_before, fm.state_dict()) == set()
+
+
+def test_labels_of_public_data_play_no_part(make_fm: ModelFactory) -> None:
+    states = []
+    for labelled in (True, False):
+        proxy, fm, _ = pair(make_fm, "bert")
+        public = tiny.dataset("bert", 8, labelled=False)
+        public.labels = torch.arange(8) % 3 if labelled else None
+        distil(proxy, fm, public)
+        states.append(proxy.state_dict())
+    assert tiny.changed(*states) == set()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama", "vit"])
+@pytest.mark.parametrize("weight_term", [0.0, 0.5])
+def test_first_loss_is_the_formula(model_type: str, weight_term: float, make_fm: ModelFactory) -> None:
+    proxy, fm, selection = pair(make_fm, model_type)
+    public = tiny.dataset(model_type, 5, labelled=False)
+    wanted = sum(alignment_by_hand(proxy, fm, public.batch(torch.arange(5))))
+    for layer in (1, 2):
+        whole = product_by_hand(fm, model_type, layer, torch.arange(tiny.F))
+        kept = product_by_hand(fm, model_type, layer, selection.neurons[layer])
+        wanted = wanted + weight_term * float(((whole - kept) / whole.square().mean().sqrt()).square().mean())
+    losses = distil(proxy, fm, public, steps=1, batch=5, weight_term=weight_term)
+    assert losses == pytest.approx([wanted / 2], rel=1e-4)
+
+
+def test_weight_term_draws_the_products_together(make_fm: ModelFactory) -> None:
+    distances = []
+    for weight_term in (0.0, 10.0):
+        proxy, fm, _ = pair(make_fm, "bert")
+        distil(proxy, fm, tiny.dataset("bert", 12, labelled=False), steps=20, weight_term=weight_term)
+        whole = product_by_hand(fm, "bert", 1, torch.arange(tiny.F))
+        distances.append(float((list(sub_ffns(proxy).values())[1].product() - whole).norm()))
+    assert distances[1] < 0.95 * distances[0]
+
+
+class Padded(EncodedDataset):
+    """The same texts with more padding, of another id."""
+
+    def __init__(self, inner: TextDataset) -> None:
+        self.inner, self.labels, self.lengths = inner, inner.labels, inner.lengths
+
+    def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
+        inputs = self.inner._inputs(indices)
+        mask = nn.functional.pad(inputs["attention_mask"], (0, 7))
+        input_ids = nn.functional.pad(inputs["input_ids"], (0, 7)).where(mask.bool(), tiny.WORDS.index("fish"))
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama"])
+def test_padding_changes_neither_loss_nor_gradient(model_type: str, make_fm: ModelFactory) -> None:
+    texts = tiny.dataset(model_type, 8, labelled=False)
+    assert isinstance(texts, TextDataset)
+    losses, states = [], []
+    for public in (texts, Padded(texts)):
+        proxy, fm, _ = pair(make_fm, model_type)
+        before = tiny.snapshot(proxy)
+        losses.append(distil(proxy, fm, public, steps=2, learning_rate=1e-3))
+        states.append({name: proxy.state_dict()[name] - before[name] for name in ffn_parts(proxy, model_type)})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, moved in states[0].items():
+        assert (states[1][name] - moved).norm() <= 0.02 * moved.norm(), name
+
+
+def test_dropped_layers_are_answered_for_by_the_kept_layer_before_them(make_fm: ModelFactory) -> None:
+    proxy, fm, selection = pair(make_fm, "bert", keep="layers", layers=3)
+    assert selection.matched == ((1, 2),)
+    fm_of_two = copy.deepcopy(fm)
+    public, inputs = tiny.dataset("bert", 12, labelled=False), tiny.batch("bert", 8)
+    before = tiny.snapshot(proxy)
+    distil(proxy, fm, public, matched=selection.matched)
+    prefix = "bert.encoder.layer.1."
+    assert {name for name in tiny.changed(before, proxy.state_dict()) if not name.startswith(prefix)} == set()
+    assert tiny.changed(before, proxy.state_dict()) == ffn_parts(proxy, "bert") & {n for n in before if prefix in n}
+    with torch.no_grad():
+        wanted = layer_outputs(fm_of_two, [2], inputs)[0]
+        proxy_after = layer_outputs(proxy, [1], inputs)[0]
+        proxy.load_state_dict(before)
+        proxy_before = layer_outputs(proxy, [1], inputs)[0]
+    assert (proxy_after - wanted).norm() < (proxy_before - wanted).norm()
+
+
+def test_same_seed_distils_to_the_same_bits(make_fm: ModelFactory) -> None:
+    states = []
+    for seed in (3, 3, 4):
+        proxy, fm, _ = pair(make_fm, "gpt2")
+        torch.manual_seed(len(states))
+        distil(proxy, fm, tiny.dataset("gpt2", 12, labelled=False), seed=seed)
+        states.append(proxy.state_dict())
+    assert tiny.changed(states[0], states[1]) == set()
+    assert tiny.changed(states[0], states[2])
+
+
+def test_rate_warms_up_and_falls(make_fm: ModelFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def recorded(self: torch.optim.AdamW, *args: object, **others: object) -> object:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **others)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    proxy, fm, _ = pair(make_fm, "bert")
+    distil(proxy, fm, tiny.dataset("bert", 8, labelled=False), steps=10, learning_rate=0.06, warmup_fraction=0.4)
+    assert rates == pytest.approx([0.015, 0.03, 0.045, 0.06, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01])
+
+
+@pytest.mark.parametrize("wanted", [{"steps": 0}, {"matched": ()}], ids=["no steps", "no compressed layer"])
+def test_nothing_to_do_changes_nothing(wanted: dict[str, object], make_fm: ModelFactory) -> None:
+    proxy, fm, _ = pair(make_fm, "bert")
+    before = tiny.snapshot(proxy)
+    assert distil(proxy, fm, tiny.dataset("bert", 8, labelled=False), **wanted) == []
+    assert tiny.changed(before, proxy.state_dict()) == set()
+
+
+def test_progress_hears_of_every_step(make_fm: ModelFactory) -> None:
+    proxy, fm, _ = pair(make_fm, "bert")
+    heard: list[tuple[int, float]] = []
+    losses = layer_level(
+        proxy,
+        fm,
+        MATCHED,
+        tiny.dataset("bert", 8, labelled=False),
+        DistillationSection(steps=3, batch=4, closed_form_samples=0),
+        seed=0,
+        progress=lambda step, loss: heard.append((step, loss)),
+    )
+    assert heard == list(enumerate(losses, 1))
+
+
+@pytest.mark.parametrize("level", ["layer", "neuron"])
+def test_what_the_silos_train_can_be_trained_afterwards_and_nothing_else(level: str, make_fm: ModelFactory) -> None:
+    proxy, fm, _ = pair(make_fm, "bert")
+    for model in (proxy, fm):
+        attach(model, AdapterSection(rank=2), seed=0)
+    flags = {name: parameter.requires_grad for name, parameter in proxy.named_parameters()}
+    public = tiny.dataset("bert", 8, labelled=False)
+    if level == "layer":
+        distil(proxy, fm, public)
+    else:
+        align(proxy, fm, {1: torch.tensor([0]), 2: torch.tensor([1])}, public)
+    assert {name: parameter.requires_grad for name, parameter in proxy.named_parameters()} == flags
+    assert all(parameter.grad is None for parameter in proxy.parameters())
+    assert all(parameter.grad is None for parameter in fm.parameters())
+
+
+def test_flags_and_weights_are_put_back_after_an_error(make_fm: ModelFactory) -> None:
+    proxy, fm, _ = pair(make_fm, "bert")
+    attach(proxy, AdapterSection(rank=2), seed=0)
+    flags = {name: parameter.requires_grad for name, parameter in proxy.named_parameters()}
+    before = tiny.snapshot(proxy)
+
+    def stop(_step: int, _loss: float) -> None:
+        raise KeyboardInterrupt
+
+    settings = DistillationSection(steps=3, learning_rate=1e-30, warmup_fraction=0.0, closed_form_samples=0)
+    with pytest.raises(KeyboardInterrupt):
+        layer_level(proxy, fm, MATCHED, tiny.dataset("bert", 8), settings, seed=0, progress=stop)
+    assert {name: parameter.requires_grad for name, parameter in proxy.named_parameters()} == flags
+    assert tiny.changed(before, proxy.state_dict()) == set()  # every neuron is back in its place
+    tiny.logits(proxy, tiny.batch("bert"))
+
+
+# --- neuron-level ---
+
+
+@every_architecture
+def test_neuron_level_changes_the_updated_neurons_biases_and_norms_only(model_type: str, make_fm: ModelFactory) -> None:
+    proxy, fm, _ = pair(make_fm, model_type)
+    for model in (proxy, fm):
+        attach(model, AdapterSection(rank=2), seed=0)
+    before, adapter = tiny.snapshot(proxy), extract(proxy)
+    updated = {1: torch.tensor([0, 5, 23]), 2: torch.tensor([7])}
+    losses = align(proxy, fm, updated, tiny.dataset(model_type, 12, labelled=False))
+    assert len(losses) == 3
+    after = proxy.state_dict()
+    assert tiny.changed(before, after) == ffn_parts(proxy, model_type)
+    assert tiny.changed(adapter, extract(proxy)) == set()
+    for layer, (path, ffn) in enumerate(sub_ffns(proxy).items()):
+        for name, _ in ffn.named_parameters():
+            if name != "b_out" and layer in updated:
+                rows = (before[f"{path}.{name}"] != after[f"{path}.{name}"]).view(K, -1).any(1)
+                assert rows.nonzero().flatten().tolist() == updated[layer].tolist(), name
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_patch_of_an_alignment_makes_the_same_proxy_elsewhere(model_type: str, make_fm: ModelFactory) -> None:
+    proxy, fm, _ = pair(make_fm, model_type)
+    silos = copy.deepcopy(proxy)
+    attach(silos, AdapterSection(rank=2), seed=0)
+    updated = {1: torch.tensor([2, 3]), 2: torch.tensor([0, 9, 20])}
+    align(proxy, fm, updated, tiny.dataset(model_type, 12, labelled=False))
+    tensors = patch(proxy, updated, ffn_norms(proxy, [1, 2]))
+    assert sum(tensor.numel() for tensor in tensors.values()) < 0.1 * sum(p.numel() for p in proxy.parameters())
+    apply_patch(silos, tensors)
+    attach(proxy, AdapterSection(rank=2), seed=0)
+    assert tiny.changed(proxy.state_dict(), silos.state_dict()) == set()
+
+
+def test_patch_of_all_neurons_carries_a_layer_level_distillation(make_fm: ModelFactory) -> None:
+    proxy, fm, _ = pair(make_fm, "gpt2")
+    old = copy.deepcopy(proxy)
+    distil(proxy, fm, tiny.dataset("gpt2", 8, labelled=False))
+    apply_patch(old, patch(proxy, {1: torch.arange(K), 2: torch.arange(K)}, ffn_norms(proxy, [1, 2])))
+    assert tiny.changed(proxy.state_dict(), old.state_dict()) == set()
+
+
+def test_alignment_follows_the_fm_that_carries_the_adapter(make_fm: ModelFactory) -> None:
+    fm = make_fm("bert")
+    attach(fm, AdapterSection(rank=2), seed=0)
+    proxy = cut(fm, select(fm, ProxySection(neurons=K)))
+    generator = torch.Generator().manual_seed(1)
+    adapter = {n: t + 0.2 * torch.randn(t.shape, generator=generator) for n, t in sorted(extract(fm).items())}
+    public = tiny.dataset("bert", 5, labelled=False)
+    everything, inputs = {1: torch.arange(K), 2: torch.arange(K)}, public.batch(torch.arange(5))
+    without = sum(alignment_by_hand(proxy, fm, inputs))
+    load(proxy, adapter)
+    load(fm, adapter)
+    before = sum(alignment_by_hand(proxy, fm, inputs))
+    assert before != pytest.approx(without, rel=1e-3)
+    assert align(copy.deepcopy(proxy), fm, everything, public, steps=1, batch=5) == pytest.approx(
+        [before / 2], rel=1e-4
+    )
+    align(proxy, fm, everything, public, steps=40, batch=5)
+    assert sum(alignment_by_hand(proxy, fm, inputs)) < 0.9 * before
+
+
+def test_rounds_align_on_samples_of_their_own(make_fm: ModelFactory) -> None:
+    losses = []
+    for number in (2, 2, 4):
+        proxy, fm, _ = pair(make_fm, "bert")
+        losses.append(
+            align(proxy, fm, {1: torch.arange(3), 2: torch.arange(3)}, tiny.dataset("bert", 30), round=number)
+        )
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_no_neuron_to_update_leaves_all_neurons_alone(make_fm: ModelFactory) -> None:
+    proxy, fm, _ = pair(make_fm, "bert")
+    before, none = tiny.snapshot(proxy), torch.empty(0, dtype=torch.int64)
+    align(proxy, fm, {1: none, 2: none}, tiny.dataset("bert", 8, labelled=False))
+    names = tiny.changed(before, proxy.state_dict())
+    assert names
+    assert all(name.endswith("b_out") or "LayerNorm" in name for name in names)
+
+
+def test_alignment_of_0_steps_changes_nothing(make_fm: ModelFactory) -> None:
+    proxy, fm, _ = pair(make_fm, "bert")
+    before = tiny.snapshot(proxy)
+    assert align(proxy, fm, {1: torch.arange(3), 2: torch.arange(3)}, tiny.dataset("bert", 8), steps=0) == []
+    assert tiny.changed(before, proxy.state_dict()) == set()
+
+
+# --- which neurons, which norms ---
+
+
+def counts(layer: int, inactive: list[int], tokens: int) -> dict[str, Tensor]:
+    return {str(layer): torch.tensor(inactive), f"{layer}.tokens": torch.tensor(tokens)}
+
+
+def test_least_active_neurons_are_those_of_most_inactive_tokens() -> None:
+    assert least_active([counts(3, [5, 9, 0, 7], 10)], 0.5)[3].tolist() == [1, 3]
+
+
+def test_silos_counts_are_summed_before_neurons_are_chosen() -> None:
+    # By shares the neurons would have 0.9 + 0.1 and 0.2 + 0.5; by sums 9 + 10 and 2 + 50 of 110.
+    silos = [counts(1, [9, 2], 10), counts(1, [10, 50], 100)]
+    assert least_active(silos, 0.5)[1].tolist() == [1]
+
+
+def test_every_layer_is_ranked_by_itself_with_its_own_denominator() -> None:
+    silos = [
+        counts(1, [1, 2, 3], 3) | counts(2, [30, 20, 10], 100),
+        counts(1, [3, 0, 0], 3) | counts(2, [0, 0, 5], 100),
+    ]
+    chosen = least_active(silos, 1 / 3)
+    assert {layer: neurons.tolist() for layer, neurons in chosen.items()} == {1: [0], 2: [0]}
+
+
+@pytest.mark.parametrize(("fraction", "number"), [(0.0, 0), (0.3, 3), (0.55, 6), (1.0, 10)])
+def test_fraction_says_how_many_are_updated(fraction: float, number: int) -> None:
+    chosen = least_active([counts(1, list(range(10)), 10)], fraction)[1]
+    assert chosen.tolist() == list(range(10 - number, 10))
+
+
+def test_of_equally_inactive_neurons_the_lower_index_is_updated() -> None:
+    assert least_active([counts(1, [4, 4, 4, 4], 5)], 0.5)[1].tolist() == [0, 1]
+
+
+def test_layer_without_a_token_does_not_divide_by_0() -> None:
+    assert least_active([counts(1, [0, 0], 0)], 0.5)[1].tolist() == [0]
+
+
+@every_architecture
+def test_ffn_norms_are_those_that_transformers_names(model_type: str, make_fm: ModelFactory) -> None:
+    proxy, _, _ = pair(make_fm, model_type)
+    names = tiny.NAMES[model_type]
+    wanted = {f"{names.layer.format(layer)}{names.norm}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")}
+    assert set(ffn_norms(proxy, [1, 2])) == wanted & proxy.state_dict().keys()

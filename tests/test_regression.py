@@ -1,0 +1,127 @@
+"""The closed-form start of the distillation against an ordinary least-squares solver."""
+
+import pytest
+import tiny
+import torch
+from conftest import ModelFactory
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedpft import regression
+from fedpft.adapters import attach
+from fedpft.architectures import ARCHITECTURES, layers_of
+from fedpft.config import AdapterSection, ProxySection
+from fedpft.proxy import Selection, cut, select
+from fedpft.regression import fit_output_projections
+from fedpft.subffn import sub_ffns
+
+K = 24
+every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
+
+
+def pair(make_fm: ModelFactory, model_type: str) -> tuple[nn.Module, nn.Module, Selection]:
+    fm = make_fm(model_type)
+    attach(fm, AdapterSection(rank=2), seed=0)
+    selection = select(fm, ProxySection(neurons=K))
+    return cut(fm, selection), fm, selection
+
+
+def seen_at(model: nn.Module, model_type: str, layer: int, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Input of a layer's FFN, and the residual stream after it, found without the code under test."""
+    names, seen, module = tiny.NAMES[model_type], {}, layers_of(model)[layer]
+    hooks = [
+        module.get_submodule(ARCHITECTURES[model_type].ffn).register_forward_pre_hook(
+            lambda _m, x: seen.update(x=x[0])
+        ),
+        module.get_submodule(names.norm).register_forward_pre_hook(lambda _m, x: seen.update(sum=x[0])),
+        module.register_forward_hook(lambda _m, _x, y: seen.update(out=y[0] if isinstance(y, tuple) else y)),
+    ]
+    tiny.logits(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones(seen["x"].shape[:2]) > 0
+    stream = seen["sum"] if model_type in ("bert", "roberta") else seen["out"]  # post-norm, pre-norm
+    return seen["x"][real], stream[real]
+
+
+@every_architecture
+def test_fit_is_the_least_squares_solution(
+    model_type: str, make_fm: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regression, "RIDGE", 0.0)
+    proxy, fm, _ = pair(make_fm, model_type)
+    public = tiny.dataset(model_type, 40, labelled=False)
+    inputs, path = public.batch(torch.arange(40)), list(sub_ffns(proxy))[1]
+    ffn = proxy.get_submodule(path)
+    x, ours = seen_at(proxy, model_type, 1, inputs)
+    _, theirs = seen_at(fm, model_type, 1, inputs)
+
+    z = F.linear(x, ffn.w_in, ffn.b_in).double()
+    function = {"gpt2": lambda v: F.gelu(v, approximate="tanh"), "llama": F.silu}.get(model_type, F.gelu)
+    values = function(z) if ffn.w_gate is None else function(F.linear(x, ffn.w_gate).double()) * z
+    scale = fm.dinov2.encoder.layer[1].layer_scale2.lambda1.detach() if model_type == "dinov2" else 1.0
+    design = values if ffn.b_out is None else torch.cat([values, torch.ones(len(values), 1)], dim=1)
+    solution = torch.linalg.lstsq(design, ((theirs - ours) / scale).double()).solution
+    wanted = ffn.w_out.detach() + solution[:K]
+    bias = None if ffn.b_out is None else ffn.b_out.detach() + solution[K]
+
+    fit_output_projections(proxy, fm, ((1, 1),), public, samples=40, batch=7)
+    torch.testing.assert_close(ffn.w_out.detach().double(), wanted, rtol=1e-3, atol=1e-3)
+    if bias is not None:
+        torch.testing.assert_close(ffn.b_out.detach().double(), bias, rtol=1e-3, atol=1e-3)
+
+
+@every_architecture
+def test_fit_brings_the_residual_streams_together(model_type: str, make_fm: ModelFactory) -> None:
+    proxy, fm, selection = pair(make_fm, model_type)
+    unseen = tiny.dataset(model_type, 30, labelled=False, seed=9).batch(torch.arange(30))
+
+    def error(layer: int) -> float:
+        ours, theirs = (seen_at(model, model_type, layer, unseen)[1] for model in (proxy, fm))
+        return float((ours - theirs).norm() / theirs.norm())
+
+    before = error(1), error(2)
+    public = tiny.dataset(model_type, 200, labelled=False)
+    fit_output_projections(proxy, fm, selection.matched, public, samples=200, batch=50)
+    assert error(1) < 0.95 * before[0]
+    assert error(2) < 0.95 * before[1]
+
+
+@every_architecture
+def test_fit_changes_output_projections_and_biases_of_compressed_layers_only(
+    model_type: str, make_fm: ModelFactory
+) -> None:
+    proxy, fm, selection = pair(make_fm, model_type)
+    before, fm_before = tiny.snapshot(proxy), tiny.snapshot(fm)
+    flags = {name: parameter.requires_grad for name, parameter in proxy.named_parameters()}
+    fit_output_projections(proxy, fm, selection.matched, tiny.dataset(model_type, 20), samples=20, batch=8)
+    ffns = list(sub_ffns(proxy).items())[1:3]
+    wanted = {f"{path}.{name}" for path, ffn in ffns for name in ("w_out", "b_out") if getattr(ffn, name) is not None}
+    assert tiny.changed(before, proxy.state_dict()) == wanted
+    assert tiny.changed(fm_before, fm.state_dict()) == set()
+    assert {name: parameter.requires_grad for name, parameter in proxy.named_parameters()} == flags
+
+
+def test_fit_on_fewer_tokens_than_neurons_stays_sane(make_fm: ModelFactory) -> None:
+    proxy, fm, selection = pair(make_fm, "bert")
+    before = tiny.snapshot(proxy)
+    fit_output_projections(proxy, fm, selection.matched, tiny.dataset("bert", 1), samples=1, batch=1)
+    for path in list(sub_ffns(proxy))[1:3]:
+        weights = proxy.state_dict()[f"{path}.w_out"]
+        assert bool(torch.isfinite(weights).all())
+        assert weights.norm() < 3 * before[f"{path}.w_out"].norm()
+
+
+def test_fit_uses_no_more_samples_than_it_was_given(make_fm: ModelFactory) -> None:
+    states = []
+    for size in (10, 30):
+        proxy, fm, selection = pair(make_fm, "gpt2")
+        public = tiny.dataset("gpt2", 10, labelled=False)
+        if size == 30:  # the first 10 samples, and 20 others
+            more = tiny.dataset("gpt2", 20, labelled=False, seed=5)
+            public.tokens = torch.cat([public.tokens, more.tokens])
+            public.lengths = torch.cat([public.lengths, more.lengths])
+            public.starts = public.lengths.cumsum(0) - public.lengths
+        fit_output_projections(proxy, fm, selection.matched, public, samples=10, batch=4)
+        states.append(proxy.state_dict())
+    assert tiny.changed(*states) == set()
