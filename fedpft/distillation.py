@@ -163,7 +163,7 @@ def _distil(
                     loss = loss + weight_term * _relative(ffns[layer].product(), products[layer])
             loss = loss / len(matched)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
             optimizer.step()
             losses.append(float(loss.detach()))

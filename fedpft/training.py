@@ -82,7 +82,7 @@ def train_round(
                     counter.mask = None if mask is None else mask.flatten().bool()
                 share = len(part["labels"]) / size
                 loss: Tensor = model(**part).loss * share
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 loss_sum += float(loss.detach()) * size
                 tokens += len(part["labels"]) if mask is None else int(mask.sum())
             if not loss_sum < float("inf"):

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from torch import nn
 
 from fedpft.models import load_model
 
 ModelFactory = Callable[[str], nn.Module]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_any_order_of_tests() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -319,6 +319,35 @@ def test_threads_change_nothing_beyond_rounding() -> None:
         assert torch.equal(counts, results[0][1])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_inference_mode_gives_the_same_bits(threads: int) -> None:
+    ffn = make_ffn(700, 24, 40, dtype=torch.float32, gated=True)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        expected = kernels.sub_ffn(ffn.x, *ffn.weights, activation="gelu")
+        with torch.inference_mode():
+            actual = kernels.sub_ffn(ffn.x.clone(), *ffn.weights, activation="gelu")
+    finally:
+        torch.set_num_threads(before)
+    assert isinstance(expected, Tensor)
+    assert isinstance(actual, Tensor)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(("N", "D", "K"), [(3, 0, 4), (3, 4, 0), (0, 4, 4), (600, 4, 0)])
+def test_dimensions_may_be_empty(N: int, D: int, K: int) -> None:
+    x, w, bias = torch.randn(N, D), torch.randn(K, D), torch.randn(D)
+    y, counts = kernels.sub_ffn(x.requires_grad_(), w, None, w, None, w, bias, activation="relu", count=True)
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert counts.shape == (K,)
+    assert x.grad is not None
+    if K == 0:
+        assert torch.equal(y, bias.expand(N, D))
+        assert x.grad.count_nonzero() == 0
+
+
 def test_compiled_module_without_graph_breaks_matches_eager() -> None:
     ffn = make_ffn(20, 8, 12, dtype=torch.float32, gated=True)
     teacher = torch.randn(20, 8)

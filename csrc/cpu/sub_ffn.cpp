@@ -14,7 +14,6 @@
 //   multiplies; bias, activation, derivative and count work on a row that is in the first-level cache.
 // Parallel over tiles (tiles.h): a thread takes a tile from x to y, so the threads meet once in a call, where three
 //   calls of eager torch meet three times. Scratch: one tile (512, K) a thread, two in a gated FFN.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -26,11 +25,13 @@
 #include <vector>
 
 #include "capability.h"
+#include "matrix.h"
 #include "tiles.h"
 
 namespace {
 
 using fedpft::Activation;
+using fedpft::Matrix;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
@@ -59,33 +60,18 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-Tensor rows(Tensor tensor, int64_t first, int64_t count) { return torch::stable::narrow(tensor, 0, first, count); }
-
-Tensor plane(const Tensor& stack, int64_t index) { return torch::stable::select(stack, 0, index); }
+template <class T>
+T* data(const Optional& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
 
 Tensor empty_like(const Tensor& like, std::vector<int64_t> shape, std::optional<ScalarType> type = std::nullopt) {
   return torch::stable::new_empty(like, shape, type);
 }
 
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
-
 Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 Optional packed(const Optional& tensor) { return tensor ? Optional(packed(*tensor)) : std::nullopt; }
-
-template <class T>
-const T* data_or_null(const Optional& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
-void multiply(Tensor out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
-
-// out = addend + a b; the addend broadcasts, and may be out.
-void multiply_add(Tensor out, const Tensor& addend, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), addend.get(), a.get(), b.get(), 1.0, 1.0));
-}
 
 // The wrappers check with better words; this keeps a direct call from reading past a tensor's end.
 void check(const Optional& tensor, const char* name, ScalarType type, std::vector<int64_t> shape) {
@@ -111,79 +97,66 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const fedpft::Tiles tiles(N);
   const bool exact = save && !compact, derive = save && compact;
 
-  const int64_t scratch_tokens = tiles.slots() * tiles.tokens();
-  const Tensor hidden = empty_like(x, {scratch_tokens, K});
   const Tensor y = empty_like(x, {N, D});
   const Tensor saved =
       save ? empty_like(x, {P, N, K}, derive ? ScalarType::BFloat16 : x.scalar_type()) : empty_like(x, {0});
   const Tensor counts =
       count ? torch::stable::new_zeros(x, {K}, ScalarType::Long) : empty_like(x, {0}, ScalarType::Long);
-  Tensor second_scratch, lane_counts, lane_derivative;
+  const int64_t scratch_tokens = tiles.slots() * tiles.tokens();
+  const Tensor hidden_scratch = empty_like(x, {scratch_tokens, K});
+  Optional second_scratch, lane_counts, lane_derivatives;
   if (w_gate && !exact) second_scratch = empty_like(x, {scratch_tokens, K});
   if (count) lane_counts = torch::stable::new_zeros(x, {tiles.lanes(), K}, ScalarType::Int);
-  if (derive) lane_derivative = empty_like(x, {tiles.lanes(), K});
+  if (derive) lane_derivatives = empty_like(x, {tiles.lanes(), K});
 
-  // Views are made here: a view made in another thread would be recorded by autograd.
-  struct Views {
-    Tensor x, first, second, hidden, y;  // first: what act sees; second: what a gated FFN multiplies act(first) with
-  };
-  std::vector<Views> views;
-  for (const fedpft::Tile& tile : tiles) {
-    const int64_t scratch = tile.slot * tiles.tokens();
-    Views view{
-        rows(x, tile.start, tile.tokens), {}, {}, rows(hidden, scratch, tile.tokens), rows(y, tile.start, tile.tokens)};
-    view.first = exact ? rows(plane(saved, 0), tile.start, tile.tokens) : view.hidden;
-    if (w_gate) {
-      view.second = exact ? rows(plane(saved, 1), tile.start, tile.tokens) : rows(second_scratch, scratch, tile.tokens);
-    }
-    views.push_back(view);
-  }
-  const Tensor w_in_t = transposed(w_in), w_first_t = w_gate ? transposed(*w_gate) : w_in_t;
-  const Optional bias_in = packed(b_in), bias_gate = packed(b_gate), valid = packed(mask);
-  const Real* bias_first = data_or_null<Real>(w_gate ? bias_gate : bias_in);
-  const Real* bias_second = data_or_null<Real>(bias_in);
-  const bool* counted = data_or_null<bool>(valid);
+  const Optional packed_in = packed(b_in), packed_gate = packed(b_gate), packed_out = packed(b_out);
+  const Optional packed_mask = packed(mask);
+  const Real* const bias_first = data<Real>(w_gate ? packed_gate : packed_in);
+  const Real* const bias_second = data<Real>(packed_in);
+  const bool* const counted = data<bool>(packed_mask);
+  int* const count_rows = data<int>(lane_counts);
+  Real* const derivative_rows = data<Real>(lane_derivatives);
+  unsigned short* const kept = derive ? data<unsigned short>(saved) : nullptr;
+  const Matrix<Real> x_all(x), y_all(y), in(w_in), gate = w_gate ? Matrix<Real>(*w_gate) : Matrix<Real>(), out(w_out);
+  const Matrix<Real> bias_out(data<Real>(packed_out), 1, D, D);
 
   tiles.for_each([&](const fedpft::Tile& tile) {
-    const Views& view = views[tile.index];
-    multiply(view.first, view.x, w_first_t);
-    if (w_gate) multiply(view.second, view.x, w_in_t);
-    Real* const first = data<Real>(view.first);
-    Real* const second = w_gate ? data<Real>(view.second) : nullptr;
-    Real* const active = data<Real>(view.hidden);
-
+    // first: what act sees; second: what a gated FFN multiplies act(first) with; hidden: what W_out multiplies.
+    const int64_t scratch = tile.slot * tiles.tokens() * K;
+    const Matrix<Real> hidden(data<Real>(hidden_scratch) + scratch, tile.tokens, K, K);
+    Matrix<Real> first = hidden, second;
+    if (exact) first.data = data<Real>(saved) + tile.start * K;
+    multiply(first, x_all.slice(tile.start, tile.tokens), (w_gate ? gate : in).transposed());
+    if (w_gate) {
+      second = hidden;
+      second.data = exact ? first.data + N * K : data<Real>(second_scratch) + scratch;
+      multiply(second, x_all.slice(tile.start, tile.tokens), in.transposed());
+    }
     tiles.for_each_row(tile, [&](int64_t lane, int64_t t) {
-      Real* z = first + t * K;
-      Real* up = second ? second + t * K : nullptr;
-      Real* h = active + t * K;
+      Real *z = first.row(t), *up = w_gate ? second.row(t) : nullptr, *h = hidden.row(t);
+      unsigned short* compacted = kept ? kept + (tile.start + t) * K : nullptr;
       if (bias_first) kernels.add(z, bias_first, K);
       if (up && bias_second) kernels.add(up, bias_second, K);
-      unsigned short* kept = derive ? data<unsigned short>(saved) + (tile.start + t) * K : nullptr;
-      if (kept) {
-        Real* derivative = data<Real>(lane_derivative) + lane * K;
+      if (compacted) {
+        Real* derivative = derivative_rows + lane * K;
         kernels.differentiate(act, z, derivative, K);
         if (up) kernels.multiply(derivative, up, K);
-        kernels.narrow(derivative, kept, K);
+        kernels.narrow(derivative, compacted, K);
       }
       kernels.activate(act, z, h, K);
-      if (kept && up) kernels.narrow(h, kept + N * K, K);
+      if (compacted && up) kernels.narrow(h, compacted + N * K, K);
       if (count && (!counted || counted[tile.start + t])) {
-        kernels.count_inactive(h, static_cast<Real>(eps), data<int>(lane_counts) + lane * K, K);
+        kernels.count_inactive(h, static_cast<Real>(eps), count_rows + lane * K, K);
       }
       if (up) kernels.multiply(h, up, K);
     });
-
-    if (b_out) {
-      multiply_add(view.y, *b_out, view.hidden, w_out);
-    } else {
-      multiply(view.y, view.hidden, w_out);
-    }
+    const Matrix<Real> y_tile = y_all.slice(tile.start, tile.tokens);
+    b_out ? multiply_add(y_tile, bias_out, hidden, out) : multiply(y_tile, hidden, out);
   });
   if (count) {
     int64_t* total = data<int64_t>(counts);
-    const int* partial = data<int>(lane_counts);
-    for (int64_t lane = 0; lane < tiles.lanes(); ++lane, partial += K) {
-      for (int64_t j = 0; j < K; ++j) total[j] += partial[j];
+    for (int64_t lane = 0; lane < tiles.lanes(); ++lane) {
+      for (int64_t j = 0; j < K; ++j) total[j] += count_rows[lane * K + j];
     }
   }
   return {y, saved, counts};
@@ -196,61 +169,44 @@ Tensor backward(
   const fedpft::RowKernels<Real>& kernels = row_kernels<Real>();
   const int64_t N = grad_y.size(0), D = grad_y.size(1), K = w_in.size(0);
   const fedpft::Tiles tiles(N);
-  const Tensor grad_x = empty_like(grad_y, {N, D});
+  const Tensor grad_x = empty_like(grad_y, {N, D}), kept = packed(saved);
   const int64_t scratch_tokens = tiles.slots() * tiles.tokens();
-  const Tensor grad_first = empty_like(grad_y, {scratch_tokens, K});
-  Tensor grad_second, lane_active;
-  if (w_gate) grad_second = empty_like(grad_y, {scratch_tokens, K});
+  const Tensor first_scratch = empty_like(grad_y, {scratch_tokens, K});
+  Optional second_scratch, lane_active;
+  if (w_gate) second_scratch = empty_like(grad_y, {scratch_tokens, K});
   if (w_gate && !compact) lane_active = empty_like(grad_y, {tiles.lanes(), K});
-
-  struct Views {
-    Tensor grad_y, first, second, grad_x;
-  };
-  std::vector<Views> views;
-  for (const fedpft::Tile& tile : tiles) {
-    const int64_t scratch = tile.slot * tiles.tokens();
-    Views view{
-        rows(grad_y, tile.start, tile.tokens),
-        rows(grad_first, scratch, tile.tokens),
-        {},
-        rows(grad_x, tile.start, tile.tokens)};
-    if (w_gate) view.second = rows(grad_second, scratch, tile.tokens);
-    views.push_back(view);
-  }
-  const Tensor kept = packed(saved), w_out_t = transposed(w_out);
+  const Matrix<Real> grad_y_all(grad_y), grad_x_all(grad_x), in(w_in), out(w_out);
+  const Matrix<Real> gate = w_gate ? Matrix<Real>(*w_gate) : Matrix<Real>();
 
   tiles.for_each([&](const fedpft::Tile& tile) {
-    const Views& view = views[tile.index];
-    multiply(view.first, view.grad_y, w_out_t);
-    Real* const first_rows = data<Real>(view.first);
-    Real* const second_rows = w_gate ? data<Real>(view.second) : nullptr;
-
+    // Both start as the gradient of the hidden value and become those of the two pre-activations.
+    const int64_t scratch = tile.slot * tiles.tokens() * K;
+    const Matrix<Real> first(data<Real>(first_scratch) + scratch, tile.tokens, K, K);
+    Matrix<Real> second = first;
+    if (w_gate) second.data = data<Real>(second_scratch) + scratch;
+    multiply(first, grad_y_all.slice(tile.start, tile.tokens), out.transposed());
     tiles.for_each_row(tile, [&](int64_t lane, int64_t t) {
-      Real* first = first_rows + t * K;
-      Real* second = second_rows ? second_rows + t * K : nullptr;
-      if (second) std::copy(first, first + K, second);
+      Real *grad_first = first.row(t), *grad_second = w_gate ? second.row(t) : nullptr;
+      const int64_t position = (tile.start + t) * K;
+      if (grad_second) std::copy(grad_first, grad_first + K, grad_second);
       if (compact) {
-        const unsigned short* derivative = data<unsigned short>(kept) + (tile.start + t) * K;
-        kernels.multiply_bfloat16(first, derivative, K);
-        if (second) kernels.multiply_bfloat16(second, derivative + N * K, K);
+        const unsigned short* derivative = data<unsigned short>(kept) + position;
+        kernels.multiply_bfloat16(grad_first, derivative, K);
+        if (grad_second) kernels.multiply_bfloat16(grad_second, derivative + N * K, K);
         return;
       }
-      const Real* z = data<Real>(kept) + (tile.start + t) * K;
-      kernels.multiply_derivative(act, z, first, K);
-      if (second) {
+      const Real* z = data<Real>(kept) + position;
+      kernels.multiply_derivative(act, z, grad_first, K);
+      if (grad_second) {
         Real* active = data<Real>(lane_active) + lane * K;
         kernels.activate(act, z, active, K);
-        kernels.multiply(second, active, K);
-        kernels.multiply(first, z + N * K, K);
+        kernels.multiply(grad_second, active, K);
+        kernels.multiply(grad_first, z + N * K, K);
       }
     });
-
-    if (w_gate) {
-      multiply(view.grad_x, view.first, *w_gate);
-      multiply_add(view.grad_x, view.grad_x, view.second, w_in);
-    } else {
-      multiply(view.grad_x, view.first, w_in);
-    }
+    const Matrix<Real> grad_x_tile = grad_x_all.slice(tile.start, tile.tokens);
+    multiply(grad_x_tile, first, w_gate ? gate : in);
+    if (w_gate) multiply_add(grad_x_tile, grad_x_tile, second, in);
   });
   return grad_x;
 }
