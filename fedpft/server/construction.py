@@ -100,6 +100,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
 
     record.json is written last: a directory without it is not whole, and :func:`load_built` refuses it.
     """
+    (directory / "record.json").unlink(missing_ok=True)
     record = Record()
     with record.timed("construction"):
         selection = select(owner.model, config.proxy)
@@ -119,7 +120,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
             seed=config.seed,
             progress=report,
         )
-    if record.losses:
+    if config.distillation.steps or config.distillation.closed_form_samples:
         record_gap(config, owner, built, "distilled")
     save_bundle(proxy, built.bundle)
     save_selection(selection, directory / "selection.safetensors")
