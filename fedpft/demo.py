@@ -55,6 +55,7 @@ FULL = Scale(
         "alignment": {"every_rounds": 1, "steps": 15, "learning_rate": 5e-4},
         "training": {"rounds": 4, "local_epochs": 0.5, "batch": 16, "head_learning_rate": 0.02},
         "evaluation": {"samples_per_round": 300},
+        "model": {"max_tokens": 40},
     },
 )
 QUICK = Scale(

@@ -23,7 +23,7 @@ from fedpft.proxy import Proxy, Selection, cut, load_proxy, load_selection, save
 
 log = logging.getLogger(__name__)
 
-GAP_SAMPLES = 32  # public samples on which proxy and FM are compared
+GAP_SAMPLES = 16  # public samples on which proxy and FM are compared
 
 
 @dataclass(frozen=True)
