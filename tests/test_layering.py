@@ -15,6 +15,7 @@ ROWS: list[set[str]] = [
     {
         "proxy",
         "distillation",
+        "regression",
         "datasets",
         "training",
         "checkpoint",
@@ -30,6 +31,8 @@ ROWS: list[set[str]] = [
 BESIDE = {
     ("federation", "seeding"),
     ("distillation", "datasets"),
+    ("distillation", "regression"),
+    ("regression", "datasets"),
     ("training", "datasets"),
     ("evaluation", "datasets"),
     ("demo_data", "datasets"),
