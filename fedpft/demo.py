@@ -154,7 +154,10 @@ def _product_settings(out: Path, data: demo_data.DemoData, scale: Scale, seed: i
 
 
 def _equal_layers(summary: dict[str, Any], layers: int) -> int:
-    """The whole layers that come closest to the parameters of the product's proxy, from above but for biases."""
+    """The number of whole layers that comes nearest to the transformer parameters of the product's proxy.
+
+    At the paper's setting both have the same weights; a layer that lost neurons keeps its other biases and norms.
+    """
     parameters: dict[str, int] = summary["parameters"]
     return round(layers * parameters["proxy_transformer"] / parameters["model_transformer"])
 

@@ -18,7 +18,7 @@ MEANINGS = {
     "proxy": "the tuned proxy by itself",
     "plugged_in": "the FM with the silos' adapter: the product",
     "full_model": "federated LoRA on the full FM: the upper bound, with the FM given away",
-    "layer_drop": "FedOT: a proxy of whole layers, with at least as many transformer parameters",
+    "layer_drop": "FedOT: a proxy of whole layers, with as many transformer weights",
     "no_distillation": "no distillation at all",
     "before_only": "distillation before the federation only",
     "during_only": "distillation during the federation only",
