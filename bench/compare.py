@@ -46,7 +46,6 @@ def compare(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "commit": commit.stdout.strip(),
         "versions": first["versions"],
         "seeds": list(seeds),
-        "parameters": first["parameters"],
         "training": first["config"]["training"],
         "distillation": first["config"]["distillation"],
         "alignment": first["config"]["alignment"],

@@ -238,10 +238,11 @@ def _fits(target: Tensor, rows: Tensor, values: Tensor) -> bool:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(all parameters without task head, those of the transformer layers)."""
-    head = architectures.architecture_of(model).head + "."
-    everything = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(head))
-    return everything, sum(p.numel() for p in architectures.layers_of(model).parameters())
+    """(all parameters without task head and LoRA, those of them in the transformer layers)."""
+    row = architectures.architecture_of(model)
+    own = {n: p.numel() for n, p in model.named_parameters() if ".lora_" not in n and not n.startswith(f"{row.head}.")}
+    layers = f"{model.base_model_prefix}.{row.layers}."
+    return sum(own.values()), sum(count for name, count in own.items() if name.startswith(layers))
 
 
 def _neuron_count(model: nn.Module, settings: ProxySection, full: int) -> int:

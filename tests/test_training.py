@@ -151,6 +151,18 @@ def test_dropout_of_lora_is_on_and_no_other(make_fm: ModelFactory) -> None:
         assert (losses[dropout] == pytest.approx(plain, rel=1e-4)) == (dropout == 0.0)
 
 
+def test_dropout_is_drawn_anew_for_each_silo_and_round(make_fm: ModelFactory) -> None:
+    wanted, data, losses = settings(dropout=0.5), tiny.dataset("bert", 1), []  # one sample has but one order
+    for silo, number in (("north", 1), ("north", 1), ("south", 1), ("north", 2)):
+        model, _ = proxy_for(make_fm, "bert", wanted)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(0.5)
+        losses.append(train(model, data, wanted, silo=silo, round=number).metrics["train_loss"])
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+
+
 def test_metrics_are_means_over_samples_and_sums_over_tokens(make_fm: ModelFactory) -> None:
     wanted, data = settings(batch=5), tiny.dataset("bert", 12)  # the last batch is smaller
     model, _ = proxy_for(make_fm, "bert", wanted)
