@@ -5,7 +5,7 @@ another architecture, add a row here and a case in tests/test_architectures.py.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -47,50 +47,32 @@ class Architecture:
     transposed: bool = False
 
 
-_BERT_ATTENTION = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+_BERT = Architecture(
+    layers="encoder.layer",
+    ffn="intermediate",
+    absorbed="output.dense",
+    input="intermediate.dense",
+    output="output.dense",
+    norm="output.LayerNorm",
+    post_norm=True,
+    attention=("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    head="classifier",
+)
+_VIT = Architecture(
+    layers="layers",
+    ffn="mlp",
+    input="mlp.fc1",
+    output="mlp.fc2",
+    norm="layernorm_after",
+    attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
+    head="classifier",
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "bert": Architecture(
-        layers="encoder.layer",
-        ffn="intermediate",
-        absorbed="output.dense",
-        input="intermediate.dense",
-        output="output.dense",
-        norm="output.LayerNorm",
-        attention=_BERT_ATTENTION,
-        head="classifier",
-        post_norm=True,
-    ),
-    "roberta": Architecture(
-        layers="encoder.layer",
-        ffn="intermediate",
-        absorbed="output.dense",
-        input="intermediate.dense",
-        output="output.dense",
-        norm="output.LayerNorm",
-        attention=_BERT_ATTENTION,
-        head="classifier",
-        post_norm=True,
-    ),
-    "vit": Architecture(
-        layers="layers",
-        ffn="mlp",
-        input="mlp.fc1",
-        output="mlp.fc2",
-        norm="layernorm_after",
-        attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
-        head="classifier",
-    ),
-    "dinov2": Architecture(
-        layers="encoder.layer",
-        ffn="mlp",
-        input="mlp.fc1",
-        output="mlp.fc2",
-        norm="norm2",
-        attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
-        head="classifier",
-        scale="layer_scale2.lambda1",
-    ),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "vit": _VIT,
+    "dinov2": replace(_VIT, layers="encoder.layer", norm="norm2", scale="layer_scale2.lambda1"),
     "gpt2": Architecture(
         layers="h",
         ffn="mlp",

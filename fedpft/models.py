@@ -106,7 +106,8 @@ def prepare(model: nn.Module) -> nn.Module:
     config: Any = model.config
     config.use_cache = False
     if getattr(config, "pad_token_id", None) is None and hasattr(config, "eos_token_id"):
-        config.pad_token_id = config.eos_token_id
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     return model.requires_grad_(False).eval()
 
 

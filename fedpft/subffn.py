@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedpft import kernels
 from fedpft.architectures import activation_of, architecture_of
+from fedpft.errors import ModelError
 from fedpft.kernels import reference
 
 # The kernels' argument names. Row j of each is neuron j; b_out belongs to no neuron.
@@ -143,12 +144,21 @@ def projections(model: nn.Module, layer: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         w_in, w_gate, w_out: (F, D), b_in, b_gate: (F,), b_out: (D,).
+
+    Raises:
+        ModelError: the model is a variant whose FFN is not where the table says.
     """
     row, found = architecture_of(model), {}
     for kind, path in (("in", row.input), ("gate", row.gate), ("out", row.output)):
         if path is None:
             continue
-        projection = layer.get_submodule(path)
+        try:
+            projection = layer.get_submodule(path)
+        except AttributeError:
+            raise ModelError(
+                f"a layer of this {model.config.model_type} has no {path!r}",  # type: ignore[union-attr]
+                "its FFN is a variant that fedpft/architectures.py does not describe",
+            ) from None
         weight, bias = projection.get_parameter("weight").detach(), getattr(projection, "bias", None)
         # `Conv1D` has its neurons where `nn.Linear` has them not
         found[f"w_{kind}"] = weight.t() if row.transposed != (kind == "out") else weight

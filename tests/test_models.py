@@ -178,9 +178,10 @@ def test_empty_model_has_the_asked_number_of_layers_and_the_fms_shapes(model_typ
     assert len(empty_model(fm_directory(model_type), task, 2).state_dict()) < len(shapes)
 
 
-def test_prepare_freezes_and_returns_the_model_itself() -> None:
+@pytest.mark.parametrize("end", [3, [3, 5]], ids=["one end of text", "two"])
+def test_prepare_freezes_and_returns_the_model_itself(end: int | list[int]) -> None:
     model = transformers.GPT2ForSequenceClassification(
-        transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9, n_positions=4, eos_token_id=3)
+        transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9, n_positions=4, eos_token_id=end)
     ).train()
     assert prepare(model) is model
     assert not model.training

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from conftest import ModelFactory
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -432,3 +433,18 @@ def test_layer_outputs_agree_up_to_the_first_compressed_layer(make_fm: ModelFact
             zip(layer_outputs(proxy, range(4), inputs), layer_outputs(fm, range(4), inputs), strict=True)
         ):
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) == (layer < 2)
+
+
+def test_a_variant_whose_ffn_is_elsewhere_is_named() -> None:
+    config = transformers.Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        mlp_ratio=2,
+        use_swiglu_ffn=True,
+        image_size=8,
+        patch_size=4,
+    )
+    model = transformers.Dinov2ForImageClassification(config)
+    with pytest.raises(ModelError, match=r"dinov2 has no 'mlp\.fc1'"):
+        select(model, ProxySection())
