@@ -111,6 +111,12 @@ def prepare(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
+def pad_alike(model: nn.Module, processor: Any) -> None:
+    """Tells a model the tokenizer's padding token: a causal classifier reads the last token before the padding."""
+    if hasattr(processor, "pad_token_id"):
+        model.config.pad_token_id = processor.pad_token_id  # type: ignore[union-attr]
+
+
 def save_config(model: nn.Module, directory: Path) -> None:
     """Writes config.json without the path that the FM was loaded from: it is nobody else's business."""
     config: Any = model.config

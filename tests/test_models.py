@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fedpft.architectures import ARCHITECTURES
 from fedpft.errors import ModelError
-from fedpft.models import empty_model, load_model, load_processor, prepare, save_model
+from fedpft.models import empty_model, load_model, load_processor, pad_alike, prepare, save_model
 
 FM = Callable[[str], Path]
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -187,3 +187,18 @@ def test_prepare_freezes_and_returns_the_model_itself(end: int | list[int]) -> N
     assert not model.training
     assert model.config.pad_token_id == 3
     assert model.config.use_cache is False
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_padding_does_not_change_what_a_causal_classifier_says(model_type: str, tmp_path: Path) -> None:
+    directory = tiny.write_model(model_type, tmp_path)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config["pad_token_id"] = None
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model = load_model(directory, "sequence-classification", tiny.LABELS, seed=0)
+    processor = load_processor(directory, "sequence-classification")
+    pad_alike(model, processor)
+    texts = ["the red bird", "the red bird moves the blue fish"]
+    padded = model(**processor(texts, padding=True, return_tensors="pt")).logits
+    alone = model(**processor(texts[:1], return_tensors="pt")).logits
+    torch.testing.assert_close(padded[:1], alone)

@@ -86,6 +86,7 @@ def load_owner(config: ServerConfig) -> Owner:
         tested = read_labelled(config.test_data, config.columns, section.task, labels)
     model = models.load_model(section.path, section.task, labels, seed=config.seed).to(config.device)
     processor = models.load_processor(section.path, section.task)
+    models.pad_alike(model, processor)
     adapters.attach(model, config.adapter, seed=config.seed)
 
     def encoded(inputs: list[str], classes: Tensor | None) -> EncodedDataset:
