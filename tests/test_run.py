@@ -62,7 +62,7 @@ def server_settings(digits: Digits, silos: tuple[str, ...]) -> dict[str, Any]:
         "distillation": {"steps": 4, "batch": 16, "weight_term": 0.0},
         "alignment": {"every_rounds": 1, "steps": 2, "batch": 16},
         "adapter": {"rank": 2, "alpha": 4},
-        "training": {"rounds": 2, "local_epochs": 6.0, "batch": 16, "learning_rate": 0.01},
+        "training": {"rounds": 2, "local_epochs": 12.0, "batch": 16, "learning_rate": 0.01},
         "federation": {"silos": list(silos)},
         "public_data": str(data.public),
         "test_data": str(data.test),
@@ -182,6 +182,14 @@ def test_both_forms_of_the_product_give_the_same_logits(captured: tuple[Path, by
     with_adapter = peft.PeftModel.from_pretrained(model, out / "adapter").eval()
     torch.testing.assert_close(merged(images).logits, with_adapter(pixel_values=images).logits, rtol=1e-4, atol=1e-5)
     assert merged.config.id2label[3] == "3"
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_the_order_of_updates(
+    captured: tuple[Path, bytes], digits: Digits, tmp_path: Path
+) -> None:
+    run_federation(tmp_path, server_settings(digits, SILOS), {name: silo_settings(digits, name) for name in SILOS})
+    for file in ("adapter.safetensors", "patch.safetensors", "merged/model.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (captured[0] / "out" / file).read_bytes(), file
 
 
 def test_no_dropped_neuron_crosses_the_wire_and_every_kept_one_does(
