@@ -67,7 +67,7 @@ class DistillationSection(Section):
         ge=0,
         description="Public samples on which the output projections are refitted before the first step; 0: none.",
     )
-    steps: int = Field(250, ge=0, description="Optimizer steps; 0: none.")
+    steps: int = Field(250, ge=0, description="Optimizer steps; 0 here and above: no layer-level distillation.")
     batch: int = Field(16, ge=1, description="Public samples a step.")
     learning_rate: Rate = Field(6e-4, description="Peak rate of AdamW; linear warm-up, then linear decay to 0.")
     warmup_fraction: Fraction = Field(0.048, description="Share of the steps over which the rate rises.")
