@@ -214,3 +214,11 @@ def test_the_page_describes_every_field_in_words() -> None:
                 1
             ].startswith(("`", "number", "whole number")), line
     assert set(ServerConfig.model_fields) <= {line.split("`")[1] for line in reference().splitlines() if "| `" in line}
+
+
+def test_a_silo_has_no_place_for_a_path_to_the_model(tmp_path: Path) -> None:
+    assert "unknown key 'model'" in fault(tmp_path, changed(SILO, {"model.path": "fm"}), load_silo_config)
+
+
+def test_the_server_has_no_place_for_a_path_to_silo_data(tmp_path: Path) -> None:
+    assert "unknown key 'data'" in fault(tmp_path, changed(SERVER, {"data.path": "train.csv"}))
