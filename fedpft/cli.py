@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     apply_patch(built.proxy.model, adapters.read(config.out / PATCH_FILE))
     adapters.load(built.proxy.model, adapter)
     adapters.plug_in(owner.model, adapter, built.selection.layers)
-    print(format_table({"metrics": final_metrics(owner, built, config.evaluation.batch)}))
+    metrics = final_metrics(owner, built, config.evaluation.batch)
+    print(format_table({"metrics": {row: asdict(found) for row, found in metrics.items()}}))
 
 
 def _provision(arguments: argparse.Namespace) -> None:

@@ -66,7 +66,7 @@ QUICK = Scale(
     settings={
         "distillation": {"closed_form_samples": 64, "steps": 8, "batch": 8},
         "alignment": {"every_rounds": 1, "steps": 3, "batch": 8},
-        "training": {"rounds": 2, "local_epochs": 0.5, "batch": 16, "head_learning_rate": 0.02},
+        "training": {"rounds": 2, "batch": 16, "head_learning_rate": 0.02},
         "evaluation": {"samples_per_round": 40},
         "model": {"max_tokens": 32},
     },
