@@ -81,6 +81,7 @@ def silo_settings(digits: Digits, name: str) -> dict[str, Any]:
 
 def test_federation_of_one_silo_equals_local_training_bit_for_bit(digits: Digits, tmp_path: Path) -> None:
     settings = server_settings(digits, ("north",)) | {"alignment": {"every_rounds": 0}}
+    settings["training"]["local_epochs"] = 0.5
     run_federation(tmp_path, settings, {"north": silo_settings(digits, "north")})
 
     proxy = load_proxy(tmp_path / "out" / "proxy" / "bundle")
