@@ -8,8 +8,8 @@ output bias are refitted, layer by layer, so that the proxy's residual stream co
 a (N, K) what the kept neurons pass on, S and s (N, D) the residual streams of FM and proxy right after the FFN's output
 was added to them, N tokens, K neurons, D hidden size. The normal equations need only sums over tokens.
 
-**Choice:** not in the paper, whose distillation starts from the weights as they were cut. A pass over a few hundred
-public samples leaves a smaller error than a hundred optimizer steps; docs/results.md has the figures.
+**Choice:** not in the paper, whose distillation starts from the weights as they were cut. One pass over a few hundred
+public samples halves the hidden-state error before the first step; docs/results.md has the figures.
 """
 
 from collections.abc import Mapping, Sequence
