@@ -107,6 +107,7 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, 
         ConfigError: OUT holds something else than an earlier demo.
         FedPFTError: a server or silo process failed; its log is named.
     """
+    out = out.resolve()  # the YAML files are written below it, and their relative paths would start there
     _clear(out)
     data = demo_data.prepare(
         out / "data",

