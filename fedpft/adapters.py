@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft.architectures import architecture_of, layers_of
+from fedpft.architectures import architecture_of, layers_of, layers_path
 from fedpft.config import AdapterSection
 from fedpft.errors import InvalidUpdate, ModelError
 from fedpft.seeding import derive_seed
@@ -91,7 +91,7 @@ def plug_in(model: nn.Module, adapter: Adapter, layers: Sequence[int]) -> None:
     Raises:
         InvalidUpdate: the adapter is not one of a proxy with these layers.
     """
-    path, own = f"{model.base_model_prefix}.{architecture_of(model).layers}.", extract(model)
+    path, own = layers_path(model), extract(model)
     position = {str(layer): str(index) for index, layer in enumerate(layers)}
     on_proxy: dict[str, str] = {}  # the FM's name of a tensor -> the proxy's
     for name in own:
@@ -131,9 +131,8 @@ def save_peft(model: nn.Module, settings: AdapterSection, directory: Path) -> No
 
 
 def _lora_config(model: nn.Module, settings: AdapterSection) -> LoraConfig:
-    row, prefix = architecture_of(model), model.base_model_prefix
-    depth = len(layers_of(model))
-    targets = [f"{prefix}.{row.layers}.{layer}.{path}" for layer in range(depth) for path in row.attention]
+    row, depth = architecture_of(model), len(layers_of(model))
+    targets = [f"{layers_path(model)}{layer}.{path}" for layer in range(depth) for path in row.attention]
     return LoraConfig(
         r=max(settings.rank, 1),
         lora_alpha=settings.alpha,  # type: ignore[arg-type]

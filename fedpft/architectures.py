@@ -122,6 +122,11 @@ def row(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def layers_path(model: nn.Module) -> str:
+    """What the names of the transformer layers' parameters start with, up to the layer's number."""
+    return f"{model.base_model_prefix}.{architecture_of(model).layers}."
+
+
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The transformer layers of a `transformers` model, with or without a task head."""
     layers = model.base_model.get_submodule(architecture_of(model).layers)  # type: ignore[union-attr]

@@ -11,9 +11,8 @@ from fedpft import kernels
 from fedpft.config import load_server_config, load_silo_config
 from fedpft.errors import FedPFTError
 from fedpft.kernels.check import check_operators
+from fedpft.server.run import VERSIONED
 from fedpft.wire.certificates import check_certificates
-
-PACKAGES = ("fedpft", "torch", "transformers", "peft", "grpcio", "safetensors")
 
 
 def examine(config: Path | None) -> None:
@@ -23,7 +22,7 @@ def examine(config: Path | None) -> None:
         FedPFTError: something has to be mended before a federation can run on this machine.
     """
     print(f"python {platform.python_version()} on {platform.platform()}, {torch.get_num_threads()} threads")
-    print(", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES))
+    print(", ".join(f"{name} {metadata.version(name)}" for name in VERSIONED))
     print("kernels: " + ", ".join(f"{name}={value}" for name, value in kernels.build_info().items()))
     wrong = [result for result in check_operators() if not result.passed]
     for result in wrong:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpft import kernels
-from fedpft.architectures import architecture_of, layer_outputs
+from fedpft.architectures import layer_outputs, layers_path
 from fedpft.datasets import EncodedDataset, evaluation_batches
 from fedpft.seeding import derive_seed
 
@@ -103,7 +103,7 @@ def measure_gap(
 
 def _lora_gradients(model: nn.Module, layers: Sequence[int], inputs: dict[str, Tensor], labels: Tensor) -> list[Tensor]:
     """The gradient of each layer's LoRA, flattened, float32. Leaves no gradient behind."""
-    path = f"{model.base_model_prefix}.{architecture_of(model).layers}."
+    path = layers_path(model)
     loss = model(**inputs, labels=labels).loss
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if ".lora_" in n], strict=True)
     gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))

@@ -145,7 +145,7 @@ def _config(path: Path) -> Any:
 def _check_layers(path: Path, model: nn.Module, report: dict[str, Any]) -> None:
     """transformers draws at random what it does not find: right for a head, never for a layer."""
     found_none = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    layers = f"{model.base_model_prefix}.{architectures.architecture_of(model).layers}."
+    layers = architectures.layers_path(model)
     if lost := sorted(name for name in found_none if name.startswith(layers)):
         raise ModelError(
             f"{path}: cannot be loaded, it has no {lost[0]} of the size that config.json asks for",

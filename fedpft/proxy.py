@@ -239,9 +239,9 @@ def _fits(target: Tensor, rows: Tensor, values: Tensor) -> bool:
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(all parameters without task head and LoRA, those of them in the transformer layers)."""
-    row = architectures.architecture_of(model)
-    own = {n: p.numel() for n, p in model.named_parameters() if ".lora_" not in n and not n.startswith(f"{row.head}.")}
-    layers = f"{model.base_model_prefix}.{row.layers}."
+    head = architectures.architecture_of(model).head + "."
+    own = {n: p.numel() for n, p in model.named_parameters() if ".lora_" not in n and not n.startswith(head)}
+    layers = architectures.layers_path(model)
     return sum(own.values()), sum(count for name, count in own.items() if name.startswith(layers))
 
 

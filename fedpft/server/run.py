@@ -112,8 +112,9 @@ class _Run:
         summary = self._summary(metrics, sum(tensor.numel() for tensor in adapter.values()))
         save_product(self.owner, self.config.adapter, self.config.out)
         atomic.write_text(self.config.out / "summary.json", json.dumps(summary, indent=1))
-        atomic.write_text(self.config.out / "curves.json", json.dumps(self._curves()))
-        write_report(summary, self._curves(), self.config.out / "report.html")
+        curves = self._curves()
+        atomic.write_text(self.config.out / "curves.json", json.dumps(curves))
+        write_report(summary, curves, self.config.out / "report.html")
         return summary
 
     def _round(self, number: int, adapter: Adapter) -> Adapter:
