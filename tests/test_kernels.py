@@ -32,7 +32,7 @@ OPCHECK_CASES = [
 def with_gradient(case: Case) -> tuple[Any, ...]:
     """The case's arguments, with a gradient wanted for what the operator differentiates."""
     differentiated = {"sub_ffn": (0,), "sub_ffn_train": (0, 6, 7, 8, 9, 10, 11), "alignment_loss": (0,)}
-    wanted = differentiated.get(case.operator, ()) if case.operator != "sub_ffn" or case.arguments[11] else ()
+    wanted = differentiated.get(case.operator, ()) if case.operator != "sub_ffn" or case.arguments[12] else ()
 
     def prepare(index: int, value: Any) -> Any:
         return value.detach().requires_grad_() if index in wanted and value is not None else value
@@ -494,6 +494,6 @@ def test_a_wrong_argument_is_named(text: str, error: type[Exception], call: Call
 
 @pytest.mark.skipif(not has_kernel(), reason="fedpft._C is not built")
 def test_a_direct_call_cannot_read_past_a_tensor() -> None:
-    short = (FFN.x, FFN.w_in, torch.ones(3), None, None, FFN.w_out, None, None, "gelu", 0.0, False, False, False)
+    short = (FFN.x, FFN.w_in, torch.ones(3), None, None, FFN.w_out, None, None, None, "gelu", 0.0, False, False, False)
     with pytest.raises(RuntimeError, match="b_in has a wrong shape"):
         torch.ops.fedpft.sub_ffn(*short)

@@ -87,6 +87,17 @@ Tensor cast(const Tensor& tensor, ScalarType type) { return torch::stable::to(te
 
 Optional cast(const Optional& tensor, ScalarType type) { return tensor ? Optional(cast(*tensor, type)) : std::nullopt; }
 
+Tensor chosen(const Tensor& rows, const Tensor& neurons) {
+  StableIValue stack[] = {
+      torch::stable::detail::from(rows), torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(neurons)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Optional chosen(const Optional& rows, const Tensor& neurons) {
+  return rows ? Optional(chosen(*rows, neurons)) : std::nullopt;
+}
+
 template <class Real>
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& w_in, const Optional& b_in, const Optional& w_gate, const Optional& b_gate,
@@ -212,8 +223,12 @@ Tensor backward(
 }
 
 std::tuple<Tensor, Tensor, Tensor> sub_ffn_cpu(
-    Tensor x, Tensor w_in, Optional b_in, Optional w_gate, Optional b_gate, Tensor w_out, Optional b_out, Optional mask,
-    std::string activation, double eps, bool count, bool save, bool compact) {
+    Tensor x, Tensor w_in, Optional b_in, Optional w_gate, Optional b_gate, Tensor w_out, Optional b_out,
+    Optional neurons, Optional mask, std::string activation, double eps, bool count, bool save, bool compact) {
+  if (neurons) {
+    w_in = chosen(w_in, *neurons), b_in = chosen(b_in, *neurons), w_gate = chosen(w_gate, *neurons);
+    b_gate = chosen(b_gate, *neurons), w_out = chosen(w_out, *neurons);
+  }
   const Activation act = activation_of(activation);
   const ScalarType type = x.scalar_type(), wide = is_half(type) ? ScalarType::Float : type;
   STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 2, "sub_ffn: x and w_in must have two dimensions");
@@ -237,7 +252,9 @@ std::tuple<Tensor, Tensor, Tensor> sub_ffn_cpu(
 }
 
 Tensor sub_ffn_backward_cpu(
-    Tensor grad_y, Tensor saved, Tensor w_in, Optional w_gate, Tensor w_out, std::string activation, bool compact) {
+    Tensor grad_y, Tensor saved, Tensor w_in, Optional w_gate, Tensor w_out, Optional neurons, std::string activation,
+    bool compact) {
+  if (neurons) w_in = chosen(w_in, *neurons), w_gate = chosen(w_gate, *neurons), w_out = chosen(w_out, *neurons);
   const Activation act = activation_of(activation);
   const ScalarType type = grad_y.scalar_type(), wide = is_half(type) ? ScalarType::Float : type;
   STD_TORCH_CHECK(grad_y.dim() == 2 && w_in.dim() == 2, "sub_ffn_backward: grad_y and w_in must have two dimensions");

@@ -14,9 +14,9 @@ from torch import Tensor
 from fedpft.kernels import reference
 
 # How far outputs may be from the reference in float64, as a share of the output's largest value. Weights are scaled so
-# that every stage keeps values near 1, and products are summed over at most 129 terms: that many roundings, all to one
-# side, would reach the figures of float64 and float32. Half types: inputs are exact; z, the hidden value and the output
-# are each rounded once, to 2^-11 or 2^-8, and a sum of rounded terms may be small beside them.
+# that every stage keeps values near 1, and products are summed over at most 300 terms: half as many roundings, all to
+# one side, would reach the figures of float64 and float32. Half types: inputs are exact; z, the hidden value and the
+# output are each rounded once, to 2^-11 or 2^-8, and a sum of rounded terms may be small beside them.
 TOLERANCES = {torch.float64: 2e-14, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2.4e-2}
 DTYPES = tuple(TOLERANCES)
 
@@ -92,6 +92,7 @@ def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield from _saliency_cases(dtype)
         yield from _ffn_cases(dtype)
+        yield from _neuron_set_cases(dtype)
         yield from _other_cases(dtype)
 
 
@@ -126,18 +127,39 @@ def _ffn_cases(dtype: torch.dtype) -> Iterator[Case]:
         for activation in reference.ACTIVATIONS if label in ("ragged", "gated") else ("gelu",):
             name = f"{label}-{activation}"
             for compact in (False, True):
-                full: tuple[Any, ...] = (ffn.x, *ffn.weights, ffn.mask, activation, 0.05, True, True, compact)
+                full: tuple[Any, ...] = (ffn.x, *ffn.weights, None, ffn.mask, activation, 0.05, True, True, compact)
                 yield Case("sub_ffn", f"{name}-compact" if compact else name, dtype, full)
                 saved = reference.sub_ffn(*full)[1]
-                inputs: tuple[Any, ...] = (ffn.x, saved, ffn.w_in, ffn.w_gate, ffn.w_out, activation, compact)
+                inputs: tuple[Any, ...] = (ffn.x, saved, ffn.w_in, ffn.w_gate, ffn.w_out, None, activation, compact)
                 yield Case("sub_ffn_backward", f"{name}-compact" if compact else name, dtype, inputs)
-            bare = (ffn.x, *ffn.weights, None, activation, 0.0, False, False, False)
+            bare = (ffn.x, *ffn.weights, None, None, activation, 0.0, False, False, False)
             yield Case("sub_ffn", f"{name}-bare", dtype, bare)
             updated = (ffn.w_in.shape[0] + 1) // 2
             train: tuple[Any, ...] = (ffn.x, *ffn.weights, *ffn.updated(updated), activation, True)
             yield Case("sub_ffn_train", name, dtype, train)
             inputs = (ffn.x, ffn.x, reference.sub_ffn_train(*train)[1], ffn.w_in, ffn.w_gate, ffn.w_out)
             yield Case("sub_ffn_train_backward", name, dtype, (*inputs, updated, activation, True))
+
+
+def _neuron_set_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """A set of neurons of the full weights: more than one block of rows, few, none, and in any order."""
+    draw = torch.Generator().manual_seed(13)
+    for label, (N, D, F, K, gated, strided) in {
+        "set": (37, 19, 23, 11, False, False),
+        "set-gated": (37, 19, 23, 11, True, False),
+        "set-strided": (35, 21, 18, 7, True, True),
+        "set-blocks": (261, 16, 400, 300, True, False),
+        "set-of-none": (9, 16, 33, 0, False, False),
+    }.items():
+        ffn = make_ffn(N, D, F, dtype=dtype, gated=gated, strided=strided)
+        neurons = torch.randperm(F, generator=draw)[:K]
+        for compact in (False, True):
+            name = f"{label}-compact" if compact else label
+            full = (ffn.x, *ffn.weights, neurons, ffn.mask, "gelu", 0.05, True, True, compact)
+            yield Case("sub_ffn", name, dtype, full)
+            saved = reference.sub_ffn(*full)[1]
+            inputs = (ffn.x, saved, ffn.w_in, ffn.w_gate, ffn.w_out, neurons, "gelu", compact)
+            yield Case("sub_ffn_backward", name, dtype, inputs)
 
 
 def _other_cases(dtype: torch.dtype) -> Iterator[Case]:

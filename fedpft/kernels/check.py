@@ -111,7 +111,7 @@ def _count_error(case: Case, index: int, counts: Tensor, tolerance: float) -> fl
     """By how many tokens counts leave the range that rounding of act(z) allows: those at eps -/+ the tolerance."""
     if not counts.numel():
         return 0.0
-    position = {"inactivity_count": 3, "sub_ffn": 9}[case.operator]
+    position = {"inactivity_count": 3, "sub_ffn": 10}[case.operator]
     low, high = (
         _run(getattr(reference, case.operator), _with_eps(case, position, shift, counts.device.type))[index]
         for shift in (-4 * tolerance, 4 * tolerance)

@@ -20,6 +20,7 @@ def sub_ffn(
     b_gate: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
+    neurons: Tensor | None,
     mask: Tensor | None,
     activation: str,
     eps: float,
@@ -27,12 +28,20 @@ def sub_ffn(
     save: bool,
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    counts = x.new_empty(w_in.shape[0] if count else 0, dtype=torch.int64)
-    return x.new_empty(x.shape), _saved(x, w_in, w_gate, save, compact), counts
+    chosen = w_in if neurons is None else neurons
+    counts = x.new_empty(chosen.shape[0] if count else 0, dtype=torch.int64)
+    return x.new_empty(x.shape), _saved(x, chosen, w_gate, save, compact), counts
 
 
 def sub_ffn_backward(
-    grad_y: Tensor, saved: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor, activation: str, compact: bool
+    grad_y: Tensor,
+    saved: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    w_out: Tensor,
+    neurons: Tensor | None,
+    activation: str,
+    compact: bool,
 ) -> Tensor:
     return grad_y.new_empty(grad_y.shape)
 
@@ -93,8 +102,8 @@ def dequantize_accumulate(total: Tensor, q: Tensor, scales: Tensor, weight: floa
     return None
 
 
-def _saved(x: Tensor, w_in: Tensor, w_gate: Tensor | None, save: bool, compact: bool) -> Tensor:
+def _saved(x: Tensor, rows: Tensor, w_gate: Tensor | None, save: bool, compact: bool) -> Tensor:
     if not save:
         return x.new_empty(0)
-    shape = (1 if w_gate is None else 2, x.shape[0], w_in.shape[0])
+    shape = (1 if w_gate is None else 2, x.shape[0], rows.shape[0])
     return x.new_empty(shape, dtype=torch.bfloat16 if compact else x.dtype)

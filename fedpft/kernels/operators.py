@@ -85,12 +85,13 @@ def sub_ffn(
 
     Args:
         x: (..., D).
-        w_in, w_gate: (K, D), of x's dtype; w_gate None: a plain FFN.
-        b_in, b_gate: (K,) or None.
-        w_out: (K, D): row j is the column of W_out that belongs to neuron j.
+        w_in, w_gate: (F, D), of x's dtype; w_gate None: a plain FFN. F = K without `neurons`.
+        b_in, b_gate: (F,) or None.
+        w_out: (F, D): row j is the column of W_out that belongs to neuron j.
         b_out: (D,) or None.
         activation: one of ACTIVATIONS.
-        neurons: int64 rows that are used; None: all, in order. They are gathered on every call.
+        neurons: (K,) int64, the rows of the *full* weights that are used, in this order; None: all of them. The full
+            weights are never copied as a whole: the kernels gather a block of rows at a time.
         mask: bool, one per token, any shape with N elements: the tokens that `count` counts.
         eps: a neuron is inactive at a token if |act(z)| <= eps, z being the gate's value in a gated FFN.
         count: also return the inactivity counts.
@@ -113,13 +114,11 @@ def sub_ffn(
     if neurons is not None:
         if not isinstance(neurons, Tensor) or neurons.dtype != torch.int64 or neurons.dim() != 1:
             raise TypeError("neurons: must be a one-dimensional int64 tensor")
-        w_in, w_out = w_in.index_select(0, neurons), w_out.index_select(0, neurons)
-        b_in, w_gate, b_gate = (
-            None if rows is None else rows.index_select(0, neurons) for rows in (b_in, w_gate, b_gate)
-        )
+        if neurons.device != x.device:
+            raise TypeError(f"neurons: is on {neurons.device}, must be on {x.device}")
     save = grad and x.requires_grad
     y, _, counts = ops.sub_ffn(
-        tokens, w_in, b_in, w_gate, b_gate, w_out, b_out, mask, activation, eps, count, save, compact
+        tokens, w_in, b_in, w_gate, b_gate, w_out, b_out, neurons, mask, activation, eps, count, save, compact
     )
     y = y if x.dim() == 2 else y.reshape(x.shape)
     return (y, counts) if count else y

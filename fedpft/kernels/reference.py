@@ -5,13 +5,14 @@ P projections into the neurons (1 plain, 2 gated). Signatures are those of schem
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
+Rows = TypeVar("Rows", Tensor, Tensor | None)
 
 
 class Activation(NamedTuple):
@@ -55,6 +56,7 @@ def sub_ffn(
     b_gate: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
+    neurons: Tensor | None,
     mask: Tensor | None,
     activation: str,
     eps: float,
@@ -63,6 +65,8 @@ def sub_ffn(
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, D); saved (P, N, K): pre-activations, or derivatives in bfloat16; counts (K,) int64."""
+    w_in, w_out = _chosen(w_in, neurons), _chosen(w_out, neurons)
+    b_in, w_gate, b_gate = (_chosen(rows, neurons) for rows in (b_in, w_gate, b_gate))
     z = _pre_activations(x, w_in, b_in, w_gate, b_gate)
     y = _output(_hidden(z, activation), w_out, b_out)
     counts = inactivity_count(z[0], mask, activation, eps) if count else x.new_empty(0, dtype=torch.int64)
@@ -72,9 +76,17 @@ def sub_ffn(
 
 
 def sub_ffn_backward(
-    grad_y: Tensor, saved: Tensor, w_in: Tensor, w_gate: Tensor | None, w_out: Tensor, activation: str, compact: bool
+    grad_y: Tensor,
+    saved: Tensor,
+    w_in: Tensor,
+    w_gate: Tensor | None,
+    w_out: Tensor,
+    neurons: Tensor | None,
+    activation: str,
+    compact: bool,
 ) -> Tensor:
     """grad_x (N, D)."""
+    w_in, w_gate, w_out = _chosen(w_in, neurons), _chosen(w_gate, neurons), _chosen(w_out, neurons)
     grad_hidden = grad_y @ w_out.t()
     grad_z = grad_hidden * saved.to(grad_y.dtype) if compact else _grad_z(grad_hidden, saved, activation)
     return _grad_input(grad_z, w_in, w_gate)
@@ -163,6 +175,10 @@ def dequantize_accumulate(total: Tensor, q: Tensor, scales: Tensor, weight: floa
     """total += weight * scale of the block * q, in float32, in place."""
     values = _blocks(q.float(), block) * scales[:, None]
     total.add_(values.view(-1)[: q.numel()], alpha=weight)
+
+
+def _chosen(rows: Rows, neurons: Tensor | None) -> Rows:
+    return rows if rows is None or neurons is None else rows.index_select(0, neurons)
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:

@@ -16,17 +16,16 @@ ops = torch.ops.fedpft
 
 
 def _sub_ffn_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, w_in, _, w_gate, _, w_out, _, _, ctx.activation, _, _, ctx.has_saved, ctx.compact = inputs
+    _, w_in, _, w_gate, _, w_out, _, neurons, _, ctx.activation, _, _, ctx.has_saved, ctx.compact = inputs
     _, saved, counts = output
     ctx.mark_non_differentiable(saved, counts)
-    ctx.save_for_backward(saved, w_in, w_gate, w_out)
+    ctx.save_for_backward(saved, w_in, w_gate, w_out, neurons)
 
 
 def _sub_ffn_grad(ctx: Any, grad_y: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if not ctx.has_saved:
         raise RuntimeError("fedpft::sub_ffn: no gradient, because it ran with save=False")
-    saved, w_in, w_gate, w_out = ctx.saved_tensors
-    return ops.sub_ffn_backward(grad_y, saved, w_in, w_gate, w_out, ctx.activation, ctx.compact), *[None] * 12
+    return ops.sub_ffn_backward(grad_y, *ctx.saved_tensors, ctx.activation, ctx.compact), *[None] * 13
 
 
 def _sub_ffn_train_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -2,7 +2,8 @@
 
 The compiled library carries the SHA-256 of this file: one that was built for other signatures is refused on import,
 because a boxed kernel would misread its arguments. `saved`, an output of the FFN operators, is what backward needs:
-(P, N, K), P = 1 for a plain FFN and 2 for a gated one, or empty if nothing was to be saved.
+(P, N, K), P = 1 for a plain FFN and 2 for a gated one, or empty if nothing was to be saved. `neurons`, (K,) int64, are
+the rows of the weights that are used, in that order; without it all are.
 """
 
 SCHEMAS = {
@@ -10,10 +11,11 @@ SCHEMAS = {
     "inactivity_count": "(Tensor z, Tensor? mask, str activation, float eps) -> Tensor",
     "sub_ffn": """(
         Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out,
-        Tensor? mask, str activation, float eps, bool count, bool save, bool compact
+        Tensor? neurons, Tensor? mask, str activation, float eps, bool count, bool save, bool compact
     ) -> (Tensor y, Tensor saved, Tensor counts)""",
     "sub_ffn_backward": """(
-        Tensor grad_y, Tensor saved, Tensor w_in, Tensor? w_gate, Tensor w_out, str activation, bool compact
+        Tensor grad_y, Tensor saved, Tensor w_in, Tensor? w_gate, Tensor w_out, Tensor? neurons, str activation,
+        bool compact
     ) -> Tensor""",
     "sub_ffn_train": """(
         Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate, Tensor w_out, Tensor? b_out,
