@@ -1,16 +1,18 @@
-"""All that a silo can fetch: the files of the proxy, the present adapter, the patches. Nothing else is ever read."""
+"""All that a silo can fetch: the files of the proxy, the present adapter, the patches. Nothing else is ever read.
 
-import shutil
+A silo asks for a file by its SHA-256, so what was not announced here cannot be asked for.
+"""
+
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from fedpft.errors import ModelError, RoundOver, StaleProxy
+from fedpft.errors import ModelError, RoundOver
 from fedpft.wire import transfer
-from fedpft.wire.federation_pb2 import Piece
 from fedpft.wire.tensors import write_tensors
+from fedpft.wire.v1.federation_pb2 import Chunk
 
 # Inert formats: no file of a proxy is ever executed or unpickled. Vocabularies are .txt, .json or sentencepiece .model.
 BUNDLE_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -20,60 +22,50 @@ class Outbox:
     """Files as they were when they were put here; the server's memory holds only their names and digests.
 
     proxy: the bundle's files.
+    patches: file n leads from version n of the proxy to n + 1.
+    adapter: the one that the present round starts from.
     bytes_down: payload bytes sent so far, to all silos together.
     """
 
     def __init__(self, bundle: Path, directory: Path) -> None:
         """Args:
             bundle: directory of plain files, each of which every silo gets.
-            directory: for the adapter and the patches; emptied here.
+            directory: for the adapter and the patches; patches that a former process left there are taken up.
 
         Raises:
             ModelError: the bundle is no directory, or holds something that must not be sent.
         """
         self.proxy = _bundle_files(bundle)
-        self.proxy_digest = transfer.digest(self.proxy)
+        self.patches: list[transfer.Payload] = []
+        self.adapter: transfer.Payload | None = None
         self.bytes_down = 0
         self._directory = directory
-        self._adapter: tuple[int, transfer.Payload] | None = None
-        self._patches: list[transfer.Payload] = []
         self._lock = threading.Lock()
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        while (patch := self._patch_path(len(self.patches) + 1)).exists():
+            self.patches.append(transfer.payload(patch))
 
-    def put_adapter(self, round: int, tensors: Mapping[str, Tensor]) -> None:
-        """The adapter that this round starts from; takes the place of the last round's."""
+    def put_adapter(self, tensors: Mapping[str, Tensor]) -> None:
+        """The adapter that a round starts from; takes the place of the last round's."""
         path = self._directory / "adapter.safetensors"
         write_tensors(path, {"adapter": tensors})
-        self._adapter = (round, transfer.payload(path))
+        self.adapter = transfer.payload(path)
 
     def put_patch(self, tensors: Mapping[str, Tensor]) -> None:
         """What leads from the last version of the proxy to the next."""
-        path = self._directory / f"version-{len(self._patches) + 1}.safetensors"
+        path = self._patch_path(len(self.patches) + 1)
         write_tensors(path, {"patch": tensors})
-        self._patches.append(transfer.payload(path))
+        self.patches.append(transfer.payload(path))
 
-    def send_proxy(self) -> Iterator[Piece]:
-        """The proxy as it was when the federation began."""
-        return self._send(self.proxy)
+    def send(self, sha256: bytes, offset: int) -> Iterator[Chunk]:
+        """An announced file from a byte on; RoundOver if it is not announced (any more)."""
+        for each in (*self.proxy, *self.patches, self.adapter):
+            if each is not None and each.sha256 == sha256:
+                return transfer.chunks(each.path, offset, self._count)
+        raise RoundOver("no such file is offered now", "ask for the next task")
 
-    def send_patches(self, from_version: int) -> Iterator[Piece]:
-        """The patches since a version, in order; StaleProxy for a version that never was."""
-        if from_version > len(self._patches):
-            raise StaleProxy(
-                f"there is no version {from_version} of the proxy, the newest is {len(self._patches)}",
-                "restart the silo: it fetches the present version",
-            )
-        return self._send(self._patches[from_version:])
-
-    def send_adapter(self, round: int) -> Iterator[Piece]:
-        """The adapter that this round starts from; RoundOver for any round but the present one."""
-        if self._adapter is None or self._adapter[0] != round:
-            raise RoundOver(f"round {round} is over", "the silo goes on with the next round")
-        return self._send([self._adapter[1]])
-
-    def _send(self, payloads: Iterable[transfer.Payload]) -> Iterator[Piece]:
-        return transfer.send(payloads, self._count)
+    def _patch_path(self, version: int) -> Path:
+        return self._directory / f"version-{version}.safetensors"
 
     def _count(self, chunk_bytes: int) -> None:
         with self._lock:

@@ -1,18 +1,25 @@
-"""Files as streams of Pieces: a Header, then chunks; the receiver checks length and SHA-256 before a file exists."""
+"""Files as streams of Chunks, from any byte on; a file is there only when it is whole and right.
+
+A receiver keeps what it has of a file in `<sha256>.part`, so that after a cut, or a restart of either side, a transfer
+goes on where it stopped. Every chunk is checked by CRC-32 before it is written, the whole by SHA-256.
+"""
 
 import hashlib
+import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedpft import atomic
 from fedpft.errors import TransferCorrupt
-from fedpft.wire.federation_pb2 import Header, Piece
+from fedpft.wire.v1 import federation_pb2 as pb
 
 CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 4 << 20
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+SHA256_BYTES = 32
 AGAIN = "send it again; if it persists, check the disks and the network of both sides"
 
 
@@ -29,6 +36,10 @@ class Payload:
     total_bytes: int
     sha256: bytes
 
+    def announcement(self) -> pb.File:
+        """What the other side is told of it."""
+        return pb.File(name=self.name, total_bytes=self.total_bytes, sha256=self.sha256)
+
 
 def payload(path: Path) -> Payload:
     """Describes a file under its own name; reads it once."""
@@ -37,72 +48,92 @@ def payload(path: Path) -> Payload:
         return Payload(path.name, path, file.tell(), digest)
 
 
-def digest(payloads: Iterable[Payload]) -> str:
+def check_announcement(file: pb.File) -> None:
+    """Raises TransferCorrupt if no file could be like that, before anything is done with its name."""
+    if not PLAIN_NAME.fullmatch(file.name) or len(file.sha256) != SHA256_BYTES:
+        raise TransferCorrupt(
+            f"{file.name!r} is no name for a file in a transfer", "run the same version of fedpft on both sides"
+        )
+
+
+def digest(files: Iterable[pb.File]) -> str:
     """One hexadecimal SHA-256 for a set of files: names, lengths and contents, in any order."""
-    lines = sorted(f"{each.name} {each.total_bytes} {each.sha256.hex()}\n" for each in payloads)
+    lines = sorted(f"{each.name} {each.total_bytes} {each.sha256.hex()}\n" for each in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def send(payloads: Iterable[Payload], sent: Callable[[int], None] = lambda _: None) -> Iterator[Piece]:
-    """The pieces of some files, one after the other; holds one chunk in memory. `sent` is told each chunk's bytes."""
-    for each in payloads:
-        yield Piece(header=Header(name=each.name, total_bytes=each.total_bytes, sha256=each.sha256))
-        with each.path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                yield Piece(chunk=chunk)
-                sent(len(chunk))
+def chunks(path: Path, offset: int, sent: Callable[[int], None] = lambda _: None) -> Iterator[pb.Chunk]:
+    """A file from a byte on; holds one chunk in memory. `sent` is told each chunk's bytes."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        while data := file.read(CHUNK_BYTES):
+            yield pb.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
+            offset += len(data)
+            sent(len(data))
 
 
-def receive(
-    pieces: Iterable[Piece],
-    directory: Path,
-    *,
-    check: Callable[[Header], None],
-    received: Callable[[int], None] = lambda _: None,
-) -> list[Path]:
-    """Writes a stream of files into a directory, each atomically: a file is there only when it is whole and right.
+class Incoming:
+    """A file on its way in. What has arrived survives the process; two of the same file must not be open at once.
 
-    Args:
-        check: raises if a file is not welcome, before any of it is stored.
-        received: is told each chunk's bytes.
-
-    Raises:
-        TransferCorrupt: a name with a directory in it, a missing, surplus or changed byte, pieces out of order.
+    offset: bytes that are there; the next chunk must start with it.
     """
-    stream = iter(pieces)
-    files: list[Path] = []
-    piece = next(stream, None)
-    while piece is not None:
-        if piece.WhichOneof("piece") != "header":
-            raise TransferCorrupt("a transfer began without a header", "run the same version of fedpft on both sides")
-        header = piece.header
-        if not PLAIN_NAME.fullmatch(header.name) or header.name in [file.name for file in files]:
-            raise TransferCorrupt(f"{header.name!r} is no name for a file in a transfer", "rename the file")
-        check(header)
-        path = directory / header.name
-        with atomic.replacing(path) as written:
-            piece = _receive_file(header, stream, written, received)
-        files.append(path)
-    return files
 
+    def __init__(self, directory: Path, file: pb.File) -> None:
+        """Takes up what an earlier attempt left in the directory; reads that once.
 
-def _receive_file(
-    header: Header, stream: Iterator[Piece], written: Path, received: Callable[[int], None]
-) -> Piece | None:
-    """Writes one file; returns the piece after its last chunk."""
-    total, content = 0, hashlib.sha256()
-    with written.open("wb") as file:
-        piece = next(stream, None)
-        while piece is not None and piece.WhichOneof("piece") == "chunk":
-            total += len(piece.chunk)
-            if total > header.total_bytes or len(piece.chunk) > CHUNK_BYTES:
-                raise TransferCorrupt(f"{header.name} has more bytes than its header says", AGAIN)
-            content.update(piece.chunk)
-            file.write(piece.chunk)
-            received(len(piece.chunk))
-            piece = next(stream, None)
-    if total < header.total_bytes:
-        raise TransferCorrupt(f"{header.name} stopped after {total} of {header.total_bytes} bytes", AGAIN)
-    if content.digest() != header.sha256:
-        raise TransferCorrupt(f"{header.name} is not what was sent: its SHA-256 differs", AGAIN)
-    return piece
+        Raises:
+            TransferCorrupt: the announcement is no file's.
+        """
+        check_announcement(file)
+        self._announced = file
+        self._path = directory / f"{file.sha256.hex()}.part"
+        directory.mkdir(parents=True, exist_ok=True)
+        self._content = hashlib.sha256()
+        self._file = self._path.open("ab+")
+        if self._file.seek(0, os.SEEK_END) > file.total_bytes:
+            self._file.truncate(0)
+        self._file.seek(0)
+        while data := self._file.read(CHUNK_BYTES):
+            self._content.update(data)
+        self.offset = self._file.tell()
+
+    def write(self, chunk: pb.Chunk) -> int:
+        """Appends a chunk; returns its bytes. TransferCorrupt if it is damaged, out of order or too much."""
+        name, size = self._announced.name, len(chunk.data)
+        if chunk.offset != self.offset:
+            raise TransferCorrupt(f"{name} went on at byte {chunk.offset} instead of {self.offset}", AGAIN)
+        if not 0 < size <= CHUNK_BYTES or self.offset + size > self._announced.total_bytes:
+            raise TransferCorrupt(f"{name} has more bytes than were announced", AGAIN)
+        if zlib.crc32(chunk.data) != chunk.crc32:
+            raise TransferCorrupt(f"{name} is not what was sent: the chunk at byte {self.offset} differs", AGAIN)
+        self._file.write(chunk.data)
+        self._content.update(chunk.data)
+        self.offset += size
+        return size
+
+    def finish(self, path: Path) -> None:
+        """Moves the file to its place, synced.
+
+        Raises:
+            TransferCorrupt: it stopped early, and stays to be gone on with; or its SHA-256 differs, and it is deleted.
+        """
+        file = self._announced
+        if self.offset < file.total_bytes:
+            raise TransferCorrupt(f"{file.name} stopped after {self.offset} of {file.total_bytes} bytes", AGAIN)
+        self._file.close()
+        if self._content.digest() != file.sha256:
+            self._path.unlink()
+            raise TransferCorrupt(f"{file.name} is not what was sent: its SHA-256 differs", AGAIN)
+        atomic.sync(self._path)
+        os.replace(self._path, path)
+        atomic.sync(path.parent)
+
+    def close(self) -> None:
+        """Lets go of the file; what has arrived stays for the next attempt."""
+        self._file.close()
+
+    def __enter__(self) -> "Incoming":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
