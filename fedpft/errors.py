@@ -91,3 +91,9 @@ class TransferCorrupt(FedPFTError):
     """A file did not arrive as it was sent, again and again."""
 
     exit_code = 13
+
+
+class CheckpointError(FedPFTError):
+    """What a run left on disk is torn, changed or of another version."""
+
+    exit_code = 14
