@@ -71,35 +71,61 @@ class Inbox:
         """The kept updates of these silos."""
         return [self._kept[silo] for silo in silos]
 
+    def offered(self, silo: str, header: UpdateHeader) -> int:
+        """The bytes of an offered update that are here already, from an earlier attempt.
+
+        Raises:
+            RoundOver: in the meantime.
+            InvalidUpdate: no update is that large.
+            TransferCorrupt: it is announced as no file could be.
+        """
+        self._check_size(silo, header)
+        with self._incoming(silo, header) as incoming:
+            return incoming.offset
+
     @contextlib.contextmanager
-    def receive(self, silo: str, header: UpdateHeader, pieces: Iterable[Piece]) -> Iterator[Callable[[], None]]:
+    def receive(self, silo: str, header: UpdateHeader, chunks: Iterable[Chunk]) -> Iterator[Callable[[], None]]:
         """Receives and checks an update; yields the call that keeps it. Otherwise it is gone after the body.
+
+        What has arrived of an update that stops halfway stays. A second stream of one silo ends the first, whose
+        connection has most likely broken without anybody's noticing.
 
         Raises:
             RoundOver: in the meantime.
             InvalidUpdate: it cannot be used, naming silo and tensor.
             TransferCorrupt: it did not arrive as it was sent.
         """
+        order = self._check_size(silo, header)
+        stream = object()
+        with self._lock:
+            self._streams[silo] = stream
+        with tempfile.TemporaryDirectory(prefix="checking-", dir=self._directory) as place:
+            path = Path(place) / "update.safetensors"
+            with self._receiving[silo], self._incoming(silo, header) as incoming:
+                for chunk in chunks:
+                    if self._streams[silo] is not stream:
+                        raise TransferCorrupt(f"{silo} began to send its update anew", transfer.AGAIN)
+                    self._count(incoming.write(chunk))
+                incoming.finish(path)
+            update = Update(silo, header.samples, dict(header.metrics), path)
+            with self._checking:
+                check_update(update, order.like, order.neurons)
+            yield lambda: self._keep(update, order.round)
+
+    def _check_size(self, silo: str, header: UpdateHeader) -> Order:
         order = self._order
         if order is None or order.round != header.round:
             raise RoundOver(f"round {header.round} is over", "the silo goes on with the next round")
         largest = largest_update_bytes(order.like, order.neurons)
+        if header.file.total_bytes > largest:
+            raise InvalidUpdate(
+                f"{silo}: the update has {header.file.total_bytes} bytes, at most {largest} make sense",
+                "train on this federation's proxy with this version of fedpft",
+            )
+        return order
 
-        def check_size(file: Header) -> None:
-            if file.total_bytes > largest:
-                raise InvalidUpdate(
-                    f"{silo}: the update has {file.total_bytes} bytes, at most {largest} make sense",
-                    "train on this federation's proxy with this version of fedpft",
-                )
-
-        with tempfile.TemporaryDirectory(prefix="incoming-", dir=self._directory) as place:
-            files = transfer.receive(pieces, Path(place), check=check_size, received=self._count)
-            if len(files) != 1:
-                raise TransferCorrupt(f"{silo}: an update is one file, not {len(files)}", transfer.AGAIN)
-            update = Update(silo, header.samples, dict(header.metrics), files[0])
-            with self._checking:
-                check_update(update, order.like, order.neurons)
-            yield lambda: self._keep(update, order.round)
+    def _incoming(self, silo: str, header: UpdateHeader) -> transfer.Incoming:
+        return transfer.Incoming(self._directory / "incoming" / silo, header.file)
 
     def _keep(self, update: Update, round: int) -> None:
         path = self._directory / f"round-{round}" / f"{update.silo}.safetensors"
