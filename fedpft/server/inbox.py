@@ -1,5 +1,6 @@
 """Where updates arrive: OUT/updates/round-<r>/<silo>.safetensors, each checked before it is there."""
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -15,7 +16,7 @@ from fedpft import atomic
 from fedpft.errors import InvalidUpdate, RoundOver, TransferCorrupt
 from fedpft.server.updates import Update, check_update, compressed_neurons, largest_update_bytes
 from fedpft.wire import transfer
-from fedpft.wire.federation_pb2 import Header, Piece, UpdateHeader
+from fedpft.wire.v1.federation_pb2 import Chunk, UpdateHeader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Inbox:
         self._order: Order | None = None
         self._kept: dict[str, Update] = {}
         self._lock = threading.Lock()
+        self._streams: dict[str, object] = {}  # of each silo the newest; older ones end
+        self._receiving: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
         self._checking = threading.Lock()  # one at a time: a check has a whole update in memory
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)

@@ -1,9 +1,9 @@
-"""The RPCs of protos/fedpft/wire/federation.proto: who asks, for what, and the answer; nothing is decided here."""
+"""The RPCs of protos/fedpft/wire/v1/federation.proto: who asks, for what, and the answer; nothing is decided here."""
 
 # ruff: noqa: N802, D102  (the methods are named and described in the proto)
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grpc
 
@@ -14,10 +14,10 @@ from fedpft.federation import UpdateArrived
 from fedpft.server.inbox import Inbox
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
-from fedpft.wire import federation_pb2 as pb
 from fedpft.wire.channel import SILO_KEY
 from fedpft.wire.status import answering, sanitised
 from fedpft.wire.transfer import AGAIN
+from fedpft.wire.v1 import federation_pb2 as pb
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +28,16 @@ class FederationServicer:
     """Every silo has a thread in here while it waits for its next task, and one more for a transfer."""
 
     def __init__(
-        self, live: LiveFederation, inbox: Inbox, outbox: Outbox, settings_json: str, *, certified: bool
+        self, live: LiveFederation, inbox: Inbox, outbox: Outbox, settings_json: str, run_id: str, *, certified: bool
     ) -> None:
         """Args:
         certified: silos prove who they are by certificate; else they merely say so, in metadata.
         """
         self._live, self._inbox, self._outbox = live, inbox, outbox
-        self._settings_json = settings_json
+        self._settings_json, self._run_id = settings_json, run_id
         self._certified = certified
 
-    def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolReply:
+    def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolResponse:
         with answering(context):
             silo = self._sender(context)
             if _series(request.package_version) != _series(fedpft.__version__):
@@ -47,21 +47,13 @@ class FederationServicer:
                     f"install fedpft {fedpft.__version__} at the silo",
                 )
             self._live.enrol(silo, request.samples)
-            size = sum(file.total_bytes for file in self._outbox.proxy)
-            return pb.EnrolReply(
-                settings_json=self._settings_json, proxy_digest=self._outbox.proxy_digest, proxy_bytes=size
+            return pb.EnrolResponse(
+                settings_json=self._settings_json,
+                run_id=self._run_id,
+                proxy=[file.announcement() for file in self._outbox.proxy],
             )
 
-    def FetchProxy(self, request: pb.FetchProxyRequest, context: grpc.ServicerContext) -> Iterator[pb.Piece]:
-        return self._stream(context, self._outbox.send_proxy)
-
-    def FetchPatches(self, request: pb.FetchPatchesRequest, context: grpc.ServicerContext) -> Iterator[pb.Piece]:
-        return self._stream(context, lambda: self._outbox.send_patches(request.from_version))
-
-    def FetchAdapter(self, request: pb.FetchAdapterRequest, context: grpc.ServicerContext) -> Iterator[pb.Piece]:
-        return self._stream(context, lambda: self._outbox.send_adapter(request.round))
-
-    def NextTask(self, request: pb.NextTaskRequest, context: grpc.ServicerContext) -> pb.Task:
+    def NextTask(self, request: pb.NextTaskRequest, context: grpc.ServicerContext) -> pb.NextTaskResponse:
         with answering(context):
             silo = self._enrolled(context)
             context.add_callback(self._live.wake)
@@ -69,42 +61,70 @@ class FederationServicer:
             if isinstance(task, federation.Finished | federation.Aborted):
                 self._live.tell(silo)
             match task:
-                case federation.Train(round):
-                    version, counts = self._live.proxy_version, self._inbox.counts_inactivity
-                    return pb.Task(train=pb.Train(round=round, proxy_version=version, count_inactivity=counts))
+                case federation.Train(round, attempt):
+                    return pb.NextTaskResponse(train=self._train(round, attempt))
                 case federation.Wait():
-                    return pb.Task(wait=pb.Wait())
+                    return pb.NextTaskResponse(wait=pb.Wait())
                 case federation.Finished():
-                    return pb.Task(finished=pb.Finished())
+                    return pb.NextTaskResponse(finished=pb.Finished())
                 case federation.Aborted(reason):
-                    return pb.Task(aborted=pb.Aborted(reason=sanitised(reason)))
+                    return pb.NextTaskResponse(aborted=pb.Aborted(reason=sanitised(reason)))
 
-    def SubmitUpdate(self, parts: Iterator[pb.UpdatePart], context: grpc.ServicerContext) -> pb.UpdateReply:
+    def FetchFile(
+        self, request: pb.FetchFileRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.FetchFileResponse]:
         with answering(context):
-            silo = self._enrolled(context)
-            first = next(parts, None)
+            self._enrolled(context)
+            for chunk in self._outbox.send(request.sha256, request.offset):
+                yield pb.FetchFileResponse(chunk=chunk)
+
+    def OfferUpdate(self, request: pb.OfferUpdateRequest, context: grpc.ServicerContext) -> pb.OfferUpdateResponse:
+        with answering(context):
+            silo, header = self._enrolled(context), request.update
+            verdict = self._live.judge(_arrival(silo, header))
+            match verdict:
+                case federation.Accept():
+                    offset = self._inbox.offered(silo, header)
+                    return pb.OfferUpdateResponse(verdict=pb.OfferUpdateResponse.VERDICT_SEND, offset=offset)
+                case federation.Duplicate():
+                    return pb.OfferUpdateResponse(verdict=pb.OfferUpdateResponse.VERDICT_COUNTED)
+                case federation.Refuse(_, error):
+                    self._live.take(_arrival(silo, header), keep=lambda: None)
+                    raise error
+
+    def SendUpdate(
+        self, parts: Iterator[pb.SendUpdateRequest], context: grpc.ServicerContext
+    ) -> pb.SendUpdateResponse:
+        with answering(context):
+            silo, first = self._enrolled(context), next(parts, None)
             if first is None or first.WhichOneof("part") != "update":
                 raise TransferCorrupt("an update began without its header", AGAIN)
             header = first.update
-            update = UpdateArrived(silo, header.round, header.proxy_version)
-            if not isinstance(self._live.judge(update), federation.Accept):  # then none of its bytes are wanted
-                return _reply(self._live.take(update, keep=lambda: None))
             try:
-                with self._inbox.receive(silo, header, (part.piece for part in parts)) as keep:
-                    return _reply(self._live.take(update, keep))
+                with self._inbox.receive(silo, header, (part.chunk for part in parts)) as keep:
+                    verdict = self._live.take(_arrival(silo, header), keep)
             except InvalidUpdate as error:
                 self._live.fail(silo, error.message, header.round)
                 raise
+            if isinstance(verdict, federation.Refuse):
+                raise verdict.error
+            return pb.SendUpdateResponse()
 
-    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveReply:
+    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
         with answering(context):
             self._live.fail(self._enrolled(context), "it left; its own log says why")
-            return pb.LeaveReply()
+            return pb.LeaveResponse()
 
-    def _stream(self, context: grpc.ServicerContext, pieces: Callable[[], Iterator[pb.Piece]]) -> Iterator[pb.Piece]:
-        with answering(context):
-            self._enrolled(context)
-            yield from pieces()
+    def _train(self, round: int, attempt: int) -> pb.Train:
+        adapter = self._outbox.adapter
+        assert adapter is not None  # a round begins with one
+        return pb.Train(
+            round=round,
+            attempt=attempt,
+            adapter=adapter.announcement(),
+            patches=[patch.announcement() for patch in self._outbox.patches],
+            count_inactivity=self._inbox.counts_inactivity,
+        )
 
     def _enrolled(self, context: grpc.ServicerContext) -> str:
         silo = self._sender(context)
@@ -121,14 +141,8 @@ class FederationServicer:
         return names[0]
 
 
-def _reply(verdict: federation.Verdict) -> pb.UpdateReply:
-    match verdict:
-        case federation.Accept():
-            return pb.UpdateReply(outcome=pb.UpdateReply.ACCEPTED)
-        case federation.Duplicate():
-            return pb.UpdateReply(outcome=pb.UpdateReply.DUPLICATE)
-        case federation.Refuse(_, error):
-            raise error
+def _arrival(silo: str, header: pb.UpdateHeader) -> UpdateArrived:
+    return UpdateArrived(silo, header.round, header.proxy_version)
 
 
 def _series(version: str) -> list[str]:

@@ -37,12 +37,13 @@ LEAVE_SECONDS = 2.0
 class Enrolment:
     """What the server says to a silo that enrols.
 
-    proxy_digest: of the bundle's files, as `transfer.digest` computes it.
+    run_id: of the federation; the same after a restart of the server.
+    proxy: the files of the proxy.
     """
 
     settings: RoundSettings
-    proxy_digest: str
-    proxy_bytes: int
+    run_id: str
+    proxy: tuple[pb.File, ...]
 
 
 class ServerConnection:
@@ -66,28 +67,35 @@ class ServerConnection:
                 f"the server's settings cannot be read: {error.errors()[0]['msg']}",
                 f"run the same version of fedpft on both sides; here it is {fedpft.__version__}",
             ) from None
-        return Enrolment(settings, reply.proxy_digest, reply.proxy_bytes)
+        return Enrolment(settings, reply.run_id, tuple(reply.proxy))
 
     def fetch_proxy(self, enrolment: Enrolment) -> Path:
-        """The bundle's directory under `work`; fetched unless it lies there already, whole and unchanged."""
-        directory = self._config.work / f"proxy-{enrolment.proxy_digest[:16]}"
-        if directory.is_dir() and _digest(directory) == enrolment.proxy_digest:
-            return directory
-        log.info("fetching the proxy (%.1f MB)", enrolment.proxy_bytes / 1e6)
-
-        def fetch() -> None:
-            with tempfile.TemporaryDirectory(prefix="incoming-", dir=self._config.work) as place:
-                fetched = Path(place) / "proxy"
-                fetched.mkdir()
-                self._fetch(self._stub.FetchProxy, pb.FetchProxyRequest(), fetched)
-                if _digest(fetched) != enrolment.proxy_digest:
-                    raise TransferCorrupt("the proxy's files are not those that the server announced", transfer.AGAIN)
-                shutil.rmtree(directory, ignore_errors=True)
-                os.replace(fetched, directory)
-                atomic.sync(self._config.work)
-
-        self._persist(fetch)
+        """The bundle's directory under `work`; what lies there already, whole and unchanged, is not fetched again."""
+        directory = self._config.work / f"proxy-{transfer.digest(enrolment.proxy)[:16]}"
+        directory.mkdir(exist_ok=True)
+        missing = [file for file in enrolment.proxy if not _is_there(directory / file.name, file)]
+        if missing:
+            log.info("fetching the proxy (%.1f MB)", sum(file.total_bytes for file in missing) / 1e6)
+        for file in missing:
+            self.fetch(file, directory / file.name)
+        for stranger in {path.name for path in directory.iterdir()} - {file.name for file in enrolment.proxy}:
+            (directory / stranger).unlink()
         return directory
+
+    def fetch(self, file: pb.File, path: Path) -> Path:
+        """Fetches an announced file, from where an earlier attempt stopped; RoundOver if it is withdrawn."""
+        transfer.check_announcement(file)
+
+        def attempt() -> None:
+            with transfer.Incoming(self._config.work / "incoming", file) as incoming:
+                request = pb.FetchFileRequest(sha256=file.sha256, offset=incoming.offset)
+                if incoming.offset < file.total_bytes:
+                    for response in self._stub.FetchFile(request, metadata=self._metadata):
+                        incoming.write(response.chunk)
+                incoming.finish(path)
+
+        self._persist(attempt)
+        return path
 
     def next_task(self) -> pb.Task:
         """Blocks until the server has something to say."""
