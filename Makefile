@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HELD := $(VENV)/constraints.txt
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 STAMP := $(VENV)/.installed
-NVCC := $(if $(filter-out 0,$(FEDPFT_CUDA)),$(shell command -v $${CUDACXX:-nvcc}))
+NVCC := $(if $(filter-out 0,$(FEDPFT_CUDA)),$(shell PATH="$$CUDA_HOME/bin:$$CUDA_PATH/bin:$$PATH:/usr/local/cuda/bin" command -v $${CUDACXX:-nvcc}))
 ASKED := $(FEDPFT_CUDA) $(NVCC) $(TORCH_CUDA_ARCH_LIST) $(CUTLASS_DIR)
 CUDA_SETTINGS := $(VENV)/.cuda-settings
 NATIVE := $(shell find csrc -type f)

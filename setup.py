@@ -1,11 +1,10 @@
 """Builds fedpft._C with CMake and Ninja; everything else about the package stands in pyproject.toml.
 
 Environment:
-    FEDPFT_KERNELS=0      install without compiled kernels: every operator runs its pure-torch reference.
-    FEDPFT_CUDA           0, 1 or auto, the default: with CUDA kernels if nvcc is found.
-    TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0;9.0a"; CMakeLists.txt has the default.
-    CUTLASS_DIR           a checkout of CUTLASS, instead of the headers of the package nvidia-cutlass.
-    CXX, CUDACXX, ...     compilers and their options, as CMake reads them; CMAKE_BUILD_PARALLEL_LEVEL limits the jobs.
+    FEDPFT_KERNELS=0  install without compiled kernels: every operator runs its pure-torch reference.
+    FEDPFT_CUDA, TORCH_CUDA_ARCH_LIST, CUTLASS_DIR
+                      what CUDA kernels are built, and for which GPUs; see docs/kernels.md.
+    CXX, CUDACXX, ... compilers and their options, as CMake reads them.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH"
 WITHOUT = "set FEDPFT_KERNELS=0 to do without compiled kernels"
 COMPILERS = ("c++", "g++", "clang++")  # as CMake looks for them
 # CMake reads these only when it first sees a build directory.
-READ_ONCE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "CUDAARCHS")
+READ_ONCE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "CUDA_HOME", "CUDA_PATH")
 
 
 class CMakeBuild(build_ext):
@@ -46,7 +45,7 @@ class CMakeBuild(build_ext):
             "FEDPFT_VERSION": self.distribution.get_version(),
             "FEDPFT_CUDA": os.environ.get("FEDPFT_CUDA", "auto"),
             "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
-            "CUTLASS_DIR": cutlass_directory(),
+            "CUTLASS_DIR": os.environ.get("CUTLASS_DIR", ""),
         }
         cmake = find_tool("cmake")
         find_tool(*(os.environ.get("CXX", "").split()[:1] or COMPILERS), what="a C++17 compiler")
@@ -105,14 +104,6 @@ def torch_directory() -> Path:
     if [int(part) for part in version.split(".")[:2]] < [2, 11]:
         raise SystemExit(f"fedpft: torch {version} is too old -> install torch 2.11 or newer")
     return directory
-
-
-def cutlass_directory() -> Path | str:
-    """Where CUTLASS is, or nothing: CMakeLists.txt decides whether it is needed."""
-    if "CUTLASS_DIR" in os.environ:
-        return os.environ["CUTLASS_DIR"]
-    spec = importlib.util.find_spec("cutlass_library")
-    return "" if spec is None or spec.origin is None else Path(spec.origin).parent / "source"
 
 
 def run(command: list[str]) -> None:
