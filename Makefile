@@ -86,7 +86,7 @@ $(CUDA_SETTINGS): $(TORCH_STAMP) FORCE
 # Of nvidia-cutlass only the headers are used and of the demo's packages only data: without their dependencies.
 $(STAMP): $(TORCH_STAMP) $(CUDA_SETTINGS) pyproject.toml setup.py CMakeLists.txt requirements-demo.txt $(NATIVE)
 	$(if $(NVCC),$(PIP) install --no-deps nvidia-cutlass -c $(HELD))
-	@echo "compiling the extension$(if $(NVCC), with CUDA: minutes, the first time)"
+	@echo "compiling the extension$(if $(NVCC), with CUDA): minutes the first time"
 	$(PIP) install --no-build-isolation --no-warn-conflicts -e '.[test]' -c $(HELD)
 	$(PIP) install --no-deps -r requirements-demo.txt
 	@touch '$@'

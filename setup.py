@@ -60,7 +60,8 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / target.name, target)
+        # Not copy2: with an old time of its own, setuptools would not put it over a newer library of other options.
+        shutil.copyfile(build / target.name, target)
 
 
 def find_tool(*names: str, what: str = "") -> str:
