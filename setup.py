@@ -39,7 +39,6 @@ class CMakeBuild(build_ext):
         settings = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
-            "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11_directory(),
             "TORCH_DIR": torch_directory(),
             "FEDPFT_VERSION": self.distribution.get_version(),
@@ -52,9 +51,11 @@ class CMakeBuild(build_ext):
         find_python_headers()
 
         options = [f"-D{name}={value}" for name, value in settings.items()]
-        surroundings = [shutil.which("nvcc"), *(os.environ.get(name) for name in READ_ONCE)]
-        digest = hashlib.sha256(repr([cmake, options, surroundings]).encode()).hexdigest()[:8]
+        surroundings = [cmake, sys.prefix, shutil.which("nvcc"), *(os.environ.get(name) for name in READ_ONCE)]
+        digest = hashlib.sha256(repr([options, surroundings]).encode()).hexdigest()[:8]
         build = SOURCE / "build" / f"cmake-{sys.implementation.cache_tag}-{digest}"
+        # Of one environment, so not among the options that count: pip and make call its Python by different names.
+        options.append(f"-DPython_EXECUTABLE={sys.executable}")
         run([cmake, "-G", "Ninja", "-S", str(SOURCE), "-B", str(build), *options])
         run([cmake, "--build", str(build)])
 
