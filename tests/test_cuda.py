@@ -144,7 +144,7 @@ def test_a_tensor_on_another_device_is_named() -> None:
         kernels.neuron_saliency(w_in, [], [ffn.w_out.t()])
     with pytest.raises(TypeError, match="mask: is on cpu"):
         kernels.inactivity_count(x, ffn.mask, "relu", 0.0)
-    with pytest.raises(TypeError, match="teacher: is torch.float32 on cpu"):
+    with pytest.raises(TypeError, match=r"teacher: is torch\.float32 on cpu"):
         kernels.alignment_loss(x, ffn.x, None)
     with pytest.raises(RuntimeError, match="scales has a wrong shape, dtype or device"):
         torch.ops.fedpft.dequantize_accumulate(x[0].clone(), q, scales.cpu(), 1.0, 256)
