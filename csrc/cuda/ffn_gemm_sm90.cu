@@ -1,0 +1,233 @@
+// ffn_gemm.h on Hopper: CUTLASS 3, compiled once per half type (FEDPFT_ELEMENT, FEDPFT_ELEMENT_NAME).
+//
+// Multiply: A (N, D) and B (K, D), both row-major, so both operands are contiguous along D ("TN"): wgmma 64x128x16 with
+//   float32 accumulators, operands by TMA into as many stages as shared memory holds beside the epilogue.
+// Grid: persistent; a block of 384 threads is one warpgroup that loads and two that multiply ("pingpong"): while one
+//   runs the epilogue of its 128x128 tile, the other multiplies. At D = 768 the activation costs about as much as the
+//   multiply, so hiding one behind the other is what pays. Two blocks of a cluster share a tile of B (weights).
+// Epilogue: `saved` and the output leave through shared memory and TMA stores; bias, activation, derivative and count
+//   work on the accumulators in registers. Bytes moved: the operands once a wave, and each output element once.
+// Counts: per thread in int32 registers, over a warp by shuffles, then one atomic addition per warp and column. Sums of
+//   integers do not depend on their order, so counts and everything else have the same bits on every run.
+// One instance a direction: which tensors exist and which activation runs are arguments, uniform over the grid.
+#include <cutlass/cutlass.h>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+#include "ffn_epilogue.cuh"
+#include "ffn_gemm.h"
+
+#define FEDPFT_JOIN_(a, b) a##b
+#define FEDPFT_JOIN(a, b) FEDPFT_JOIN_(a, b)
+
+namespace fedpft::cuda {
+namespace {
+
+namespace fusion = cutlass::epilogue::fusion;
+using Element = cutlass::FEDPFT_ELEMENT;
+using RowMajor = cutlass::layout::RowMajor;
+using TileShape = cute::Shape<cute::_128, cute::_128, cute::_64>;
+using ClusterShape = cute::Shape<cute::_2, cute::_1, cute::_1>;
+using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
+using Descriptor = cutlass::epilogue::collective::detail::EpilogueDescriptor<
+    TileShape, cutlass::epilogue::collective::EpilogueTileAuto, void, Element, EpilogueSchedule>;
+using LoadDescriptor = cutlass::epilogue::collective::detail::AuxLoadDescriptor<Descriptor, RowMajor, uint16_t>;
+using Stride = typename LoadDescriptor::Stride;
+constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
+
+using Bias = fusion::Sm90RowBroadcast<0, TileShape, Element, Element>;
+using Mask = fusion::Sm90ColBroadcast<0, TileShape, uint8_t, int, cute::Stride<cute::_1, cute::_0, cute::_0>, 1>;
+
+template <class Type, class D = cutlass::epilogue::collective::detail::AuxStoreDescriptor<Descriptor, RowMajor, Type>>
+using Store = fusion::Sm90AuxStore<
+    D::Stages, typename D::EpilogueTile, Type, kRound, typename D::Stride, typename D::SmemLayoutAtom,
+    typename D::CopyOpR2S>;
+
+// CUTLASS makes a TMA descriptor of an absent tensor too, and waits for its loads; here neither happens.
+struct Load : fusion::Sm90AuxLoad<
+                  LoadDescriptor::Stages, typename LoadDescriptor::EpilogueTile, uint16_t, Stride,
+                  typename LoadDescriptor::SmemLayoutAtom, typename LoadDescriptor::CopyOpS2R> {
+  using Base = fusion::Sm90AuxLoad<
+      LoadDescriptor::Stages, typename LoadDescriptor::EpilogueTile, uint16_t, Stride,
+      typename LoadDescriptor::SmemLayoutAtom, typename LoadDescriptor::CopyOpS2R>;
+  using Base::Base;
+
+  template <class ProblemShape>
+  static Params to_underlying_arguments(const ProblemShape& shape, const Arguments& arguments, void* workspace) {
+    Params params;
+    params.use_default = true;
+    return arguments.ptr_aux ? Base::to_underlying_arguments(shape, arguments, workspace) : params;
+  }
+  CUTLASS_DEVICE bool is_producer_load_needed() const { return !this->params_ptr->use_default; }
+};
+
+// The caller zeroes the counts: CUTLASS would call the driver's memset, and the library must load without a driver.
+struct Count : fusion::Sm90RowReduction<
+                   cutlass::plus, cutlass::plus, cutlass::atomic_add, 0, TileShape, int, int, kRound> {
+  using Base =
+      fusion::Sm90RowReduction<cutlass::plus, cutlass::plus, cutlass::atomic_add, 0, TileShape, int, int, kRound>;
+  using Base::Base;
+
+  template <class ProblemShape>
+  static cutlass::Status initialize_workspace(
+      const ProblemShape&, const Arguments&, void*, cudaStream_t, cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+};
+
+// A node that only carries an epilogue's arguments to the device.
+template <class Epilogue>
+struct Carrier {
+  template <class>
+  struct Function {
+    using Arguments = typename Epilogue::Arguments;
+  };
+  using Node = fusion::Sm90Compute<Function, Element, float, kRound>;
+};
+
+// One visit of V accumulators of a row: loads come first, `Visit` computes, stores and count follow.
+template <class Visit, class... Nodes>
+struct Epilogue : fusion::Sm90VisitorImpl<Nodes...> {
+  using Base = fusion::Sm90VisitorImpl<Nodes...>;
+  using Base::Base;
+
+  template <class Impl>
+  struct ConsumerStoreCallbacks : Impl {
+    CUTLASS_DEVICE explicit ConsumerStoreCallbacks(Impl&& impl) : Impl(cute::move(impl)) {}
+
+    template <class Accumulator, int V>
+    CUTLASS_DEVICE cutlass::Array<Element, V> visit(
+        const cutlass::Array<Accumulator, V>& accumulators, int epi_v, int epi_m, int epi_n) {
+      return Visit::visit(this->callbacks_tuple, accumulators, epi_v, epi_m, epi_n);
+    }
+  };
+
+  template <bool ReferenceSrc, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(const fusion::detail::ConsumerStoreArgs<Args...>& args) {
+    auto callbacks = Base::template get_consumer_store_callbacks<ReferenceSrc>(args);
+    return ConsumerStoreCallbacks<decltype(callbacks)>(cute::move(callbacks));
+  }
+};
+
+struct ForwardVisit {
+  enum { kArguments, kBias, kGate, kMask, kFirst, kSecond, kCount };
+
+  template <class Callbacks, int V>
+  CUTLASS_DEVICE static cutlass::Array<Element, V> visit(
+      Callbacks& nodes, const Values<V>& accumulators, int epi_v, int epi_m, int epi_n) {
+    using cute::get;
+    const auto& arguments = get<kArguments>(nodes).params;
+    const cutlass::Array<Element, V> bias = get<kBias>(nodes).visit(accumulators, epi_v, epi_m, epi_n);
+    const Words<V> gate = get<kGate>(nodes).visit(accumulators, epi_v, epi_m, epi_n);
+    const auto result = ForwardEpilogue<Element>::template apply<V>(arguments, accumulators, bias, gate);
+    if (arguments.save) {
+      get<kFirst>(nodes).visit(accumulators, epi_v, epi_m, epi_n, result.saved_first);
+      get<kSecond>(nodes).visit(accumulators, epi_v, epi_m, epi_n, result.saved_second);
+    }
+    if (arguments.count) {
+      cutlass::Array<int, V> inactive = get<kMask>(nodes).visit(accumulators, epi_v, epi_m, epi_n);
+      CUTLASS_PRAGMA_UNROLL
+      for (int v = 0; v < V; ++v) inactive[v] &= result.inactive >> v & 1u;
+      get<kCount>(nodes).visit(accumulators, epi_v, epi_m, epi_n, inactive);
+    }
+    return result.hidden;
+  }
+};
+
+struct BackwardVisit {
+  enum { kArguments, kFirst, kSecond, kGradSecond };
+
+  template <class Callbacks, int V>
+  CUTLASS_DEVICE static cutlass::Array<Element, V> visit(
+      Callbacks& nodes, const Values<V>& accumulators, int epi_v, int epi_m, int epi_n) {
+    using cute::get;
+    const Words<V> first = get<kFirst>(nodes).visit(accumulators, epi_v, epi_m, epi_n);
+    const Words<V> second = get<kSecond>(nodes).visit(accumulators, epi_v, epi_m, epi_n);
+    const auto result =
+        BackwardEpilogue<Element>::template apply<V>(get<kArguments>(nodes).params, accumulators, first, second);
+    get<kGradSecond>(nodes).visit(accumulators, epi_v, epi_m, epi_n, result.grad_second);
+    return result.grad_first;
+  }
+};
+
+template <class Callbacks>
+struct Multiply {
+  using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileShape, ClusterShape,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor, 8, Element, RowMajor, 8,
+      EpilogueSchedule, Callbacks>::CollectiveOp;
+  using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, 8, Element, cutlass::layout::ColumnMajor,
+      8, float, TileShape, ClusterShape,
+      cutlass::gemm::collective::StageCountAutoCarveout<
+          static_cast<int>(sizeof(typename CollectiveEpilogue::SharedStorage))>,
+      cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<
+      cute::Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+
+  static const char* run(
+      int N, int K, int D, const void* a, int64_t ld_a, const void* b, int64_t ld_b, void* out,
+      const typename Callbacks::Arguments& callbacks, void* stream) {
+    typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm, {N, K, D, 1}};
+    arguments.mainloop.ptr_A = static_cast<const Element*>(a);
+    arguments.mainloop.dA = {ld_a, cute::_1{}, int64_t{0}};
+    arguments.mainloop.ptr_B = static_cast<const Element*>(b);
+    arguments.mainloop.dB = {ld_b, cute::_1{}, int64_t{0}};
+    arguments.epilogue.thread = callbacks;
+    arguments.epilogue.ptr_C = nullptr;
+    arguments.epilogue.ptr_D = static_cast<Element*>(out);
+    arguments.epilogue.dD = {int64_t{K}, cute::_1{}, int64_t{0}};
+    if (cudaGetDevice(&arguments.hw_info.device_id) != cudaSuccess) return "no current device";
+    arguments.hw_info.sm_count =
+        cutlass::KernelHardwareInfo::query_device_multiprocessor_count(arguments.hw_info.device_id);
+    if (Gemm::get_workspace_size(arguments) != 0) return "the multiply asks for a workspace";
+    cutlass::Status status = Gemm::can_implement(arguments);
+    Gemm gemm;
+    if (status == cutlass::Status::kSuccess) status = gemm.initialize(arguments, nullptr, nullptr);
+    if (status == cutlass::Status::kSuccess) status = gemm.run(static_cast<cudaStream_t>(stream));
+    return status == cutlass::Status::kSuccess ? nullptr : cutlass::cutlassGetStatusString(status);
+  }
+};
+
+using Forward = Multiply<Epilogue<
+    ForwardVisit, Carrier<ForwardEpilogue<Element>>::Node, Bias, Load, Mask, Store<uint16_t>, Store<uint16_t>, Count>>;
+using Backward =
+    Multiply<Epilogue<BackwardVisit, Carrier<BackwardEpilogue<Element>>::Node, Load, Load, Store<Element>>>;
+
+Stride row_stride(int64_t ld) { return {ld, cute::_1{}, int64_t{0}}; }
+
+}  // namespace
+
+const char* FEDPFT_JOIN(forward_gemm_sm90_, FEDPFT_ELEMENT_NAME)(const ForwardGemm& g, void* stream) {
+  const Stride stride = row_stride(g.K);
+  const bool save = g.saved_first != nullptr;
+  const ForwardEpilogue<Element>::Arguments arguments{
+      g.activation, g.eps, g.linear, g.compact, g.gate != nullptr, save, g.counts != nullptr};
+  return Forward::run(
+      g.N, g.K, g.D, g.x, g.ld_x, g.w, g.ld_w, g.hidden,
+      {arguments,
+       {static_cast<const Element*>(g.bias)},
+       {static_cast<const uint16_t*>(g.gate), uint16_t{0}, stride},
+       {g.mask, uint8_t{1}},
+       {static_cast<uint16_t*>(g.saved_first), stride},
+       {static_cast<uint16_t*>(g.saved_second), stride},
+       {g.counts}},
+      stream);
+}
+
+const char* FEDPFT_JOIN(backward_gemm_sm90_, FEDPFT_ELEMENT_NAME)(const BackwardGemm& g, void* stream) {
+  const BackwardEpilogue<Element>::Arguments arguments{g.activation, g.compact, g.saved_second != nullptr};
+  return Backward::run(
+      g.N, g.K, g.D, g.grad_y, g.ld_grad_y, g.w_out, g.ld_w_out, g.grad_first,
+      {arguments,
+       {static_cast<const uint16_t*>(g.saved_first), uint16_t{0}, row_stride(g.ld_saved)},
+       {static_cast<const uint16_t*>(g.saved_second), uint16_t{0}, row_stride(g.ld_saved)},
+       {static_cast<Element*>(g.grad_second), row_stride(g.K)}},
+      stream);
+}
+
+}  // namespace fedpft::cuda
