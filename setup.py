@@ -2,7 +2,7 @@
 
 Environment:
     FEDPFT_KERNELS=0  install without compiled kernels: every operator runs its pure-torch reference.
-    FEDPFT_CUDA       0, 1 or auto (the default); see CMakeLists.txt.
+    FEDPFT_CUDA, TORCH_CUDA_ARCH_LIST, CUTLASS_DIR  what CUDA kernels are built, and for which GPUs; see CMakeLists.txt.
 """
 
 import importlib.util
@@ -35,7 +35,10 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": torch_directory(),
+            # Always given, or CMake would go by what the build before this one was told.
             "FEDPFT_CUDA": os.environ.get("FEDPFT_CUDA", "auto"),
+            "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+            "CUTLASS_DIR": os.environ.get("CUTLASS_DIR", ""),
             "FEDPFT_VERSION": self.distribution.get_version(),
         }
         options = [f"-D{name}={value}" for name, value in settings.items()]

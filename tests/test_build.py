@@ -11,12 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import fedpft
 from fedpft import kernels
 from fedpft.kernels import library
 
 ROOT = Path(__file__).resolve().parents[1]
+CUDA_HOMES = (os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda")
+NVCC = os.environ.get("CUDACXX") or shutil.which(
+    "nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in CUDA_HOMES), os.environ.get("PATH", "")])
+)
 needs_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
 needs_library = pytest.mark.skipif(not kernels.build_info()["compiled"], reason="fedpft._C is not built")
 
@@ -39,7 +44,8 @@ def test_the_fedpft_command_is_installed() -> None:
 def test_build_info_says_what_was_built() -> None:
     info = kernels.build_info()
     assert info["version"] == fedpft.__version__
-    assert info["cuda"] is False
+    assert info["cuda"] == (NVCC is not None and os.environ.get("FEDPFT_CUDA") != "0")
+    assert bool(info["nvcc"]) == bool(info["cuda_architectures"]) == info["cuda"]
     assert info["capabilities"][0] == "baseline"
     assert info["compiler"]
     assert info["torch_target"] == "2.11"
@@ -93,8 +99,28 @@ def test_a_missing_compiler_is_one_line_with_a_remedy() -> None:
 
 @needs_source
 @pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("ninja") is None, reason="no CMake with Ninja")
-@pytest.mark.parametrize(("cuda", "message"), [("1", "has no CUDA kernels"), ("yes", "must be 0, 1 or auto")])
-def test_cuda_cannot_be_asked_for_in_vain(tmp_path: Path, cuda: str, message: str) -> None:
-    done = run(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), f"-DFEDPFT_CUDA={cuda}"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"FEDPFT_CUDA": "yes"}, "FEDPFT_CUDA=yes: must be 0, 1 or auto"),
+        ({"FEDPFT_CUDA": "1", "NVCC": ""}, "FEDPFT_CUDA=1, but nvcc was not found: install the CUDA toolkit"),
+        (
+            {"FEDPFT_CUDA": "1", "NVCC": "nvcc", "CUTLASS_DIR": "nowhere"},
+            "FEDPFT_CUDA=1, but CUTLASS was not found: pip",
+        ),
+        ({"NVCC": "nvcc", "TORCH_CUDA_ARCH_LIST": "8.0;Hopper"}, "TORCH_CUDA_ARCH_LIST: Hopper must look like 8.0"),
+    ],
+)
+def test_cuda_cannot_be_asked_for_in_vain(tmp_path: Path, settings: dict[str, str], message: str) -> None:
+    pybind11 = pytest.importorskip("pybind11")
+    found = {
+        "TORCH_DIR": torch.__path__[0],
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "Python_EXECUTABLE": sys.executable,
+    }
+    options = [f"-D{name}={value}" for name, value in {**found, **settings}.items()]
+    environment = {name: value for name, value in os.environ.items() if name != "CUDACXX"}
+    command = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert message in done.stderr
+    assert message in " ".join(done.stderr.split())

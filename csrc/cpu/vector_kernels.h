@@ -4,10 +4,9 @@
 // once, and the linker might keep the copy that this machine cannot run. A row has n values; `out` may be `a`.
 #pragma once
 
-namespace fedpft {
+#include "../types.h"
 
-enum class Activation : int { kRelu, kGelu, kGeluTanh, kSilu };
-enum class Element : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
+namespace fedpft {
 
 template <class Real>
 struct RowKernels {
