@@ -1,9 +1,9 @@
 // Activations and their derivatives on the device, for every kernel that needs one. Real is float or double.
 #pragma once
 
-namespace fedpft::cuda {
+#include "../types.h"
 
-enum class Activation { kRelu, kGelu, kGeluTanh, kSilu };
+namespace fedpft::cuda {
 
 template <class Real>
 struct Activated {
@@ -12,7 +12,8 @@ struct Activated {
 
 namespace detail {
 
-// float32 takes the hardware's exponential, within 2 + |z| units in the last place: far inside the tolerance of cases.py.
+// float32 takes the hardware's exponential, within 2 + |z| units in the last place: far inside the tolerance of
+// cases.py.
 __device__ inline float exponential(float z) {
 #ifdef __CUDA_ARCH__
   return __expf(z);

@@ -20,8 +20,7 @@ using Pair = cutlass::Array<float, 2>;
 
 template <class Type, class Packed>
 CUTLASS_DEVICE void pack(Packed& packed, int pair, const Pair& values) {
-  reinterpret_cast<cutlass::Array<Type, 2>*>(&packed)[pair] =
-      cutlass::NumericArrayConverter<Type, float, 2>{}(values);
+  reinterpret_cast<cutlass::Array<Type, 2>*>(&packed)[pair] = cutlass::NumericArrayConverter<Type, float, 2>{}(values);
 }
 
 template <class Type, class Packed>
@@ -144,8 +143,7 @@ struct BackwardEpilogue {
       const Words<V>& saved_second) {
     Result<V> result;
     if (!arguments.compact) {
-      with_activation(
-          arguments.activation, Body<V>{arguments, grad_hidden, saved_first, saved_second, result});
+      with_activation(arguments.activation, Body<V>{arguments, grad_hidden, saved_first, saved_second, result});
       return result;
     }
     CUTLASS_PRAGMA_UNROLL

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "activation.cuh"
+#include "../types.h"
 
 namespace fedpft::cuda {
 

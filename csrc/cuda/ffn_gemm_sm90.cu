@@ -7,14 +7,16 @@
 //   multiply, so hiding one behind the other is what pays. Two blocks of a cluster share a tile of B (weights).
 // Epilogue: `saved` and the output leave through shared memory and TMA stores; bias, activation, derivative and count
 //   work on the accumulators in registers. Bytes moved: the operands once a wave, and each output element once.
-// Counts: per thread in int32 registers, over a warp by shuffles, then one atomic addition per warp and column. Sums of
-//   integers do not depend on their order, so counts and everything else have the same bits on every run.
+// Counts: one atomic addition per warp and column of a tile. Sums of integers do not depend on their order, so counts
+// and
+//   everything else have the same bits on every run.
 // One instance a direction: which tensors exist and which activation runs are arguments, uniform over the grid.
 #include <cutlass/cutlass.h>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
 #include "ffn_epilogue.cuh"
@@ -39,7 +41,6 @@ using Stride = typename LoadDescriptor::Stride;
 constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
 using Bias = fusion::Sm90RowBroadcast<0, TileShape, Element, Element>;
-using Mask = fusion::Sm90ColBroadcast<0, TileShape, uint8_t, int, cute::Stride<cute::_1, cute::_0, cute::_0>, 1>;
 
 template <class Type, class D = cutlass::epilogue::collective::detail::AuxStoreDescriptor<Descriptor, RowMajor, Type>>
 using Store = fusion::Sm90AuxStore<
@@ -64,17 +65,94 @@ struct Load : fusion::Sm90AuxLoad<
   CUTLASS_DEVICE bool is_producer_load_needed() const { return !this->params_ptr->use_default; }
 };
 
-// The caller zeroes the counts: CUTLASS would call the driver's memset, and the library must load without a driver.
-struct Count : fusion::Sm90RowReduction<
-                   cutlass::plus, cutlass::plus, cutlass::atomic_add, 0, TileShape, int, int, kRound> {
-  using Base =
-      fusion::Sm90RowReduction<cutlass::plus, cutlass::plus, cutlass::atomic_add, 0, TileShape, int, int, kRound>;
-  using Base::Base;
+// Inactive values per column. A subtile of the epilogue (64 x 32) gives a thread 16 values as wgmma lays them out: rows
+// r and r + 8 of its warp's 16, and in each the columns c, c + 1, c + 8, c + 9, ..., c + 25, where c = 2 (lane % 4) and
+// r = lane / 4. So 8 lanes share a thread's 8 columns: 8 counts of at most 4 rows a thread and 32 a warp, as bytes of
+// two words. After the tile's last rows the warp adds them up, and every lane adds one column to the total. CUTLASS's
+// own column reduction keeps 32 counts a thread and spilled; it also has the driver's memset zero the total, while this
+// library must load without a driver: here the caller zeroes it.
+struct Count : fusion::Sm90VisitorImpl<> {
+  struct SharedStorage {};
+  struct Arguments {
+    int* counts;
+    const unsigned char* mask;
+  };
+  using Params = Arguments;
 
+  static_assert(cute::is_same_v<typename Descriptor::EpilogueTile, cute::Shape<cute::_64, cute::_32>>);
+  static constexpr int kValues = 16, kRows = 4;  // of a thread: in a subtile; in a tile of 128 rows
+
+  template <class ProblemShape>
+  static Params to_underlying_arguments(const ProblemShape&, const Arguments& arguments, void*) {
+    return arguments;
+  }
+  template <class ProblemShape>
+  static bool can_implement(const ProblemShape&, const Arguments&) {
+    return true;
+  }
+  template <class ProblemShape>
+  static size_t get_workspace_size(const ProblemShape&, const Arguments&) {
+    return 0;
+  }
   template <class ProblemShape>
   static cutlass::Status initialize_workspace(
       const ProblemShape&, const Arguments&, void*, cudaStream_t, cutlass::CudaHostAdapter* = nullptr) {
     return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_HOST_DEVICE Count() {}
+  CUTLASS_HOST_DEVICE Count(const Params& params, const SharedStorage&) : params(params) {}
+
+  Params params;
+
+  struct Callbacks : fusion::EmptyConsumerStoreCallbacks {
+    Params params;
+    int first_row, first_column, N, K;
+    uint32_t counted = 0, low = 0,
+             high = 0;  // bit of a row; bytes of columns c, c + 1, c + 8, c + 9 and the other four
+
+    CUTLASS_DEVICE Callbacks(const Params& params, int first_row, int first_column, int N, int K)
+        : params(params), first_row(first_row), first_column(first_column), N(N), K(K) {}
+
+    CUTLASS_DEVICE void begin() {
+      if (params.counts == nullptr) return;
+      CUTLASS_PRAGMA_UNROLL
+      for (int slot = 0; slot < kRows; ++slot) {
+        const int row = first_row + slot / 2 * 64 + slot % 2 * 8;
+        if (row < N && (params.mask == nullptr || params.mask[row])) counted |= 1u << slot;
+      }
+    }
+
+    // Value v of a fragment: bit 0 is its column's parity, bit 1 its row, bits 2 and 3 its group of 8 columns.
+    CUTLASS_DEVICE void add(uint32_t inactive, int epi_m) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int v = 0; v < kValues; ++v) {
+        const uint32_t is_inactive = inactive >> v & counted >> (2 * epi_m + (v >> 1 & 1)) & 1u;
+        const int column = (v >> 2) * 2 + (v & 1);
+        (column < 4 ? low : high) += is_inactive << (8 * (column % 4));
+      }
+    }
+
+    template <class STensor, class SyncFn, class VTensor>
+    CUTLASS_DEVICE void reduce(STensor&&, const SyncFn&, int epi_m, int epi_n, bool, VTensor) {
+      if (params.counts == nullptr || epi_m != 1) return;
+      CUTLASS_PRAGMA_UNROLL
+      for (int lanes = 4; lanes < 32; lanes *= 2) {
+        low += __shfl_xor_sync(0xffffffffu, low, lanes);
+        high += __shfl_xor_sync(0xffffffffu, high, lanes);
+      }
+      const int column = threadIdx.x % 32 / 4;
+      const int k = first_column + epi_n * 32 + column / 2 * 8 + column % 2;
+      const int count = (column < 4 ? low : high) >> (8 * (column % 4)) & 0xffu;
+      if (k < K && count != 0) atomicAdd(params.counts + k, count);
+      low = high = 0;
+    }
+  };
+
+  template <bool ReferenceSrc, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(const fusion::detail::ConsumerStoreArgs<Args...>& args) {
+    const auto [N, K, D, L] = args.problem_shape_mnkl;
+    return Callbacks(params, N - cute::get<0>(args.residue_tCcD), K - cute::get<1>(args.residue_tCcD), N, K);
   }
 };
 
@@ -113,7 +191,7 @@ struct Epilogue : fusion::Sm90VisitorImpl<Nodes...> {
 };
 
 struct ForwardVisit {
-  enum { kArguments, kBias, kGate, kMask, kFirst, kSecond, kCount };
+  enum { kArguments, kBias, kGate, kFirst, kSecond, kCount };
 
   template <class Callbacks, int V>
   CUTLASS_DEVICE static cutlass::Array<Element, V> visit(
@@ -127,12 +205,8 @@ struct ForwardVisit {
       get<kFirst>(nodes).visit(accumulators, epi_v, epi_m, epi_n, result.saved_first);
       get<kSecond>(nodes).visit(accumulators, epi_v, epi_m, epi_n, result.saved_second);
     }
-    if (arguments.count) {
-      cutlass::Array<int, V> inactive = get<kMask>(nodes).visit(accumulators, epi_v, epi_m, epi_n);
-      CUTLASS_PRAGMA_UNROLL
-      for (int v = 0; v < V; ++v) inactive[v] &= result.inactive >> v & 1u;
-      get<kCount>(nodes).visit(accumulators, epi_v, epi_m, epi_n, inactive);
-    }
+    static_assert(V == Count::kValues);
+    if (arguments.count) get<kCount>(nodes).add(result.inactive, epi_m);
     return result.hidden;
   }
 };
@@ -162,8 +236,8 @@ struct Multiply {
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, 8, Element, cutlass::layout::ColumnMajor,
       8, float, TileShape, ClusterShape,
-      cutlass::gemm::collective::StageCountAutoCarveout<
-          static_cast<int>(sizeof(typename CollectiveEpilogue::SharedStorage))>,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+          sizeof(typename CollectiveEpilogue::SharedStorage))>,
       cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<
       cute::Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
@@ -194,7 +268,7 @@ struct Multiply {
 };
 
 using Forward = Multiply<Epilogue<
-    ForwardVisit, Carrier<ForwardEpilogue<Element>>::Node, Bias, Load, Mask, Store<uint16_t>, Store<uint16_t>, Count>>;
+    ForwardVisit, Carrier<ForwardEpilogue<Element>>::Node, Bias, Load, Store<uint16_t>, Store<uint16_t>, Count>>;
 using Backward =
     Multiply<Epilogue<BackwardVisit, Carrier<BackwardEpilogue<Element>>::Node, Load, Load, Store<Element>>>;
 
@@ -205,17 +279,16 @@ Stride row_stride(int64_t ld) { return {ld, cute::_1{}, int64_t{0}}; }
 const char* FEDPFT_JOIN(forward_gemm_sm90_, FEDPFT_ELEMENT_NAME)(const ForwardGemm& g, void* stream) {
   const Stride stride = row_stride(g.K);
   const bool save = g.saved_first != nullptr;
-  const ForwardEpilogue<Element>::Arguments arguments{
-      g.activation, g.eps, g.linear, g.compact, g.gate != nullptr, save, g.counts != nullptr};
+  const ForwardEpilogue<Element>::Arguments arguments{g.activation,      g.eps, g.linear,           g.compact,
+                                                      g.gate != nullptr, save,  g.counts != nullptr};
   return Forward::run(
       g.N, g.K, g.D, g.x, g.ld_x, g.w, g.ld_w, g.hidden,
       {arguments,
        {static_cast<const Element*>(g.bias)},
        {static_cast<const uint16_t*>(g.gate), uint16_t{0}, stride},
-       {g.mask, uint8_t{1}},
        {static_cast<uint16_t*>(g.saved_first), stride},
        {static_cast<uint16_t*>(g.saved_second), stride},
-       {g.counts}},
+       {g.counts, g.mask}},
       stream);
 }
 
