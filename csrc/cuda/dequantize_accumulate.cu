@@ -8,6 +8,7 @@
 // Bytes moved: 9 an element (q, total in, total out) and 4 a block.
 // Split: a thread takes four neighbours, so that a warp reads 128 bytes of q and 512 of total at once.
 #include "element.h"
+#include "launchers.h"
 
 namespace fedpft::cuda {
 namespace {

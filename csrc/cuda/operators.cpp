@@ -22,8 +22,8 @@ void require(bool fits, const char* name, const char* argument) {
 }
 
 bool is_vector(const Tensor& tensor, ScalarType type, int64_t size, const Tensor& like) {
-  return tensor.dim() == 1 && tensor.size(0) == size && tensor.scalar_type() == type && tensor.is_cuda() &&
-         tensor.get_device() == like.get_device();
+  return tensor.dim() == 1 && tensor.size(0) == size && tensor.scalar_type() == type &&
+         tensor.is_cuda() == like.is_cuda() && tensor.get_device() == like.get_device();
 }
 
 void dequantize_accumulate(Tensor total, Tensor q, Tensor scales, double weight, int64_t block) {
@@ -44,4 +44,6 @@ void dequantize_accumulate(Tensor total, Tensor q, Tensor scales, double weight,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fedpft, CUDA, m) { m.impl("dequantize_accumulate", TORCH_BOX(&dequantize_accumulate)); }
+STABLE_TORCH_LIBRARY_IMPL(FEDPFT_LIBRARY, CUDA, m) {
+  m.impl("dequantize_accumulate", TORCH_BOX(&dequantize_accumulate));
+}

@@ -1,7 +1,6 @@
 #include "stream.h"
 
 #include <dlfcn.h>
-#include <torch/csrc/stable/library.h>
 
 namespace fedpft::cuda {
 namespace {
@@ -19,36 +18,13 @@ CurrentStream find_current_stream() {
   return reinterpret_cast<CurrentStream>(function);
 }
 
-cudaStream_t current_stream(int32_t device) {
-  static const CurrentStream get = find_current_stream();
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
 }  // namespace
 
-Stream::Stream(const torch::stable::Tensor& tensor)
-    : guard_(tensor.get_device()), stream_(current_stream(tensor.get_device())) {}
-
-void check(cudaError_t error, const char* name) {
-  STD_TORCH_CHECK(error == cudaSuccess, name, ": CUDA error: ", cudaGetErrorString(error));
-}
-
-Element element_of(const torch::stable::Tensor& tensor, const char* name) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::Double:
-      return Element::kFloat64;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, ": unsupported dtype");
-  }
+Stream::Stream(const torch::stable::Tensor& tensor) : guard_(std::in_place, tensor.get_device()) {
+  static const CurrentStream get = find_current_stream();
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(tensor.get_device(), &stream));
+  stream_ = static_cast<cudaStream_t>(stream);
 }
 
 }  // namespace fedpft::cuda
