@@ -5,6 +5,8 @@
 // `saved` holds 16-bit words: values of the matrices' type (exact) or bfloat16 derivatives (compact).
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 
 #include "../types.h"
@@ -19,11 +21,13 @@ namespace fedpft::cuda {
 struct ForwardGemm {
   int N, K, D;
   const void *x, *w, *bias, *gate;  // (N, D), (K, D), (K,) or null, (N, K) or null
-  int64_t ld_x, ld_w;
-  void* hidden;                      // (N, K)
+  int64_t ld_x, ld_w, ld_gate;
+  void* hidden;  // (N, K)
+  int64_t ld_hidden;
   void *saved_first, *saved_second;  // (N, K) or null
-  int* counts;                       // (K,) zeroed by the caller, or null
-  const unsigned char* mask;         // (N,) or null: all tokens count
+  int64_t ld_saved;
+  int64_t* counts;   // (K,) added to, or null
+  const bool* mask;  // (N,) or null: all tokens count
   Activation activation;
   float eps;
   bool linear, compact;
@@ -44,13 +48,15 @@ struct BackwardGemm {
   bool compact;
 };
 
-// Each returns null, or what went wrong. They enqueue on the stream, allocate nothing and keep nothing.
-using ForwardLauncher = const char* (*)(const ForwardGemm&, void* stream);
-using BackwardLauncher = const char* (*)(const BackwardGemm&, void* stream);
+// Both enqueue on the stream, allocate nothing and keep nothing. They return null, or what went wrong.
+struct FfnGemms {
+  const char* (*forward)(const ForwardGemm&, cudaStream_t stream);
+  const char* (*backward)(const BackwardGemm&, cudaStream_t stream);
+};
 
-const char* forward_gemm_sm90_bfloat16(const ForwardGemm&, void* stream);
-const char* forward_gemm_sm90_float16(const ForwardGemm&, void* stream);
-const char* backward_gemm_sm90_bfloat16(const BackwardGemm&, void* stream);
-const char* backward_gemm_sm90_float16(const BackwardGemm&, void* stream);
+// Those of a half type for the current device; null if this library has none for it.
+const FfnGemms* ffn_gemms(Element element);
+
+extern const FfnGemms kSm90BFloat16, kSm90Float16;
 
 }  // namespace fedpft::cuda

@@ -1,4 +1,4 @@
-// ffn_gemm.h on Hopper: CUTLASS 3, compiled once per half type (FEDPFT_ELEMENT, FEDPFT_ELEMENT_NAME).
+// ffn_gemm.h on Hopper: CUTLASS 3, compiled once per half type (FEDPFT_ELEMENT, the table FEDPFT_GEMMS).
 //
 // Multiply: A (N, D) and B (K, D), both row-major, so both operands are contiguous along D ("TN"): wgmma 64x128x16 with
 //   float32 accumulators, operands by TMA into as many stages as shared memory holds beside the epilogue.
@@ -21,9 +21,6 @@
 
 #include "ffn_epilogue.cuh"
 #include "ffn_gemm.h"
-
-#define FEDPFT_JOIN_(a, b) a##b
-#define FEDPFT_JOIN(a, b) FEDPFT_JOIN_(a, b)
 
 namespace fedpft::cuda {
 namespace {
@@ -74,8 +71,8 @@ struct Load : fusion::Sm90AuxLoad<
 struct Count : fusion::Sm90VisitorImpl<> {
   struct SharedStorage {};
   struct Arguments {
-    int* counts;
-    const unsigned char* mask;
+    int64_t* counts;
+    const bool* mask;
   };
   using Params = Arguments;
 
@@ -144,7 +141,9 @@ struct Count : fusion::Sm90VisitorImpl<> {
       const int column = threadIdx.x % 32 / 4;
       const int k = first_column + epi_n * 32 + column / 2 * 8 + column % 2;
       const int count = (column < 4 ? low : high) >> (8 * (column % 4)) & 0xffu;
-      if (k < K && count != 0) atomicAdd(params.counts + k, count);
+      if (k < K && count != 0) {
+        atomicAdd(reinterpret_cast<unsigned long long*>(params.counts) + k, static_cast<unsigned long long>(count));
+      }
       low = high = 0;
     }
   };
@@ -244,8 +243,8 @@ struct Multiply {
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
   static const char* run(
-      int N, int K, int D, const void* a, int64_t ld_a, const void* b, int64_t ld_b, void* out,
-      const typename Callbacks::Arguments& callbacks, void* stream) {
+      int N, int K, int D, const void* a, int64_t ld_a, const void* b, int64_t ld_b, void* out, int64_t ld_out,
+      const typename Callbacks::Arguments& callbacks, cudaStream_t stream) {
     typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm, {N, K, D, 1}};
     arguments.mainloop.ptr_A = static_cast<const Element*>(a);
     arguments.mainloop.dA = {ld_a, cute::_1{}, int64_t{0}};
@@ -254,7 +253,7 @@ struct Multiply {
     arguments.epilogue.thread = callbacks;
     arguments.epilogue.ptr_C = nullptr;
     arguments.epilogue.ptr_D = static_cast<Element*>(out);
-    arguments.epilogue.dD = {int64_t{K}, cute::_1{}, int64_t{0}};
+    arguments.epilogue.dD = {ld_out, cute::_1{}, int64_t{0}};
     if (cudaGetDevice(&arguments.hw_info.device_id) != cudaSuccess) return "no current device";
     arguments.hw_info.sm_count =
         cutlass::KernelHardwareInfo::query_device_multiprocessor_count(arguments.hw_info.device_id);
@@ -262,7 +261,7 @@ struct Multiply {
     cutlass::Status status = Gemm::can_implement(arguments);
     Gemm gemm;
     if (status == cutlass::Status::kSuccess) status = gemm.initialize(arguments, nullptr, nullptr);
-    if (status == cutlass::Status::kSuccess) status = gemm.run(static_cast<cudaStream_t>(stream));
+    if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
     return status == cutlass::Status::kSuccess ? nullptr : cutlass::cutlassGetStatusString(status);
   }
 };
@@ -274,33 +273,34 @@ using Backward =
 
 Stride row_stride(int64_t ld) { return {ld, cute::_1{}, int64_t{0}}; }
 
-}  // namespace
-
-const char* FEDPFT_JOIN(forward_gemm_sm90_, FEDPFT_ELEMENT_NAME)(const ForwardGemm& g, void* stream) {
-  const Stride stride = row_stride(g.K);
+const char* forward(const ForwardGemm& g, cudaStream_t stream) {
   const bool save = g.saved_first != nullptr;
   const ForwardEpilogue<Element>::Arguments arguments{g.activation,      g.eps, g.linear,           g.compact,
                                                       g.gate != nullptr, save,  g.counts != nullptr};
   return Forward::run(
-      g.N, g.K, g.D, g.x, g.ld_x, g.w, g.ld_w, g.hidden,
+      g.N, g.K, g.D, g.x, g.ld_x, g.w, g.ld_w, g.hidden, g.ld_hidden,
       {arguments,
        {static_cast<const Element*>(g.bias)},
-       {static_cast<const uint16_t*>(g.gate), uint16_t{0}, stride},
-       {static_cast<uint16_t*>(g.saved_first), stride},
-       {static_cast<uint16_t*>(g.saved_second), stride},
+       {static_cast<const uint16_t*>(g.gate), uint16_t{0}, row_stride(g.ld_gate)},
+       {static_cast<uint16_t*>(g.saved_first), row_stride(g.ld_saved)},
+       {static_cast<uint16_t*>(g.saved_second), row_stride(g.ld_saved)},
        {g.counts, g.mask}},
       stream);
 }
 
-const char* FEDPFT_JOIN(backward_gemm_sm90_, FEDPFT_ELEMENT_NAME)(const BackwardGemm& g, void* stream) {
+const char* backward(const BackwardGemm& g, cudaStream_t stream) {
   const BackwardEpilogue<Element>::Arguments arguments{g.activation, g.compact, g.saved_second != nullptr};
   return Backward::run(
-      g.N, g.K, g.D, g.grad_y, g.ld_grad_y, g.w_out, g.ld_w_out, g.grad_first,
+      g.N, g.K, g.D, g.grad_y, g.ld_grad_y, g.w_out, g.ld_w_out, g.grad_first, g.K,
       {arguments,
        {static_cast<const uint16_t*>(g.saved_first), uint16_t{0}, row_stride(g.ld_saved)},
        {static_cast<const uint16_t*>(g.saved_second), uint16_t{0}, row_stride(g.ld_saved)},
        {static_cast<Element*>(g.grad_second), row_stride(g.K)}},
       stream);
 }
+
+}  // namespace
+
+const FfnGemms FEDPFT_GEMMS = {forward, backward};
 
 }  // namespace fedpft::cuda

@@ -3,7 +3,6 @@
 //
 //   forward:  z = product + bias; hidden = act(z), gated act(g) * z; keeps z or derivatives; counts |act| <= eps
 //   backward: grad_first = grad_hidden * act'(z); gated: grad_hidden * z * act'(g) and grad_hidden * act(g);
-//             for training also the hidden value once more
 //
 // Shapes: products, hidden, gradients (N, K), contiguous; saved (N, K) with a row distance; counts (K,) int64.
 // Accumulation: float32 (float64 for float64); half types are widened on loading and rounded once on storing.
@@ -105,7 +104,7 @@ template <class T, int V, Activation A>
 __device__ inline void backward_row(const BackwardPass& p, int64_t row, int64_t column) {
   const int64_t at = row * p.K + column, at_saved = row * p.ld_saved + column;
   const Wides<T, V> grad = load_wide<V, T>(p.grad_hidden, at);
-  Wide<T> grad_first[V], grad_second[V], hidden[V];
+  Wide<T> grad_first[V], grad_second[V];
   if (p.compact) {
     const Wides<__nv_bfloat16, V> first = load_wide<V, __nv_bfloat16>(p.saved_first, at_saved);
     Wides<__nv_bfloat16, V> second = {};
@@ -123,9 +122,7 @@ __device__ inline void backward_row(const BackwardPass& p, int64_t row, int64_t 
       const Wide<T> factor = p.saved_second != nullptr ? second.values[v] : Wide<T>(1);
       grad_first[v] = grad.values[v] * act.derivative * factor;
       grad_second[v] = grad.values[v] * act.value;
-      hidden[v] = act.value * factor;
     }
-    if (p.hidden != nullptr && column < p.updated) store_narrow<V, T>(p.hidden, row * p.updated + column, hidden);
   }
   store_narrow<V, T>(p.grad_first, at, grad_first);
   if (p.grad_second != nullptr) store_narrow<V, T>(p.grad_second, at, grad_second);
@@ -196,8 +193,8 @@ extern "C" cudaError_t fedpft_sub_ffn_backward(const BackwardPass* pass, cudaStr
     using T = typename decltype(type)::type;
     constexpr int V = kVectorSize<T>;
     const bool vectors = vectors_fit(
-        kVectorBytes, V, {p.K, p.ld_saved, p.hidden == nullptr ? 0 : p.updated},
-        {p.grad_hidden, p.saved_first, p.saved_second, p.grad_first, p.grad_second, p.hidden});
+        kVectorBytes, V, {p.K, p.ld_saved},
+        {p.grad_hidden, p.saved_first, p.saved_second, p.grad_first, p.grad_second});
     const int act = static_cast<int>(p.activation);
     return vectors ? launch_pass(BackwardKernels<T, V>::of[act], V, p, stream)
                    : launch_pass(BackwardKernels<T, 1>::of[act], 1, p, stream);

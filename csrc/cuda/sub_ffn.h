@@ -35,8 +35,6 @@ struct BackwardPass {
   int64_t ld_saved;
   bool compact;
   void *grad_first, *grad_second;  // (N, K) contiguous; one of them may be grad_hidden
-  void* hidden;                    // (N, updated) contiguous, or null
-  int64_t updated;
 };
 
 }  // namespace fedpft::cuda
