@@ -224,24 +224,21 @@ struct Forward {
 
   Tensor with_pass(const Weights& weights, int64_t first, int64_t count) const {
     const Tensor hidden = empty(x, {x.size(0), count});
-    const auto product = [&](int64_t p, const Tensor& weight, const Tensor& scratch) {
-      const Tensor z = exact ? columns(torch::stable::select(saved, 0, p), first, count) : scratch;
-      multiply(z, x, transposed(weight));
-      return z;
+    const auto z = [&](int64_t p, const Tensor& weight, const Optional& bias, const Tensor& scratch) {
+      const Tensor out = exact ? columns(torch::stable::select(saved, 0, p), first, count) : scratch;
+      bias ? multiply_add(out, x, transposed(weight), *bias) : multiply(out, x, transposed(weight));
+      return out;
     };
-    const Tensor z_first = product(0, weights.gated() ? *weights.gate : weights.in, hidden);
+    const Tensor z_first =
+        weights.gated() ? z(0, *weights.gate, weights.b_gate, hidden) : z(0, weights.in, weights.b_in, hidden);
     Optional z_second;
     if (weights.gated()) {
-      z_second = product(1, weights.in, exact ? hidden : empty(x, {x.size(0), count}));
+      z_second = z(1, weights.in, weights.b_in, exact ? hidden : empty(x, {x.size(0), count}));
     }
-    const Optional bias_in = packed(weights.b_in), bias_gate = packed(weights.b_gate);
     fedpft::cuda::ForwardPass pass = {};
     pass.element = fedpft::cuda::element_of(x, "sub_ffn"), pass.activation = activation;
     pass.N = x.size(0), pass.K = count;
-    pass.first = data(z_first), pass.second = data(z_second), pass.ld_product = exact ? K : count;
-    pass.keep_products = exact;
-    pass.bias_first = data(weights.gated() ? bias_gate : bias_in);
-    pass.bias_second = weights.gated() ? data(bias_in) : nullptr;
+    pass.first = data(z_first), pass.second = data(z_second), pass.ld_z = exact ? K : count;
     pass.hidden = data(hidden);
     pass.derivative_first = compact ? saved_at(0, first) : nullptr;
     pass.derivative_second = compact && weights.gated() ? saved_at(1, first) : nullptr, pass.ld_saved = K;
@@ -380,7 +377,7 @@ Tensor hidden_again(const Tensor& x, const Tensor& saved, int64_t U, Activation 
   pass.element = fedpft::cuda::element_of(x, "sub_ffn_train_backward"), pass.activation = activation;
   pass.N = x.size(0), pass.K = U, pass.first = data(torch::stable::select(saved, 0, 0));
   if (saved.size(0) == 2) pass.second = data(torch::stable::select(saved, 0, 1));
-  pass.ld_product = saved.size(2), pass.hidden = data(hidden);
+  pass.ld_z = saved.size(2), pass.hidden = data(hidden);
   fedpft::cuda::check(fedpft_sub_ffn_forward(&pass, stream), "sub_ffn_train_backward");
   return hidden;
 }

@@ -1,21 +1,16 @@
 // The pointwise part of an FFN between its multiplies, one pass each way: what runs where no fused multiply
-// (ffn_gemm.h) does. ATen multiplies; these kernels do the rest.
+// (ffn_gemm.h) does. ATen multiplies and adds the bias, before z is rounded; these kernels do the rest.
 //
-//   forward:  z = product + bias; hidden = act(z), gated act(g) * z; keeps z or derivatives; counts |act| <= eps
-//   backward: grad_first = grad_hidden * act'(z); gated: grad_hidden * z * act'(g) and grad_hidden * act(g);
+//   forward:  hidden = act(z), gated act(g) * z; keeps derivatives in the compact mode; counts |act| <= eps
+//   backward: grad_first = grad_hidden * act'(z); gated: grad_hidden * z * act'(g) and grad_hidden * act(g)
 //
-// Shapes: products, hidden, gradients (N, K), contiguous; saved (N, K) with a row distance; counts (K,) int64.
+// Shapes: hidden and gradients (N, K), contiguous; z and what is kept (N, K) with a row distance; counts (K,) int64.
 // Accumulation: float32 (float64 for float64); half types are widened on loading and rounded once on storing.
 // Determinism: an element is one thread's; counts are sums of integers, so the order of the atomics does not show.
-// Bytes moved, per element of (N, K) in a type of s bytes: plain forward 2 s, 3 s with a bias and z kept, 2 s + 2
-//   compact; gated one s more, two with both kept. Backward 3 s plain, 5 s gated. Any other split reads z twice.
+// Bytes moved, per element of (N, K) in a type of s bytes: forward 2 s plain, 3 s gated, compact 2 or 4 more; backward
+//   3 s plain, 5 s gated.
 // Split: a thread keeps V neighbouring columns (16 bytes where K and the addresses allow, else one) and walks down the
-//   rows, so that bias and counts stay in registers; a block sums its counts in shared memory, one atomic a column.
-#include <algorithm>
-#include <initializer_list>
-
-#include "activation.cuh"
-#include "element.h"
+//   rows, so that its counts stay in registers; a block sums them in shared memory, then one atomic a column.
 #include "sub_ffn.h"
 
 namespace fedpft::cuda {
@@ -43,23 +38,12 @@ __device__ inline void store_narrow(void* base, int64_t offset, const W (&wide)[
   store(static_cast<T*>(base) + offset, vector);
 }
 
-template <int V, class T>
-__device__ inline Wides<T, V> load_bias(const void* bias, int64_t column) {
-  return bias == nullptr ? Wides<T, V>{} : load_wide<V, T>(bias, column);
-}
-
 template <class T, int V, Activation A>
-__device__ inline void forward_row(
-    const ForwardPass& p, int64_t row, int64_t column, const Wides<T, V>& bias_first, const Wides<T, V>& bias_second,
-    int (&inactive)[V]) {
-  const int64_t at = row * p.K + column, at_product = row * p.ld_product + column;
-  const int64_t at_saved = row * p.ld_saved + column;
-  Wides<T, V> first = load_wide<V, T>(p.first, at_product), second = {};
-  for (int v = 0; v < V; ++v) first.values[v] += bias_first.values[v];
-  if (p.second != nullptr) {
-    second = load_wide<V, T>(p.second, at_product);
-    for (int v = 0; v < V; ++v) second.values[v] += bias_second.values[v];
-  }
+__device__ inline void forward_row(const ForwardPass& p, int64_t row, int64_t column, int (&inactive)[V]) {
+  const int64_t at_z = row * p.ld_z + column, at_saved = row * p.ld_saved + column;
+  const Wides<T, V> first = load_wide<V, T>(p.first, at_z);
+  Wides<T, V> second = {};
+  if (p.second != nullptr) second = load_wide<V, T>(p.second, at_z);
   Wide<T> hidden[V], active[V], derivative[V];
   for (int v = 0; v < V; ++v) {
     const Activated<Wide<T>> act = activated<A>(first.values[v]);
@@ -70,11 +54,9 @@ __device__ inline void forward_row(
   if (p.counts != nullptr && (p.mask == nullptr || p.mask[row])) {
     for (int v = 0; v < V; ++v) inactive[v] += fabs(active[v]) <= static_cast<Wide<T>>(p.eps) ? 1 : 0;
   }
-  if (p.keep_products && p.bias_first != nullptr) store_narrow<V, T>(p.first, at_product, first.values);
-  if (p.keep_products && p.bias_second != nullptr) store_narrow<V, T>(p.second, at_product, second.values);
   if (p.derivative_first != nullptr) store_narrow<V, __nv_bfloat16>(p.derivative_first, at_saved, derivative);
   if (p.derivative_second != nullptr) store_narrow<V, __nv_bfloat16>(p.derivative_second, at_saved, active);
-  store_narrow<V, T>(p.hidden, at, hidden);
+  store_narrow<V, T>(p.hidden, row * p.K + column, hidden);
 }
 
 template <class T, int V, Activation A>
@@ -82,11 +64,9 @@ __global__ void __launch_bounds__(kLanes* kWarps) forward_pass(ForwardPass p) {
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * kLanes + threadIdx.x) * V;
   int inactive[V] = {};
   if (column < p.K) {
-    const Wides<T, V> bias_first = load_bias<V, T>(p.bias_first, column);
-    const Wides<T, V> bias_second = load_bias<V, T>(p.bias_second, column);
     const int64_t stride = static_cast<int64_t>(gridDim.y) * kWarps;
     for (int64_t row = static_cast<int64_t>(blockIdx.y) * kWarps + threadIdx.y; row < p.N; row += stride) {
-      forward_row<T, V, A>(p, row, column, bias_first, bias_second, inactive);
+      forward_row<T, V, A>(p, row, column, inactive);
     }
   }
   if (p.counts == nullptr) return;
@@ -178,8 +158,8 @@ extern "C" cudaError_t fedpft_sub_ffn_forward(const ForwardPass* pass, cudaStrea
     using T = typename decltype(type)::type;
     constexpr int V = kVectorSize<T>;
     const bool vectors = vectors_fit(
-        kVectorBytes, V, {p.K, p.ld_product, p.ld_saved},
-        {p.first, p.second, p.bias_first, p.bias_second, p.hidden, p.derivative_first, p.derivative_second});
+        kVectorBytes, V, {p.K, p.ld_z, p.ld_saved},
+        {p.first, p.second, p.hidden, p.derivative_first, p.derivative_second});
     const int act = static_cast<int>(p.activation);
     return vectors ? launch_pass(ForwardKernels<T, V>::of[act], V, p, stream)
                    : launch_pass(ForwardKernels<T, 1>::of[act], 1, p, stream);

@@ -14,11 +14,9 @@ struct ForwardPass {
   Element element;
   Activation activation;
   int64_t N, K;
-  void *first, *second;  // (N, K) products without bias, ld_product; second may be null
-  int64_t ld_product;
-  bool keep_products;                          // biases are to be added in memory
-  const void *bias_first, *bias_second;        // (K,) or null
-  void* hidden;                                // (N, K) contiguous; may be `first` if nothing is kept
+  const void *first, *second;  // (N, K) pre-activations, ld_z; second may be null
+  int64_t ld_z;
+  void* hidden;                                // (N, K) contiguous; may be `first`
   void *derivative_first, *derivative_second;  // (N, K) bfloat16, ld_saved, or null
   int64_t ld_saved;
   int64_t* counts;   // (K,) added to, or null
