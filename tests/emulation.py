@@ -74,7 +74,17 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _build(directory: Path) -> Path:
     torch_directory = Path(torch.__path__[0])
-    common = [str(COMPILER), "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    common = [
+        str(COMPILER),
+        "-O1",
+        "-g",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
     common += ["-isystem", str(torch_directory / "include")]
     emulated = ["-std=c++17", f"-I{ROOT / 'tests/cuda_emulator'}", "-DFEDPFT_LIBRARY=fedpft_emulated"]
     emulated += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]

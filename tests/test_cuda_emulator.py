@@ -7,8 +7,7 @@ from emulation import PLACEMENTS, Emulator
 from fedpft.kernels.cases import Case, cases
 from fedpft.kernels.check import compare
 
-OPERATORS = ("dequantize_accumulate",)
-CASES = [case for case in cases() if case.operator in OPERATORS]
+CASES = [case for case in cases() if not case.operator.startswith("sub_ffn")]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -22,8 +21,12 @@ def test_kernel_agrees_with_its_reference(emulator: Emulator, case: Case, placem
 def test_order_of_threads_and_blocks_changes_no_bit(emulator: Emulator, case: Case) -> None:
     forwards, backwards = (emulator.call(case.operator, case.arguments, backwards=way) for way in (False, True))
     for first, second in zip(tensors(forwards), tensors(backwards), strict=True):
-        assert torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+        assert torch.equal(bits(first), bits(second))
 
 
 def tensors(values: object) -> list[torch.Tensor]:
     return [value for value in torch.utils._pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)

@@ -69,7 +69,9 @@ function(add_cuda_kernels name architectures)
   target_link_libraries(_C PRIVATE ${name})
 endfunction()
 
-add_cuda_kernels(cuda_kernels "${architectures}" csrc/cuda/dequantize_accumulate.cu)
+add_cuda_kernels(cuda_kernels "${architectures}"
+  csrc/cuda/alignment_loss.cu csrc/cuda/dequantize_accumulate.cu csrc/cuda/inactivity_count.cu
+  csrc/cuda/neuron_saliency.cu csrc/cuda/quantize_blocks.cu)
 target_sources(operators PRIVATE csrc/cuda/stream.cpp csrc/cuda/operators.cpp)
 
 # add_cutlass_kernels(<sm_80|sm_90a> <source>...): .cu files that include CUTLASS, built if that architecture is wanted.

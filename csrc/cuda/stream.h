@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <string>
 
 #include "../types.h"
 
@@ -48,6 +49,15 @@ inline Element element_of(const torch::stable::Tensor& tensor, const char* name)
     default:
       STD_TORCH_CHECK(false, name, ": unsupported dtype");
   }
+}
+
+// The activation of that name; raises an error that names the operator if there is none.
+inline Activation activation_of(const std::string& activation, const char* name) {
+  if (activation == "relu") return Activation::kRelu;
+  if (activation == "gelu") return Activation::kGelu;
+  if (activation == "gelu_tanh") return Activation::kGeluTanh;
+  if (activation == "silu") return Activation::kSilu;
+  STD_TORCH_CHECK(false, name, ": unknown activation ", activation);
 }
 
 }  // namespace fedpft::cuda
