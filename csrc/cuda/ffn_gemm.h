@@ -57,6 +57,6 @@ struct FfnGemms {
 // Those of a half type for the current device; null if this library has none for it.
 const FfnGemms* ffn_gemms(Element element);
 
-extern const FfnGemms kSm90BFloat16, kSm90Float16;
+extern const FfnGemms kSm80BFloat16, kSm80Float16, kSm90BFloat16, kSm90Float16;
 
 }  // namespace fedpft::cuda
