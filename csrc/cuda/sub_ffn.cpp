@@ -148,22 +148,26 @@ void for_each_block(const Weights& weights, const Optional& neurons, const Body&
 bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 // Rows are contiguous, and each starts at a multiple of 16 bytes.
-bool fits_tma(const Tensor& matrix) {
+bool fits_vectors(const Tensor& matrix) {
   return matrix.stride(1) == 1 && matrix.stride(0) % 8 == 0 && matrix.stride(0) >= matrix.size(1) &&
          is_aligned(data(matrix));
 }
 
 // The fused multiplies for a call, or null: half types, on a GPU that they were built for, D and K multiples of 8, rows
-// contiguous and aligned. ld_saved: the row distance of what is kept.
+// contiguous and aligned, biases aligned. ld_saved: the row distance of what is kept.
 const fedpft::cuda::FfnGemms* fused(
-    const Tensor& x, const std::vector<Optional>& weights, int64_t K, int64_t ld_saved, const void* saved) {
+    const Tensor& x, const std::vector<Optional>& weights, const std::vector<Optional>& biases, int64_t K,
+    int64_t ld_saved, const void* saved) {
   constexpr int64_t kMost = std::numeric_limits<int>::max() - 1024;  // they count in int, and round up to tiles
   const int64_t N = x.size(0), D = x.size(1);
   if (x.scalar_type() != ScalarType::BFloat16 && x.scalar_type() != ScalarType::Half) return nullptr;
   if (N == 0 || K == 0 || D == 0 || N > kMost || K > kMost || D > kMost) return nullptr;
-  if (K % 8 != 0 || D % 8 != 0 || ld_saved % 8 != 0 || !is_aligned(saved) || !fits_tma(x)) return nullptr;
+  if (K % 8 != 0 || D % 8 != 0 || ld_saved % 8 != 0 || !is_aligned(saved) || !fits_vectors(x)) return nullptr;
   for (const Optional& weight : weights) {
-    if (weight && !fits_tma(*weight)) return nullptr;
+    if (weight && !fits_vectors(*weight)) return nullptr;
+  }
+  for (const Optional& bias : biases) {
+    if (bias && !is_aligned(data(*bias))) return nullptr;
   }
   return fedpft::cuda::ffn_gemms(fedpft::cuda::element_of(x, "sub_ffn"));
 }
@@ -194,7 +198,8 @@ struct Forward {
   int64_t* counts_at(int64_t first) const { return counts ? static_cast<int64_t*>(data(*counts)) + first : nullptr; }
 
   Tensor hidden(const Weights& weights, int64_t first, int64_t count) const {
-    const auto* gemms = fused(x, {weights.in, weights.gate}, count, K, saved_at(0, first));
+    const auto* gemms =
+        fused(x, {weights.in, weights.gate}, {weights.b_in, weights.b_gate}, count, K, saved_at(0, first));
     return gemms ? with_fused(*gemms, weights, first, count) : with_pass(weights, first, count);
   }
 
@@ -300,7 +305,7 @@ Gradients grad_z(
     kept_second = columns(torch::stable::select(saved, 0, 1), first, K);
     grad.second = empty(grad_y, {N, K});
   }
-  const auto* gemms = fused(grad_y, {weights.out}, K, ld, data(kept));
+  const auto* gemms = fused(grad_y, {weights.out}, {}, K, ld, data(kept));
   if (gemms) {
     fedpft::cuda::BackwardGemm g = {};
     g.N = static_cast<int>(N), g.K = static_cast<int>(K), g.D = static_cast<int>(grad_y.size(1));

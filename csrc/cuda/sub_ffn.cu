@@ -11,6 +11,11 @@
 //   3 s plain, 5 s gated.
 // Split: a thread keeps V neighbouring columns (16 bytes where K and the addresses allow, else one) and walks down the
 //   rows, so that its counts stay in registers; a block sums them in shared memory, then one atomic a column.
+#include <algorithm>
+#include <initializer_list>
+
+#include "activation.cuh"
+#include "element.h"
 #include "sub_ffn.h"
 
 namespace fedpft::cuda {
