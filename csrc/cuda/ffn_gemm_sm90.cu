@@ -260,7 +260,7 @@ struct Multiply {
     if (Gemm::get_workspace_size(arguments) != 0) return "the multiply asks for a workspace";
     cutlass::Status status = Gemm::can_implement(arguments);
     Gemm gemm;
-    if (status == cutlass::Status::kSuccess) status = gemm.initialize(arguments, nullptr, nullptr);
+    if (status == cutlass::Status::kSuccess) status = gemm.initialize(arguments, nullptr, stream);
     if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
     return status == cutlass::Status::kSuccess ? nullptr : cutlass::cutlassGetStatusString(status);
   }

@@ -1,7 +1,7 @@
 """Small inputs for every operator, and how far a kernel may be from its reference; for check, tests and bench.
 
-N tokens, D hidden size, K neurons, U updated neurons. Sizes are odd on purpose: no vector width divides them. Only where
-a label says "even" are D and K multiples of 8, which kernels with fused multiplies ask for.
+N tokens, D hidden size, K neurons, U updated neurons. Sizes are odd on purpose: no vector width divides them.
+Only where a label says "even" are D and K multiples of 8, which kernels with fused multiplies ask for.
 """
 
 import math
