@@ -1,6 +1,6 @@
 """The CUDA half of the extension, built by a plain C++ compiler and run on CPU tensors; see tests/cuda_emulator/.
 
-Everything but csrc/cuda/stream.cpp and the files that include CUTLASS is built: kernels, launchers, and the host code
+Everything in csrc/cuda/ but REPLACED and the files that include CUTLASS is built: kernels, launchers, and the host code
 that checks arguments and allocates. Memory is guarded: an access before or behind a tensor is an error.
 """
 
@@ -21,6 +21,7 @@ from fedpft.kernels.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
+REPLACED = ("stream.cpp", "ffn_gemm.cpp")  # by files in tests/cuda_emulator/
 PLACEMENTS = {"aligned": 1, "at the end": 2}  # of a tensor in its pages
 
 
@@ -30,7 +31,7 @@ class Emulator:
     def __init__(self, directory: Path) -> None:
         """Builds the library in `directory`."""
         sources = sorted(path for path in (ROOT / "csrc/cuda").iterdir() if path.suffix in (".cu", ".cpp"))
-        sources = [path for path in sources if path.name != "stream.cpp" and "<cutlass/" not in path.read_text()]
+        sources = [path for path in sources if path.name not in REPLACED and "<cutlass/" not in path.read_text()]
         path = compile_library(sources + sorted((ROOT / "tests/cuda_emulator").glob("*.cpp")), directory)
         for name, schema in SCHEMAS.items():
             torch.library.define(f"fedpft_emulated::{name}", " ".join(schema.split()))

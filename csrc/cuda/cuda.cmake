@@ -71,18 +71,34 @@ endfunction()
 
 add_cuda_kernels(cuda_kernels "${architectures}"
   csrc/cuda/alignment_loss.cu csrc/cuda/dequantize_accumulate.cu csrc/cuda/inactivity_count.cu
-  csrc/cuda/neuron_saliency.cu csrc/cuda/quantize_blocks.cu)
-target_sources(operators PRIVATE csrc/cuda/stream.cpp csrc/cuda/operators.cpp)
+  csrc/cuda/neuron_saliency.cu csrc/cuda/quantize_blocks.cu csrc/cuda/sub_ffn.cu)
+target_sources(operators PRIVATE csrc/cuda/stream.cpp csrc/cuda/operators.cpp
+  csrc/cuda/sub_ffn.cpp csrc/cuda/ffn_gemm.cpp)
 
-# add_cutlass_kernels(<sm_80|sm_90a> <source>...): .cu files that include CUTLASS, built if that architecture is wanted.
-function(add_cutlass_kernels architecture)
+# add_cutlass_kernels(<target> <sm_80|sm_90a> <source> [<definition>...]): a .cu file that includes CUTLASS, built if that
+# architecture is wanted.
+function(add_cutlass_kernels name architecture source)
   if(architecture IN_LIST cutlass)
     string(REPLACE "sm_" "" number ${architecture})
-    add_cuda_kernels(cutlass_${architecture} ${number}-real ${ARGN})
-    target_include_directories(cutlass_${architecture} SYSTEM PRIVATE
-      ${CUTLASS_DIR}/include ${CUTLASS_DIR}/tools/util/include)
+    add_cuda_kernels(${name} ${number}-real ${source})
+    target_compile_options(${name} PRIVATE --expt-relaxed-constexpr)
+    target_compile_definitions(${name} PRIVATE ${ARGN})
+    target_include_directories(${name} SYSTEM PRIVATE ${CUTLASS_DIR}/include ${CUTLASS_DIR}/tools/util/include)
   endif()
 endfunction()
+
+# The fused multiplies of ffn_gemm.h: one object per architecture and half type, because each takes minutes to compile.
+foreach(half "BFloat16 bfloat16_t" "Float16 half_t")
+  separate_arguments(half)
+  list(GET half 0 type)
+  list(GET half 1 element)
+  add_cutlass_kernels(ffn_gemm_sm80_${type} sm_80 csrc/cuda/ffn_gemm_sm80.cu
+    FEDPFT_ELEMENT=${element} FEDPFT_GEMMS=kSm80${type})
+  add_cutlass_kernels(ffn_gemm_sm90_${type} sm_90a csrc/cuda/ffn_gemm_sm90.cu
+    FEDPFT_ELEMENT=${element} FEDPFT_GEMMS=kSm90${type})
+endforeach()
+set_property(SOURCE csrc/cuda/ffn_gemm.cpp PROPERTY COMPILE_DEFINITIONS
+  $<$<IN_LIST:sm_80,${cutlass}>:FEDPFT_SM80> $<$<IN_LIST:sm_90a,${cutlass}>:FEDPFT_SM90A>)
 
 # The runtime is linked in, so the library needs none of a certain version; its symbols are hidden, so it does not meet
 # the one that torch brings.

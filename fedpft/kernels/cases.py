@@ -1,6 +1,7 @@
 """Small inputs for every operator, and how far a kernel may be from its reference; for check, tests and bench.
 
 N tokens, D hidden size, K neurons, U updated neurons. Sizes are odd on purpose: no vector width divides them.
+Only where a label says "even" are D and K multiples of 8, which kernels with fused multiplies ask for.
 """
 
 import math
@@ -123,9 +124,14 @@ def _ffn_cases(dtype: torch.dtype) -> Iterator[Case]:
         "strided": make_ffn(35, 21, 18, dtype=dtype, gated=True, strided=True),
         "one-neuron": make_ffn(5, 3, 1, dtype=dtype),
         "no-tokens": make_ffn(0, 8, 8, dtype=dtype, gated=True),
+        "even": make_ffn(136, 64, 72, dtype=dtype),
+        "even-gated": make_ffn(136, 64, 72, dtype=dtype, gated=True),
+        "even-tiles": make_ffn(300, 128, 256, dtype=dtype, gated=True),
+        "even-no-bias": make_ffn(40, 72, 136, dtype=dtype, bias=False),
     }
+    every_activation = ("ragged", "gated", "even", "even-gated")
     for label, ffn in shapes.items():
-        for activation in reference.ACTIVATIONS if label in ("ragged", "gated") else ("gelu",):
+        for activation in reference.ACTIVATIONS if label in every_activation else ("gelu",):
             name = f"{label}-{activation}"
             for compact in (False, True):
                 full: tuple[Any, ...] = (ffn.x, *ffn.weights, None, ffn.mask, activation, 0.05, True, True, compact)
@@ -151,6 +157,7 @@ def _neuron_set_cases(dtype: torch.dtype) -> Iterator[Case]:
         "set-strided": (35, 21, 18, 7, True, True),
         "set-blocks": (261, 16, 400, 300, True, False),
         "set-of-none": (9, 16, 33, 0, False, False),
+        "set-even": (136, 64, 96, 72, True, False),
     }.items():
         ffn = make_ffn(N, D, F, dtype=dtype, gated=gated, strided=strided)
         neurons = torch.randperm(F, generator=draw)[:K]

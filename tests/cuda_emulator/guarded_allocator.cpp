@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <cstring>
 #include <new>
 
@@ -16,27 +17,41 @@ struct Mapping {
   size_t bytes;
 };
 
-// No page before and none behind; what nobody wrote is not a number.
+size_t page_bytes() { return sysconf(_SC_PAGESIZE); }
+
+// Pages: the Mapping, none, what torch asked for, none; what nobody wrote is not a number. The context is the memory
+// itself, because oneDNN asks for memory without a context of its own.
 class GuardedAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    const size_t page = sysconf(_SC_PAGESIZE), body = (bytes + page - 1) / page * page;
-    auto* mapping = new Mapping{nullptr, body + 2 * page};
-    mapping->start = mmap(nullptr, mapping->bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    char* data = static_cast<char*>(mapping->start) + page;
-    if (mapping->start == MAP_FAILED || (body != 0 && mprotect(data, body, PROT_READ | PROT_WRITE) != 0)) {
+    const size_t page = page_bytes(), body = (bytes + page - 1) / page * page;
+    const Mapping mapping = {
+        mmap(nullptr, body + 3 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), body + 3 * page};
+    char* const data = static_cast<char*>(mapping.start) + 2 * page;
+    if (mapping.start == MAP_FAILED || mprotect(mapping.start, page, PROT_READ | PROT_WRITE) != 0 ||
+        (body != 0 && mprotect(data, body, PROT_READ | PROT_WRITE) != 0)) {
       throw std::bad_alloc();
     }
+    std::memcpy(mapping.start, &mapping, sizeof(mapping));
     std::memset(data, 0xff, body);
-    const auto release = [](void* context) {
-      auto* mapping = static_cast<Mapping*>(context);
-      munmap(mapping->start, mapping->bytes);
-      delete mapping;
-    };
-    return {data + (at_end ? body - bytes : 0), mapping, release, c10::Device(c10::DeviceType::CPU)};
+    char* const first = data + (at_end ? body - bytes : 0);
+    return {first, first, release, c10::Device(c10::DeviceType::CPU)};
   }
 
+  c10::DeleterFnPtr raw_deleter() const override { return release; }
+
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+
+ private:
+  // The memory begins in the page behind the first two.
+  static void release(void* memory) {
+    const size_t page = page_bytes();
+    Mapping mapping;
+    std::memcpy(
+        &mapping, reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(memory) / page * page - 2 * page),
+        sizeof(mapping));
+    munmap(mapping.start, mapping.bytes);
+  }
 };
 
 }  // namespace
