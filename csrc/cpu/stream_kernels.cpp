@@ -157,16 +157,19 @@ struct Quantize {
       largest = word > largest ? word : largest;
     }
     const float scale = bits<float>(largest) / 127.0f;
+    if (scale >= 1.17549435e-38f && scale < __builtin_inff()) {  // then no quotient is beyond 127.5
 #pragma omp simd
+      for (long i = 0; i < n; ++i) q[i] = rounded(static_cast<float>(E::load(values[i])) / scale);
+      return scale;
+    }
     for (long i = 0; i < n; ++i) {
-      float steps = static_cast<float>(E::load(values[i])) / scale;
-      steps = steps != steps ? 0.0f : steps;
-      steps = steps > 127.0f ? 127.0f : steps;
-      steps = steps < -127.0f ? -127.0f : steps;
-      q[i] = static_cast<signed char>(bits<int>(steps + 12582912.0f));  // 1.5 * 2^23 rounds, and leaves a whole number
+      const float steps = static_cast<float>(E::load(values[i])) / scale;
+      q[i] = steps != steps ? 0 : steps > 127.0f ? 127 : steps < -127.0f ? -127 : rounded(steps);
     }
     return scale;
   }
+  // Adding 1.5 * 2^23 rounds to nearest even and leaves the whole number in the low bits.
+  static signed char rounded(float x) { return static_cast<signed char>(bits<int>(x + 12582912.0f)); }
 };
 
 void add_squares(
