@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fedpft import kernels
@@ -71,7 +73,7 @@ def test_reference_is_the_fallback_of_every_operator() -> None:
 def test_compiled_kernels_are_the_ones_that_run() -> None:
     info = kernels.build_info()
     assert info["capability"] in info["capabilities"]
-    for operator in ("neuron_saliency", "sub_ffn", "sub_ffn_backward"):
+    for operator in SCHEMAS.keys() - {"sub_ffn_train", "sub_ffn_train_backward"}:
         assert kernel_of(operator, "cpu") == info["capability"]
 
 
@@ -396,15 +398,76 @@ def test_alignment_loss_of_no_valid_token_is_zero_with_a_zero_gradient() -> None
     assert student.grad.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_quantisation_error_is_at_most_half_a_step(scale: float) -> None:
-    torch.manual_seed(3)
-    x = torch.randn(1000) * scale
-    q, scales = kernels.quantize_blocks(x, block=64)
-    total = torch.zeros(1000)
-    kernels.dequantize_accumulate(total, q, scales, 1.0, block=64)
-    steps = scales.repeat_interleave(64)[:1000]
-    assert ((total - x).abs() <= 0.501 * steps).all()
+@given(
+    st.lists(st.floats(-(2.0**127), 2.0**127, width=32), max_size=200),
+    st.integers(1, 70),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_quantisation_error_is_at_most_half_a_step(values: list[float], block: int, dtype: torch.dtype) -> None:
+    x = torch.tensor(values).to(dtype)
+    q, scales = kernels.quantize_blocks(x, block)
+    total = torch.zeros(len(x))
+    kernels.dequantize_accumulate(total, q, scales, 1.0, block)
+    steps = scales.double().repeat_interleave(block)[: len(x)]
+    # The quotient and the product are rounded to float32, the scale of the least values to a multiple of 2^-149.
+    assert ((total.double() - x.double()).abs() <= 0.50002 * steps + 127 * 2.0**-149).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_quantisation_has_the_bits_of_its_reference(dtype: torch.dtype) -> None:
+    for x in (torch.randn(1000), torch.arange(-127, 128) / 2, torch.randn(300) * 1e-38, torch.zeros(5)):
+        actual, expected = (f(x.to(dtype), 64) for f in (kernels.quantize_blocks, reference.quantize_blocks))
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
+
+
+def test_halves_are_rounded_to_even() -> None:
+    x = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
+    assert kernels.quantize_blocks(x)[0].tolist() == [127, 0, 2, 2, 0, -2, -2]
+
+
+def test_a_running_sum_with_gaps_is_changed_in_place() -> None:
+    q, scales = kernels.quantize_blocks(torch.arange(100.0), 16)
+    contiguous, memory = torch.zeros(100), torch.zeros(100, 3)
+    kernels.dequantize_accumulate(contiguous, q, scales, 0.5, 16)
+    kernels.dequantize_accumulate(memory[:, 1], q, scales, 0.5, 16)
+    assert torch.equal(memory[:, 1], contiguous)
+    assert memory[:, ::2].count_nonzero() == 0
+
+
+def test_autograd_sees_that_a_running_sum_changed() -> None:
+    total = torch.ones(4)
+    product = torch.ones(4, requires_grad=True) * total
+    kernels.dequantize_accumulate(total, *kernels.quantize_blocks(torch.ones(4)), 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@pytest.mark.skipif(not has_kernel(), reason="fedpft._C is not built")
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
+    student, teacher, mask = torch.randn(1501, 67).to(dtype), torch.randn(1501, 67).to(dtype), torch.rand(1501) < 0.7
+
+    def everything() -> list[Tensor]:
+        s = student.detach().requires_grad_()
+        loss = kernels.alignment_loss(s, teacher, mask)
+        q, scales = kernels.quantize_blocks(teacher.view(-1), 100)
+        total = torch.ones(q.numel())
+        kernels.dequantize_accumulate(total, q, scales, 0.3, 100)
+        counts = kernels.inactivity_count(teacher, mask, "gelu", 0.05)
+        saliency = kernels.neuron_saliency([student], [], [teacher.t()])
+        return [loss.detach(), torch.autograd.grad(loss, s)[0], q, scales, total, counts, saliency]
+
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(everything())
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def test_values_too_small_for_a_scale_become_zero() -> None:
@@ -494,6 +557,17 @@ def test_a_wrong_argument_is_named(text: str, error: type[Exception], call: Call
 
 @pytest.mark.skipif(not has_kernel(), reason="fedpft._C is not built")
 def test_a_direct_call_cannot_read_past_a_tensor() -> None:
-    short = (FFN.x, FFN.w_in, torch.ones(3), None, None, FFN.w_out, None, None, None, "gelu", 0.0, False, False, False)
-    with pytest.raises(RuntimeError, match="b_in has a wrong shape"):
-        torch.ops.fedpft.sub_ffn(*short)
+    ops, x, one = torch.ops.fedpft, FFN.x, torch.ones(())
+    short = (x, FFN.w_in, torch.ones(3), None, None, FFN.w_out, None, None, None, "gelu", 0.0, False, False, False)
+    q, scales = kernels.quantize_blocks(torch.ones(6), 2)
+    wrong: dict[str, Callable[[], Any]] = {
+        "b_in": lambda: ops.sub_ffn(*short),
+        "teacher": lambda: ops.alignment_loss(x, x[:5], None),
+        "inverse_energy": lambda: ops.alignment_loss_backward(one, one.double(), x, x, None),
+        "mask": lambda: ops.inactivity_count(x, torch.ones(5, dtype=torch.bool), "relu", 0.0),
+        "q": lambda: ops.dequantize_accumulate(torch.ones(7), q, scales, 1.0, 2),
+        "scales": lambda: ops.dequantize_accumulate(torch.ones(6), q, scales[:2], 1.0, 2),
+    }
+    for name, call in wrong.items():
+        with pytest.raises(RuntimeError, match=f"{name} has a wrong shape"):
+            call()

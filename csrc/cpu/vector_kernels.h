@@ -4,7 +4,7 @@
 // once, and the linker might keep the copy that this machine cannot run. A row has n values; `out` may be `a`.
 #pragma once
 
-#include "../types.h"
+#include "stream_kernels.h"
 
 namespace fedpft {
 
@@ -24,14 +24,11 @@ struct VectorKernels {
   const char* name;
   RowKernels<float> float32;
   RowKernels<double> float64;
-  // energy[j] += sum_i w[j * neuron_stride + i * hidden_stride]^2 for `neurons` neurons. One stride should be 1.
-  void (*add_squares)(
-      Element, const void* w, long neurons, long hidden, long neuron_stride, long hidden_stride, double* energy);
+  const StreamKernels* streams;
 };
 
 // The instruction sets that this library was compiled for; CMakeLists.txt defines which.
-extern const VectorKernels kBaselineKernels;
-extern const VectorKernels kAvx2Kernels;
-extern const VectorKernels kAvx512Kernels;
+extern const VectorKernels kBaselineKernels, kAvx2Kernels, kAvx512Kernels;
+extern const StreamKernels kBaselineStreams, kAvx2Streams, kAvx512Streams;
 
 }  // namespace fedpft

@@ -172,22 +172,31 @@ def _neuron_set_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 def _other_cases(dtype: torch.dtype) -> Iterator[Case]:
     draw = torch.Generator().manual_seed(11)
-    for N, D in ((37, 19), (0, 5), (1, 1)):
-        first, second = (torch.randn(N, D, generator=draw).to(dtype) for _ in range(2))
+
+    def tokens(N: int, D: int) -> Tensor:
+        return torch.randn(N, D, generator=draw).to(dtype)
+
+    for N, D in ((37, 19), (0, 5), (1, 1), (7, 1031), (701, 129)):
+        first, second = tokens(N, D), tokens(N, D)
         mask = torch.rand(N, generator=draw) < 0.6
         for label, valid in (("masked", mask), ("all", None), ("none", torch.zeros_like(mask))):
-            where = f"{N}x{D}-{label}"
-            yield Case("inactivity_count", where, dtype, (first, valid, "silu", 0.05))
-            yield Case("alignment_loss", where, dtype, (first, second, valid))
-            inverse_energy = reference.alignment_loss(first, second, valid)[1]
-            gradient = (torch.ones_like(inverse_energy), inverse_energy, first, second, valid)
-            yield Case("alignment_loss_backward", where, dtype, gradient)
-    for size in (0, 1, 256, 777):
-        x = torch.randn(size, generator=draw).to(dtype)
-        yield Case("quantize_blocks", f"{size}", dtype, (x, 64))
-        q, scales = reference.quantize_blocks(x, 64)
-        if dtype == torch.float32:
-            yield Case("dequantize_accumulate", f"{size}", dtype, (x, q, scales, 0.37, 64))
+            yield from _token_cases(f"{N}x{D}-{label}", first, second, valid)
+    gaps = torch.rand(70, generator=draw) < 0.6
+    yield from _token_cases("strided-columns", tokens(19, 35).t(), tokens(35, 57)[:, ::3], gaps[::2])
+    yield from _token_cases("strided-rows", tokens(70, 19)[::2], tokens(1, 19).expand(35, 19), gaps[::2])
+    for value in (math.inf, -math.inf, math.nan):
+        first, second = tokens(40, 7), tokens(40, 7)
+        first[3, 5], second[30, 1] = value, value
+        yield from _token_cases(f"masked-{value}", first, second, torch.arange(40) % 27 != 3)
+        yield from _token_cases(f"counted-{value}", first, second, torch.arange(40) != 30)
+
+    for size, block in ((0, 64), (1, 64), (256, 64), (777, 64), (100, 1), (1000, 4096), (70_001, 256)):
+        yield from _quantization_cases(f"{size}-by-{block}", tokens(1, size)[0], block)
+    yield from _quantization_cases("strided", tokens(2, 301).t()[:, 0], 64)
+    for value in (math.inf, -math.inf, math.nan):
+        x = tokens(1, 300)[0]
+        x[100] = value
+        yield from _quantization_cases(f"{value}", x, 64)
 
 
 def _even_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -210,18 +219,26 @@ def _even_cases(dtype: torch.dtype) -> Iterator[Case]:
         first, second = matrix(N, D), matrix(N, D + 8)[:, :D]
         mask = (torch.rand(2 * N, generator=draw) < 0.6)[::2]
         for label, valid in (("masked", mask), ("all", None)):
-            where = f"even-{N}x{D}-{label}"
-            yield Case("inactivity_count", where, dtype, (second, valid, "gelu", 0.05))
-            yield Case("alignment_loss", where, dtype, (first, second, valid))
-            inverse_energy = reference.alignment_loss(first, second, valid)[1]
-            gradient = (torch.ones_like(inverse_energy), inverse_energy, first, second, valid)
-            yield Case("alignment_loss_backward", where, dtype, gradient)
+            yield from _token_cases(f"even-{N}x{D}-{label}", first, second, valid)
         yield Case("inactivity_count", f"even-{N}x{D}-transposed", dtype, (first.t(), None, "relu", 0.5))
     for size, block in ((20_010, 256), (20_010, 8192), (77, 5), (300, 1)):
         x = torch.randn(2 * size, generator=draw).to(dtype)
         for label, values in (("even", x[:size]), ("gaps", x[::2])):
-            yield Case("quantize_blocks", f"{label}-{size}-{block}", dtype, (values, block))
-        q, scales = reference.quantize_blocks(x[:size], block)
-        if dtype == torch.float32:
-            yield Case("dequantize_accumulate", f"even-{size}-{block}", dtype, (x[:size], q, scales, 0.37, block))
-            yield Case("dequantize_accumulate", f"gaps-{size}-{block}", dtype, (x[::2], q, scales, 0.37, block))
+            yield from _quantization_cases(f"{label}-{size}-by-{block}", values, block)
+
+
+def _token_cases(label: str, first: Tensor, second: Tensor, mask: Tensor | None) -> Iterator[Case]:
+    for activation in reference.ACTIVATIONS if label == "37x19-masked" else ("silu",):
+        name = f"{label}-{activation}"
+        yield Case("inactivity_count", name, first.dtype, (first, mask, activation, 0.05))
+    yield Case("alignment_loss", label, first.dtype, (first, second, mask))
+    inverse_energy = reference.alignment_loss(first, second, mask)[1]
+    grad = torch.full_like(inverse_energy, first.numel())  # keeps the result near 1, which float16 needs
+    yield Case("alignment_loss_backward", label, first.dtype, (grad, inverse_energy, first, second, mask))
+
+
+def _quantization_cases(label: str, x: Tensor, block: int) -> Iterator[Case]:
+    yield Case("quantize_blocks", label, x.dtype, (x, block))
+    if x.dtype == torch.float32:
+        q, scales = (torch.stack([t, t], 1)[:, 0] for t in reference.quantize_blocks(x, block))
+        yield Case("dequantize_accumulate", label, x.dtype, (x, q, scales, 0.37, block))

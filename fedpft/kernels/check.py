@@ -76,7 +76,7 @@ def compare(case: Case, device: str = "cpu", run: Callable[..., Any] | None = No
         elif value.dtype == torch.int64:
             pairs.append((_count_error(case, index, value, tolerance), tolerance))
         elif value.numel():
-            error = _largest(value.double() - wanted.double()) / max(_largest(wanted), 1e-30)
+            error = _largest(_difference(value, wanted)) / max(_largest(wanted[wanted.isfinite()]), 1e-30)
             pairs.append((error, 1.0 / 127.0 if value.dtype == torch.int8 else tolerance))
     return max(pairs, key=_closeness)
 
@@ -125,6 +125,13 @@ def _count_error(case: Case, index: int, counts: Tensor, tolerance: float) -> fl
 def _with_eps(case: Case, position: int, shift: float, device: str) -> tuple[Any, ...]:
     wide = _move(case.arguments, device, torch.float64)
     return *wide[:position], wide[position] + shift, *wide[position + 1 :]
+
+
+def _difference(value: Tensor, wanted: Tensor) -> Tensor:
+    """0 where both are the same infinity or both not a number; where one alone is, the difference is not finite."""
+    value, wanted = value.double(), wanted.double()
+    same = (value == wanted) | (value.isnan() & wanted.isnan())
+    return (value - wanted).masked_fill(same, 0.0)
 
 
 def _largest(values: Tensor) -> float:
