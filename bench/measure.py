@@ -53,6 +53,7 @@ def interleaved(
     device: str = "cpu",
     budget_seconds: float = 1.0,
     least: int | None = None,
+    warmed: bool = False,
 ) -> dict[str, Times]:
     """Times all candidates in turns, so that a drift of the machine's speed hits all of them alike.
 
@@ -62,6 +63,7 @@ def interleaved(
         device: "cpu", or "cuda": device time between two events, the host being ahead.
         budget_seconds: what one candidate may take; more if it is slower than that in `least` repetitions.
         least: repetitions at least; default LEAST, or LEAST_LONG where a call takes over LONG_SECONDS.
+        warmed: every candidate has run before, so that the CPU needs no warm-up.
     """
     timer = _CudaTimer() if device == "cuda" else _time_on_cpu
     calls = 0
@@ -74,11 +76,13 @@ def interleaved(
             calls += 1
         return seconds
 
-    for _ in range(WARM_UP_ROUNDS[device]):
-        slowest = max(one_round().values())
+    for _ in range(0 if warmed and device == "cpu" else WARM_UP_ROUNDS[device]):
+        one_round()
+    rounds = [one_round()]
+    slowest = max(rounds[0].values())
     if least is None:
         least = LEAST_LONG if slowest > LONG_SECONDS else LEAST
-    rounds = [one_round() for _ in range(min(MOST, max(least, int(budget_seconds / slowest))))]
+    rounds += [one_round() for _ in range(min(MOST, max(least, int(budget_seconds / slowest))) - 1)]
     return {name: Times.of([seconds[name] for seconds in rounds]) for name in sets[0]}
 
 
@@ -127,14 +131,21 @@ def sets_beyond_cache(set_bytes: int, device: str) -> int:
     return max(2, -(-BEYOND_CACHE * cache_bytes(device) // max(1, set_bytes)))
 
 
-def bandwidth(device: str) -> dict[str, float]:
-    """Bytes a second that this machine reads (best of two reductions), and copies (read and written both counted)."""
-    size = max(64 << 20, 2 * BEYOND_CACHE * cache_bytes(device)) // 4
-    source = torch.ones(size, device=device)
-    target = torch.empty_like(source)
-    runs: dict[str, Run] = {"sum": source.sum, "max": source.max, "copy": lambda: target.copy_(source)}
-    seconds = {name: times.median_seconds for name, times in interleaved(runs, device=device).items()}
-    return {"read": 4 * size / min(seconds["sum"], seconds["max"]), "copy": 8 * size / seconds["copy"]}
+class Bandwidth:
+    """Calls that read, or copy, `buffer_bytes` beyond the caches as fast as torch can: what a kernel can reach at best.
+
+    They are timed beside the kernel, in turns, because the machine's speed drifts.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.buffer_bytes = max(64 << 20, 2 * BEYOND_CACHE * cache_bytes(device))
+        source = torch.ones(self.buffer_bytes // 4, device=device)
+        target = torch.empty_like(source)
+        reads: dict[str, Run] = {"sum": source.sum, "max": source.max}
+        times = interleaved(reads, device=device, budget_seconds=0.3)
+        fastest = min(reads, key=lambda name: times[name].median_seconds)
+        self.runs: dict[str, Run] = {"read": reads[fastest], "copy": lambda: target.copy_(source)}
+        self.moved_bytes = {"read": self.buffer_bytes, "copy": 2 * self.buffer_bytes}  # a copy reads and writes
 
 
 def peak_bytes(prepare: Callable[..., Run], *arguments: Any, device: str = "cpu") -> int:
