@@ -27,7 +27,7 @@ from fedpft.kernels import build_info
 
 Run = Callable[[], Any]
 
-LEAST, LEAST_LONG, MOST = 5, 3, 100  # repetitions; LEAST_LONG for what takes over LONG_SECONDS a call
+LEAST, LEAST_LONG, MOST = 5, 3, 50  # repetitions; LEAST_LONG for what takes over LONG_SECONDS a call
 LONG_SECONDS = 0.4
 WARM_UP_ROUNDS = {"cpu": 1, "cuda": 3}
 BEYOND_CACHE = 4  # inputs are rotated through so many times the last-level cache

@@ -383,17 +383,8 @@ def ffn_wanted(ffn: cases.Ffn, grad_y: Tensor, activation: str, neurons: Tensor 
     some = ends(ffn.x.shape[0])
     with torch.no_grad():
         wide: Any = [None if w is None else w.double() for w in ffn.weights]
-        y, saved, _ = reference.sub_ffn(
-            ffn.x[some].double(),
-            *wide,
-            neurons,
-            None,
-            activation,
-            0.0,
-            False,
-            True,
-            False,
-        )
+        operator: Any = reference.sub_ffn
+        y, saved, _ = operator(ffn.x[some].double(), *wide, neurons, None, activation, 0.0, False, True, False)
         w_in, _, w_gate, _, w_out, _ = wide
         grads = grad_y[some].double()
         return [y, reference.sub_ffn_backward(grads, saved, w_in, w_gate, w_out, neurons, activation, False)]
