@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from bench import measure, peers, render
 from bench.measure import Bandwidth, Run, Times
@@ -234,7 +235,11 @@ def measured(case: Case, device: str, bandwidth: Bandwidth, *, quick: bool) -> l
         if case.ceiling != PRODUCTS:
             sets[-1]["ceiling"] = bandwidth.runs[case.ceiling]
     budget = QUICK_BUDGET_SECONDS if quick else BUDGET_SECONDS
+    graphs = counters["stats"]["unique_graphs"]
     times = measure.interleaved(*sets, device=device, budget_seconds=budget, warmed=True)
+    if counters["stats"]["unique_graphs"] != graphs:
+        compiled = [name for name in times if name.startswith("compile")]
+        missing |= {name: {"failed": "compiled again while it was timed"} for name in compiled}
     rows = [_row(case, comparison, times, missing, bandwidth, device) for comparison in case.rows]
     del first, sets
     gc.collect()  # hooks hold their modules in cycles
@@ -267,7 +272,7 @@ def _row(
     for name in comparison.peers:
         shown = name.removesuffix(" + count")
         others[shown] = missing.get(name) or asdict(times[name])
-        if ours and name in times:
+        if ours and "median_seconds" in others[shown]:
             others[shown]["ratio"] = times[name].median_seconds / ours.median_seconds
     ceiling = None
     if ours and case.ceiling == PRODUCTS:
@@ -323,9 +328,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few repetitions, no torch.compile")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all that was measured here, after every case")
     parser.add_argument("--render", type=Path, metavar="PATH", help="measure nothing: print and plot such a file")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="of --render; default: docs/<name of the file>.svg")
     arguments = parser.parse_args()
     if arguments.render:
-        return render.main(arguments.render)
+        return render.main(arguments.render, arguments.plot)
     device, quick = arguments.device, arguments.quick
     chosen = [
         case

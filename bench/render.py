@@ -10,11 +10,11 @@ CEILINGS = {"read": "of read bandwidth", "copy": "of copy bandwidth", "products"
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def main(path: Path) -> int:
-    """Prints the tables, draws docs/<name of the file>.svg."""
+def main(path: Path, picture: Path | None) -> int:
+    """Prints the tables and draws the plot, by default docs/<name of the file>.svg."""
     results = json.loads(path.read_text(encoding="utf-8"))
     print("\n".join(tables(results)))
-    plot(results, DOCS / f"{path.stem}.svg")
+    plot(results, picture or DOCS / f"{path.stem}.svg")
     return 0
 
 
