@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 
 from bench import measure, peers, render
 from bench.measure import Bandwidth, Run, Times
@@ -153,10 +152,10 @@ def ffn_cases(models: Mapping[str, Size], dtype: torch.dtype, device: str, quick
     sizes = {name: size for name, size in models.items() if name != "BERT-base"}  # it is one of the grid
     sizes[f"{small}, few tokens"] = replace(models[small], N=512 if not quick else 8)
     grid = [] if quick else [replace(BERT_BASE, N=N, K=K) for K in FFN_NEURONS for N in FFN_TOKENS]
-    sizes |= {"BERT-base" if size == BERT_BASE else f"D {size.D}, K {size.K}, N {size.N}": size for size in grid}
+    sizes |= {"BERT-base" if size == BERT_BASE else f"grid {size.N} {size.K}": size for size in grid}
     for name, size in sizes.items():
-        label = f"{name}, N {size.N}, D {size.D}, K {size.K}, {size.activation}{', gated' if size.gated else ''}"
-        label = label if size not in grid else f"N {size.N}, D {size.D}, K {size.K}, {size.activation}"
+        label = f"N {size.N}, D {size.D}, K {size.K}, {size.activation}{', gated' if size.gated else ''}"
+        label = label if name.startswith("grid") else f"{name}, {label}"
         build = partial(peers.sub_ffn, size.N, size.D, size.K, size.activation, size.gated, dtype, device, quick)
         memory = ("eager + hook", "eager", "kernel + count", "kernel + count, compact") if size in grid else ()
         yield Case("sub_ffn", label, dtype, build, rows, FFN, PRODUCTS, memory=memory)
@@ -225,6 +224,7 @@ def update_cases(device: str, quick: bool) -> Iterator[Case]:
 def measured(case: Case, device: str, bandwidth: Bandwidth, *, quick: bool) -> list[dict[str, Any]]:
     """The rows of one case: checks every candidate, then times in turns those that are right."""
     torch._dynamo.reset()  # every case is compiled for its own sizes
+    compilations = torch._dynamo.utils.counters["stats"]
     first = case.build()
     missing = {name: outcome for name in case.candidates if (outcome := _tried(first, name))}
     count = 1 if case.warm else measure.sets_beyond_cache(first.input_bytes, device)
@@ -235,9 +235,9 @@ def measured(case: Case, device: str, bandwidth: Bandwidth, *, quick: bool) -> l
         if case.ceiling != PRODUCTS:
             sets[-1]["ceiling"] = bandwidth.runs[case.ceiling]
     budget = QUICK_BUDGET_SECONDS if quick else BUDGET_SECONDS
-    graphs = counters["stats"]["unique_graphs"]
+    graphs = compilations["unique_graphs"]
     times = measure.interleaved(*sets, device=device, budget_seconds=budget, warmed=True)
-    if counters["stats"]["unique_graphs"] != graphs:
+    if compilations["unique_graphs"] != graphs:
         compiled = [name for name in times if name.startswith("compile")]
         missing |= {name: {"failed": "compiled again while it was timed"} for name in compiled}
     rows = [_row(case, comparison, times, missing, bandwidth, device) for comparison in case.rows]
