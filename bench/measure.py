@@ -61,7 +61,7 @@ def interleaved(
         sets: the same candidates over different inputs. Each call takes the next set, so that with sets that exceed
             the caches together (see `sets_beyond_cache`) every call finds its inputs in memory. One set: warm.
         device: "cpu", or "cuda": device time between two events, the host being ahead.
-        budget_seconds: what one candidate may take; more if it is slower than that in `least` repetitions.
+        budget_seconds: for each candidate; all share it, and take more if `least` repetitions need more.
         least: repetitions at least; default LEAST, or LEAST_LONG where a call takes over LONG_SECONDS.
         warmed: every candidate has run before, so that the CPU needs no warm-up.
     """
@@ -78,11 +78,13 @@ def interleaved(
 
     for _ in range(0 if warmed and device == "cpu" else WARM_UP_ROUNDS[device]):
         one_round()
+    begun = time.perf_counter()
     rounds = [one_round()]
-    slowest = max(rounds[0].values())
     if least is None:
-        least = LEAST_LONG if slowest > LONG_SECONDS else LEAST
-    rounds += [one_round() for _ in range(min(MOST, max(least, int(budget_seconds / slowest))) - 1)]
+        least = LEAST_LONG if max(rounds[0].values()) > LONG_SECONDS else LEAST
+    budget = budget_seconds * len(sets[0])
+    while len(rounds) < least or (len(rounds) < MOST and time.perf_counter() - begun < budget):
+        rounds.append(one_round())
     return {name: Times.of([seconds[name] for seconds in rounds]) for name in sets[0]}
 
 

@@ -167,7 +167,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     groups = [rows for rows in groups if rows]
     ratios = [p["ratio"] for rows in groups for row in rows for p in row["peers"].values() if "ratio" in p]
     left, right = min(0.8, *ratios) / 1.15, max(2.0, *ratios) * 1.15
-    heights = [len(rows) + 1.9 for rows in groups]
+    heights = [max(len(rows) + 1.9, 0.85 * len(rows[0]["peers"]) + 0.5) for rows in groups]
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "fedpft", "font.size": 8.5, "text.color": INK}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9.6, 0.19 * sum(heights) + 0.5))
