@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -149,7 +150,7 @@ def save_peft(model: nn.Module, settings: AdapterSection, directory: Path) -> No
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _lora_forward(layer: LoraLayer, dropout: float, x: Tensor) -> Tensor:
+def _lora_forward(layer: Any, dropout: float, x: Tensor) -> Tensor:
     """What peft's layer computes, with its parameters."""
     base, (name,) = layer.get_base_layer(), layer.active_adapters
     weight = base.weight.t() if layer.fan_in_fan_out else base.weight

@@ -33,7 +33,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, h, keep = ctx.saved_tensors
         scale = ctx.scale * ctx.kept_scale
         grad_h = (grad_y @ b).mul_(scale)
