@@ -3,7 +3,7 @@
 The published form is `transformers.Trainer` with its defaults on the proxy as plain transformers modules, with peft's
 LoRA on query, key, value and attention output, and a hook on each compressed layer's activation that counts the zeros
 (`zeros`) or, as our loop does, the values of at most eps at the tokens that are no padding (`eps`). All loops take the
-same batches. Without dropout both must come to the same losses, adapter and counts, or nothing is timed.
+same batches. Without dropout both must come to the same losses, adapter and counts, or the run ends there.
 
 K neurons of a compressed layer.
 """
@@ -56,9 +56,9 @@ class Case:
 
 
 CASES = {
-    "minilm-32": Case("MiniLM", 64, 32, 4),
+    "minilm-32": Case("MiniLM", 64, 32, 3),
     "minilm-4": Case("MiniLM", 64, 4, 16),
-    "bert-8": Case("BERT-base", 128, 8, 4),
+    "bert-8": Case("BERT-base", 128, 8, 3),
 }
 # loop, dropout
 CANDIDATES = {
@@ -313,71 +313,83 @@ def _rows(batch: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
         yield {"input_ids": ids[mask.bool()].tolist(), "labels": int(label)}
 
 
-def measure(case: str, device: str, turns: int) -> list[dict[str, Any]]:
-    """One row for each candidate: steps and tokens a second, peak memory, and both as ratios to ours."""
+def measure_times(case: str, device: str, turns: int) -> dict[str, dict[str, Any]]:
+    """For each candidate: seconds of a step, and tokens without padding a second."""
     loops = {name: prepare(name, CASES[case], device) for name in CANDIDATES}
-    silo = loops["fedpft"].silo
-    real = sum(int(batch["attention_mask"].sum()) for batch in silo.batches())
-    padded = sum(batch["attention_mask"].numel() for batch in silo.batches())
+    found = list(loops["fedpft"].silo.batches())
+    real, padded = (sum(int(n) for n in ns) for ns in zip(*map(_tokens, found), strict=True))
     times = step_times(loops, device, turns)
-    del loops
-    rows = []
-    for name in CANDIDATES:
-        seconds = times[name].median_seconds
-        rows.append(
-            {
-                "case": case,
-                "loop": name,
-                **asdict(CASES[case]),
-                "step": asdict(times[name]),
-                "tokens_per_second": real / silo.case.steps / seconds,
-                "padding_fraction": 1 - real / padded,
-                "peak_bytes": peak_bytes(prepare, name, replace(CASES[case], steps=2), device, device=device),
-            }
-        )
-    return rows
+    return {
+        name: {
+            "step": asdict(times[name]),
+            "tokens_per_second": real / len(found) / times[name].median_seconds,
+            "padding_fraction": 1 - real / padded,
+        }
+        for name in loops
+    }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown. Ratios compare with our loop of the same dropout: above 1 it is faster, or takes less memory."""
+def measure_memory(case: str, device: str) -> dict[str, dict[str, Any]]:
+    """For each candidate: the peak of two steps in a process of its own, above model, data and optimizer."""
+    two = replace(CASES[case], steps=2)
+    return {name: {"peak_bytes": peak_bytes(prepare, name, two, device, device=device)} for name in CANDIDATES}
+
+
+def _tokens(batch: dict[str, Tensor]) -> tuple[int, int]:
+    return int(batch["attention_mask"].sum()), batch["attention_mask"].numel()
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown. Ratios compare with our loop of the same dropout: above 1 it is faster, below 1 it takes less memory."""
     lines = [
-        "| case | loop | ms a step (quartiles) | tokens a second | peak, MiB | their time / ours | our peak / theirs |",
+        "| case | loop | ms a step (quartiles) | tokens a second | peak, MiB | its time / ours | our peak / its |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in rows:
-        ours_name = "fedpft" if CANDIDATES[row["loop"]][1] else "fedpft, no dropout"
-        ours = next(other for other in rows if other["case"] == row["case"] and other["loop"] == ours_name)
-        low, high = (1e3 * value for value in row["step"]["quartiles_seconds"])
-        lines.append(
-            f"| {row['case']} | {row['loop']} | {1e3 * row['step']['median_seconds']:.0f} ({low:.0f} to {high:.0f}) "
-            f"| {row['tokens_per_second']:.0f} | {row['peak_bytes'] / 2**20:.0f} "
-            f"| {row['step']['median_seconds'] / ours['step']['median_seconds']:.2f} "
-            f"| {ours['peak_bytes'] / row['peak_bytes']:.2f} |"
-        )
+    for key, row in rows.items():
+        case, name = key.split(": ")
+        ours = rows[f"{case}: {'fedpft' if CANDIDATES[name][1] else 'fedpft, no dropout'}"]
+        cells = [case, name] + ["-"] * 5
+        if "step" in row:
+            low, high = (1e3 * value for value in row["step"]["quartiles_seconds"])
+            median = row["step"]["median_seconds"]
+            cells[2:4] = f"{1e3 * median:.0f} ({low:.0f} to {high:.0f})", f"{row['tokens_per_second']:.0f}"
+            cells[5] = f"{median / ours['step']['median_seconds']:.2f}"
+        if "peak_bytes" in row:
+            cells[4] = f"{row['peak_bytes'] / 2**20:.0f}"
+            cells[6] = f"{ours['peak_bytes'] / row['peak_bytes']:.2f}"
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Checks and times every case; prints the tables."""
+    """Checks every case, measures what was asked for, prints the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
-    parser.add_argument("--turns", type=int, default=5, help="timed rounds of each loop; default: %(default)s")
+    parts = ("agreement", "memory", "times")
+    parser.add_argument("--part", nargs="+", choices=parts, default=list(parts), help="default: all")
+    parser.add_argument("--turns", type=int, default=3, help="timed rounds of each loop; default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; default: %(default)s")
-    parser.add_argument("--json", type=Path, help="also write the rows here, over those of the same cases")
+    parser.add_argument("--json", type=Path, help="also write the results here, added to what is there")
     arguments = parser.parse_args()
 
     def command() -> None:
         torch.set_num_threads(arguments.threads)
-        rows, differences = [], {}
+        path, device = arguments.json, arguments.device
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+        rows, differences = earlier.get("rows", {}), earlier.get("differences", {})
         for case in arguments.case:
             print(f"## {case}: {CASES[case]}\n", flush=True)
-            differences[case] = agreement(case, arguments.device)
-            rows += measure(case, arguments.device, arguments.turns)
+            if "agreement" in arguments.part:
+                differences[case] = agreement(case, device)
+            found = [measure_memory(case, device)] if "memory" in arguments.part else []
+            found += [measure_times(case, device, arguments.turns)] if "times" in arguments.part else []
+            for name, values in ((name, values) for part in found for name, values in part.items()):
+                rows[f"{case}: {name}"] = {**rows.get(f"{case}: {name}", {}), **values}
         print(table(rows))
-        if arguments.json:
-            found = {**provenance(arguments.device), "differences": differences, "rows": rows}
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        if path:
+            results = {**provenance(device), "differences": differences, "rows": rows}
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     return run_command(command)
 
