@@ -20,7 +20,7 @@ log=$OUT/gpu.log
 : >"$log"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 FEDPFT_CUDA=1
 
-declare -A limit=([build]=180 [check]=20 [tests]=60 [memcheck]=25 [racecheck]=25 [kernels]=120 [training]=50)
+declare -A limit=([build]=150 [check]=15 [tests]=50 [memcheck]=20 [racecheck]=20 [kernels]=180 [training]=45)
 steps=(build check tests memcheck racecheck kernels training)
 if (($#)); then
   steps=()
