@@ -94,7 +94,10 @@ run_step() {
   case $1 in
     build) "$PYTHON" setup.py build_ext --inplace ;;
     check) "$PYTHON" -m fedpft.kernels ;;
-    tests) grep -lE 'mark\.cuda|"cuda"' tests/test_*.py | xargs "$PYTHON" -m pytest -q -m cuda ;;
+    tests)
+      mapfile -t files < <(grep -l 'mark\.cuda' tests/test_*.py)
+      "$PYTHON" -m pytest -q -m cuda "${files[@]}"
+      ;;
     memcheck | racecheck) sanitizer "$1" ;;
     kernels) "$PYTHON" -m bench.kernels --device cuda --json "$OUT/kernels-cuda.json" ;;
     training) "$PYTHON" -m bench.training --device cuda --json "$OUT/training-cuda.json" ;;
