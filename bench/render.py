@@ -79,6 +79,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
         ]
         cells += ["" if share is None else f"{share:.2f}", *map(_ratio, row["peers"].values())]
         lines.append(f"| {' | '.join(cells)} |")
+        if row["runs"] == "reference":
+            notes["- kernel: not compiled for this device, its reference ran"] = None
         for name, outcome in (("kernel", row["kernel"]), *row["peers"].items()):
             if why := _why(outcome):
                 notes[f"- {name}{why}"] = None
