@@ -79,6 +79,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
         ]
         cells += ["" if share is None else f"{share:.2f}", *map(_ratio, row["peers"].values())]
         lines.append(f"| {' | '.join(cells)} |")
+        if row["runs"] == "reference":
+            notes["- kernel: not compiled for this device, its reference ran"] = None
         for name, outcome in (("kernel", row["kernel"]), *row["peers"].items()):
             if why := _why(outcome):
                 notes[f"- {name}{why}"] = None
@@ -183,25 +185,24 @@ def plot(results: dict[str, Any], path: Path) -> None:
         panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panels[-1].tick_params(axis="x", colors=MUTED)
         panels[-1].set_xlabel("peer's time / kernel's time: right of 1 the kernel is faster", color=MUTED)
-        figure.subplots_adjust(
-            left=0.39, right=0.8, top=1 - 0.3 / figure.get_figheight(), bottom=0.45 / figure.get_figheight(), hspace=0
-        )
+        top, bottom = 1 - 0.3 / figure.get_figheight(), 0.45 / figure.get_figheight()
+        figure.subplots_adjust(left=0.39, right=0.8, top=top, bottom=bottom, hspace=0)
         figure.savefig(path, facecolor="white", metadata={"Date": None, "Creator": None})
+
+
+def _look(peer: str) -> dict[str, Any]:
+    mark = MARKS[peer]
+    face = mark["color"] if mark.get("fill", True) else "white"
+    return {"linestyle": "", "marker": mark["marker"], "color": mark["color"], "markerfacecolor": face, "markersize": 5}
 
 
 def _panel(axes: Any, rows: Sequence[Row]) -> None:
     for height, row in enumerate(rows):
         for name, peer in row["peers"].items():
             if "ratio" in peer:
-                mark = MARKS[name]
-                face = mark["color"] if mark.get("fill", True) else "white"
-                axes.plot(
-                    peer["ratio"], height, mark["marker"], color=mark["color"], markerfacecolor=face, markersize=5
-                )
+                axes.plot(peer["ratio"], height, **_look(name))
     for name in rows[0]["peers"]:
-        mark = MARKS[name]
-        face = mark["color"] if mark.get("fill", True) else "white"
-        axes.plot([], [], mark["marker"], color=mark["color"], markerfacecolor=face, markersize=5, label=name)
+        axes.plot([], [], **_look(name), label=name)
     axes.axvline(1.0, color=INK, linewidth=0.9, zorder=1)
     axes.set_ylim(len(rows) - 0.4, -1.5)
     axes.set_yticks(range(len(rows)), [_name(row) for row in rows])
