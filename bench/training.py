@@ -340,7 +340,7 @@ def _tokens(batch: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown. Ratios compare with our loop of the same dropout: above 1 it is faster, below 1 it takes less memory."""
+    """Markdown. Ratios compare with our loop of the same dropout."""
     lines = [
         "| case | loop | ms a step (quartiles) | tokens a second | peak, MiB | its time / ours | our peak / its |",
         "| --- | --- | --- | --- | --- | --- | --- |",
