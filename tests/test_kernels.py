@@ -379,11 +379,10 @@ def test_gradients_of_empty_dimensions_and_of_no_neuron(N: int, D: int, K: int, 
 @pytest.mark.parametrize("tokens", [40, 257, 1061])
 def test_the_same_training_step_gives_the_same_bits(tokens: int) -> None:
     ffn = make_ffn(tokens, 24, 40, dtype=torch.float32, gated=True)
-    saved = reference.sub_ffn_train(ffn.x, *ffn.weights, *ffn.updated(20), "gelu", True)[1]  # type: ignore[arg-type]
+    arguments: tuple[Any, ...] = (ffn.x, *ffn.weights, *ffn.updated(20), "gelu", True)
+    saved = reference.sub_ffn_train(*arguments)[1]
     first, second = (
-        torch.ops.fedpft.sub_ffn_train_backward(
-            ffn.x, ffn.x, saved, ffn.w_in, ffn.w_gate, ffn.w_out, 20, "gelu", True
-        )
+        torch.ops.fedpft.sub_ffn_train_backward(ffn.x, ffn.x, saved, ffn.w_in, ffn.w_gate, ffn.w_out, 20, "gelu", True)
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
