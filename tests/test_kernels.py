@@ -73,7 +73,7 @@ def test_reference_is_the_fallback_of_every_operator() -> None:
 def test_compiled_kernels_are_the_ones_that_run() -> None:
     info = kernels.build_info()
     assert info["capability"] in info["capabilities"]
-    for operator in SCHEMAS.keys() - {"sub_ffn_train", "sub_ffn_train_backward"}:
+    for operator in SCHEMAS:
         assert kernel_of(operator, "cpu") == info["capability"]
 
 
@@ -284,6 +284,110 @@ def test_chosen_neurons_are_the_only_ones_used() -> None:
     actual = kernels.sub_ffn(ffn.x, *ffn.weights, activation="silu", count=True, neurons=neurons)
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
+
+
+def test_neurons_may_repeat_and_stand_in_any_order() -> None:
+    ffn = make_ffn(40, 24, 60, dtype=torch.float64, gated=True, strided=True)
+    neurons = torch.randint(60, (2 * 600,), generator=torch.Generator().manual_seed(5))[::2]
+    rows = {name: getattr(ffn, name)[neurons] for name in ("w_in", "b_in", "w_gate", "b_gate", "w_out")}
+    results = []
+    for case, chosen in ((ffn, neurons), (dataclasses.replace(ffn, **rows), None)):
+        x = ffn.x.detach().requires_grad_()
+        y, counts = kernels.sub_ffn(x, *case.weights, activation="gelu", neurons=chosen, count=True, eps=0.1)
+        results.append((y, counts, *torch.autograd.grad(y.square().sum(), x)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.skipif(not has_kernel(), reason="fedpft._C is not built")
+@pytest.mark.parametrize("wrong", [-1, 12])
+def test_a_neuron_that_the_weights_do_not_have_is_named(wrong: int) -> None:
+    ffn = make_ffn(10, 8, 12, dtype=torch.float32)
+    neurons = torch.tensor([3, wrong, 0])
+    with pytest.raises(RuntimeError, match=f"neurons: has {wrong} at position 1"):
+        kernels.sub_ffn(ffn.x, *ffn.weights, activation="gelu", neurons=neurons)
+    saved = torch.zeros(1, 10, 3)
+    with pytest.raises(RuntimeError, match=f"neurons: has {wrong} at position 1"):
+        torch.ops.fedpft.sub_ffn_backward(ffn.x, saved, ffn.w_in, None, ffn.w_out, neurons, "gelu", False)
+
+
+def allocations(call: Callable[[], Any]) -> list[int]:
+    """Bytes of every tensor that a call allocates."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in events if event.nbytes() > 0]
+
+
+@pytest.mark.skipif(not has_kernel(), reason="fedpft._C is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_whole_weight_is_copied_or_widened(dtype: torch.dtype) -> None:
+    K, D = 4096, 64
+    ffn = make_ffn(8, D, 2 * K, dtype=dtype)
+    x = ffn.x.requires_grad_()
+
+    def call() -> None:
+        y = kernels.sub_ffn(x, *ffn.weights, activation="gelu", neurons=torch.arange(K), count=True)[0]
+        y.sum().backward()
+
+    call()
+    assert 0 < max(allocations(call)) < K * D * 4 / 4
+
+
+@pytest.mark.skipif(not has_kernel(), reason="fedpft._C is not built")
+@pytest.mark.parametrize("compact", [False, True])
+def test_only_what_backward_reads_is_as_large_as_the_hidden_values(compact: bool) -> None:
+    N, K = 4096, 1024
+    ffn = make_ffn(N, 8, K, dtype=torch.float32)
+    x, threads = ffn.x.requires_grad_(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        sizes = allocations(
+            lambda: kernels.sub_ffn(x, *ffn.weights, activation="gelu", compact=compact).sum().backward()  # type: ignore[union-attr]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert [size for size in sizes if size >= N * K] == [N * K * (2 if compact else 4)]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_backward_may_run_twice(train: bool) -> None:
+    ffn = make_ffn(300, 8, 12, dtype=torch.float32, gated=True)
+    x = ffn.x.requires_grad_()
+    if train:
+        y = kernels.sub_ffn_train(x, *ffn.weights, *ffn.updated(5), activation="gelu")  # type: ignore[arg-type]
+    else:
+        y = kernels.sub_ffn(x, *ffn.weights, activation="gelu")  # type: ignore[assignment]
+    first, second = (torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("input_grad", [False, True])
+@pytest.mark.parametrize(("N", "D", "K", "U"), [(0, 4, 5, 2), (3, 0, 4, 2), (3, 4, 0, 0), (7, 4, 5, 0), (700, 4, 5, 5)])
+def test_gradients_of_empty_dimensions_and_of_no_neuron(N: int, D: int, K: int, U: int, input_grad: bool) -> None:
+    draw = torch.Generator().manual_seed(17)
+    grad_y, x, w_in, w_gate, w_out = (
+        torch.randn(*shape, dtype=torch.float64, generator=draw) for shape in [(N, D)] * 2 + [(K, D)] * 3
+    )
+    for gate in (None, w_gate):
+        saved = torch.randn(1 if gate is None else 2, N, K, dtype=torch.float64, generator=draw)
+        arguments = (grad_y, x, saved, w_in, gate, w_out, U, "silu", input_grad)
+        actual = torch.ops.fedpft.sub_ffn_train_backward(*arguments)
+        for value, expected in zip(actual, reference.sub_ffn_train_backward(*arguments), strict=True):
+            torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("tokens", [40, 257, 1061])
+def test_the_same_training_step_gives_the_same_bits(tokens: int) -> None:
+    ffn = make_ffn(tokens, 24, 40, dtype=torch.float32, gated=True)
+    arguments: tuple[Any, ...] = (ffn.x, *ffn.weights, *ffn.updated(20), "gelu", True)
+    saved = reference.sub_ffn_train(*arguments)[1]
+    first, second = (
+        torch.ops.fedpft.sub_ffn_train_backward(ffn.x, ffn.x, saved, ffn.w_in, ffn.w_gate, ffn.w_out, 20, "gelu", True)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_leading_dimensions_are_tokens() -> None:

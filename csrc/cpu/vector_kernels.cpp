@@ -176,10 +176,52 @@ void count_inactive(const Real* active, Real eps, int* counts, long n) {
   for (long j = 0; j < n; ++j) counts[j] += magnitude(active[j]) <= eps ? 1 : 0;
 }
 
-template <class Real>
-void narrow(const Real* a, unsigned short* bfloat16, long n) {
+template <class Real, class E>
+void load_as(const void* values, const long* index, long stride, Real* out, long n) {
+  const auto* a = static_cast<const typename E::Stored*>(values);
+  if (index) {
+    for (long j = 0; j < n; ++j) out[j] = static_cast<Real>(E::load(a[index[j] * stride]));
+  } else if (stride != 1) {
+    for (long j = 0; j < n; ++j) out[j] = static_cast<Real>(E::load(a[j * stride]));
+  } else {
 #pragma omp simd
-  for (long j = 0; j < n; ++j) bfloat16[j] = BFloat16::store(static_cast<float>(a[j]));
+    for (long j = 0; j < n; ++j) out[j] = static_cast<Real>(E::load(a[j]));
+  }
+}
+
+template <class Real>
+void load(Element element, const void* a, const long* index, long stride, Real* out, long n) {
+  switch (element) {
+    case Element::kFloat32:
+      return load_as<Real, Float32>(a, index, stride, out, n);
+    case Element::kFloat64:
+      return load_as<Real, Float64>(a, index, stride, out, n);
+    case Element::kFloat16:
+      return load_as<Real, Float16>(a, index, stride, out, n);
+    case Element::kBFloat16:
+      return load_as<Real, BFloat16>(a, index, stride, out, n);
+  }
+}
+
+template <class Real, class E>
+void store_as(const Real* a, void* values, long n) {
+  auto* out = static_cast<typename E::Stored*>(values);
+#pragma omp simd
+  for (long j = 0; j < n; ++j) out[j] = E::store(static_cast<typename E::Wide>(a[j]));
+}
+
+template <class Real>
+void store(Element element, const Real* a, void* out, long n) {
+  switch (element) {
+    case Element::kFloat32:
+      return store_as<Real, Float32>(a, out, n);
+    case Element::kFloat64:
+      return store_as<Real, Float64>(a, out, n);
+    case Element::kFloat16:
+      return store_as<Real, Float16>(a, out, n);
+    case Element::kBFloat16:
+      return store_as<Real, BFloat16>(a, out, n);
+  }
 }
 
 template <class Real>
@@ -197,7 +239,8 @@ constexpr RowKernels<Real> row_kernels() {
       differentiate<Real>,
       multiply_derivative<Real>,
       count_inactive<Real>,
-      narrow<Real>,
+      load<Real>,
+      store<Real>,
       multiply_bfloat16<Real>};
 }
 

@@ -10,13 +10,15 @@ namespace fedpft {
 
 template <class Real>
 struct RowKernels {
-  void (*add)(Real* out, const Real* a, long n);                                 // out += a
-  void (*multiply)(Real* out, const Real* a, long n);                            // out *= a
-  void (*activate)(Activation, const Real* z, Real* out, long n);                // out = act(z)
-  void (*differentiate)(Activation, const Real* z, Real* out, long n);           // out = act'(z)
-  void (*multiply_derivative)(Activation, const Real* z, Real* out, long n);     // out *= act'(z)
-  void (*count_inactive)(const Real* active, Real eps, int* counts, long n);     // counts += |active| <= eps
-  void (*narrow)(const Real* a, unsigned short* bfloat16, long n);               // round to nearest even
+  void (*add)(Real* out, const Real* a, long n);                              // out += a
+  void (*multiply)(Real* out, const Real* a, long n);                         // out *= a
+  void (*activate)(Activation, const Real* z, Real* out, long n);             // out = act(z)
+  void (*differentiate)(Activation, const Real* z, Real* out, long n);        // out = act'(z)
+  void (*multiply_derivative)(Activation, const Real* z, Real* out, long n);  // out *= act'(z)
+  void (*count_inactive)(const Real* active, Real eps, int* counts, long n);  // counts += |active| <= eps
+  // out[j] = a[j * stride] or, with an index, a[index[j] * stride], widened
+  void (*load)(Element, const void* a, const long* index, long stride, Real* out, long n);
+  void (*store)(Element, const Real* a, void* out, long n);                      // out = a, rounded to nearest even
   void (*multiply_bfloat16)(Real* out, const unsigned short* bfloat16, long n);  // out *= bfloat16
 };
 

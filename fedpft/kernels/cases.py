@@ -145,7 +145,9 @@ def _ffn_cases(dtype: torch.dtype) -> Iterator[Case]:
             train: tuple[Any, ...] = (ffn.x, *ffn.weights, *ffn.updated(updated), activation, True)
             yield Case("sub_ffn_train", name, dtype, train)
             inputs = (ffn.x, ffn.x, reference.sub_ffn_train(*train)[1], ffn.w_in, ffn.w_gate, ffn.w_out)
-            yield Case("sub_ffn_train_backward", name, dtype, (*inputs, updated, activation, True))
+            for suffix, input_grad in (("", True), ("-weights-only", False)):
+                backward = (*inputs, updated, activation, input_grad)
+                yield Case("sub_ffn_train_backward", f"{name}{suffix}", dtype, backward)
 
 
 def _neuron_set_cases(dtype: torch.dtype) -> Iterator[Case]:
