@@ -5,9 +5,8 @@
 // Shapes: s, t, ds (N, D), s and t with any strides; mask (N,) bool; loss and 1 / sum t^2 () float32, or float64 for
 //   float64. No token: both are 0. Tokens that the mask leaves out are not read, and their gradient is 0.
 // Accumulation: squares of widened values (float32; float64 for float64), 512 at a time in that type, joined in
-// float64. Determinism: the same bits whatever the number of threads: a block's rows depend on D alone, and blocks are
-// joined in
-//   order.
+//   float64. Determinism: the same bits whatever the number of threads: a block's rows depend on D alone, and blocks
+//   are joined in order.
 // Bytes moved: forward reads s and t once, backward reads them once and writes ds; rows that are not contiguous are
 //   copied first.
 // Parallel over blocks of rows of about 2^15 values.

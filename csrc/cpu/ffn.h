@@ -17,6 +17,7 @@
 
 #include "capability.h"
 #include "matrix.h"
+#include "operands.h"
 #include "tiles.h"
 
 namespace fedpft {
@@ -32,11 +33,9 @@ std::tuple<Tensor, Tensor, Tensor> sub_ffn_cpu(
     Tensor x, Tensor w_in, Optional b_in, Optional w_gate, Optional b_gate, Tensor w_out, Optional b_out,
     Optional neurons, Optional mask, std::string activation, double eps, bool count, bool save, bool compact);
 
-Activation activation_of(const std::string& name);
-Element element_of(ScalarType type);
-
-// The wrappers check with better words; this keeps a direct call from reading past a tensor's end.
-void check(const Optional& tensor, const char* name, ScalarType type, std::vector<int64_t> shape);
+inline void check(const Optional& tensor, const char* name, ScalarType type, std::vector<int64_t> shape) {
+  if (tensor) check(*tensor, name, type, shape);
+}
 
 template <class Real>
 const RowKernels<Real>& row_kernels();
@@ -64,10 +63,6 @@ T* data(const Optional& tensor) {
   return tensor ? data<T>(*tensor) : nullptr;
 }
 
-inline Tensor packed(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 template <class Real>
 Tensor scratch(const Tensor& like, std::vector<int64_t> shape) {
   return torch::stable::new_empty(like, shape, kScalarType<Real>);
@@ -80,7 +75,7 @@ class NeuronRows {
   NeuronRows() = default;
   NeuronRows(const Tensor& weight, const int64_t* chosen)
       : data_(static_cast<char*>(weight.mutable_data_ptr())),
-        element_(element_of(weight.scalar_type())),
+        element_(element_of(weight, "a weight")),
         bytes_(static_cast<int64_t>(weight.element_size())),
         columns_(weight.size(1)),
         row_stride_(weight.stride(0)),
@@ -133,7 +128,7 @@ Optional widened(const Optional& vector, const Optional& chosen) {
   const int64_t count = chosen ? chosen->size(0) : vector->size(0);
   const Tensor values = scratch<Real>(*vector, {count});
   row_kernels<Real>().load(
-      element_of(vector->scalar_type()), vector->const_data_ptr(), data<int64_t>(chosen), vector->stride(0),
+      element_of(*vector, "a bias"), vector->const_data_ptr(), data<int64_t>(chosen), vector->stride(0),
       data<Real>(values), count);
   return values;
 }
@@ -232,7 +227,7 @@ template <class Real>
 class TokenRows {
  public:
   TokenRows(const Tensor& tensor, const Tiles& tiles)
-      : tensor_(tensor), tiles_(tiles), element_(element_of(tensor.scalar_type())) {
+      : tensor_(tensor), tiles_(tiles), element_(element_of(tensor, "x")) {
     if (element_ != kElement<Real>) scratch_ = scratch<Real>(tensor, {tiles.wave_tokens(), tensor.size(1)});
   }
 
@@ -278,7 +273,7 @@ class SavedRows {
  public:
   explicit SavedRows(const Tensor& saved)
       : data_(data<char>(saved)),
-        element_(element_of(saved.scalar_type())),
+        element_(element_of(saved, "saved")),
         bytes_(saved.element_size()),
         tokens_(saved.size(1)),
         neurons_(saved.size(2)) {}

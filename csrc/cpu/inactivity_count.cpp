@@ -26,14 +26,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kValuesPerTask = 1 << 14;
 
-Activation activation_of(const std::string& name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "silu") return Activation::kSilu;
-  STD_TORCH_CHECK(false, "inactivity_count: unknown activation ", name);
-}
-
 template <class Real>
 void count(
     const fedpft::RowKernels<Real>& kernels, const Tensor& z, Element element, const Mask& counted, Activation act,
@@ -64,7 +56,7 @@ void count(
 Tensor inactivity_count_cpu(Tensor z, std::optional<Tensor> mask, std::string activation, double eps) {
   const Element element = fedpft::element_of(z, "z");
   STD_TORCH_CHECK(z.dim() == 2, "z must have two dimensions");
-  const Activation act = activation_of(activation);
+  const Activation act = fedpft::activation_of(activation);
   const Mask counted(mask, z.size(0));
   const Tensor rows = fedpft::packed_rows(z), counts = torch::stable::new_zeros(z, {z.size(1)}, ScalarType::Long);
   int64_t* total = static_cast<int64_t*>(counts.mutable_data_ptr());

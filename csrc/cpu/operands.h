@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "stream_kernels.h"
@@ -26,6 +27,14 @@ inline Element element_of(const torch::stable::Tensor& tensor, const char* name)
     default:
       STD_TORCH_CHECK(false, name, " has an unsupported dtype");
   }
+}
+
+inline Activation activation_of(const std::string& name) {
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "silu") return Activation::kSilu;
+  STD_TORCH_CHECK(false, "activation: unknown name ", name);
 }
 
 inline void check(

@@ -4,17 +4,16 @@
 //   gated: g = x W_gate^T + b_gate   y = (act(g) * z) W_out + b_out      dx = (dh * z * act'(g)) W_gate + (dh * act(g))
 //   W_in counts[j] = tokens under the mask with |act(z_j)| <= eps (gated: act(g_j))
 //
-// Shapes: x, y (N, D); W_in, W_gate, W_out (F, D), neuron-major; biases (F,), (F,), (D,); neurons (K,) int64, or K = F;
-//   counts (K,) int64; saved (P, N, K): pre-activations [g, z] or [z] in x's dtype, or, compact, the derivatives of h
-//   by them in bfloat16.
+// Shapes: x, y (N, D); W_in, W_gate, W_out (F, D), neuron-major; biases (F,), (F,), (D,); neurons (K,) int64, or K =
+//   F; counts (K,) int64; saved (P, N, K): pre-activations [g, z] or [z] in x's dtype, or, compact, the derivatives
+//   of h by them in bfloat16.
 // Accumulation: float32 (float64 for float64) throughout; y and dx grow block by block of neurons, in order. bfloat16
 //   and float16 are widened as they are loaded (ffn.h; x and y a tile at a time), and results are rounded once: no
 //   instruction set compiled here multiplies them any faster.
 // Determinism: the same bits on every run with the same threads and instruction set; counts are sums of integers.
 // Bytes moved: a tile of tokens meets a block of neurons in the second-level cache; z is written once (to `saved`, if
-// it
-//   is wanted) and read once beside the two multiplies; bias, activation, derivative and count work on a row that is in
-//   the first-level cache.
+//   it is wanted) and read once beside the two multiplies; bias, activation, derivative and count work on a row that
+//   is in the first-level cache.
 // Parallel over tiles (tiles.h). Scratch: one tile by one block a thread, two in a gated FFN; in half types a tile of x
 //   and y as well.
 #include <torch/csrc/stable/library.h>
@@ -22,36 +21,6 @@
 #include "ffn.h"
 
 namespace fedpft {
-
-Activation activation_of(const std::string& name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "silu") return Activation::kSilu;
-  STD_TORCH_CHECK(false, "activation: unknown name ", name);
-}
-
-Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::Double:
-      return Element::kFloat64;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "x: unsupported dtype");
-  }
-}
-
-void check(const Optional& tensor, const char* name, ScalarType type, std::vector<int64_t> shape) {
-  if (!tensor) return;
-  bool fits = tensor->scalar_type() == type && tensor->dim() == static_cast<int64_t>(shape.size());
-  for (size_t d = 0; fits && d < shape.size(); ++d) fits = tensor->size(d) == shape[d];
-  STD_TORCH_CHECK(fits, "sub_ffn: ", name, " has a wrong shape or dtype");
-}
 
 // As they lie in memory, every one checked.
 Optional packed_neurons(const Optional& neurons, int64_t rows) {

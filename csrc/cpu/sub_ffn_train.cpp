@@ -6,13 +6,14 @@
 //   dW_in = (d2 or d1)^T x   dW_gate = d1^T x   db = sums of d1, d2 over tokens   dW_out = h^T dy   db_out = sum of dy
 //   dx = d1 W_gate + d2 W_in, or d1 W_in
 //
-// Shapes: x, y, dy, dx (N, D); W (K, D), neuron-major; dW (U, D), db (U,), db_out (D,); saved (P, N, K): [g, z] or [z].
-//   The updated neurons stand first, so their rows are a view. Without a gradient of x the other neurons are not read.
+// Shapes: x, y, dy, dx (N, D); W (K, D), neuron-major; dW (U, D), db (U,), db_out (D,); saved (P, N, K): [g, z] or
+//   [z]. The updated neurons stand first, so their rows are a view. Without a gradient of x the other neurons are not
+//   read.
 // Accumulation: float32 (float64 for float64), weight gradients over the tokens wave by wave, in order; rounded once.
-// Determinism: the same bits on every run with the same threads and instruction set. A row of dW belongs to one thread.
-// Bytes moved: as sub_ffn.cpp; d1, d2 and h of a wave of tokens by a block of neurons stay in cache from the row loops
-// to
-//   the products with x and dy. h is computed again from z, for the updated neurons only.
+// Determinism: the same bits on every run with the same threads and instruction set. A row of dW belongs to one
+//   thread.
+// Bytes moved: as sub_ffn.cpp; d1, d2 and h of a wave of tokens by a block of neurons stay in cache from the row
+//   loops to the products with x and dy. h is computed again from z, for the updated neurons only.
 // Parallel over tiles of a wave for d1, d2, h and dx, then over the updated neurons of the block for dW and db.
 // Scratch: two waves by a block, three in a gated FFN.
 #include <torch/csrc/stable/library.h>

@@ -3,13 +3,13 @@
 //   loss = sum (t - s)^2 * inverse_energy, inverse_energy = 1 / sum t^2, both sums over tokens under the mask
 //   grad_s = (s - t) * 2 * grad * inverse_energy, 0 where the mask is
 //
-// Shapes: s, t (N, D), any strides; mask (N,) bool or none; grad_s (N, D) contiguous; the others scalars on the device.
+// Shapes: s, t (N, D), any strides; mask (N,) bool or none; grad_s (N, D) contiguous; the others scalars on the
+//   device.
 // Accumulation: squares in float32 (float64 for float64), at most 32 of them, then float64; one rounding at the end.
 // Determinism: a warp sums its rows in order, a block its warps, and a second kernel the blocks; how many there are
-// depends
-//   on N alone. No atomics.
+//   depends on N alone. No atomics.
 // Bytes moved: forward s and t once, and 24 a block; backward s and t once, grad_s once. What the mask hides is not
-// read. Split: a warp has a row at a time. No scalar visits the host, so neither direction waits for the GPU.
+//   read. Split: a warp has a row at a time. No scalar visits the host, so neither direction waits for the GPU.
 #include "element.h"
 #include "launchers.h"
 #include "reduce.h"

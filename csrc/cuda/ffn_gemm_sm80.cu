@@ -1,10 +1,11 @@
 // ffn_gemm.h on Ampere and Ada: CUTLASS 2, compiled once per half type (FEDPFT_ELEMENT, the table FEDPFT_GEMMS).
 //
-// Multiply: A (N, D) and B (K, D), both row-major ("TN"): mma 16x8x16 with float32 accumulators; a block of 128 threads
-//   has a tile of 128 x 128, in 4 stages of 32 along D by cp.async: 64 KiB of shared memory, which 8.6 and 8.9 have
-//   too.
-// Epilogue: the accumulators pass through shared memory, so that a thread holds 8 neighbouring columns of a row; bias,
-//   kept values, gate and outputs are read and written from there, 16 bytes at once. Bytes moved: each element once.
+// Multiply: A (N, D) and B (K, D), both row-major ("TN"): mma 16x8x16 with float32 accumulators; a block of 128
+//   threads has a tile of 128 x 128, in 4 stages of 32 along D by cp.async: 64 KiB of shared memory, which 8.6 and
+//   8.9 have too.
+// Epilogue: the accumulators pass through shared memory, so that a thread holds 8 neighbouring columns of a row;
+//   bias, kept values, gate and outputs are read and written from there, 16 bytes at once. Bytes moved: each element
+//   once.
 // Counts: bytes of one word a column group (a thread has at most 16 rows), added up over the lanes that share the
 //   columns, then one atomic addition a warp and column. Sums of integers do not depend on their order.
 #include <cutlass/cutlass.h>

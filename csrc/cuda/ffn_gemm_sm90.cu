@@ -1,15 +1,14 @@
 // ffn_gemm.h on Hopper: CUTLASS 3, compiled once per half type (FEDPFT_ELEMENT, the table FEDPFT_GEMMS).
 //
-// Multiply: A (N, D) and B (K, D), both row-major, so both operands are contiguous along D ("TN"): wgmma 64x128x16 with
-//   float32 accumulators, operands by TMA into as many stages as shared memory holds beside the epilogue.
+// Multiply: A (N, D) and B (K, D), both row-major, so both operands are contiguous along D ("TN"): wgmma 64x128x16
+//   with float32 accumulators, operands by TMA into as many stages as shared memory holds beside the epilogue.
 // Grid: persistent; a block of 384 threads is one warpgroup that loads and two that multiply ("pingpong"): while one
 //   runs the epilogue of its 128x128 tile, the other multiplies. At D = 768 the activation costs about as much as the
 //   multiply, so hiding one behind the other is what pays. Two blocks of a cluster share a tile of B (weights).
 // Epilogue: `saved` and the output leave through shared memory and TMA stores; bias, activation, derivative and count
 //   work on the accumulators in registers. Bytes moved: the operands once a wave, and each output element once.
 // Counts: one atomic addition per warp and column of a tile. Sums of integers do not depend on their order, so counts
-// and
-//   everything else have the same bits on every run.
+//   and everything else have the same bits on every run.
 // One instance a direction: which tensors exist and which activation runs are arguments, uniform over the grid.
 #include <cutlass/cutlass.h>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>

@@ -3,15 +3,13 @@
 //   counts[j] += sum over tokens i under the mask of ( |act(z[i, j])| <= eps )
 //
 // Shapes: z (N, F), any strides; mask (N,) bool or none; counts (F,) int64, zero before.
-// Activation: not evaluated on the device. GELU and SiLU fall to one minimum and rise from there, so the inactive z are
-// two
-//   intervals; the host finds their ends to the last bit, and the device compares. |act(z)| is meant as rounded from
-//   float64 to float32 (float64 for float64), and GELU keeps its tail, as on the CPU.
+// Activation: not evaluated on the device. GELU and SiLU fall to one minimum and rise from there, so the inactive z
+//   are two intervals; the host finds their ends to the last bit, and the device compares. |act(z)| is meant as
+//   rounded from float64 to float32 (float64 for float64), and GELU keeps its tail, as on the CPU.
 // Determinism: counts are sums of integers.
 // Bytes moved: z once; 8 F written. Memory-bound in every type, where act itself would not be.
-// Split: a block has a tile of neurons, 64 bytes of a row wide, and every gridDim.y-th group of rows; it adds to counts
-// once
-//   a neuron.
+// Split: a block has a tile of neurons, 64 bytes of a row wide, and every gridDim.y-th group of rows; it adds to
+//   counts once a neuron.
 #include <cmath>
 #include <cstring>
 #include <limits>

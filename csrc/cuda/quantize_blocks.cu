@@ -4,12 +4,11 @@
 //
 // Shapes: x (n,), any stride; q (n,) int8, scales (ceil(n / block),) float32, contiguous.
 // Arithmetic: float32, whatever x is; true divisions, round half to even, as the reference. x / 0 of a block of zeros
-// is
-//   not a number and becomes 0. Absolute values are compared as the integers of their bits, where infinity is above all
-//   numbers and what is not a number above infinity: so the scale of such a block is not finite.
+//   is not a number and becomes 0. Absolute values are compared as the integers of their bits, where infinity is
+//   above all numbers and what is not a number above infinity: so the scale of such a block is not finite.
 // Determinism: a maximum has no order.
 // Bytes moved: x once from memory (the second look at a block finds it in the cache), 1 an element and 4 a block
-// written. Split: a warp has a block of up to 4096 values, else a thread block.
+//   written. Split: a warp has a block of up to 4096 values, else a thread block.
 #include "element.h"
 #include "launchers.h"
 
