@@ -59,10 +59,12 @@ def test_compiled_kernels_are_the_ones_that_run(name: str) -> None:
     assert kernel_of(name, "cuda") == "cuda"
 
 
-@pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_operator_agrees_with_its_reference(case: Case) -> None:
-    error, tolerance = compare(case, "cuda")
-    assert error <= tolerance
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_operator_agrees_with_its_reference(name: str) -> None:
+    for case in ALL_CASES:
+        if case.operator == name:
+            error, tolerance = compare(case, "cuda")
+            assert error <= tolerance, str(case)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -46,6 +46,7 @@ struct Parts {
   Part parts[kMostParts];
   const void* weights[kMostParts][kMostLayers];
 };
+static_assert(sizeof(Parts) + 16 <= 4096, "what every driver takes as parameters of a kernel");
 
 template <class T, int V>
 __device__ inline Wide<T> sum_of_squares(const Vector<T, V>& vector) {
