@@ -30,7 +30,9 @@ class Emulator:
 
     def __init__(self, directory: Path) -> None:
         """Builds the library in `directory`."""
-        path = _build(directory)
+        sources = sorted(path for path in (ROOT / "csrc/cuda").iterdir() if path.suffix in (".cu", ".cpp"))
+        sources = [path for path in sources if path.name not in REPLACED and "<cutlass/" not in path.read_text()]
+        path = compile_library(sources + sorted((ROOT / "tests/cuda_emulator").glob("*.cpp")), directory)
         for name, schema in SCHEMAS.items():
             torch.library.define(f"fedpft_emulated::{name}", " ".join(schema.split()))
         torch.ops.load_library(str(path))
@@ -47,13 +49,17 @@ class Emulator:
         """
         kernel = getattr(torch.ops.fedpft_emulated, operator).default
         key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-        self._library.emulator_guard(PLACEMENTS[placement])
+        self.guard(placement)
         self._library.emulator_reverse(backwards)
         try:
             copies = tree_map(lambda value: _copy(value) if isinstance(value, Tensor) else value, arguments)
             return kernel.redispatch(key, *copies), copies
         finally:
-            self._library.emulator_guard(0)
+            self.guard(None)
+
+    def guard(self, placement: str | None) -> None:
+        """From now on tensors on the CPU lie between pages that are not there; None: as usual."""
+        self._library.emulator_guard(PLACEMENTS[placement] if placement else 0)
 
     def operator(self, name: str, **options: Any) -> Callable[..., Any]:
         """As a function of the operator's arguments; one that works in place changes what it was given."""
@@ -69,42 +75,30 @@ class Emulator:
 
 def _copy(tensor: Tensor) -> Tensor:
     """With the same strides, and no memory but what they reach."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = tensor.as_strided((reach if tensor.numel() else 0,), (1,))
+    return torch.empty(memory.shape, dtype=tensor.dtype).copy_(memory).as_strided(tensor.shape, tensor.stride())
 
 
-def _build(directory: Path) -> Path:
+def compile_library(sources: list[Path], directory: Path) -> Path:
+    """A shared library of CUDA sources, and of C++ sources that go with them."""
     torch_directory = Path(torch.__path__[0])
-    common = [
-        str(COMPILER),
-        "-O1",
-        "-g",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-    ]
-    common += ["-isystem", str(torch_directory / "include")]
-    emulated = ["-std=c++17", f"-I{ROOT / 'tests/cuda_emulator'}", "-DFEDPFT_LIBRARY=fedpft_emulated"]
-    emulated += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    common = [str(COMPILER), "-O1", "-g", "-fPIC", "-fvisibility=hidden"]
+    common += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-isystem", str(torch_directory / "include")]
+    emulated = ["-std=c++17", f"-I{ROOT / 'tests/cuda_emulator'}", f"-I{ROOT / 'csrc/cuda'}"]
+    emulated += ["-DFEDPFT_LIBRARY=fedpft_emulated", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     emulated += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    sources = [path for path in sorted((ROOT / "csrc/cuda").glob("*.c*")) if path.suffix in (".cu", ".cpp")]
-    sources = [path for path in sources if path.name not in REPLACED and "<cutlass/" not in path.read_text()]
-    sources += sorted((ROOT / "tests/cuda_emulator").glob("*.cpp"))
 
     def compile_source(source: Path) -> str:
         options = ["-std=c++20"] if source.name == "guarded_allocator.cpp" else emulated
-        target = str(directory / f"{source.stem}{source.suffix.replace('.', '-')}.o")
+        target = str(directory / f"{source.name}.o")
         _run([*common, *options, "-x", "c++", "-c", str(source), "-o", target])
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_source, sources))
     library = directory / "emulated.so"
-    _run(
-        [str(COMPILER), "-shared", *objects, "-o", str(library), f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-lc10"]
-    )
+    _run([*common, "-shared", *objects, "-o", str(library), f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-lc10"])
     return library
 
 

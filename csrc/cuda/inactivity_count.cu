@@ -26,7 +26,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kTileBytes = 64;
-constexpr int kLoads = 8;  // of a thread in flight
+constexpr int kLoads = 4;  // of a thread in flight
 
 template <class T>
 constexpr int kTile = kTileBytes / static_cast<int>(sizeof(T));

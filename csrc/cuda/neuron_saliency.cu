@@ -8,7 +8,7 @@
 // Bytes moved: every weight once, nothing is copied or transposed; 4 L F are written.
 // Split: a block has a tile of neurons that are 64 bytes of a row of w_out wide, in one layer. Where a neuron's weights
 //   lie side by side, a warp reads a neuron; where neurons lie side by side, a warp reads the tile's part of 8 rows.
-//   One layer of 11008 neurons in bfloat16 makes 344 blocks, each with 256 threads and 64 to 128 bytes a thread in
+//   One layer of 11008 neurons in bfloat16 makes 344 blocks, each with 256 threads and 64 bytes a thread in
 //   flight: enough for the bandwidth of 132 multiprocessors without a second stage.
 // Layers whose weights lie alike share a launch, up to 128 of them: their addresses travel as kernel parameters (3 KiB
 //   of 4), so there is nothing to copy to the device and a CUDA graph keeps them.

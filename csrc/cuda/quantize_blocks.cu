@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const float scale = __uint_as_float(group_max<kGroup>(most)) / 127.0f;
   if (threadIdx.x % kGroup == 0) scales[b] = scale;
-#pragma unroll 2
+#pragma unroll 1
   for (int64_t i = mine; i < vectors_end; i += kGroup * V) {
     const auto values = load<V>(x + i * stride);
     Vector<int8_t, V> steps;

@@ -95,6 +95,7 @@ def cases() -> Iterator[Case]:
         yield from _ffn_cases(dtype)
         yield from _neuron_set_cases(dtype)
         yield from _other_cases(dtype)
+        yield from _even_cases(dtype)
 
 
 def _saliency_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -187,3 +188,40 @@ def _other_cases(dtype: torch.dtype) -> Iterator[Case]:
         q, scales = reference.quantize_blocks(x, 64)
         if dtype == torch.float32:
             yield Case("dequantize_accumulate", f"{size}", dtype, (x, q, scales, 0.37, 64))
+
+
+def _even_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Sizes that 16-byte accesses divide, rows longer than a warp's step, more layers than one CUDA launch has."""
+    draw = torch.Generator().manual_seed(17)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=draw).to(dtype)
+
+    for L, F, D in ((2, 40, 1064), (1, 136, 8)):
+        w_in, w_gate = ([matrix(F, D) for _ in range(L)] for _ in range(2))
+        w_out = [matrix(D, F) for _ in range(L)]
+        yield Case("neuron_saliency", f"even-{F}x{D}", dtype, (w_in, w_gate, w_out))
+        padded = [matrix(D, F + 8)[:, :F] for _ in range(L)]
+        yield Case("neuron_saliency", f"even-padded-{F}x{D}", dtype, ([w.t() for w in padded], [], padded))
+    w_in, w_out = ([matrix(8, 8) for _ in range(131)] for _ in range(2))
+    w_in[130] = w_in[130].t()
+    yield Case("neuron_saliency", "even-131-layers", dtype, (w_in, [], w_out))
+    for N, D in ((70, 1064), (130, 72)):
+        first, second = matrix(N, D), matrix(N, D + 8)[:, :D]
+        mask = (torch.rand(2 * N, generator=draw) < 0.6)[::2]
+        for label, valid in (("masked", mask), ("all", None)):
+            where = f"even-{N}x{D}-{label}"
+            yield Case("inactivity_count", where, dtype, (second, valid, "gelu", 0.05))
+            yield Case("alignment_loss", where, dtype, (first, second, valid))
+            inverse_energy = reference.alignment_loss(first, second, valid)[1]
+            gradient = (torch.ones_like(inverse_energy), inverse_energy, first, second, valid)
+            yield Case("alignment_loss_backward", where, dtype, gradient)
+        yield Case("inactivity_count", f"even-{N}x{D}-transposed", dtype, (first.t(), None, "relu", 0.5))
+    for size, block in ((20_010, 256), (20_010, 8192), (77, 5), (300, 1)):
+        x = torch.randn(2 * size, generator=draw).to(dtype)
+        for label, values in (("even", x[:size]), ("gaps", x[::2])):
+            yield Case("quantize_blocks", f"{label}-{size}-{block}", dtype, (values, block))
+        q, scales = reference.quantize_blocks(x[:size], block)
+        if dtype == torch.float32:
+            yield Case("dequantize_accumulate", f"even-{size}-{block}", dtype, (x[:size], q, scales, 0.37, block))
+            yield Case("dequantize_accumulate", f"gaps-{size}-{block}", dtype, (x[::2], q, scales, 0.37, block))
