@@ -29,6 +29,7 @@ Run = Callable[[], Any]
 
 LEAST, LEAST_LONG, MOST = 5, 3, 50  # repetitions; LEAST_LONG for what takes over LONG_SECONDS a call
 LONG_SECONDS = 0.4
+SETTINGS = ("MALLOC_", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "FEDPFT_", "TORCH", "CUDA_")  # what can change a figure
 WARM_UP_ROUNDS = {"cpu": 1, "cuda": 3}
 BEYOND_CACHE = 4  # inputs are rotated through so many times the last-level cache
 
@@ -203,6 +204,7 @@ def provenance(device: str) -> dict[str, Any]:
         **commit(),
         "device": device,
         "machine": machine(device),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
