@@ -46,7 +46,10 @@ def outputs(name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
 
 
 def bits(tensors: list[Tensor]) -> list[bytes]:
-    return [tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+    return [
+        tensor.cpu().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+        for tensor in tensors
+    ]
 
 
 def test_every_operator_has_a_typical_case() -> None:

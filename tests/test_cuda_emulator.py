@@ -44,7 +44,10 @@ def test_order_of_threads_and_blocks_changes_no_bit(emulator: Emulator, operator
 
 def bits(values: Any) -> list[bytes]:
     tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-    return [tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+    return [
+        tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+        for tensor in tensors
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ special values
