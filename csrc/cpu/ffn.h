@@ -82,7 +82,8 @@ class NeuronRows {
         column_stride_(weight.stride(1)),
         chosen_(chosen) {}
 
-  bool in_place() const { return element_ == kElement<Real> && chosen_ == nullptr; }
+  bool is_wide() const { return element_ == kElement<Real>; }
+  bool in_place() const { return is_wide() && chosen_ == nullptr; }
   int64_t columns() const { return columns_; }
 
   // The rows where they lie, or as load() leaves them in `scratch`.
@@ -164,12 +165,20 @@ class NeuronBlocks {
   // body(wave, tile, block) for every tile of a wave at once, block after block; then body_of_wave(wave, block).
   template <class Body, class WaveBody>
   void for_each(const Tiles& tiles, const Body& body, const WaveBody& body_of_wave) const {
-    for (const Wave& wave : tiles.waves()) {
-      for (size_t i = 0; i + 1 < starts_.size(); ++i) {
+    const auto visit = [&](const Wave& wave, const NeuronBlock<Real>& block) {
+      tiles.for_each(wave, [&](const Tile& tile) { body(wave, tile, block); });
+      body_of_wave(wave, block);
+    };
+    const size_t blocks = starts_.size() - 1;
+    if (scratch_ && in_.is_wide()) {  // chosen rows: gathered once a call, since x and y have no scratch of their own
+      for (size_t i = 0; i < blocks; ++i) {
         const NeuronBlock<Real> block = load(i);
-        tiles.for_each(wave, [&](const Tile& tile) { body(wave, tile, block); });
-        body_of_wave(wave, block);
+        for (const Wave& wave : tiles.waves()) visit(wave, block);
       }
+      return;
+    }
+    for (const Wave& wave : tiles.waves()) {
+      for (size_t i = 0; i < blocks; ++i) visit(wave, load(i));
     }
   }
   template <class Body>
