@@ -1,27 +1,36 @@
 # make demo   sets up .venv, compiles the extension, and runs a federation of one server and three silos
 # make test   the same set-up, then the checks of the code and the tests
+# make dist   dist/: the sdist, and a wheel built from it alone
+# make wheel-test   installs that wheel into a new environment, with another torch, and checks the kernels there
 #
 #   PYTHON=python3.12        another Python, 3.11 or newer
 #   TORCH=torch==2.11.0      another torch than the one that constraints.txt holds
+#   FEDPFT_CUDA=0            no CUDA kernels; 1 demands them; auto, the default, builds them if nvcc is found
 #   DEMO_ARGS=--quick        options of `fedpft demo`
 #   PYTEST_ARGS='-k report'  options of pytest; -m slow runs the slow tests instead
+#   WHEEL_TORCH=torch==2.15.0  the torch of make wheel-test; the default is the oldest that is supported
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+WHEEL_TORCH ?= torch==2.11.0
+export FEDPFT_CUDA ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HELD := $(VENV)/constraints.txt
 TORCH_STAMP := $(VENV)/.installed-$(subst =,-,$(TORCH))
 STAMP := $(VENV)/.installed
+NVCC := $(if $(filter-out 0,$(FEDPFT_CUDA)),$(shell PATH="$$CUDA_HOME/bin:$$CUDA_PATH/bin:$$PATH:/usr/local/cuda/bin" command -v $${CUDACXX:-nvcc}))
+ASKED := $(FEDPFT_CUDA) $(NVCC) $(TORCH_CUDA_ARCH_LIST) $(CUTLASS_DIR)
+CUDA_SETTINGS := $(VENV)/.cuda-settings
 NATIVE := $(shell find csrc -type f)
 FORMATTED := $(filter %.h %.hpp %.cpp %.cu %.cuh,$(NATIVE))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lint test clean
+.PHONY: help install demo lint test dist wheel-test clean FORCE
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -39,6 +48,17 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+wheel-test:
+	$(PYTHON) -m venv --clear build/wheel-test
+	build/wheel-test/bin/python -m pip --disable-pip-version-check --quiet install '$(WHEEL_TORCH)' dist/fedpft-*.whl
+	cd build && wheel-test/bin/python -m fedpft.kernels
+	cd build && wheel-test/bin/fedpft doctor
+	cd build && wheel-test/bin/python -c 'from fedpft.kernels import build_info; assert build_info()["compiled"]'
 
 clean:
 	rm -rf $(VENV) demo-out build dist *.egg-info fedpft/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -59,7 +79,14 @@ $(TORCH_STAMP): constraints.txt
 	$(PIP) install '$(TORCH)' setuptools ninja cmake pybind11 -c $(HELD)
 	@touch '$@'
 
-$(STAMP): $(TORCH_STAMP) pyproject.toml setup.py CMakeLists.txt requirements-demo.txt $(NATIVE)
-	$(PIP) install --no-build-isolation -e '.[test]' -c $(HELD)
+# Changes only when the environment asks for another CUDA build than the last.
+$(CUDA_SETTINGS): $(TORCH_STAMP) FORCE
+	@echo '$(ASKED)' | cmp -s - '$@' || echo '$(ASKED)' > '$@'
+
+# Of nvidia-cutlass only the headers are used and of the demo's packages only data: without their dependencies.
+$(STAMP): $(TORCH_STAMP) $(CUDA_SETTINGS) pyproject.toml setup.py CMakeLists.txt requirements-demo.txt $(NATIVE)
+	$(if $(NVCC),$(PIP) install --no-deps nvidia-cutlass -c $(HELD))
+	@echo "compiling the extension$(if $(NVCC), with CUDA): minutes the first time"
+	$(PIP) install --no-build-isolation --no-warn-conflicts -e '.[test]' -c $(HELD)
 	$(PIP) install --no-deps -r requirements-demo.txt
 	@touch '$@'

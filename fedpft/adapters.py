@@ -5,8 +5,11 @@ that is what makes the plug-in possible (method.md, sections 3 and 5). LoRA itse
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from fedpft.architectures import architecture_of, layers_of, layers_path
 from fedpft.config import AdapterSection
 from fedpft.errors import InvalidUpdate, ModelError
+from fedpft.lora import lora_linear
 from fedpft.seeding import derive_seed
 
 Adapter = dict[str, Tensor]
@@ -40,6 +44,22 @@ def attach(model: nn.Module, settings: AdapterSection, *, seed: int) -> None:
     adapted = set(_parameters(model).values())
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in adapted)
+
+
+@contextmanager
+def training(model: nn.Module, dropout: float) -> Iterator[None]:
+    """While open, LoRA drops its input with this probability, and peft's layers compute by `lora_linear`.
+
+    No module is put into training mode, so that nothing else drops.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.forward = partial(_lora_forward, layer, dropout)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the instance's; the class's is peft's own
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -128,6 +148,14 @@ def save_peft(model: nn.Module, settings: AdapterSection, directory: Path) -> No
     config.save_pretrained(str(directory))
     tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in extract(model).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _lora_forward(layer: Any, dropout: float, x: Tensor) -> Tensor:
+    """What peft's layer computes, with its parameters."""
+    base, (name,) = layer.get_base_layer(), layer.active_adapters
+    weight = base.weight.t() if layer.fan_in_fan_out else base.weight
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return lora_linear(x, weight, base.bias, a, b, scale=layer.scaling[name], dropout=dropout)
 
 
 def _lora_config(model: nn.Module, settings: AdapterSection) -> LoraConfig:

@@ -97,7 +97,7 @@ class AdapterSection(Section):
 
     rank: int = Field(8, ge=0, description="R; 0: no LoRA, only the task head trains.")
     alpha: float = Field(48.0, gt=0.0, description="LoRA's scale is alpha / rank.")
-    dropout: Fraction = Field(0.1, description="Dropout on the input of LoRA.")
+    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout on the input of LoRA.")
 
 
 class TrainingSection(Section):

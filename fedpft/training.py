@@ -68,8 +68,8 @@ def train_round(
     device = next(model.parameters()).device
     order_seed = derive_seed(settings.seed, "order", silo)
     begun, loss_sum, tokens = time.monotonic(), 0.0, 0
-    _set_dropout(model, on=True)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    random_devices = [device] if device.type == "cuda" else []
+    with adapters.training(model, settings.adapter.dropout), torch.random.fork_rng(devices=random_devices):
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round))
         for step, batch in enumerate(batches(dataset, batch=training.batch, start=start, count=count, seed=order_seed)):
             for group in optimizer.param_groups:
@@ -93,7 +93,6 @@ def train_round(
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], training.gradient_clip)
             optimizer.step()
             optimizer.zero_grad()
-    _set_dropout(model, on=False)
     for ffn in sub_ffns(model).values():
         ffn.inactivity = None
     inactivity = {str(layer): counter.counts.cpu() for layer, counter in counters.items()} | {
@@ -114,6 +113,7 @@ def _optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.AdamW
     return torch.optim.AdamW(
         [{"params": parameters, "lr": rate, "initial_lr": rate} for parameters, rate in groups if parameters],
         weight_decay=training.weight_decay,
+        fused=True,
     )
 
 
@@ -124,12 +124,6 @@ def _count_inactivity(model: nn.Module, compressed: tuple[int, ...], eps: float)
         counts = torch.zeros(ffns[layer].neurons, dtype=torch.int64, device=ffns[layer].w_in.device)
         counters[layer] = ffns[layer].inactivity = InactivityCounter(eps, counts)
     return counters
-
-
-def _set_dropout(model: nn.Module, *, on: bool) -> None:
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            module.train(on)
 
 
 def _split(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import tiny
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from fedpft.models import load_model
+
+if TYPE_CHECKING:
+    from emulation import Emulator
 
 ModelFactory = Callable[[str], nn.Module]
 
@@ -48,3 +52,13 @@ def _loaded(fm_directory: Callable[[str], Path]) -> ModelFactory:
 def make_fm(_loaded: ModelFactory) -> ModelFactory:
     """model type -> a tiny FM of the test's own."""
     return lambda model_type: copy.deepcopy(_loaded(model_type))
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> "Emulator":
+    """The CUDA kernels, run by this machine's CPU."""
+    import emulation
+
+    if emulation.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    return emulation.Emulator(tmp_path_factory.mktemp("cuda_emulator"))

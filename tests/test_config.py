@@ -114,7 +114,7 @@ WRONG = [
     (
         "adapter.dropout",
         1.5,
-        ": adapter.dropout: input should be less than or equal to 1, got 1.5 -> adapter.dropout: ",
+        ": adapter.dropout: input should be less than 1, got 1.5 -> adapter.dropout: ",
     ),
     ("training", "fast", ": training: must be a mapping of keys, got 'fast' -> "),
     ("model", ["a"], ": model: must be a mapping of keys, got ['a'] -> "),

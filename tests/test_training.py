@@ -1,5 +1,6 @@
 """One silo's round of training against plain torch, and all that must not change while it runs."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import ModelFactory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedpft import adapters
 from fedpft.adapters import attach, extract, frozen_state
 from fedpft.architectures import ARCHITECTURES
 from fedpft.config import AdapterSection, LimitsSection, ProxySection, RoundSettings, TrainingSection
@@ -134,6 +136,54 @@ def test_training_is_what_plain_torch_does_to_the_fm(model_type: str, make_fm: M
     for name, tensor in parameters.items():
         moved = (tensor.detach() - untrained[name]).norm()
         assert (result.adapter[name] - tensor.detach()).norm() <= 0.01 * moved, name
+
+
+@every_architecture
+@pytest.mark.parametrize("max_batch", [None, 3])
+def test_losses_gradients_and_counts_are_those_of_pefts_own_layers(
+    model_type: str, max_batch: int | None, make_fm: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same round twice, once by `lora_linear` and once by peft's modules, which torch differentiates."""
+    wanted, data = settings(learning_rate=1e-4, batch=5), tiny.dataset(model_type, 10)
+    results = []
+    for fused in (True, False):
+        model, _ = proxy_for(make_fm, model_type, wanted)
+        generator = torch.Generator().manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # of 0, it would hide A's gradient and LoRA's part of the loss
+                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        start, gradients = extract(model), []
+        monkeypatch.setattr(
+            nn.utils,
+            "clip_grad_norm_",
+            lambda found, _most, kept=gradients: kept.extend(p.grad.clone() for p in found),
+        )
+        with monkeypatch.context() as patch:
+            if not fused:
+                patch.setattr(adapters, "training", lambda _model, _dropout: contextlib.nullcontext())
+            limits = LimitsSection(max_batch=max_batch)
+            results.append((train(model, data, wanted, count_inactivity=True, limits=limits), gradients))
+    (ours, our_gradients), (plain, plain_gradients) = results
+    assert ours.metrics["train_loss"] == pytest.approx(plain.metrics["train_loss"], rel=1e-6)
+    assert len(our_gradients) == 2 * len(start)
+    for found, expected in zip(our_gradients, plain_gradients, strict=True):
+        assert (found - expected).norm() <= 1e-4 * expected.norm()
+    for name, tensor in plain.adapter.items():
+        moved = (tensor - start[name]).norm()
+        assert (ours.adapter[name] - tensor).norm() <= 0.01 * moved, name
+    assert ours.inactivity is not None
+    assert plain.inactivity is not None
+    for name, expected in plain.inactivity.items():
+        assert (ours.inactivity[name] - expected).abs().max() <= 1  # a value within rounding of eps
+
+
+def test_pefts_layers_are_their_own_again_after_an_error(make_fm: ModelFactory) -> None:
+    model, _ = proxy_for(make_fm, "bert", settings())
+    before = tiny.logits(model, tiny.batch("bert"))
+    with pytest.raises(KeyError), adapters.training(model, 0.9):
+        raise KeyError
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert tiny.same_bits(tiny.logits(model, tiny.batch("bert")), before)
 
 
 def test_dropout_of_lora_is_on_and_no_other(make_fm: ModelFactory) -> None:

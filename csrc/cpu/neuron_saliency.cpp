@@ -9,14 +9,13 @@
 // Bytes moved: every weight is read once, nothing is copied or transposed; 4 L F bytes are written.
 // Parallel over blocks of neurons of all layers.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "capability.h"
+#include "operands.h"
 
 namespace {
 
@@ -41,25 +40,10 @@ Neurons by_neuron(const Tensor& weight, int64_t neuron_dim, int64_t neurons, Sca
       weight.stride(1 - neuron_dim)};
 }
 
-Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::Double:
-      return Element::kFloat64;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "neuron_saliency: unsupported dtype");
-  }
-}
-
 Tensor neuron_saliency_cpu(std::vector<Tensor> w_in, std::vector<Tensor> w_gate, std::vector<Tensor> w_out) {
   const int64_t layers = static_cast<int64_t>(w_in.size()), neurons = w_in.at(0).size(0);
   const ScalarType type = w_in[0].scalar_type();
-  const Element element = element_of(type);
+  const Element element = fedpft::element_of(w_in[0], "w_in[0]");
   const int64_t bytes = static_cast<int64_t>(w_in[0].element_size());
 
   std::vector<std::vector<Neurons>> parts(layers);
@@ -70,7 +54,7 @@ Tensor neuron_saliency_cpu(std::vector<Tensor> w_in, std::vector<Tensor> w_gate,
   Tensor saliency = torch::stable::new_empty(w_in[0], {layers, neurons}, ScalarType::Float);
   float* out = static_cast<float*>(saliency.mutable_data_ptr());
 
-  const fedpft::VectorKernels& kernels = fedpft::vector_kernels();
+  const fedpft::StreamKernels& kernels = *fedpft::vector_kernels().streams;
   const int64_t blocks = (neurons + kNeuronsPerTask - 1) / kNeuronsPerTask;
   torch::stable::parallel_for(0, layers * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {

@@ -1,6 +1,7 @@
 """Small inputs for every operator, and how far a kernel may be from its reference; for check, tests and bench.
 
 N tokens, D hidden size, K neurons, U updated neurons. Sizes are odd on purpose: no vector width divides them.
+Only where a label says "even" are D and K multiples of 8, which kernels with fused multiplies ask for.
 """
 
 import math
@@ -94,6 +95,7 @@ def cases() -> Iterator[Case]:
         yield from _ffn_cases(dtype)
         yield from _neuron_set_cases(dtype)
         yield from _other_cases(dtype)
+        yield from _even_cases(dtype)
 
 
 def _saliency_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -122,9 +124,14 @@ def _ffn_cases(dtype: torch.dtype) -> Iterator[Case]:
         "strided": make_ffn(35, 21, 18, dtype=dtype, gated=True, strided=True),
         "one-neuron": make_ffn(5, 3, 1, dtype=dtype),
         "no-tokens": make_ffn(0, 8, 8, dtype=dtype, gated=True),
+        "even": make_ffn(136, 64, 72, dtype=dtype),
+        "even-gated": make_ffn(136, 64, 72, dtype=dtype, gated=True),
+        "even-tiles": make_ffn(300, 128, 256, dtype=dtype, gated=True),
+        "even-no-bias": make_ffn(40, 72, 136, dtype=dtype, bias=False),
     }
+    every_activation = ("ragged", "gated", "even", "even-gated")
     for label, ffn in shapes.items():
-        for activation in reference.ACTIVATIONS if label in ("ragged", "gated") else ("gelu",):
+        for activation in reference.ACTIVATIONS if label in every_activation else ("gelu",):
             name = f"{label}-{activation}"
             for compact in (False, True):
                 full: tuple[Any, ...] = (ffn.x, *ffn.weights, None, ffn.mask, activation, 0.05, True, True, compact)
@@ -138,7 +145,9 @@ def _ffn_cases(dtype: torch.dtype) -> Iterator[Case]:
             train: tuple[Any, ...] = (ffn.x, *ffn.weights, *ffn.updated(updated), activation, True)
             yield Case("sub_ffn_train", name, dtype, train)
             inputs = (ffn.x, ffn.x, reference.sub_ffn_train(*train)[1], ffn.w_in, ffn.w_gate, ffn.w_out)
-            yield Case("sub_ffn_train_backward", name, dtype, (*inputs, updated, activation, True))
+            for suffix, input_grad in (("", True), ("-weights-only", False)):
+                backward = (*inputs, updated, activation, input_grad)
+                yield Case("sub_ffn_train_backward", f"{name}{suffix}", dtype, backward)
 
 
 def _neuron_set_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -150,6 +159,7 @@ def _neuron_set_cases(dtype: torch.dtype) -> Iterator[Case]:
         "set-strided": (35, 21, 18, 7, True, True),
         "set-blocks": (261, 16, 400, 300, True, False),
         "set-of-none": (9, 16, 33, 0, False, False),
+        "set-even": (136, 64, 96, 72, True, False),
     }.items():
         ffn = make_ffn(N, D, F, dtype=dtype, gated=gated, strided=strided)
         neurons = torch.randperm(F, generator=draw)[:K]
@@ -164,19 +174,73 @@ def _neuron_set_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 def _other_cases(dtype: torch.dtype) -> Iterator[Case]:
     draw = torch.Generator().manual_seed(11)
-    for N, D in ((37, 19), (0, 5), (1, 1)):
-        first, second = (torch.randn(N, D, generator=draw).to(dtype) for _ in range(2))
+
+    def tokens(N: int, D: int) -> Tensor:
+        return torch.randn(N, D, generator=draw).to(dtype)
+
+    for N, D in ((37, 19), (0, 5), (1, 1), (7, 1031), (701, 129)):
+        first, second = tokens(N, D), tokens(N, D)
         mask = torch.rand(N, generator=draw) < 0.6
         for label, valid in (("masked", mask), ("all", None), ("none", torch.zeros_like(mask))):
-            where = f"{N}x{D}-{label}"
-            yield Case("inactivity_count", where, dtype, (first, valid, "silu", 0.05))
-            yield Case("alignment_loss", where, dtype, (first, second, valid))
-            inverse_energy = reference.alignment_loss(first, second, valid)[1]
-            gradient = (torch.ones_like(inverse_energy), inverse_energy, first, second, valid)
-            yield Case("alignment_loss_backward", where, dtype, gradient)
-    for size in (0, 1, 256, 777):
-        x = torch.randn(size, generator=draw).to(dtype)
-        yield Case("quantize_blocks", f"{size}", dtype, (x, 64))
-        q, scales = reference.quantize_blocks(x, 64)
-        if dtype == torch.float32:
-            yield Case("dequantize_accumulate", f"{size}", dtype, (x, q, scales, 0.37, 64))
+            yield from _token_cases(f"{N}x{D}-{label}", first, second, valid)
+    gaps = torch.rand(70, generator=draw) < 0.6
+    yield from _token_cases("strided-columns", tokens(19, 35).t(), tokens(35, 57)[:, ::3], gaps[::2])
+    yield from _token_cases("strided-rows", tokens(70, 19)[::2], tokens(1, 19).expand(35, 19), gaps[::2])
+    for value in (math.inf, -math.inf, math.nan):
+        first, second = tokens(40, 7), tokens(40, 7)
+        first[3, 5], second[30, 1] = value, value
+        yield from _token_cases(f"masked-{value}", first, second, torch.arange(40) % 27 != 3)
+        yield from _token_cases(f"counted-{value}", first, second, torch.arange(40) != 30)
+
+    for size, block in ((0, 64), (1, 64), (256, 64), (777, 64), (100, 1), (1000, 4096), (70_001, 256)):
+        yield from _quantization_cases(f"{size}-by-{block}", tokens(1, size)[0], block)
+    yield from _quantization_cases("strided", tokens(2, 301).t()[:, 0], 64)
+    for value in (math.inf, -math.inf, math.nan):
+        x = tokens(1, 300)[0]
+        x[100] = value
+        yield from _quantization_cases(f"{value}", x, 64)
+
+
+def _even_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Sizes that 16-byte accesses divide, rows longer than a warp's step, more layers than one CUDA launch has."""
+    draw = torch.Generator().manual_seed(17)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=draw).to(dtype)
+
+    for L, F, D in ((2, 40, 1064), (1, 136, 8)):
+        w_in, w_gate = ([matrix(F, D) for _ in range(L)] for _ in range(2))
+        w_out = [matrix(D, F) for _ in range(L)]
+        yield Case("neuron_saliency", f"even-{F}x{D}", dtype, (w_in, w_gate, w_out))
+        padded = [matrix(D, F + 8)[:, :F] for _ in range(L)]
+        yield Case("neuron_saliency", f"even-padded-{F}x{D}", dtype, ([w.t() for w in padded], [], padded))
+    w_in, w_out = ([matrix(8, 8) for _ in range(131)] for _ in range(2))
+    w_in[130] = w_in[130].t()
+    yield Case("neuron_saliency", "even-131-layers", dtype, (w_in, [], w_out))
+    for N, D in ((70, 1064), (130, 72)):
+        first, second = matrix(N, D), matrix(N, D + 8)[:, :D]
+        mask = (torch.rand(2 * N, generator=draw) < 0.6)[::2]
+        for label, valid in (("masked", mask), ("all", None)):
+            yield from _token_cases(f"even-{N}x{D}-{label}", first, second, valid)
+        yield Case("inactivity_count", f"even-{N}x{D}-transposed", dtype, (first.t(), None, "relu", 0.5))
+    for size, block in ((20_010, 256), (20_010, 8192), (77, 5), (300, 1)):
+        x = torch.randn(2 * size, generator=draw).to(dtype)
+        for label, values in (("even", x[:size]), ("gaps", x[::2])):
+            yield from _quantization_cases(f"{label}-{size}-by-{block}", values, block)
+
+
+def _token_cases(label: str, first: Tensor, second: Tensor, mask: Tensor | None) -> Iterator[Case]:
+    for activation in reference.ACTIVATIONS if label == "37x19-masked" else ("silu",):
+        name = f"{label}-{activation}"
+        yield Case("inactivity_count", name, first.dtype, (first, mask, activation, 0.05))
+    yield Case("alignment_loss", label, first.dtype, (first, second, mask))
+    inverse_energy = reference.alignment_loss(first, second, mask)[1]
+    grad = torch.full_like(inverse_energy, first.numel())  # keeps the result near 1, which float16 needs
+    yield Case("alignment_loss_backward", label, first.dtype, (grad, inverse_energy, first, second, mask))
+
+
+def _quantization_cases(label: str, x: Tensor, block: int) -> Iterator[Case]:
+    yield Case("quantize_blocks", label, x.dtype, (x, block))
+    if x.dtype == torch.float32:
+        q, scales = (torch.stack([t, t], 1)[:, 0] for t in reference.quantize_blocks(x, block))
+        yield Case("dequantize_accumulate", label, x.dtype, (x, q, scales, 0.37, block))

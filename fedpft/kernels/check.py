@@ -1,7 +1,7 @@
 """Runs every operator on this machine and compares it with its reference in float64."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +57,17 @@ def kernel_of(operator: str, device: str) -> str:
     return build_info()["capability"] if device == "cpu" else device
 
 
-def compare(case: Case, device: str = "cpu") -> tuple[float, float]:
-    """Error and tolerance of the output that comes nearest to its tolerance, or goes furthest beyond it."""
+def compare(case: Case, device: str = "cpu", run: Callable[..., Any] | None = None) -> tuple[float, float]:
+    """Error and tolerance of the output that comes nearest to its tolerance, or goes furthest beyond it.
+
+    `run` is called with the arguments in place of the operator.
+    """
     operator = getattr(torch.ops.fedpft, case.operator).default
     wide = _run(getattr(reference, case.operator), _move(case.arguments, device, torch.float64))
     arguments = _move(case.arguments, device)
     if operator._schema.is_mutable:
         arguments = (arguments[0].clone(), *arguments[1:])
-    actual = _run(operator, arguments)
+    actual = _run(run or operator, arguments)
     pairs = [(0.0, TOLERANCES[case.dtype])]
     for index, (value, wanted) in enumerate(zip(actual, wide, strict=True)):
         tolerance = max(TOLERANCES[case.dtype], TOLERANCES.get(value.dtype, 0.0))
@@ -73,7 +76,7 @@ def compare(case: Case, device: str = "cpu") -> tuple[float, float]:
         elif value.dtype == torch.int64:
             pairs.append((_count_error(case, index, value, tolerance), tolerance))
         elif value.numel():
-            error = _largest(value.double() - wanted.double()) / max(_largest(wanted), 1e-30)
+            error = _largest(_difference(value, wanted)) / max(_largest(wanted[wanted.isfinite()]), 1e-30)
             pairs.append((error, 1.0 / 127.0 if value.dtype == torch.int8 else tolerance))
     return max(pairs, key=_closeness)
 
@@ -122,6 +125,13 @@ def _count_error(case: Case, index: int, counts: Tensor, tolerance: float) -> fl
 def _with_eps(case: Case, position: int, shift: float, device: str) -> tuple[Any, ...]:
     wide = _move(case.arguments, device, torch.float64)
     return *wide[:position], wide[position] + shift, *wide[position + 1 :]
+
+
+def _difference(value: Tensor, wanted: Tensor) -> Tensor:
+    """0 where both are the same infinity or both not a number; where one alone is, the difference is not finite."""
+    value, wanted = value.double(), wanted.double()
+    same = (value == wanted) | (value.isnan() & wanted.isnan())
+    return (value - wanted).masked_fill(same, 0.0)
 
 
 def _largest(values: Tensor) -> float:

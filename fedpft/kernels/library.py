@@ -14,6 +14,9 @@ _information: dict[str, Any] = {
     "version": __version__,
     "compiled": False,
     "cuda": False,
+    "nvcc": "",
+    "cuda_architectures": [],
+    "cutlass": [],
     "capabilities": [],
     "capability": "reference",
     "compiler": "",
@@ -40,7 +43,9 @@ def load() -> None:
 def build_info() -> dict[str, Any]:
     """What runs the operators on this machine.
 
-    Keys: version, compiled (bool), cuda (bool: CUDA kernels are built), capabilities (list of the instruction sets
-    that were compiled, best last), capability (the one in use, or "reference"), compiler, torch_target (least torch).
+    Keys: version, compiled (bool), cuda (bool: CUDA kernels are built), nvcc (its version), cuda_architectures (those
+    of the plain CUDA kernels, as CMake spells them), cutlass (those that the GEMMs of CUTLASS are built for),
+    capabilities (list of the instruction sets that were compiled, best last), capability (the one in use, or
+    "reference"), compiler, torch_target (least torch).
     """
     return dict(_information)

@@ -219,6 +219,7 @@ def dequantize_accumulate(total: Tensor, q: Tensor, scales: Tensor, weight: floa
     _check(q, "q", (total.shape[0],), dtypes=(torch.int8,))
     _check(scales, "scales", ((total.shape[0] + block - 1) // block,), dtypes=(torch.float32,))
     ops.dequantize_accumulate(total, q, scales, weight, block)
+    torch.autograd.graph.increment_version(total)  # a compiled kernel writes where autograd does not look
 
 
 def _check(

@@ -19,10 +19,13 @@ def _sub_ffn_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     _, w_in, _, w_gate, _, w_out, _, neurons, _, ctx.activation, _, _, ctx.has_saved, ctx.compact = inputs
     _, saved, counts = output
     ctx.mark_non_differentiable(saved, counts)
+    ctx.set_materialize_grads(False)  # or autograd makes zeros as large as `saved`, only to hand them to backward
     ctx.save_for_backward(saved, w_in, w_gate, w_out, neurons)
 
 
-def _sub_ffn_grad(ctx: Any, grad_y: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _sub_ffn_grad(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 14
     if not ctx.has_saved:
         raise RuntimeError("fedpft::sub_ffn: no gradient, because it ran with save=False")
     return ops.sub_ffn_backward(grad_y, *ctx.saved_tensors, ctx.activation, ctx.compact), *[None] * 13
@@ -32,10 +35,13 @@ def _sub_ffn_train_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     x, w_in, _, w_gate, _, w_out, _, updated_in, _, _, _, _, ctx.activation, ctx.has_saved = inputs
     ctx.updated = updated_in.shape[0]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], w_in, w_gate, w_out)
 
 
-def _sub_ffn_train_grad(ctx: Any, grad_y: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _sub_ffn_train_grad(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 14
     if not ctx.has_saved:
         raise RuntimeError("fedpft::sub_ffn_train: no gradient, because it ran with save=False")
     needed = ctx.needs_input_grad

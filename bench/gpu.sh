@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Builds, checks and measures on a machine with a GPU, in under 8 minutes and without a network.
+#
+#   bench/gpu.sh                      every step
+#   bench/gpu.sh build kernels=400    some steps, one with another time limit, in seconds
+#
+#   PYTHON=python3                    a Python 3.11 or newer with torch for CUDA
+#   OUT=bench/results                 where kernels-cuda.json, training-cuda.json and gpu.log go
+#   CUTLASS_DIR, TORCH_CUDA_ARCH_LIST as the build takes them; by default the code is for this GPU alone
+#   FEDPFT_WHEELS=directory           wheels of what is missing (pybind11, ninja, cmake, pytest, peft, ...)
+#   FEDPFT_COMMIT=abc1234[-dirty]     the commit, where git's directory was left behind
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-bench/results}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+log=$OUT/gpu.log
+: >"$log"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 FEDPFT_CUDA=1
+
+declare -A limit=([build]=150 [check]=15 [tests]=50 [memcheck]=20 [racecheck]=20 [kernels]=180 [training]=45)
+steps=(build check tests memcheck racecheck kernels training)
+if (($#)); then
+  steps=()
+  for argument; do
+    step=${argument%%=*}
+    if [[ -z ${limit[$step]:-} ]]; then
+      echo "bench/gpu.sh: no step '$step': choose from ${!limit[*]}" >&2
+      exit 2
+    fi
+    steps+=("$step")
+    [[ $argument == *=* ]] && limit[$step]=${argument#*=}
+  done
+fi
+
+if [[ -n ${FEDPFT_WHEELS:-} ]]; then
+  site=$(mktemp -d)
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$FEDPFT_WHEELS"/*.whl || exit 1
+  export PYTHONPATH=$PYTHONPATH:$site PATH=$PATH:$site/bin
+fi
+
+# One line that names everything that is missing, before minutes are spent.
+missing=$("$PYTHON" - <<'PYTHON_END'
+import importlib.util, shutil, sys
+modules = ("torch", "setuptools", "pybind11", "pytest", "hypothesis", "transformers", "peft", "pydantic")
+tools = ("nvcc", "cmake", "ninja", "c++")
+beside = sys.prefix + "/bin"
+absent = [name for name in modules if importlib.util.find_spec(name) is None]
+absent += [name for name in tools if not (shutil.which(name) or shutil.which(name, path=beside))]
+if "torch" not in absent:
+    import torch
+    absent += [] if torch.cuda.is_available() else ["a GPU that torch can use"]
+print(", ".join(absent))
+PYTHON_END
+) || exit 1
+if [[ -n $missing ]]; then
+  echo "bench/gpu.sh: missing: $missing -> install it, or carry wheels in FEDPFT_WHEELS" >&2
+  [[ $missing == *torch* || $missing == *GPU* ]] && exit 1
+fi
+if [[ -z ${TORCH_CUDA_ARCH_LIST:-} && $missing != *torch* ]]; then
+  capability=$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || exit 1
+  [[ $capability == 9.0 ]] && capability=9.0a # wgmma
+  export TORCH_CUDA_ARCH_LIST=$capability
+fi
+
+# shellcheck disable=SC2329 # the steps' functions are called in a child shell, which the time limit can end
+# One case of every operator and dtype: the sanitizer makes everything many times slower.
+few_cases() {
+  cat <<'PYTHON_END'
+from fedpft.kernels.cases import cases
+from fedpft.kernels.check import compare
+few = {(case.operator, case.dtype): case for case in cases()}
+for case in few.values():
+    error, tolerance = compare(case, "cuda")
+    assert error <= tolerance, (str(case), error, tolerance)
+print(len(few), "cases")
+PYTHON_END
+}
+
+# shellcheck disable=SC2329
+sanitizer() {
+  if ! command -v compute-sanitizer >/dev/null; then
+    echo "compute-sanitizer is not there: left out"
+    return 77
+  fi
+  # Without torch's caching allocator every tensor has bounds of its own.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 "$PYTHON" -c "$(few_cases)"
+}
+
+# shellcheck disable=SC2329
+run_step() {
+  case $1 in
+    build) "$PYTHON" setup.py build_ext --inplace ;;
+    check) "$PYTHON" -m fedpft.kernels ;;
+    tests)
+      mapfile -t files < <(grep -l 'mark\.cuda' tests/test_*.py)
+      "$PYTHON" -m pytest -q -m cuda "${files[@]}"
+      ;;
+    memcheck | racecheck) sanitizer "$1" ;;
+    kernels) "$PYTHON" -m bench.kernels --device cuda --json "$OUT/kernels-cuda.json" ;;
+    training) "$PYTHON" -m bench.training --device cuda --json "$OUT/training-cuda.json" ;;
+  esac
+}
+export -f run_step sanitizer few_cases
+export PYTHON OUT
+
+summary=() failed=0
+for step in "${steps[@]}"; do
+  echo "== $step (at most ${limit[$step]} s)" | tee -a "$log"
+  began=$SECONDS
+  timeout --kill-after=5 "${limit[$step]}" bash -c "set -o pipefail; run_step $step" 2>&1 | tee -a "$log"
+  code=${PIPESTATUS[0]}
+  case $code in
+    0) verdict="passed" ;;
+    77) verdict="left out" ;;
+    124 | 137) verdict="over its time limit" ;;
+    *) verdict="failed, exit code $code" ;;
+  esac
+  [[ $code == 0 || $code == 77 ]] || failed=1
+  summary+=("$step: $verdict, $((SECONDS - began)) s")
+done
+printf '%s\n' "== summary" "${summary[@]}" | tee -a "$log"
+exit "$failed"

@@ -1,0 +1,74 @@
+// What the operators ask of the tensors they are given. The wrappers check with better words; the checks here keep a
+// direct call from reading past a tensor's end.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "stream_kernels.h"
+
+namespace fedpft {
+
+inline Element element_of(const torch::stable::Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat32;
+    case ScalarType::Double:
+      return Element::kFloat64;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " has an unsupported dtype");
+  }
+}
+
+inline Activation activation_of(const std::string& name) {
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "silu") return Activation::kSilu;
+  STD_TORCH_CHECK(false, "activation: unknown name ", name);
+}
+
+inline void check(
+    const torch::stable::Tensor& tensor, const char* name, torch::headeronly::ScalarType type,
+    std::vector<int64_t> shape) {
+  bool fits = tensor.scalar_type() == type && tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t d = 0; fits && d < shape.size(); ++d) fits = tensor.size(d) == shape[d];
+  STD_TORCH_CHECK(fits, name, " has a wrong shape or dtype");
+}
+
+// The tensor itself where its values are contiguous, else a copy.
+inline torch::stable::Tensor packed(const torch::stable::Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// The same, for a matrix of which only each row must be contiguous.
+inline torch::stable::Tensor packed_rows(const torch::stable::Tensor& matrix) {
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+}
+
+// (N,) bool, or nothing: then every token counts.
+class Mask {
+ public:
+  Mask(const std::optional<torch::stable::Tensor>& mask, int64_t tokens) {
+    if (!mask) return;
+    check(*mask, "mask", torch::headeronly::ScalarType::Bool, {tokens});
+    values_ = packed(*mask);
+    counted_ = static_cast<const bool*>(values_->const_data_ptr());
+  }
+  bool operator[](int64_t token) const { return counted_ == nullptr || counted_[token]; }
+
+ private:
+  std::optional<torch::stable::Tensor> values_;
+  const bool* counted_ = nullptr;
+};
+
+}  // namespace fedpft

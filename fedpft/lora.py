@@ -1,0 +1,82 @@
+"""A frozen linear layer with LoRA on it, as one differentiable function: what a silo's step spends its time in.
+
+    y  = x W^T + bias + s (m * x) A^T B^T                m: dropout's mask, 0 or 1 / (1 - p)
+    dx = dy W + m * (s dy B) A        dA = (s dy B)^T (m * x)        dB = s dy^T ((m * x) A^T)
+
+N tokens, D input features, E output features, R rank; x (N, D), W (E, D), A (R, D), B (E, R), in one dtype.
+
+Kept for backward: x itself, which query, key and value share, m in one byte an element, and (m * x) A^T of (N, R).
+Composed of torch's operators the same keeps m and m * x of each layer in x's dtype, and does each `+` and `*` above
+in a pass of its own; here the sums are left to the matrix multiplies. W and bias get no gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LEVELS = 1 << 16  # dropout draws 16 bits an element, so its probability is a multiple of 1 / 65536
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropped: int
+    ) -> Tensor:
+        keep = _draw_kept(x, dropped) if dropped else None
+        ctx.kept_scale = _LEVELS / (_LEVELS - dropped)
+        h = _masked(x, keep) @ a.t()
+        y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+        y.addmm_(h, b.t(), alpha=scale * ctx.kept_scale)
+        ctx.save_for_backward(x, weight, a, b, h, keep)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, h, keep = ctx.saved_tensors
+        scale = ctx.scale * ctx.kept_scale
+        grad_h = (grad_y @ b).mul_(scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_h @ a
+            if keep is not None:
+                grad_x.mul_(keep.to(x.dtype))
+            grad_x.addmm_(grad_y, weight)
+        grad_a = grad_h.t() @ _masked(x, keep)
+        grad_b = (h.t() @ grad_y).mul_(scale).t()  # in this order the multiply reads dy along its rows
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *, scale: float, dropout: float
+) -> Tensor:
+    """The formula above; the mask is drawn from torch's default generator of x's device.
+
+    Args:
+        x: (..., D).
+        weight: (E, D), bias: (E,) or None. Frozen.
+        a: (R, D), b: (E, R).
+        scale: s.
+        dropout: p in [0, 1), rounded to a multiple of 1 / 65536; 1 / (1 - p) is that of the rounded one.
+
+    Returns:
+        (..., E).
+    """
+    dropped = min(round(dropout * _LEVELS), _LEVELS - 1)
+    y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale, dropped)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _draw_kept(x: Tensor, dropped: int) -> Tensor:
+    """x's shape, int8: 0 with probability `dropped` / 65536, else 1.
+
+    Four elements for one draw of 64 bits: `bernoulli_` draws for each, which took a fifth of a silo's whole step.
+    """
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    return bits.ge_(dropped - _LEVELS // 2).to(torch.int8)
+
+
+def _masked(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else keep.to(x.dtype).mul_(x)
