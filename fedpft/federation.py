@@ -103,9 +103,10 @@ class Begin:
 
 @dataclass(frozen=True)
 class StartRound:
-    """These silos train."""
+    """These silos train. attempt: 0, and one more each time the round is begun anew."""
 
     round: int
+    attempt: int
     silos: tuple[str, ...]
 
 
@@ -157,6 +158,7 @@ class Train:
     """Train in this round, and send an update."""
 
     round: int
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ class Federation:
         self.seed = seed
         self.phase = Phase.ENROLLING
         self.round = 0
+        self.attempt = 0
         self.proxy_version = 0
         self.present: set[str] = set()
         self.pending: set[str] = set()
@@ -217,6 +220,25 @@ class Federation:
         self.counted: dict[int, frozenset[str]] = {}
         self._quorum = 0
         self._end: Finished | Aborted = Finished()
+
+    def resume(
+        self, counted: Mapping[int, Collection[str]], *, proxy_version: int, open_round: StartRound | None
+    ) -> None:
+        """Takes up a run where a former process left it, before any event.
+
+        Args:
+            counted: round -> silos whose update counts, for all rounds so far.
+            proxy_version: patches that were published.
+            open_round: the round that was begun last, if its updates were not aggregated yet.
+        """
+        self.proxy_version = proxy_version
+        self.counted = {round: frozenset(silos) for round, silos in counted.items()}
+        if open_round is None:
+            self.round = max(self.counted, default=0)
+            return
+        self.round, self.attempt = open_round.round, open_round.attempt
+        self.accepted = set(self.counted.pop(self.round, ()))
+        self._resumed = set(open_round.silos) - self.accepted
 
     def handle(self, event: Event) -> list[Action]:
         """Applies an event; returns what is to be done about it, in order."""
@@ -251,7 +273,7 @@ class Federation:
         """What a silo should do now."""
         if self.phase is Phase.OVER:
             return self._end
-        return Train(self.round) if self.phase is Phase.TRAINING and silo in self.pending else Wait()
+        return Train(self.round, self.attempt) if self.phase is Phase.TRAINING and silo in self.pending else Wait()
 
     def judge(self, update: UpdateArrived) -> Verdict:
         """What :meth:`handle` would answer to an update. Changes nothing: it can be asked before the bytes arrive."""
