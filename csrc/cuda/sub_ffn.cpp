@@ -183,9 +183,7 @@ struct Forward {
   // Projection `p` of the kept values at neuron `first`; null if nothing is kept.
   void* saved_at(int64_t p, int64_t first) const {
     if (!exact && !compact) return nullptr;
-    const int64_t bytes = compact || x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half ? 2
-                          : x.scalar_type() == ScalarType::Double                                                   ? 8
-                                                                                                                    : 4;
+    const int64_t bytes = static_cast<int64_t>(saved.element_size());
     return static_cast<char*>(data(saved)) + (p * x.size(0) * K + first) * bytes;
   }
   int64_t* counts_at(int64_t first) const { return counts ? static_cast<int64_t*>(data(*counts)) + first : nullptr; }
