@@ -8,12 +8,12 @@ is not run again, so an interrupted comparison goes on where it stopped.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.measure import commit
 from fedpft.command import run_command
 from fedpft.demo import FULL, run_demo
 
@@ -41,9 +41,8 @@ def compare(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
         else:
             summaries.append(run_demo(path.parent, scale=FULL, seed=seed, compare=True))
     first = summaries[0]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     return {
-        "commit": commit.stdout.strip(),
+        **commit(),
         "versions": first["versions"],
         "seeds": list(seeds),
         "training": first["config"]["training"],

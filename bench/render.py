@@ -172,7 +172,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     heights = [max(len(rows) + 1.9, 0.85 * len(rows[0]["peers"]) + 0.5) for rows in groups]
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "fedpft", "font.size": 8.5, "text.color": INK}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(9.6, 0.19 * sum(heights) + 0.5))
+        figure = Figure(figsize=(10.4, 0.19 * sum(heights) + 0.5))
         panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for axes, rows in zip(panels, groups, strict=True):
             _panel(axes, rows)
@@ -186,7 +186,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         panels[-1].tick_params(axis="x", colors=MUTED)
         panels[-1].set_xlabel("peer's time / kernel's time: right of 1 the kernel is faster", color=MUTED)
         top, bottom = 1 - 0.3 / figure.get_figheight(), 0.45 / figure.get_figheight()
-        figure.subplots_adjust(left=0.39, right=0.8, top=top, bottom=bottom, hspace=0)
+        figure.subplots_adjust(left=0.43, right=0.82, top=top, bottom=bottom, hspace=0)
         figure.savefig(path, facecolor="white", metadata={"Date": None, "Creator": None})
 
 

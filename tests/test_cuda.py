@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import bits
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -43,13 +44,6 @@ def outputs(name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
         arguments = (arguments[0].clone(), *arguments[1:])
     result = operator(name)(*arguments)
     return [arguments[0]] if result is None else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-
-
-def bits(tensors: list[Tensor]) -> list[bytes]:
-    return [
-        tensor.cpu().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
-        for tensor in tensors
-    ]
 
 
 def test_every_operator_has_a_typical_case() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from bits import bits
 from emulation import PLACEMENTS, Emulator, compile_library
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fedpft.kernels import reference
 from fedpft.kernels.cases import TOLERANCES, cases
@@ -40,14 +39,6 @@ def test_order_of_threads_and_blocks_changes_no_bit(emulator: Emulator, operator
     for case in (case for case in CASES[operator] if case.dtype == torch.float32):
         forwards, backwards = (emulator.call(operator, case.arguments, backwards=way) for way in (False, True))
         assert bits(forwards) == bits(backwards), str(case)
-
-
-def bits(values: Any) -> list[bytes]:
-    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-    return [
-        tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
-        for tensor in tensors
-    ]
 
 
 # ------------------------------------------------------------------------------------------------ special values

@@ -3,39 +3,13 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 #include <vector>
 
-#include "stream_kernels.h"
+#include "../tensors.h"
 
 namespace fedpft {
-
-inline Element element_of(const torch::stable::Tensor& tensor, const char* name) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::Double:
-      return Element::kFloat64;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " has an unsupported dtype");
-  }
-}
-
-inline Activation activation_of(const std::string& name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "silu") return Activation::kSilu;
-  STD_TORCH_CHECK(false, "activation: unknown name ", name);
-}
 
 inline void check(
     const torch::stable::Tensor& tensor, const char* name, torch::headeronly::ScalarType type,

@@ -182,7 +182,7 @@ Tensor sub_ffn_backward_cpu(
   check(w_gate, "w_gate", type, {F, D});
   check(w_out, "w_out", type, {F, D});
   auto run = type == ScalarType::Double ? backward<double> : backward<float>;
-  return run(grad_y, saved, w_in, w_gate, w_out, chosen, activation_of(activation), compact);
+  return run(grad_y, saved, w_in, w_gate, w_out, chosen, activation_of(activation, "sub_ffn"), compact);
 }
 
 }  // namespace
@@ -202,8 +202,8 @@ std::tuple<Tensor, Tensor, Tensor> sub_ffn_cpu(
   check(mask, "mask", ScalarType::Bool, {N});
   auto run = type == ScalarType::Double ? forward<double> : forward<float>;
   return run(
-      x, w_in, b_in, w_gate, b_gate, w_out, b_out, packed_neurons(neurons, F), mask, activation_of(activation), eps,
-      count, save, compact);
+      x, w_in, b_in, w_gate, b_gate, w_out, b_out, packed_neurons(neurons, F), mask,
+      activation_of(activation, "sub_ffn"), eps, count, save, compact);
 }
 
 }  // namespace fedpft

@@ -146,7 +146,7 @@ Gradients sub_ffn_train_backward_cpu(
   check(w_gate, "w_gate", type, {K, D});
   check(w_out, "w_out", type, {K, D});
   auto run = type == ScalarType::Double ? backward<double> : backward<float>;
-  return run(grad_y, x, saved, w_in, w_gate, w_out, updated, activation_of(activation), input_grad);
+  return run(grad_y, x, saved, w_in, w_gate, w_out, updated, activation_of(activation, "sub_ffn_train"), input_grad);
 }
 
 }  // namespace

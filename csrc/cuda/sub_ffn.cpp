@@ -32,6 +32,7 @@
 namespace {
 
 using fedpft::Activation;
+using fedpft::activation_of;
 using fedpft::Element;
 using fedpft::cuda::Stream;
 using torch::headeronly::ScalarType;
@@ -41,14 +42,6 @@ using Optional = std::optional<Tensor>;
 constexpr int64_t kBlock = 2048;  // neurons gathered at once
 
 // ------------------------------------------------------------------------------------------------ tensors
-
-Activation activation_of(const std::string& name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "silu") return Activation::kSilu;
-  STD_TORCH_CHECK(false, "sub_ffn: unknown activation ", name);
-}
 
 template <class... Arguments>
 void call(const char* operation, const char* overload, const Arguments&... arguments) {
@@ -190,9 +183,7 @@ struct Forward {
   // Projection `p` of the kept values at neuron `first`; null if nothing is kept.
   void* saved_at(int64_t p, int64_t first) const {
     if (!exact && !compact) return nullptr;
-    const int64_t bytes = compact || x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half ? 2
-                          : x.scalar_type() == ScalarType::Double                                                   ? 8
-                                                                                                                    : 4;
+    const int64_t bytes = static_cast<int64_t>(saved.element_size());
     return static_cast<char*>(data(saved)) + (p * x.size(0) * K + first) * bytes;
   }
   int64_t* counts_at(int64_t first) const { return counts ? static_cast<int64_t*>(data(*counts)) + first : nullptr; }
@@ -275,7 +266,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const Optional counts = count ? Optional(torch::stable::new_zeros(x, {K}, ScalarType::Long)) : std::nullopt;
   const Optional counted = packed(mask);
   const Forward pass{
-      x, activation_of(activation), eps, save && !compact, save && compact, saved, counts, counted, K, stream};
+      x,     activation_of(activation, "sub_ffn"), eps, save && !compact, save && compact, saved, counts, counted, K,
+      stream};
   for_each_block(weights, neurons, [&](const Weights& block, int64_t first, int64_t size) {
     const Tensor hidden = pass.hidden(block, first, size);
     if (first > 0) return multiply_add(y, hidden, block.out, y);
@@ -359,7 +351,7 @@ Tensor sub_ffn_backward(
   if (neurons) check(neurons, "neurons", ScalarType::Long, {neurons->numel()}, grad_y);
   check_backward(grad_y, saved, weights, neurons ? neurons->size(0) : weights.size(), compact);
   const Stream stream(grad_y);
-  const Activation act = activation_of(activation);
+  const Activation act = activation_of(activation, "sub_ffn");
   const Tensor grad_x = empty(grad_y, {grad_y.size(0), grad_y.size(1)}), kept = packed(saved);
   for_each_block(weights, neurons, [&](const Weights& block, int64_t first, int64_t) {
     add_grad_x(grad_x, grad_z(grad_y, block, kept, first, act, compact, stream), block, first > 0);
@@ -404,7 +396,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sub_ffn_train
   check(x, "x", grad_y.scalar_type(), {grad_y.size(0), grad_y.size(1)}, grad_y);
   STD_TORCH_CHECK(0 <= U && U <= K, "sub_ffn_train_backward: updated must be between 0 and the number of neurons");
   const Stream stream(grad_y);
-  const Activation act = activation_of(activation);
+  const Activation act = activation_of(activation, "sub_ffn");
   const Tensor kept = packed(saved);
   const Weights reached = input_grad ? weights : weights.first(U);
   const Gradients grad = grad_z(grad_y, reached, kept, 0, act, false, stream);
