@@ -119,6 +119,11 @@ class TrainingSection(Section):
     )
     weight_decay: float = Field(0.01, ge=0.0, description="AdamW's decoupled weight decay.")
     gradient_clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
+    update_encoding: Literal["exact", "bfloat16", "int8"] = Field(
+        "exact",
+        description="How an update travels: the adapter bit for bit, or its change in the round as bfloat16 or as int8 "
+        "blocks; what is rounded off, the silo adds to its next update.",
+    )
 
 
 class FederationSection(Section):
@@ -132,6 +137,9 @@ class FederationSection(Section):
     round_deadline_seconds: float = Field(
         3600.0, gt=0.0, description="Longest wait for a round's updates, then for enrolment."
     )
+    max_update_norm: float | None = Field(
+        None, gt=0.0, description="Largest L2 norm of an update's change to the adapter; default: no bound."
+    )
 
 
 class TlsSection(Section):
@@ -140,6 +148,16 @@ class TlsSection(Section):
     ca: Path = Field(description="Certificate of the federation's own authority (PEM).")
     certificate: Path = Field(description="This side's certificate (PEM).")
     key: Path = Field(description="This side's private key (PEM), readable by its owner only.")
+
+
+class ServerTlsSection(TlsSection):
+    """Mutual TLS at the server."""
+
+    revoked: Path | None = Field(
+        None,
+        description="List of the certificates that are shut out, as `fedpft provision --revoke` writes it; read again "
+        "whenever it changes.",
+    )
 
 
 class ColumnsSection(Section):
@@ -184,6 +202,7 @@ class Endpoint(Section):
 class ServerConfig(Endpoint):
     """The FM owner's side. Relative paths start at the file's own directory."""
 
+    tls: ServerTlsSection | None = Field(None, description="Key and certificates; needed, unless `insecure_loopback`.")
     seed: int = Field(0, ge=0, description="Every random choice of the federation derives from it.")
     out: Path = Field(description="Run directory: proxy, adapters, summary.json, report.html.")
     listen: Address = Field(description="host:port to listen on; port 0 takes a free one and writes it to OUT/address.")
@@ -239,6 +258,17 @@ class LimitsSection(Section):
     max_local_epochs: float | None = Field(None, gt=0.0, description="Most epochs in a round.")
 
 
+class ShareSection(Section):
+    """What may leave the silo beside adapter and sample count. `fedpft silo --explain` prints all that leaves."""
+
+    metrics: tuple[Literal["train_loss", "seconds", "tokens"], ...] = Field(
+        ("train_loss", "seconds", "tokens"), description="Numbers about the training that go with an update."
+    )
+    inactivity: bool = Field(
+        True, description="Whether the server learns how often each of the proxy's neurons was inactive, if it asks."
+    )
+
+
 class SiloDataSection(Section):
     """The institution's own labelled data."""
 
@@ -256,9 +286,10 @@ class SiloConfig(Endpoint):
     device: str = Field("cpu", description="Torch device for training.")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores.")
     connect_timeout_seconds: float = Field(
-        300.0, gt=0.0, description="How long to try to reach a server that does not answer."
+        3600.0, gt=0.0, description="How long to try to reach a server that does not answer, each time anew."
     )
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What this machine can take.")
+    share: ShareSection = Field(default_factory=ShareSection, description="What may leave this machine.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "SiloConfig":

@@ -59,6 +59,10 @@ class RefusedByServer(FedPFTError):
     exit_code = 8
 
 
+class NotEnrolled(RefusedByServer):
+    """The server does not know the silo since it started; the silo enrols again by itself, so no command ends so."""
+
+
 class RoundOver(RefusedByServer):
     """A silo asks for, or answers, a round that has ended; it goes on with the next one, so no command ends so."""
 

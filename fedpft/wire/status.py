@@ -11,6 +11,7 @@ from fedpft.errors import (
     CertificateError,
     FedPFTError,
     InvalidUpdate,
+    NotEnrolled,
     RefusedByServer,
     RoundOver,
     ServerUnreachable,
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 CODES: dict[type[FedPFTError], grpc.StatusCode] = {
     RefusedByServer: grpc.StatusCode.PERMISSION_DENIED,
+    NotEnrolled: grpc.StatusCode.ABORTED,
     RoundOver: grpc.StatusCode.OUT_OF_RANGE,
     StaleProxy: grpc.StatusCode.FAILED_PRECONDITION,
     InvalidUpdate: grpc.StatusCode.INVALID_ARGUMENT,

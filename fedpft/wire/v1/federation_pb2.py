@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x65\x64pft/wire/v1/federation.proto\x12\x0e\x66\x65\x64pft.wire.v1\"9\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"8\n\x0c\x45nrolRequest\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x17\n\x0fpackage_version\x18\x02 \x01(\t\"[\n\rEnrolResponse\x12\x15\n\rsettings_json\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12#\n\x05proxy\x18\x03 \x03(\x0b\x32\x14.fedpft.wire.v1.File\"\x11\n\x0fNextTaskRequest\"\xc2\x01\n\x10NextTaskResponse\x12&\n\x05train\x18\x01 \x01(\x0b\x32\x15.fedpft.wire.v1.TrainH\x00\x12$\n\x04wait\x18\x02 \x01(\x0b\x32\x14.fedpft.wire.v1.WaitH\x00\x12,\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x18.fedpft.wire.v1.FinishedH\x00\x12*\n\x07\x61\x62orted\x18\x04 \x01(\x0b\x32\x17.fedpft.wire.v1.AbortedH\x00\x42\x06\n\x04task\"\x8f\x01\n\x05Train\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12%\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x14.fedpft.wire.v1.File\x12%\n\x07patches\x18\x04 \x03(\x0b\x32\x14.fedpft.wire.v1.File\x12\x18\n\x10\x63ount_inactivity\x18\x05 \x01(\x08\"\x06\n\x04Wait\"\n\n\x08\x46inished\"\x19\n\x07\x41\x62orted\x12\x0e\n\x06reason\x18\x01 \x01(\t\"2\n\x10\x46\x65tchFileRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"9\n\x11\x46\x65tchFileResponse\x12$\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.fedpft.wire.v1.Chunk\"\xe6\x01\n\x0cUpdateHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x15\n\rproxy_version\x18\x03 \x01(\r\x12\x0f\n\x07samples\x18\x04 \x01(\x04\x12:\n\x07metrics\x18\x05 \x03(\x0b\x32).fedpft.wire.v1.UpdateHeader.MetricsEntry\x12\"\n\x04\x66ile\x18\x06 \x01(\x0b\x32\x14.fedpft.wire.v1.File\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"B\n\x12OfferUpdateRequest\x12,\n\x06update\x18\x01 \x01(\x0b\x32\x1c.fedpft.wire.v1.UpdateHeader\"\xc6\x01\n\x13OfferUpdateResponse\x12<\n\x07verdict\x18\x01 \x01(\x0e\x32+.fedpft.wire.v1.OfferUpdateResponse.Verdict\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x16\n\x0e\x63ounted_sha256\x18\x03 \x01(\x0c\"I\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x10\n\x0cVERDICT_SEND\x10\x01\x12\x13\n\x0fVERDICT_COUNTED\x10\x02\"s\n\x11SendUpdateRequest\x12.\n\x06update\x18\x01 \x01(\x0b\x32\x1c.fedpft.wire.v1.UpdateHeaderH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.fedpft.wire.v1.ChunkH\x00\x42\x06\n\x04part\"\x14\n\x12SendUpdateResponse\"\x0e\n\x0cLeaveRequest\"\x0f\n\rLeaveResponse2\xf1\x03\n\x11\x46\x65\x64\x65rationService\x12\x44\n\x05\x45nrol\x12\x1c.fedpft.wire.v1.EnrolRequest\x1a\x1d.fedpft.wire.v1.EnrolResponse\x12M\n\x08NextTask\x12\x1f.fedpft.wire.v1.NextTaskRequest\x1a .fedpft.wire.v1.NextTaskResponse\x12R\n\tFetchFile\x12 .fedpft.wire.v1.FetchFileRequest\x1a!.fedpft.wire.v1.FetchFileResponse0\x01\x12V\n\x0bOfferUpdate\x12\".fedpft.wire.v1.OfferUpdateRequest\x1a#.fedpft.wire.v1.OfferUpdateResponse\x12U\n\nSendUpdate\x12!.fedpft.wire.v1.SendUpdateRequest\x1a\".fedpft.wire.v1.SendUpdateResponse(\x01\x12\x44\n\x05Leave\x12\x1c.fedpft.wire.v1.LeaveRequest\x1a\x1d.fedpft.wire.v1.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x65\x64pft/wire/v1/federation.proto\x12\x0e\x66\x65\x64pft.wire.v1\"9\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"4\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"8\n\x0c\x45nrolRequest\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x17\n\x0fpackage_version\x18\x02 \x01(\t\"[\n\rEnrolResponse\x12\x15\n\rsettings_json\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12#\n\x05proxy\x18\x03 \x03(\x0b\x32\x14.fedpft.wire.v1.File\"\x11\n\x0fNextTaskRequest\"\xc2\x01\n\x10NextTaskResponse\x12&\n\x05train\x18\x01 \x01(\x0b\x32\x15.fedpft.wire.v1.TrainH\x00\x12$\n\x04wait\x18\x02 \x01(\x0b\x32\x14.fedpft.wire.v1.WaitH\x00\x12,\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x18.fedpft.wire.v1.FinishedH\x00\x12*\n\x07\x61\x62orted\x18\x04 \x01(\x0b\x32\x17.fedpft.wire.v1.AbortedH\x00\x42\x06\n\x04task\"\xcc\x01\n\x05Train\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12%\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x14.fedpft.wire.v1.File\x12\x15\n\rproxy_version\x18\x04 \x01(\r\x12#\n\x05patch\x18\x05 \x01(\x0b\x32\x14.fedpft.wire.v1.File\x12&\n\x08snapshot\x18\x06 \x01(\x0b\x32\x14.fedpft.wire.v1.File\x12\x18\n\x10\x63ount_inactivity\x18\x07 \x01(\x08\"\x06\n\x04Wait\"\n\n\x08\x46inished\"\x19\n\x07\x41\x62orted\x12\x0e\n\x06reason\x18\x01 \x01(\t\"2\n\x10\x46\x65tchFileRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"9\n\x11\x46\x65tchFileResponse\x12$\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.fedpft.wire.v1.Chunk\"\xe6\x01\n\x0cUpdateHeader\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x15\n\rproxy_version\x18\x03 \x01(\r\x12\x0f\n\x07samples\x18\x04 \x01(\x04\x12:\n\x07metrics\x18\x05 \x03(\x0b\x32).fedpft.wire.v1.UpdateHeader.MetricsEntry\x12\"\n\x04\x66ile\x18\x06 \x01(\x0b\x32\x14.fedpft.wire.v1.File\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"B\n\x12OfferUpdateRequest\x12,\n\x06update\x18\x01 \x01(\x0b\x32\x1c.fedpft.wire.v1.UpdateHeader\"\xc6\x01\n\x13OfferUpdateResponse\x12<\n\x07verdict\x18\x01 \x01(\x0e\x32+.fedpft.wire.v1.OfferUpdateResponse.Verdict\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x16\n\x0e\x63ounted_sha256\x18\x03 \x01(\x0c\"I\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x10\n\x0cVERDICT_SEND\x10\x01\x12\x13\n\x0fVERDICT_COUNTED\x10\x02\"s\n\x11SendUpdateRequest\x12.\n\x06update\x18\x01 \x01(\x0b\x32\x1c.fedpft.wire.v1.UpdateHeaderH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.fedpft.wire.v1.ChunkH\x00\x42\x06\n\x04part\"\x14\n\x12SendUpdateResponse\"\x0e\n\x0cLeaveRequest\"\x0f\n\rLeaveResponse2\xf1\x03\n\x11\x46\x65\x64\x65rationService\x12\x44\n\x05\x45nrol\x12\x1c.fedpft.wire.v1.EnrolRequest\x1a\x1d.fedpft.wire.v1.EnrolResponse\x12M\n\x08NextTask\x12\x1f.fedpft.wire.v1.NextTaskRequest\x1a .fedpft.wire.v1.NextTaskResponse\x12R\n\tFetchFile\x12 .fedpft.wire.v1.FetchFileRequest\x1a!.fedpft.wire.v1.FetchFileResponse0\x01\x12V\n\x0bOfferUpdate\x12\".fedpft.wire.v1.OfferUpdateRequest\x1a#.fedpft.wire.v1.OfferUpdateResponse\x12U\n\nSendUpdate\x12!.fedpft.wire.v1.SendUpdateRequest\x1a\".fedpft.wire.v1.SendUpdateResponse(\x01\x12\x44\n\x05Leave\x12\x1c.fedpft.wire.v1.LeaveRequest\x1a\x1d.fedpft.wire.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,35 +46,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NEXTTASKRESPONSE']._serialized_start=335
   _globals['_NEXTTASKRESPONSE']._serialized_end=529
   _globals['_TRAIN']._serialized_start=532
-  _globals['_TRAIN']._serialized_end=675
-  _globals['_WAIT']._serialized_start=677
-  _globals['_WAIT']._serialized_end=683
-  _globals['_FINISHED']._serialized_start=685
-  _globals['_FINISHED']._serialized_end=695
-  _globals['_ABORTED']._serialized_start=697
-  _globals['_ABORTED']._serialized_end=722
-  _globals['_FETCHFILEREQUEST']._serialized_start=724
-  _globals['_FETCHFILEREQUEST']._serialized_end=774
-  _globals['_FETCHFILERESPONSE']._serialized_start=776
-  _globals['_FETCHFILERESPONSE']._serialized_end=833
-  _globals['_UPDATEHEADER']._serialized_start=836
-  _globals['_UPDATEHEADER']._serialized_end=1066
-  _globals['_UPDATEHEADER_METRICSENTRY']._serialized_start=1020
-  _globals['_UPDATEHEADER_METRICSENTRY']._serialized_end=1066
-  _globals['_OFFERUPDATEREQUEST']._serialized_start=1068
-  _globals['_OFFERUPDATEREQUEST']._serialized_end=1134
-  _globals['_OFFERUPDATERESPONSE']._serialized_start=1137
-  _globals['_OFFERUPDATERESPONSE']._serialized_end=1335
-  _globals['_OFFERUPDATERESPONSE_VERDICT']._serialized_start=1262
-  _globals['_OFFERUPDATERESPONSE_VERDICT']._serialized_end=1335
-  _globals['_SENDUPDATEREQUEST']._serialized_start=1337
-  _globals['_SENDUPDATEREQUEST']._serialized_end=1452
-  _globals['_SENDUPDATERESPONSE']._serialized_start=1454
-  _globals['_SENDUPDATERESPONSE']._serialized_end=1474
-  _globals['_LEAVEREQUEST']._serialized_start=1476
-  _globals['_LEAVEREQUEST']._serialized_end=1490
-  _globals['_LEAVERESPONSE']._serialized_start=1492
-  _globals['_LEAVERESPONSE']._serialized_end=1507
-  _globals['_FEDERATIONSERVICE']._serialized_start=1510
-  _globals['_FEDERATIONSERVICE']._serialized_end=2007
+  _globals['_TRAIN']._serialized_end=736
+  _globals['_WAIT']._serialized_start=738
+  _globals['_WAIT']._serialized_end=744
+  _globals['_FINISHED']._serialized_start=746
+  _globals['_FINISHED']._serialized_end=756
+  _globals['_ABORTED']._serialized_start=758
+  _globals['_ABORTED']._serialized_end=783
+  _globals['_FETCHFILEREQUEST']._serialized_start=785
+  _globals['_FETCHFILEREQUEST']._serialized_end=835
+  _globals['_FETCHFILERESPONSE']._serialized_start=837
+  _globals['_FETCHFILERESPONSE']._serialized_end=894
+  _globals['_UPDATEHEADER']._serialized_start=897
+  _globals['_UPDATEHEADER']._serialized_end=1127
+  _globals['_UPDATEHEADER_METRICSENTRY']._serialized_start=1081
+  _globals['_UPDATEHEADER_METRICSENTRY']._serialized_end=1127
+  _globals['_OFFERUPDATEREQUEST']._serialized_start=1129
+  _globals['_OFFERUPDATEREQUEST']._serialized_end=1195
+  _globals['_OFFERUPDATERESPONSE']._serialized_start=1198
+  _globals['_OFFERUPDATERESPONSE']._serialized_end=1396
+  _globals['_OFFERUPDATERESPONSE_VERDICT']._serialized_start=1323
+  _globals['_OFFERUPDATERESPONSE_VERDICT']._serialized_end=1396
+  _globals['_SENDUPDATEREQUEST']._serialized_start=1398
+  _globals['_SENDUPDATEREQUEST']._serialized_end=1513
+  _globals['_SENDUPDATERESPONSE']._serialized_start=1515
+  _globals['_SENDUPDATERESPONSE']._serialized_end=1535
+  _globals['_LEAVEREQUEST']._serialized_start=1537
+  _globals['_LEAVEREQUEST']._serialized_end=1551
+  _globals['_LEAVERESPONSE']._serialized_start=1553
+  _globals['_LEAVERESPONSE']._serialized_end=1568
+  _globals['_FEDERATIONSERVICE']._serialized_start=1571
+  _globals['_FEDERATIONSERVICE']._serialized_end=2068
 # @@protoc_insertion_point(module_scope)

@@ -62,18 +62,22 @@ class NextTaskResponse(_message.Message):
     def __init__(self, train: _Optional[_Union[Train, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("round", "attempt", "adapter", "patches", "count_inactivity")
+    __slots__ = ("round", "attempt", "adapter", "proxy_version", "patch", "snapshot", "count_inactivity")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
-    PATCHES_FIELD_NUMBER: _ClassVar[int]
+    PROXY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PATCH_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     COUNT_INACTIVITY_FIELD_NUMBER: _ClassVar[int]
     round: int
     attempt: int
     adapter: File
-    patches: _containers.RepeatedCompositeFieldContainer[File]
+    proxy_version: int
+    patch: File
+    snapshot: File
     count_inactivity: bool
-    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., adapter: _Optional[_Union[File, _Mapping]] = ..., patches: _Optional[_Iterable[_Union[File, _Mapping]]] = ..., count_inactivity: _Optional[bool] = ...) -> None: ...
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., adapter: _Optional[_Union[File, _Mapping]] = ..., proxy_version: _Optional[int] = ..., patch: _Optional[_Union[File, _Mapping]] = ..., snapshot: _Optional[_Union[File, _Mapping]] = ..., count_inactivity: _Optional[bool] = ...) -> None: ...
 
 class Wait(_message.Message):
     __slots__ = ()
