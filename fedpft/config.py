@@ -454,7 +454,8 @@ def _value(annotation: Any, limits: Sequence[Any] = ()) -> str:
     if origin is Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin is tuple:
-        return f"list of {VALUES[arguments[0]][1]}"
+        entries = arguments[0]
+        return f"list of {_value(entries) if get_origin(entries) is Literal else VALUES[entries][1]}"
     if arguments:
         return " or ".join(_value(option, limits) for option in arguments if option is not type(None))
     bounds = [

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from fedpft import errors
 from fedpft.errors import FedPFTError, InvalidUpdate, RefusedByServer, ServerUnreachable, TransferCorrupt
-from fedpft.wire import federation_pb2 as pb
 from fedpft.wire import status, transfer
 from fedpft.wire.channel import CORRUPT_ATTEMPTS, LONGEST_PAUSE_SECONDS, pauses, persist
 from fedpft.wire.tensors import check_groups, read_tensors, write_tensors
+from fedpft.wire.v1 import federation_pb2 as pb
 
 ROOT = Path(__file__).parent.parent
-PROTO = ROOT / "protos" / "fedpft" / "wire" / "federation.proto"
+PROTO = ROOT / "protos" / "fedpft" / "wire" / "v1" / "federation.proto"
 
 
 # --- generated code ---------------------------------------------------------------------------------------------------
@@ -31,13 +31,13 @@ def test_generated_code_is_that_of_the_proto(tmp_path):
     assert protoc.main(["protoc", f"-I{ROOT / 'protos'}", *outputs, str(PROTO)]) == 0
     remedy = "run the command at the head of federation.proto"
     for name in ("federation_pb2.py", "federation_pb2.pyi", "federation_pb2_grpc.py"):
-        committed = (ROOT / "fedpft" / "wire" / name).read_text()
-        generated = (tmp_path / "fedpft" / "wire" / name).read_text()
+        committed = (ROOT / "fedpft" / "wire" / "v1" / name).read_text()
+        generated = (tmp_path / "fedpft" / "wire" / "v1" / name).read_text()
         if _versions(committed) == _versions(generated):
             assert committed == generated, remedy
     # Whatever version of the compiler made them, the messages and methods must be the same.
     descriptors = [
-        re.search(r"AddSerializedFile\((b'.*')\)", (directory / "fedpft/wire/federation_pb2.py").read_text())[1]
+        re.search(r"AddSerializedFile\((b'.*')\)", (directory / "fedpft/wire/v1/federation_pb2.py").read_text())[1]
         for directory in (ROOT, tmp_path)
     ]
     assert descriptors[0] == descriptors[1], remedy
