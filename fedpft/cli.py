@@ -107,7 +107,9 @@ def _gaps(config: ServerConfig, owner: Owner, built: Built) -> list[tuple[str, G
     curves = config.out / "curves.json"
     if curves.exists():
         recorded: list[dict[str, Any]] = json.loads(curves.read_text(encoding="utf-8"))["alignment"]["stages"]
-        stages += [(stage.pop("stage"), Gap.from_json(stage)) for stage in recorded if stage["stage"].startswith("round")]
+        stages += [
+            (stage.pop("stage"), Gap.from_json(stage)) for stage in recorded if stage["stage"].startswith("round")
+        ]
     return [(name, gap) for name, gap in stages if gap is not None]
 
 

@@ -208,7 +208,9 @@ class _Run:
         self._load(self._adapter(number))
         loss = self._align(number, updates) if align else None
         samples = sum(update.samples for update in updates)
-        losses = [(update.metrics["train_loss"], update.samples) for update in updates if "train_loss" in update.metrics]
+        losses = [
+            (update.metrics["train_loss"], update.samples) for update in updates if "train_loss" in update.metrics
+        ]
         shared = sum(weight for _, weight in losses)
         accuracy = self._measure(number)
         entry = {
@@ -346,6 +348,8 @@ class _Run:
                 "share": selection.saliency_kept,
             },
             "rounds": [
-                {"round": closed["entry"]["round"], **closed["accuracy"]} for closed in self.closed if closed["accuracy"]
+                {"round": closed["entry"]["round"], **closed["accuracy"]}
+                for closed in self.closed
+                if closed["accuracy"]
             ],
         }

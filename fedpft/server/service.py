@@ -213,7 +213,7 @@ class FederationServer:
 
     def _record_sent(self, silo: str, file: Payload, offset: int) -> None:
         self._audit.append(
-            "sent", silo=silo, name=file.name, bytes=file.total_bytes - offset, offset=offset, sha256=file.sha256.hex()
+            "sent", peer=silo, file=file.name, bytes=file.total_bytes - offset, offset=offset, sha256=file.sha256.hex()
         )
 
     def _part(self) -> None:

@@ -56,7 +56,7 @@ class FederationServicer:
                     f"install fedpft {fedpft.__version__} at the silo",
                 )
             self._live.enrol(silo, request.samples)
-            self._audit.append("enrolled", silo=silo, samples=request.samples)
+            self._audit.append("enrolled", peer=silo, samples=request.samples)
             return pb.EnrolResponse(
                 settings_json=self._settings_json,
                 run_id=self._run_id,
@@ -80,9 +80,7 @@ class FederationServicer:
                 case federation.Aborted(reason):
                     return pb.NextTaskResponse(aborted=pb.Aborted(reason=sanitised(reason)))
 
-    def FetchFile(
-        self, request: pb.FetchFileRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.FetchFileResponse]:
+    def FetchFile(self, request: pb.FetchFileRequest, context: grpc.ServicerContext) -> Iterator[pb.FetchFileResponse]:
         with answering(context):
             silo = self._enrolled(context)
             for chunk in self._outbox.send(silo, request.sha256, request.offset):
@@ -103,9 +101,7 @@ class FederationServicer:
                     self._live.take(_arrival(silo, header), keep=lambda: None)
                     raise error
 
-    def SendUpdate(
-        self, parts: Iterator[pb.SendUpdateRequest], context: grpc.ServicerContext
-    ) -> pb.SendUpdateResponse:
+    def SendUpdate(self, parts: Iterator[pb.SendUpdateRequest], context: grpc.ServicerContext) -> pb.SendUpdateResponse:
         with answering(context):
             silo, first = self._enrolled(context), next(parts, None)
             if first is None or first.WhichOneof("part") != "update":
@@ -118,13 +114,14 @@ class FederationServicer:
                     silo, header, (part.chunk for part in parts), enrolled_samples=self._live.samples(silo)
                 )
             except InvalidUpdate as error:
-                self._audit.append("refused", silo=silo, round=header.round, reason=error.message)
+                self._audit.append("refused", peer=silo, round=header.round, reason=error.message)
                 self._live.fail(silo, error.message, header.round)
                 raise
             verdict = self._live.take(_arrival(silo, header), lambda: self._inbox.keep(update, header))
             self._audit.append(
                 "received",
-                silo=silo,
+                peer=silo,
+                file="update",
                 round=header.round,
                 bytes=header.file.total_bytes,
                 sha256=header.file.sha256.hex(),
