@@ -70,9 +70,7 @@ class FederationServicer:
                 case federation.Aborted(reason):
                     return pb.NextTaskResponse(aborted=pb.Aborted(reason=sanitised(reason)))
 
-    def FetchFile(
-        self, request: pb.FetchFileRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.FetchFileResponse]:
+    def FetchFile(self, request: pb.FetchFileRequest, context: grpc.ServicerContext) -> Iterator[pb.FetchFileResponse]:
         with answering(context):
             self._enrolled(context)
             for chunk in self._outbox.send(request.sha256, request.offset):
@@ -92,9 +90,7 @@ class FederationServicer:
                     self._live.take(_arrival(silo, header), keep=lambda: None)
                     raise error
 
-    def SendUpdate(
-        self, parts: Iterator[pb.SendUpdateRequest], context: grpc.ServicerContext
-    ) -> pb.SendUpdateResponse:
+    def SendUpdate(self, parts: Iterator[pb.SendUpdateRequest], context: grpc.ServicerContext) -> pb.SendUpdateResponse:
         with answering(context):
             silo, first = self._enrolled(context), next(parts, None)
             if first is None or first.WhichOneof("part") != "update":
