@@ -83,6 +83,7 @@ class FederationServer:
         self._server.start()
         address = f"{self._config.listen.rpartition(':')[0]}:{port}"
         atomic.write_text(self._config.out / "address", address + "\n")
+        self._audit.append("started", run=self._ledger.run_id)
         return address
 
     def wait_for_silos(self) -> None:
@@ -133,6 +134,7 @@ class FederationServer:
     def finish(self) -> None:
         """Tells the silos that they may go; blocks until those that are there have heard it."""
         self._live.handle(FinishRequested())
+        self._audit.append("finished", run=self._ledger.run_id)
         self._part()
 
     def abort(self, reason: str) -> None:
