@@ -236,8 +236,8 @@ class Ledger:
 
 
 def _update(row: Any) -> UpdateRow:
-    *values, metrics = row
-    return UpdateRow(*values, json.loads(metrics))
+    values = [*row[:-1], json.loads(row[-1])]
+    return UpdateRow(*values)
 
 
 def _now() -> str:
