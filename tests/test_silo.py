@@ -50,7 +50,7 @@ from fedpft.silo.run import run
 from fedpft.subffn import sub_ffns
 from fedpft.wire import channel, transfer
 from fedpft.wire.status import CODES, answering
-from fedpft.wire.tensors import read_specs, write_tensors
+from fedpft.wire.tensors import TensorFile, write_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
 from fedpft.wire.v1.federation_pb2_grpc import FederationServiceServicer, add_FederationServiceServicer_to_server
 
@@ -111,7 +111,7 @@ class Server(FederationServiceServicer):
 
     def FetchFile(self, request: pb.FetchFileRequest, context: grpc.ServicerContext) -> Iterator[pb.FetchFileResponse]:
         self._begin("FetchFile", (request.sha256, request.offset), context)
-        chunks = transfer.chunks(self.files[request.sha256], request.offset)
+        chunks = chunks_of(self.files[request.sha256], request.offset)
         for chunk in self.bend.pop(0)(chunks) if self.bend else chunks:
             if chunk is None:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
@@ -152,6 +152,10 @@ class Server(FederationServiceServicer):
         """As after a restart: what is on disk is there, who had enrolled is not known."""
         self.known = False
         context.abort(CODES[NotEnrolled], "who are you?")
+
+
+def chunks_of(path: Path, offset: int) -> Iterator[pb.Chunk]:
+    return transfer.chunks(path, offset)
 
 
 def well(context: grpc.ServicerContext) -> None:
@@ -598,7 +602,7 @@ def test_a_silo_takes_part_until_the_end(federation: Any, trainings: list[int], 
     header = server.updates[3][0]
     assert header.samples == len(TEXTS)
     assert set(header.metrics) == {"train_loss", "seconds", "tokens"}
-    groups = {name.partition("/")[0] for name in read_specs(tensors(server, 3, tmp_path))}
+    groups = {name.partition("/")[0] for name in TensorFile(tensors(server, 3, tmp_path)).specs}
     assert groups == {"adapter", "inactivity"}
     assert not server.asked("Leave")
 
@@ -779,7 +783,7 @@ def test_only_what_is_shared_leaves(federation: Any, tmp_path: Path) -> None:
     server, config = federation(rounds=(1,), share=ShareSection(metrics=("tokens",), inactivity=False))
     run(config)
     assert server.updates[1][0].metrics.keys() == {"tokens"}
-    assert {name.partition("/")[0] for name in read_specs(tensors(server, 1, tmp_path))} == {"adapter"}
+    assert {name.partition("/")[0] for name in TensorFile(tensors(server, 1, tmp_path)).specs} == {"adapter"}
 
 
 @pytest.mark.parametrize("share", [{"metrics": ()}, {"inactivity": False}])
@@ -869,7 +873,7 @@ def test_explain_lists_every_tensor_that_is_sent(encoding: str, federation: Any,
     run(config)
     text = explain(config)
     sizes: collections.Counter[str] = collections.Counter()
-    for name, spec in read_specs(tensors(server, 1, tmp_path)).items():
+    for name, spec in TensorFile(tensors(server, 1, tmp_path)).specs.items():
         group, _, tensor = name.partition("/")
         sizes[f"layer {tensor.removesuffix('.tokens')}" if group == "inactivity" else tensor] += spec.nbytes
     lines = [" ".join(line.split()) for line in text.splitlines()]
