@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import re
 import tempfile
+import threading
 from pathlib import Path
 
 import fedpft.wire  # noqa: F401  isort: skip  (sets gRPC's environment before grpc is imported)
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 
 from fedpft import errors
 from fedpft.errors import FedPFTError, InvalidUpdate, RefusedByServer, ServerUnreachable, TransferCorrupt
-from fedpft.wire import status, transfer
-from fedpft.wire.channel import CORRUPT_ATTEMPTS, LONGEST_PAUSE_SECONDS, pauses, persist
+from fedpft.wire import channel, status, transfer
+from fedpft.wire.channel import CORRUPT_ATTEMPTS, LONGEST_PAUSE_SECONDS, TELL_SECONDS, Watchdog, pauses, persist
 from fedpft.wire.tensors import check_groups, read_tensors, write_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
 
@@ -310,11 +311,18 @@ class Time:
         return self.now
 
 
-def persisting(outcomes, timeout_seconds=60.0):
-    time, attempts = Time(), iter(outcomes)
+PROGRESS = object()
 
-    def attempt():
-        outcome = next(attempts)
+
+def persisting(outcomes, timeout_seconds=60.0):
+    """Each outcome is raised or returned by one attempt; those after PROGRESS by one that came further."""
+    time, left = Time(), iter(outcomes)
+
+    def attempt(progress):
+        outcome = next(left)
+        while outcome is PROGRESS:
+            progress()
+            outcome = next(left)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -335,6 +343,29 @@ def test_a_server_that_stays_away_is_unreachable():
     assert "silo.yaml" in caught.value.remedy
 
 
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED"])
+def test_a_server_that_goes_down_is_waited_for(code):
+    answer, waited = persisting([Reply(grpc.StatusCode[code]), TimeoutError("nothing moved for 120 s"), "here"])
+    assert answer == "here"
+    assert waited > 0
+
+
+def test_progress_renews_the_patience():
+    once = [AWAY] * 8  # 8 pauses are at most 22.7 s; 20 of them without progress in between would be too long
+    assert persisting([PROGRESS, *once] * 20 + ["here"], timeout_seconds=30.0)[0] == "here"
+    with pytest.raises(ServerUnreachable, match="for 30 s"):
+        persisting([PROGRESS, *once] * 20 + [*once] * 20, timeout_seconds=30.0)
+
+
+def test_a_server_that_stays_away_is_told_of_once_a_minute(caplog):
+    caplog.set_level("INFO")
+    _, waited = persisting([AWAY] * 200 + ["here"], timeout_seconds=1e6)
+    away = [line for line in caplog.messages if "does not answer" in line]
+    assert len(away) <= 1 + waited / TELL_SECONDS
+    assert len(away) > waited / (TELL_SECONDS + LONGEST_PAUSE_SECONDS)
+    assert caplog.messages[-1].endswith("answers again")
+
+
 def test_a_refusal_is_not_tried_again():
     with pytest.raises(RefusedByServer):
         persisting([Reply(grpc.StatusCode.PERMISSION_DENIED, "no"), "here"])
@@ -345,6 +376,14 @@ def test_a_broken_transfer_is_tried_again_but_not_for_ever():
     assert persisting([broken] * (CORRUPT_ATTEMPTS - 1) + ["here"]) == ("here", 0.0)
     with pytest.raises(TransferCorrupt):
         persisting([broken] * CORRUPT_ATTEMPTS + ["here"])
+    assert persisting([PROGRESS, *[broken] * (CORRUPT_ATTEMPTS - 1)] * 5 + ["here"])[0] == "here"
+
+
+def test_an_answer_outside_of_the_table_is_a_broken_transfer():
+    strange = Reply(grpc.StatusCode.INTERNAL, "a flipped bit")
+    assert persisting([strange] * (CORRUPT_ATTEMPTS - 1) + ["here"]) == ("here", 0.0)
+    with pytest.raises(RefusedByServer, match="a flipped bit"):
+        persisting([strange] * CORRUPT_ATTEMPTS + ["here"])
 
 
 def test_pauses_grow_to_their_limit():
@@ -352,6 +391,53 @@ def test_pauses_grow_to_their_limit():
     drawn = [next(waiting) for _ in range(50)]
     assert 0 < drawn[0] <= 0.1
     assert LONGEST_PAUSE_SECONDS / 2 <= drawn[-1] <= LONGEST_PAUSE_SECONDS
+
+
+class Call:
+    def __init__(self):
+        self.cancelled = threading.Event()
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+def test_a_watchdog_lets_go_of_what_moves(monkeypatch):
+    time, call, watchdog = Time(), Call(), Watchdog(10.0)
+    monkeypatch.setattr(channel.time, "monotonic", time.clock)
+    waits = []
+
+    class Over:
+        def wait(self, seconds):
+            waits.append(seconds)
+            time.sleep(4.0)
+            if len(waits) <= 3:
+                watchdog.rearm()
+            return False
+
+    watchdog.rearm()
+    watchdog._over = Over()
+    watchdog._watch(call)
+    assert call.cancelled.is_set()
+    assert waits == [10.0, 10.0, 10.0, 10.0, 6.0, 2.0], "10 s after the last move, and not before"
+
+
+def test_a_watchdog_cancels_what_stands_still():
+    call = Call()
+
+    def stand_still():
+        with Watchdog(0.001).guarding(call):
+            call.cancelled.wait()
+            raise Reply(grpc.StatusCode.CANCELLED)
+
+    with pytest.raises(TimeoutError, match="nothing moved"):
+        stand_still()
+
+
+def test_a_fault_of_what_is_guarded_stays_what_it_is():
+    call = Call()
+    with pytest.raises(TransferCorrupt), Watchdog().guarding(call):
+        raise TransferCorrupt("x", "y")
+    assert not call.cancelled.is_set()
 
 
 # --- exit codes -------------------------------------------------------------------------------------------------------
