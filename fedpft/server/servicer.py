@@ -110,8 +110,11 @@ class FederationServicer:
             if first is None or first.WhichOneof("part") != "update":
                 raise TransferCorrupt("an update began without its header", AGAIN)
             header = first.update
-            if isinstance(verdict := self._live.judge(_arrival(silo, header)), federation.Refuse):
-                raise verdict.error
+            match self._live.judge(_arrival(silo, header)):
+                case federation.Refuse(_, refusal):
+                    raise refusal
+                case federation.Duplicate():
+                    return pb.SendUpdateResponse()
             watchdog = Watchdog()
 
             def chunks() -> Iterator[pb.Chunk]:
@@ -136,8 +139,9 @@ class FederationServicer:
                 sha256=header.file.sha256.hex(),
                 verdict=type(verdict).__name__.lower(),
             )
-            if isinstance(verdict, federation.Refuse):
+            if not isinstance(verdict, federation.Accept):
                 update.path.unlink(missing_ok=True)
+            if isinstance(verdict, federation.Refuse):
                 raise verdict.error
             return pb.SendUpdateResponse()
 
