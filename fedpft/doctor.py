@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
@@ -14,14 +13,14 @@ import torch
 import yaml
 
 import fedpft
-from fedpft import kernels
-from fedpft.config import Endpoint, ServerConfig, SiloConfig, load_server_config, load_silo_config
+from fedpft import atomic, kernels
+from fedpft.config import ServerConfig, SiloConfig, TlsSection, load_server_config, load_silo_config
 from fedpft.datafiles import read_rows
-from fedpft.datasets import read_label_list
-from fedpft.errors import ConfigError, FedPFTError, ModelError
+from fedpft.datasets import read_label_list, read_labelled, read_unlabelled
+from fedpft.errors import CertificateError, ConfigError, FedPFTError, ModelError, PortInUse
 from fedpft.kernels.check import check_operators
 from fedpft.server.run import VERSIONED
-from fedpft.wire.certificates import Role, read_kit, read_revoked
+from fedpft.wire.certificates import Role, exposure, read_kit, read_revoked
 from fedpft.wire.channel import check_listen
 from fedpft.wire.hello import Greeting, greet
 
@@ -29,7 +28,6 @@ T = TypeVar("T")
 
 GIB = 1 << 30
 FREE_BYTES = GIB  # what a disk should have left at least
-PRODUCTS = 2  # OUT receives the adapted FM and a proxy, which is smaller than the FM
 CONNECT_SECONDS = 5.0
 CLOCK_SECONDS = 60.0  # how far two clocks may be apart
 
@@ -123,36 +121,30 @@ def _load(path: Path) -> ServerConfig | SiloConfig:
     return load_silo_config(path) if isinstance(raw, dict) and "server" in raw else load_server_config(path)
 
 
-def _examine_endpoint(findings: _Findings, config: Endpoint, role: Role) -> None:
-    tls = config.tls
-    if tls is not None:
-        findings.check("certificate", lambda: _certificate(config, role))
-        findings.check("key", lambda: _key(tls.key))
-
-
-def _certificate(config: Endpoint, role: Role) -> str:
-    assert config.tls is not None
-    kit = read_kit(config.tls, role)
-    if kit.expiring:
-        raise Worry("; ".join(kit.expiring))
-    return f"{config.tls.certificate}: {kit.name}, {kit.days_left} days left"
+def _certificate(tls: TlsSection, role: Role) -> str:
+    kit = read_kit(tls, role)
+    if kit.warnings:
+        raise Worry("; ".join(kit.warnings))
+    return f"{tls.certificate}: {kit.name}, {kit.days_left} days left"
 
 
 def _key(path: Path) -> str:
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
+        warning = exposure(path)
     except OSError as error:
-        raise FedPFTError(f"{path}: {error.strerror}", "put the kit's files where `tls` names them") from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise Worry(f"{path}: others than its owner can read it -> chmod 600 {path}")
-    return f"{path}: its owner's only"
+        raise CertificateError(f"{path}: {error.strerror}", "put the kit's files where `tls` names them") from None
+    if warning:
+        raise Worry(warning)
+    return f"{path}: for its owner only"
 
 
 def _device(name: str) -> str:
     try:
         torch.ones(1, device=name)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ConfigError(f"device: {name}: {str(error).splitlines()[0]}", "use `device: cpu`, or mend the GPU") from None
+        raise ConfigError(
+            f"device: {name}: {str(error).splitlines()[0]}", "use `device: cpu`, or mend the GPU"
+        ) from None
     return name
 
 
@@ -186,14 +178,17 @@ def _bytes(directory: Path) -> int:
 
 
 def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
-    _examine_endpoint(findings, config, "silo")
+    if (tls := config.tls) is not None:
+        findings.check("certificate", lambda: _certificate(tls, "silo"))
+        findings.check("key", lambda: _key(tls.key))
     greeting = findings.check("connection", lambda: _connection(config), lambda seen: _greeting(config, seen))
     if greeting is not None:
         findings.check("clock", lambda: _clock(greeting))
     findings.check("data", lambda: _silo_data(config))
     findings.check("device", lambda: _device(config.device))
     findings.check("work", lambda: _writable(config.work))
-    findings.check("disk", lambda: _space(config.work, PRODUCTS * _bytes(config.work)))
+    # The proxy of another federation comes beside those that are there.
+    findings.check("disk", lambda: _space(config.work, _bytes(config.work)))
 
 
 def _connection(config: SiloConfig) -> Greeting:
@@ -224,29 +219,52 @@ def _silo_data(config: SiloConfig) -> str:
 
 
 def _examine_server(findings: _Findings, config: ServerConfig) -> None:
-    _examine_endpoint(findings, config, "server")
-    if config.tls is not None and (revoked := config.tls.revoked) is not None:
-        findings.check("revoked", lambda: f"{revoked}: {len(read_revoked(revoked))} certificates")
+    if (tls := config.tls) is not None:
+        findings.check("certificate", lambda: _certificate(tls, "server"))
+        findings.check("key", lambda: _key(tls.key))
+        if (revoked := tls.revoked) is not None:
+            findings.check("revoked", lambda: f"{revoked}: {len(read_revoked(revoked))} certificates")
     findings.check("listen", lambda: _listen(config))
     findings.check("model", lambda: _model(config))
     findings.check("data", lambda: _server_data(config))
     findings.check("device", lambda: _device(config.device))
     findings.check("out", lambda: _writable(config.out))
-    findings.check("disk", lambda: _space(config.out, PRODUCTS * _bytes(config.model.path)))
+    # OUT receives the adapted FM and a proxy, which is smaller than the FM.
+    findings.check("disk", lambda: _space(config.out, 2 * _bytes(config.model.path)))
 
 
 def _listen(config: ServerConfig) -> str:
-    check_listen(config.listen)
+    try:
+        check_listen(config.listen)
+    except PortInUse:
+        if _in_use(config.out):
+            return f"{config.listen} is taken, and {config.out} is in use: this server is running"
+        raise
     return f"{config.listen} is free"
+
+
+def _in_use(out: Path) -> bool:
+    if not (out / "lock").exists():
+        return False
+    try:
+        with atomic.locked(out, "out"):
+            return False
+    except ConfigError:
+        return True
 
 
 def _model(config: ServerConfig) -> str:
     path = config.model.path
     if not os.access(path / "config.json", os.R_OK):
         raise ModelError(f"{path}: holds no config.json that this user can read", "name the FM's directory in `model`")
-    return f"{path}: {_bytes(path) / GIB:.2f} GiB, {len(read_label_list(config.model.labels))} labels"
+    return f"{path}: {_bytes(path) / GIB:.2f} GiB"
 
 
 def _server_data(config: ServerConfig) -> str:
-    paths = [path for path in (config.public_data, config.test_data) if path is not None]
-    return ", ".join(f"{path}: {len(read_rows(path, []))} rows" for path in paths)
+    task, labels = config.model.task, read_label_list(config.model.labels)
+    public = read_unlabelled(config.public_data, config.columns, task)
+    found = f"{config.public_data}: {len(public)} rows"
+    if config.test_data is not None:
+        test = read_labelled(config.test_data, config.columns, task, labels)
+        found += f"; {config.test_data}: {len(test.inputs)} rows"
+    return f"{found}; {config.model.labels}: {len(labels)} labels"

@@ -18,7 +18,7 @@ from fedpft.config import RoundSettings, SiloConfig
 from fedpft.errors import FedPFTError, NotEnrolled, RefusedByServer
 from fedpft.wire import transfer
 from fedpft.wire.channel import IDLE_SECONDS, SILO_KEY, Progress, Watchdog, dial, pauses, persist
-from fedpft.wire.tensors import read_specs
+from fedpft.wire.tensors import TensorFile
 from fedpft.wire.v1 import federation_pb2 as pb
 from fedpft.wire.v1.federation_pb2_grpc import FederationServiceStub
 
@@ -123,13 +123,16 @@ class ServerConnection:
                     request = pb.FetchFileRequest(sha256=file.sha256, offset=incoming.offset)
                     watchdog = Watchdog(self._idle_seconds)
                     call = self._stub.FetchFile(request, metadata=self._metadata)
-                    with watchdog.guarding(call):
-                        for response in call:
-                            watchdog.rearm()
-                            incoming.write(response.chunk)
-                            if incoming.offset > reached:  # a file that is fetched anew gets no new patience
-                                reached = incoming.offset
-                                progress()
+                    try:
+                        with watchdog.guarding(call):
+                            for response in call:
+                                watchdog.rearm()
+                                incoming.write(response.chunk)
+                                if incoming.offset > reached:  # a file that is fetched anew gets no new patience
+                                    reached = incoming.offset
+                                    progress()
+                    finally:
+                        call.cancel()  # if the fault was on this side, the server would go on sending
                 incoming.finish(path)
 
         self._call(attempt)
@@ -230,7 +233,7 @@ class ServerConnection:
 
     def _record_sending(self, update: pb.UpdateHeader, path: Path, offset: int) -> None:
         """Before the first byte: nothing leaves without an entry."""
-        groups = collections.Counter(name.partition("/")[0] for name in read_specs(path))
+        groups = collections.Counter(name.partition("/")[0] for name in TensorFile(path).specs)
         self._audit.append(
             "sent",
             peer=self._config.server,

@@ -37,7 +37,7 @@ class Kit:
     name: in the certificate; a silo is known to the server by it.
     ca, certificate, key: PEM.
     days_left: until the certificate, or the authority's own, expires.
-    worries: what works today but has to be mended, each one line.
+    warnings: of those that expire soon, each one line with the remedy.
     """
 
     name: str
@@ -45,15 +45,22 @@ class Kit:
     certificate: bytes
     key: bytes
     days_left: int
-    worries: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def check_certificates(tls: TlsSection, role: Role) -> str:
-    """As :func:`read_kit`; logs the worries and returns the name in the certificate."""
+    """As :func:`read_kit`; logs the warnings and returns the name in the certificate."""
     kit = read_kit(tls, role)
-    for worry in kit.worries:
-        log.warning("%s", worry)
+    for warning in (*kit.warnings, exposure(tls.key)):
+        if warning:
+            log.warning("%s", warning)
     return kit.name
+
+
+def exposure(key: Path) -> str:
+    """What to do if others than its owner can read the key; empty if they cannot."""
+    exposed = key.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    return f"{key} can be read by others than its owner -> chmod 600 {key}" if exposed else ""
 
 
 def read_kit(tls: TlsSection, role: Role) -> Kit:
@@ -73,15 +80,13 @@ def read_kit(tls: TlsSection, role: Role) -> Kit:
         )
     _check_dates(tls.ca, issuer)
     _check_role(tls.certificate, certificate, role)
-    worries = []
-    if tls.key.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        worries.append(f"{tls.key} can be read by others than its owner: chmod 600 it")
+    warnings = []
     for path, each, remedy in ((tls.certificate, certificate, "renew it"), (tls.ca, issuer, "rotate the authority")):
         if days_left(each) < WARNING_DAYS:
             until = f"{each.not_valid_after_utc:%Y-%m-%d}"
-            worries.append(f"{path} expires on {until}, {days_left(each)} days from now: {remedy} (docs/operating.md)")
+            warnings.append(f"{path} expires on {until}, in {days_left(each)} days -> {remedy}: docs/operating.md")
     days = min(days_left(certificate), days_left(issuer))
-    return Kit(_name(tls.certificate, certificate), ca, pem, key, days, tuple(worries))
+    return Kit(_name(tls.certificate, certificate), ca, pem, key, days, tuple(warnings))
 
 
 def fitting_key(tls: TlsSection) -> bytes:
