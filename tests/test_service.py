@@ -18,6 +18,7 @@ from fedpft.config import (
     ModelSection,
     RoundSettings,
     ServerConfig,
+    ServerTlsSection,
     SiloConfig,
     SiloDataSection,
     TlsSection,
@@ -82,7 +83,7 @@ def server_config(tmp_path, section, **changes):
     values = {
         "out": tmp_path / "out",
         "listen": "127.0.0.1:0",
-        "tls": section,
+        "tls": section and ServerTlsSection(**dict(section)),
         "insecure_loopback": section is None,
         "model": ModelSection(path=tmp_path, labels=tmp_path),
         "federation": FederationSection(**federation),
