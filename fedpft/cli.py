@@ -79,8 +79,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _provision(arguments: argparse.Namespace) -> None:
     out, hosts, days = arguments.out, arguments.host, arguments.days
-    if not (arguments.silos or arguments.renew or arguments.revoke):
-        raise ConfigError("nothing to make", "name silos with --silos, --renew or --revoke")
     # Before the renewal: with both options a silo's new certificate is good and all its former ones are not.
     if arguments.revoke:
         path = revoke(out, arguments.revoke)
@@ -88,7 +86,7 @@ def _provision(arguments: argparse.Namespace) -> None:
     if arguments.renew:
         print("\n".join(f"renewed {kit}" for kit in renew(out, arguments.renew, hosts=hosts, days=days)))
         hosts = None
-    if arguments.silos:
+    if arguments.silos or not (arguments.renew or arguments.revoke):
         made = provision(out, arguments.silos, hosts=hosts, port=arguments.port, days=days)
         print("\n".join(f"made {directory}" for directory in made))
 
@@ -183,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         "Make a federation's authority and one kit of key and certificates a party; renew kits, and revoke them.",
     )
     sub.add_argument("--out", type=Path, required=True, help="directory of authority/ and the kits")
-    sub.add_argument("--silos", nargs="+", metavar="NAME", help="make kits for these silos, and what else is missing")
+    sub.add_argument("--silos", nargs="+", default=[], metavar="NAME", help="make kits for these silos too")
     sub.add_argument(
         "--renew", nargs="+", metavar="NAME", help="new key and certificate for these silos' kits, or for `server`'s"
     )

@@ -7,7 +7,7 @@ import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 
-import fedpft.wire  # noqa: F401  isort: skip  (sets gRPC's environment before grpc is imported)
+import fedpft.wire  # isort: skip  (sets gRPC's environment before grpc is imported)
 import grpc
 import pytest
 
@@ -17,7 +17,7 @@ from fedpft.errors import CertificateError, ServerUnreachable
 from fedpft.provision import Authority, provision, renew, revoke
 from fedpft.server.admission import Admission
 from fedpft.wire.certificates import Revocations, check_certificates, read_kit
-from fedpft.wire.channel import SERVER_OPTIONS, listen
+from fedpft.wire.channel import SERVER_OPTIONS, dial, listen
 from fedpft.wire.hello import greet
 from fedpft.wire.status import answering
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -109,11 +109,7 @@ def test_a_round_does_not_wait_for_a_revoked_silo_that_is_silent(door, kits):
 
 
 def test_the_connection_that_a_revoked_silo_holds_is_of_no_use(door, kits):
-    section = tls(kits / "silos/north")
-    credentials = grpc.ssl_channel_credentials(
-        *(p.read_bytes() for p in (section.ca, section.key, section.certificate))
-    )
-    with grpc.secure_channel(door.address, credentials) as channel:
+    with dial(door.address, tls(kits / "silos/north")) as channel:
         call = channel.unary_unary("/fedpft.wire.v1.FederationService/Hello")
         call(b"", timeout=LONG_SECONDS)
         revoke(kits, ["north"])
@@ -235,33 +231,26 @@ def test_a_client_without_a_certificate_is_refused(door, kits):
 
 
 @pytest.fixture
-def successor(kits):
-    """The authority has a successor, as docs/operating.md has it: the new key signs, everyone trusts both."""
-    old, new = Authority.load(kits / "authority"), Authority.create()
-    both = Authority(new.key, new.certificate, (old.certificate,))
-    (kits / "authority/ca.pem").write_bytes(both.pem)
-    assert Authority.load(kits / "authority").certificate == old.certificate, "the key decides who signs"
-    (kits / "authority/key.pem").write_bytes(new_key_pem(new))
-    assert Authority.load(kits / "authority") == both
-    return both
-
-
-def new_key_pem(authority):
-    from fedpft.provision import _pem
-
-    return _pem(authority.key)
+def successor(kits, tmp_path):
+    """What docs/operating.md has an operator do: a new authority signs, and its ca.pem holds the old one too."""
+    provision(tmp_path / "next", [])
+    old, new = kits / "authority", tmp_path / "next/authority"
+    (old / "ca.pem").write_bytes((new / "ca.pem").read_bytes() + (old / "ca.pem").read_bytes())
+    (old / "key.pem").write_bytes((new / "key.pem").read_bytes())
+    return new / "ca.pem", old / "ca.pem"
 
 
 def test_two_authorities_are_trusted_while_one_follows_the_other(door, kits, successor):
+    new, both = successor
     for kit in (kits / "server", kits / "silos/north", kits / "silos/south"):
-        (kit / "ca.pem").write_bytes(successor.pem)
+        shutil.copy(both, kit)
         check_certificates(tls(kit), "server" if kit.name == "server" else "silo")
     knock(door, kits / "silos/north")  # both of the old one
     renew(kits, ["north"])
     knock(door, kits / "silos/north"), knock(door, kits / "silos/south")  # the server of the old one
     renew(kits, ["server"])
     knock(door, kits / "silos/north"), knock(door, kits / "silos/south")  # the server of the new one
-    (kits / "server/ca.pem").write_bytes(Authority(successor.key, successor.certificate).pem)
+    shutil.copy(new, kits / "server")
     knock(door, kits / "silos/north")
     with pytest.raises(CertificateError, match="does not accept"):
         knock(door, kits / "silos/south")
@@ -269,7 +258,9 @@ def test_two_authorities_are_trusted_while_one_follows_the_other(door, kits, suc
 
 def test_a_kit_is_of_any_authority_in_its_bundle_but_of_no_other(kits, successor):
     kit = kits / "silos/north"
-    (kit / "ca.pem").write_bytes(successor.pem)
+    shutil.copy(successor[1], kit)
+    assert read_kit(tls(kit), "silo").name == "north"
+    renew(kits, ["north"])
     assert read_kit(tls(kit), "silo").name == "north"
     (kit / "ca.pem").write_bytes(Authority.create().pem + Authority.create().pem)
     with pytest.raises(CertificateError, match="was not signed by"):
