@@ -11,17 +11,15 @@ import fedpft.wire  # isort: skip  (sets gRPC's environment before grpc is impor
 import grpc
 import pytest
 
-import fedpft
 from fedpft.config import ServerTlsSection, TlsSection
 from fedpft.errors import CertificateError, ServerUnreachable
 from fedpft.provision import Authority, provision, renew, revoke
 from fedpft.server.admission import Admission
+from fedpft.server.servicer import FederationServicer
 from fedpft.wire.certificates import Revocations, check_certificates, read_kit
 from fedpft.wire.channel import SERVER_OPTIONS, dial, listen
 from fedpft.wire.hello import greet
-from fedpft.wire.status import answering
-from fedpft.wire.v1 import federation_pb2 as pb
-from fedpft.wire.v1.federation_pb2_grpc import FederationServiceServicer, add_FederationServiceServicer_to_server
+from fedpft.wire.v1.federation_pb2_grpc import add_FederationServiceServicer_to_server
 
 LONG_SECONDS = 60.0  # no test waits so long unless it fails
 
@@ -40,17 +38,18 @@ def kits(tmp_path):
     return tmp_path / "kits"
 
 
-class Doorkeeper(FederationServiceServicer):
-    """Answers Hello as the real server does, and remembers whom it let in and which rounds it freed."""
+class Doorkeeper(FederationServicer):
+    """The server's RPCs without a federation behind them; remembers whom it let in, and whom no round waits for."""
 
     def __init__(self, section):
         self.seen, self.failed = [], []
         self.admission = Admission(section, lambda silo, reason: self.failed.append((silo, reason)))
+        super().__init__(None, None, None, None, "", "", self.admission)
 
     def Hello(self, request, context):  # noqa: N802
-        with answering(context):
-            self.seen.append(self.admission.sender(context))
-            return pb.HelloResponse(package_version=fedpft.__version__)
+        answer = super().Hello(request, context)
+        self.seen.append(self.admission.sender(context))
+        return answer
 
 
 @pytest.fixture
@@ -86,6 +85,12 @@ def handshake(door, kit, **limits):
         context.wrap_socket(connection, server_hostname=host) as secured,
     ):
         yield secured
+
+
+def test_hello_tells_version_and_clock_to_whoever_has_a_certificate(door, kits):
+    greeting = knock(door, kits / "silos/north")
+    assert greeting.package_version == fedpft.__version__
+    assert abs(greeting.clock_ahead_seconds) <= greeting.seconds / 2 + 0.001  # the same clock; milliseconds travel
 
 
 # --- revocation -------------------------------------------------------------------------------------------------------
