@@ -12,6 +12,7 @@ from fedpft import atomic
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, ServerConfig
 from fedpft.federation import AbortRequested, Federation, FinishRequested, PatchPublished, StartRound
+from fedpft.server.admission import Admission
 from fedpft.server.inbox import Inbox
 from fedpft.server.ledger import Ledger, RoundRow
 from fedpft.server.live import LiveFederation
@@ -71,7 +72,7 @@ class FederationServer:
             self._audit,
             settings.model_dump_json(),
             ledger.run_id,
-            certified=config.tls is not None,
+            Admission(config.tls, self._live.fail),
         )
         threads = ThreadPoolExecutor(2 * len(section.silos) + 4, thread_name_prefix="rpc")
         self._server = grpc.server(threads, options=SERVER_OPTIONS)

@@ -3,6 +3,7 @@
 # ruff: noqa: N802, D102  (the methods are named and described in the proto)
 
 import logging
+import time
 from collections.abc import Iterator
 
 import grpc
@@ -10,12 +11,13 @@ import grpc
 import fedpft
 from fedpft import federation
 from fedpft.audit import AuditLog
-from fedpft.errors import CertificateError, InvalidUpdate, RefusedByServer, TransferCorrupt
+from fedpft.errors import InvalidUpdate, RefusedByServer, TransferCorrupt
 from fedpft.federation import UpdateArrived
+from fedpft.server.admission import Admission
 from fedpft.server.inbox import Inbox
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
-from fedpft.wire.channel import SILO_KEY, Watchdog
+from fedpft.wire.channel import Watchdog
 from fedpft.wire.status import answering, sanitised
 from fedpft.wire.transfer import AGAIN
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -36,15 +38,16 @@ class FederationServicer:
         audit: AuditLog,
         settings_json: str,
         run_id: str,
-        *,
-        certified: bool,
+        admission: Admission,
     ) -> None:
-        """Args:
-        certified: silos prove who they are by certificate; else they merely say so, in metadata.
-        """
         self._live, self._inbox, self._outbox, self._audit = live, inbox, outbox, audit
         self._settings_json, self._run_id = settings_json, run_id
-        self._certified = certified
+        self._sender = admission.sender
+
+    def Hello(self, request: pb.HelloRequest, context: grpc.ServicerContext) -> pb.HelloResponse:
+        with answering(context):
+            self._sender(context)
+            return pb.HelloResponse(package_version=fedpft.__version__, time_ms=time.time_ns() // 1_000_000)
 
     def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolResponse:
         with answering(context):
@@ -167,15 +170,6 @@ class FederationServicer:
         silo = self._sender(context)
         self._live.check_enrolled(silo)
         return silo
-
-    def _sender(self, context: grpc.ServicerContext) -> str:
-        if self._certified:
-            names = [str(name, "utf-8") for name in context.auth_context().get("x509_common_name", ())]
-        else:
-            names = [str(value) for key, value in context.invocation_metadata() if key == SILO_KEY]
-        if len(names) != 1:
-            raise CertificateError("the silo's certificate has no common name", "ask for a new kit")
-        return names[0]
 
 
 def _arrival(silo: str, header: pb.UpdateHeader) -> UpdateArrived:

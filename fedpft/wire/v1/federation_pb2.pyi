@@ -27,6 +27,18 @@ class Chunk(_message.Message):
     crc32: int
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
 
+class HelloRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class HelloResponse(_message.Message):
+    __slots__ = ("package_version", "time_ms")
+    PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    package_version: str
+    time_ms: int
+    def __init__(self, package_version: _Optional[str] = ..., time_ms: _Optional[int] = ...) -> None: ...
+
 class EnrolRequest(_message.Message):
     __slots__ = ("samples", "package_version")
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
