@@ -57,7 +57,8 @@ class Payload:
         with self.path.open("rb", buffering=0) as file:
             file.seek(min(offset, self.total_bytes))
             for number in range(offset // CHUNK_BYTES, len(self.checks)):
-                data = file.read((number + 1) * CHUNK_BYTES - offset)
+                if not (data := file.read((number + 1) * CHUNK_BYTES - offset)):
+                    return
                 fields = pb.Chunk(offset=offset, check=self.checks[number]).SerializeToString()
                 fields += _tag(pb.Chunk, "data") + _varint(len(data))
                 yield b"".join((tag, _varint(len(fields) + len(data)), fields, data))
@@ -121,7 +122,7 @@ class Incoming:
         if chunk.offset != self.offset:
             raise TransferCorrupt(f"{name} went on at byte {chunk.offset} instead of {self.offset}", AGAIN)
         if not 0 < len(data) <= CHUNK_BYTES or self.offset + len(data) > self._announced.total_bytes:
-            raise TransferCorrupt(f"{name} has more bytes than were announced", AGAIN)
+            raise TransferCorrupt(f"{len(data)} bytes at byte {self.offset} of {name} do not fit", AGAIN)
         content = self._content.copy()
         content.update(data)
         if _check(content) != chunk.check:
