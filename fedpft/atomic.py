@@ -1,10 +1,13 @@
 """Files that are there whole or not at all, whenever the process or the machine stops."""
 
 import contextlib
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+from fedpft.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -24,6 +27,31 @@ def replacing(path: Path) -> Iterator[Path]:
         written.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(directory: Path, key: str) -> Iterator[None]:
+    """Makes a directory and keeps other processes that ask for it out; the lock ends with the process.
+
+    Args:
+        key: what the directory is called in the process's YAML file.
+
+    Raises:
+        ConfigError: another process has it, or it cannot be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be written to ({error.strerror})", f"change `{key}`") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{directory} is in use by another process", f"stop that one, or give each its own `{key}`"
+            ) from None
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedpft import __version__, adapters, demo, doctor
+from fedpft import __version__, adapters, audit, demo, doctor
 from fedpft.command import run_command
 from fedpft.config import ServerConfig, load_server_config, load_silo_config
 from fedpft.errors import ConfigError
@@ -85,6 +85,16 @@ def _doctor(arguments: argparse.Namespace) -> None:
     doctor.examine(arguments.config)
 
 
+def _audit(arguments: argparse.Namespace) -> None:
+    summary = audit.Summary()
+    print(audit.format_heading())
+    for entry in audit.read(arguments.file):
+        summary.add(entry)
+        if entry.time >= arguments.since:
+            print(audit.format_entry(entry))
+    print(audit.format_summary(summary))
+
+
 def _owner_and_proxy(config: ServerConfig) -> tuple[Owner, Built]:
     return load_owner(config), load_built(config, config.proxy_path or config.out / "proxy")
 
@@ -97,7 +107,9 @@ def _gaps(config: ServerConfig, owner: Owner, built: Built) -> list[tuple[str, G
     curves = config.out / "curves.json"
     if curves.exists():
         recorded: list[dict[str, Any]] = json.loads(curves.read_text(encoding="utf-8"))["alignment"]["stages"]
-        stages += [(stage.pop("stage"), Gap(**stage)) for stage in recorded if stage["stage"].startswith("round")]
+        stages += [
+            (stage.pop("stage"), Gap.from_json(stage)) for stage in recorded if stage["stage"].startswith("round")
+        ]
     return [(name, gap) for name, gap in stages if gap is not None]
 
 
@@ -165,6 +177,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("doctor", _doctor, "Check this machine: versions, kernels against their references, and a kit if given.")
     sub.add_argument("--config", type=Path, metavar="YAML", help="a server.yaml or silo.yaml whose kit is checked too")
+
+    sub = add("audit", _audit, "Verify an audit log and print it: what left, when, to whom, how large, which digest.")
+    sub.add_argument("file", type=Path, help="audit.jsonl of a server (in OUT) or of a silo (in its work directory)")
+    sub.add_argument(
+        "--since", default="", metavar="TIME", help="print later lines only, such as 2026-01-31 or 2026-01-31T12; UTC"
+    )
     return parser
 
 

@@ -1,12 +1,22 @@
 """How every command of fedpft starts and ends: logging to stderr, one line for an error, the exit code of its class."""
 
+import contextlib
 import logging
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from fedpft.errors import FedPFTError
 
-INTERRUPTED = 130  # as a shell reports a command ended by Ctrl-C
+# as a shell reports a command ended by a signal
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a command in the same places and by the same ways as Ctrl-C."""
 
 
 def run_command(function: Callable[[], None], *, level: int = logging.INFO) -> int:
@@ -16,11 +26,30 @@ def run_command(function: Callable[[], None], *, level: int = logging.INFO) -> i
     """
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        function()
+        with _terminable():
+            function()
     except FedPFTError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except Terminated:
+        print("error: terminated", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # signals are for the main thread only
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -3,8 +3,9 @@
 B batch, T sequence length, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,11 @@ class Gap:
     layers: tuple[int, ...]
     hidden_error: tuple[float, ...]
     gradient_cosine: tuple[float, ...]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Gap":
+        """What `dataclasses.asdict` and JSON made of one."""
+        return cls(**{name: tuple(value) for name, value in values.items()})
 
 
 def measure_gap(

@@ -2,6 +2,7 @@
 
     enrolling --Begin--> idle --StartRound--> training --Aggregate--> idle ... --> finished | aborted
                   LoseQuorum leads from enrolling and training back to idle; the caller decides what then.
+                  A restarted server begins at enrolling, or, with `resume`, in the middle of training.
 
 A silo is *present* from its enrolment until it fails or misses a deadline; it is present again as soon as it is heard
 of again. Each round picks among the silos that are present. Of each silo a round counts at most one update, the first.
@@ -9,7 +10,7 @@ of again. Each round picks among the silos that are present. Of each silo a roun
 
 import enum
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from fedpft.errors import InvalidUpdate, QuorumLost, RefusedByServer, RoundOver, StaleProxy
@@ -44,6 +45,7 @@ class UpdateArrived:
     silo: str
     round: int
     proxy_version: int
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class StartRound:
-    """These silos train. attempt: 0, and one more each time the round is begun anew."""
+    """These silos train. attempt: how often a restarted server took the round up again."""
 
     round: int
     attempt: int
@@ -193,6 +195,7 @@ class Phase(enum.Enum):
 class Federation:
     """The state. Every change goes through :meth:`handle`; the attributes are for reading.
 
+    expected: silos for which enrolment waits.
     present: silos that can be picked.
     pending, accepted: of the round in progress, the silos waited for and those whose update counts.
     failed: silo -> reason, of the round in progress.
@@ -206,6 +209,7 @@ class Federation:
         sample_fraction: share of the present silos that a round picks, at least min_silos and at least one.
         """
         self.silos = frozenset(silos)
+        self.expected = self.silos
         self.min_silos = min_silos
         self.sample_fraction = sample_fraction
         self.seed = seed
@@ -219,26 +223,40 @@ class Federation:
         self.failed: dict[str, str] = {}
         self.counted: dict[int, frozenset[str]] = {}
         self._quorum = 0
+        self._resumed = False
         self._end: Finished | Aborted = Finished()
 
     def resume(
-        self, counted: Mapping[int, Collection[str]], *, proxy_version: int, open_round: StartRound | None
+        self,
+        last: StartRound,
+        *,
+        present: Collection[str],
+        counted: Mapping[int, Collection[str]],
+        proxy_version: int,
+        aggregated: bool,
     ) -> None:
-        """Takes up a run where a former process left it, before any event.
+        """Takes up a run where a former process left it, before any event. Silos that are no longer named are gone.
 
         Args:
+            last: the round that was begun last, with the attempt that begins now.
+            present: the silos it was picked from. Enrolment waits for these, as the next round would have had them.
             counted: round -> silos whose update counts, for all rounds so far.
             proxy_version: patches that were published.
-            open_round: the round that was begun last, if its updates were not aggregated yet.
+            aggregated: whether the last round is over. If not, it goes on now, without enrolment: updates are taken
+                at once, and its end is announced as soon as it is requested.
         """
         self.proxy_version = proxy_version
         self.counted = {round: frozenset(silos) for round, silos in counted.items()}
-        if open_round is None:
-            self.round = max(self.counted, default=0)
+        self.round, self.attempt = last.round, last.attempt
+        if aggregated:
+            self.expected = self.silos & set(present) or self.silos
             return
-        self.round, self.attempt = open_round.round, open_round.attempt
+        picked = self.silos & set(last.silos)
+        self.present = set(self.silos & set(present))
         self.accepted = set(self.counted.pop(self.round, ()))
-        self._resumed = set(open_round.silos) - self.accepted
+        self.pending = set(picked - self.accepted)
+        self._quorum = self.min_silos or max(len(picked), 1)
+        self.phase, self._resumed = Phase.TRAINING, True
 
     def handle(self, event: Event) -> list[Action]:
         """Applies an event; returns what is to be done about it, in order."""
@@ -299,6 +317,14 @@ class Federation:
                     f"round {round} goes on without {silo}: {self.failed[silo]}", "the silo goes on with the next round"
                 ),
             )
+        if update.attempt > self.attempt:
+            return Refuse(
+                silo,
+                InvalidUpdate(
+                    f"an update of attempt {update.attempt}, but round {round} is at attempt {self.attempt}",
+                    "restart the silo",
+                ),
+            )
         if silo not in self.pending:
             return Refuse(silo, RefusedByServer(f"{silo} was not picked for round {round}", "restart the silo"))
         if update.proxy_version != self.proxy_version:
@@ -326,7 +352,7 @@ class Federation:
         if silo not in self.silos:
             return [Refuse(silo, _unknown(silo))]
         self.present.add(silo)
-        return self._begin() if self.phase is Phase.ENROLLING and self.present == self.silos else []
+        return self._begin() if self.phase is Phase.ENROLLING and self.present >= self.expected else []
 
     def _close_enrolment(self) -> list[Action]:
         if self.phase is not Phase.ENROLLING:
@@ -349,16 +375,19 @@ class Federation:
         return [Begin(tuple(sorted(self.present)))]
 
     def _start(self, round: int) -> list[Action]:
+        if self._resumed and round == self.round:
+            self._resumed = False
+            return [StartRound(round, self.attempt, tuple(sorted(self.pending))), *self._settle()]
         if self.phase is not Phase.IDLE or round <= max(self.counted, default=0):
             raise ValueError(f"round {round} cannot start: {self.phase.name.lower()}, last round {self.round}")
-        self.round, self.accepted, self.failed = round, set(), {}
+        self.round, self.attempt, self.accepted, self.failed = round, 0, set(), {}
         self.pending = set(self.pick(round))
         self._quorum = self.min_silos or max(len(self.pending), 1)
         if len(self.pending) < self._quorum:
             self.failed = dict.fromkeys(self.silos - self.present, "not there")
             return [self._lose_quorum()]
         self.phase = Phase.TRAINING
-        return [StartRound(round, tuple(sorted(self.pending)))]
+        return [StartRound(round, 0, tuple(sorted(self.pending)))]
 
     def _take(self, update: UpdateArrived) -> list[Action]:
         verdict = self.judge(update)
@@ -380,7 +409,9 @@ class Federation:
         return self._settle()
 
     def _settle(self) -> list[Action]:
-        """Ends the round if it is decided."""
+        """Ends the round if it is decided and the algorithm has asked for it."""
+        if self._resumed:
+            return []
         if len(self.accepted) + len(self.pending) < self._quorum:
             return [self._lose_quorum()]
         if self.pending:

@@ -78,7 +78,7 @@ def test_enough_silos_at_the_deadline_are_enough():
     federation.handle(Enrolled("north"))
     federation.handle(Enrolled("south"))
     assert federation.handle(EnrolmentDeadlinePassed()) == [Begin(("north", "south"))]
-    assert federation.handle(RoundRequested(1)) == [StartRound(1, ("north", "south"))]
+    assert federation.handle(RoundRequested(1)) == [StartRound(1, 0, ("north", "south"))]
 
 
 @pytest.mark.parametrize("min_silos", [2, None])
@@ -95,12 +95,12 @@ def test_too_few_silos_at_the_deadline_lose_the_quorum_by_name(min_silos):
 
 def test_a_round_ends_with_the_last_update():
     federation = training()
-    assert [federation.task(silo) for silo in SILOS] == [Train(1)] * 3
+    assert [federation.task(silo) for silo in SILOS] == [Train(1, 0)] * 3
     assert federation.handle(UpdateArrived("south", 1, 0)) == [Accept("south")]
     assert federation.task("south") == Wait()
     assert federation.handle(UpdateArrived("north", 1, 0)) == [Accept("north")]
     assert federation.handle(UpdateArrived("east", 1, 0)) == [Accept("east"), Aggregate(1, SILOS)]
-    assert federation.handle(RoundRequested(2)) == [StartRound(2, SILOS)]
+    assert federation.handle(RoundRequested(2)) == [StartRound(2, 0, SILOS)]
 
 
 def test_the_same_update_twice_counts_once():
@@ -147,14 +147,14 @@ def test_a_failed_silo_is_out_of_the_round_and_back_in_the_next():
     assert federation.task("north") == Wait()
     federation.handle(UpdateArrived("east", 1, 0))
     assert federation.handle(UpdateArrived("south", 1, 0))[-1] == Aggregate(1, ("east", "south"))
-    assert federation.handle(RoundRequested(2)) == [StartRound(2, SILOS)]
+    assert federation.handle(RoundRequested(2)) == [StartRound(2, 0, SILOS)]
 
 
 def test_a_silo_that_is_not_heard_of_is_not_picked_again():
     federation = training(min_silos=1)
     federation.handle(UpdateArrived("north", 1, 0))
     federation.handle(DeadlinePassed(1))
-    assert federation.handle(RoundRequested(2)) == [StartRound(2, ("north",))]
+    assert federation.handle(RoundRequested(2)) == [StartRound(2, 0, ("north",))]
 
 
 def test_a_failure_of_an_earlier_round_is_no_failure_of_this_one():
@@ -163,7 +163,7 @@ def test_a_failure_of_an_earlier_round_is_no_failure_of_this_one():
         federation.handle(UpdateArrived(silo, 1, 0))
     federation.handle(RoundRequested(2))
     assert federation.handle(SiloFailed("north", "NaN", 1)) == []
-    assert federation.task("north") == Train(2)
+    assert federation.task("north") == Train(2, 0)
 
 
 def test_a_lost_quorum_names_each_silo_and_its_reason():
@@ -232,6 +232,41 @@ def test_a_round_that_was_is_a_programming_error():
 MANY = tuple(f"silo{number}" for number in range(20))
 
 
+def test_a_resumed_round_goes_on_without_enrolment_and_ends_as_it_would_have():
+    federation = Federation(SILOS, min_silos=None, sample_fraction=1.0, seed=0)
+    federation.resume(
+        StartRound(2, 1, SILOS), present=SILOS, counted={1: SILOS, 2: ["south"]}, proxy_version=1, aggregated=False
+    )
+    assert federation.task("north") == Train(2, 1)
+    assert federation.task("south") == Wait()
+    assert federation.handle(RoundRequested(2)) == [StartRound(2, 1, ("east", "north"))]
+    assert federation.handle(UpdateArrived("north", 2, 1)) == [Accept("north")]
+    assert federation.handle(UpdateArrived("south", 2, 1)) == [Duplicate("south")]
+    assert federation.handle(UpdateArrived("east", 2, 1, attempt=1)) == [Accept("east"), Aggregate(2, SILOS)]
+    assert federation.handle(RoundRequested(3)) == [StartRound(3, 0, SILOS)]
+
+
+def test_a_silo_that_is_no_longer_named_is_not_waited_for_after_a_restart():
+    federation = Federation(("north", "south"), min_silos=None, sample_fraction=1.0, seed=0)
+    federation.resume(
+        StartRound(1, 1, SILOS), present=SILOS, counted={1: ["north", "south"]}, proxy_version=0, aggregated=False
+    )
+    assert federation.handle(RoundRequested(1)) == [StartRound(1, 1, ()), Aggregate(1, ("north", "south"))]
+
+
+def test_after_a_restart_between_rounds_those_that_were_there_are_waited_for():
+    federation = Federation(SILOS, min_silos=1, sample_fraction=1.0, seed=0)
+    federation.resume(
+        StartRound(1, 1, ("east",)), present=("east", "north"), counted={1: ["east"]}, proxy_version=0, aggregated=True
+    )
+    assert federation.handle(Enrolled("east")) == []
+    assert federation.handle(Enrolled("north")) == [Begin(("east", "north"))]
+
+
+def test_an_attempt_to_come_is_invalid():
+    assert isinstance(refusal(training().handle(UpdateArrived("north", 1, 0, attempt=1))), InvalidUpdate)
+
+
 def test_the_choice_is_the_same_for_every_order_of_enrolment():
     one, other = begun(silos=MANY, sample_fraction=0.25), begun(silos=MANY[::-1], sample_fraction=0.25)
     assert [one.pick(round) for round in range(1, 9)] == [other.pick(round) for round in range(1, 9)]
@@ -276,7 +311,8 @@ class AnyOrder(RuleBasedStateMachine):
     def start(self, min_silos, fraction, seed, enrolled):
         self.federation = Federation(SILOS, min_silos=min_silos, sample_fraction=fraction, seed=seed)
         self.round, self.picked, self.counted, self.open = 0, (), [], False
-        self.versions = 0
+        self.versions, self.attempt, self.begun = 0, 0, None
+        self.history = {}
         for silo in enrolled:
             self.handle(Enrolled(silo))
 
@@ -284,11 +320,15 @@ class AnyOrder(RuleBasedStateMachine):
         actions = self.federation.handle(event)
         for action in actions:
             match action:
-                case StartRound(round, silos):
+                case StartRound(round, attempt, silos):
                     assert not self.open
                     assert round == self.round
-                    assert silos
-                    self.picked, self.counted, self.open = silos, [], True
+                    assert attempt == self.attempt
+                    if not attempt:
+                        assert silos
+                        self.begun = (action, frozenset(self.federation.present))
+                        self.picked, self.counted = silos, []
+                    self.open = True
                 case Accept(silo):
                     assert self.open
                     assert silo in self.picked
@@ -299,7 +339,7 @@ class AnyOrder(RuleBasedStateMachine):
                     assert round == self.round
                     assert silos == tuple(sorted(self.counted)), "exactly the accepted updates count"
                     assert len(silos) >= (self.federation.min_silos or len(self.picked))
-                    self.open = False
+                    self.open, self.history[round] = False, silos
                 case LoseQuorum():
                     self.open = False
         return actions
@@ -316,7 +356,7 @@ class AnyOrder(RuleBasedStateMachine):
     @in_phase(Phase.IDLE)
     @rule()
     def request_round(self):
-        self.round += 1
+        self.round, self.attempt = self.round + 1, 0
         self.handle(RoundRequested(self.round))
 
     @in_phase(Phase.TRAINING)
@@ -354,6 +394,38 @@ class AnyOrder(RuleBasedStateMachine):
         self.handle(PatchPublished())
         self.versions += 1
 
+    @precondition(lambda machine: machine.begun is not None)
+    @rule(data=st.data())
+    def restart(self, data):
+        """A new process, which knows what is on disk: rounds as they were begun, updates that count, patches."""
+        old = self.federation
+        self.federation = Federation(SILOS, min_silos=old.min_silos, sample_fraction=old.sample_fraction, seed=old.seed)
+        begun, present = self.begun
+        aggregated = begun.round in self.history
+        self.round, self.attempt, self.open = begun.round, self.attempt + 1, False
+        self.federation.resume(
+            StartRound(begun.round, self.attempt, begun.silos),
+            present=present,
+            counted=self.history | ({} if aggregated else {begun.round: self.counted}),
+            proxy_version=self.versions,
+            aggregated=aggregated,
+        )
+        for silo in self.counted:
+            assert self.federation.judge(UpdateArrived(silo, self.round, self.versions)) == Duplicate(silo)
+        if aggregated:
+            assert self.federation.phase is Phase.ENROLLING
+            for silo in sorted(present):
+                self.handle(Enrolled(silo))
+            assert self.federation.phase is Phase.IDLE, "those that were there are all that is waited for"
+            return
+        for silo in sorted(self.federation.pending):
+            if data.draw(st.booleans()):  # comes in before the algorithm asks for the round
+                assert self.federation.handle(UpdateArrived(silo, self.round, self.versions)) == [Accept(silo)]
+                self.counted.append(silo)
+        assert self.handle(RoundRequested(self.round))[0] == StartRound(
+            self.round, self.attempt, tuple(sorted(set(begun.silos) - set(self.counted)))
+        )
+
     @invariant()
     def holds(self):
         federation = self.federation
@@ -365,7 +437,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert sorted(silo for group in groups for silo in group) == sorted(self.picked), "each silo is in one"
             assert federation.pending, "an open round waits for somebody"
             assert federation.pending <= federation.present
-            assert all(federation.task(silo) == Train(self.round) for silo in federation.pending)
+            assert all(federation.task(silo) == Train(self.round, self.attempt) for silo in federation.pending)
         assert all(federation.task(silo) == Wait() for silo in federation.silos - federation.pending)
 
 

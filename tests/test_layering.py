@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "fedpft"
 
 ROWS: list[set[str]] = [
     {"errors", "atomic", "figures", "progress"},
-    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command", "lora"},
+    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command", "lora", "audit"},
     {"subffn", "models", "aggregation", "adapters"},
     {
         "proxy",
@@ -52,8 +52,9 @@ ONLY_IN: dict[str, set[str]] = {
 NEVER_IN = {
     "federation": {"torch", "numpy", "time", "datetime", "threading", "asyncio", "random", "os", "pathlib"},
     "command": {"torch", "grpc", "transformers"},
+    "audit": {"torch", "grpc"},
 }
-ONLY_ROOMS = {"command": {"errors"}, "federation": {"errors", "seeding"}, "kernels": {"errors"}}
+ONLY_ROOMS = {"audit": {"errors"}, "command": {"errors"}, "federation": {"errors", "seeding"}, "kernels": {"errors"}}
 
 Import = tuple[str, int, str]  # file, line, dotted name of what is imported
 

@@ -25,6 +25,7 @@ from fedpft.config import (
 )
 from fedpft.errors import (
     CertificateError,
+    CheckpointError,
     ConfigError,
     DataError,
     InvalidUpdate,
@@ -36,14 +37,18 @@ from fedpft.errors import (
     ServerUnreachable,
     StaleProxy,
 )
+from fedpft.federation import EnrolmentDeadlinePassed, SiloFailed
 from fedpft.provision import Authority, provision
 from fedpft.server import service, servicer
+from fedpft.server.ledger import Ledger
 from fedpft.server.service import FederationServer
 from fedpft.silo import __main__ as silo_command
 from fedpft.silo.connection import ServerConnection
 from fedpft.silo.run import run
 from fedpft.training import LocalResult
-from fedpft.wire import federation_pb2 as pb
+from fedpft.wire import transfer
+from fedpft.wire.tensors import read_tensors, write_tensors
+from fedpft.wire.v1 import federation_pb2 as pb
 
 SETTINGS = RoundSettings(seed=0, adapter=AdapterSection(), training=TrainingSection(), inactive_below=0.01)
 ADAPTER = {"lora_A": torch.ones(2, 3), "head": torch.zeros(4, dtype=torch.bfloat16)}
@@ -92,7 +97,8 @@ def start(tmp_path, bundle):
     with contextlib.ExitStack() as stack:
 
         def started(section=None, **changes):
-            server = FederationServer(server_config(tmp_path, section, **changes), bundle, SETTINGS)
+            config = server_config(tmp_path, section, **changes)
+            server = FederationServer(config, bundle, SETTINGS, Ledger(config.out, {}))
             stack.callback(server.close)
             return server, server.start()
 
@@ -140,6 +146,43 @@ def result(value=1.0, samples=7, adapter=None, inactivity=None, **metrics):
     return LocalResult(trained, samples, {"train_loss": 0.5} | metrics, inactivity)
 
 
+def submit(silo, round, result, *, version=0):
+    """What `fedpft.silo.run` does with a round's result."""
+    path = silo._config.work / "update.safetensors"
+    write_tensors(path, {"adapter": result.adapter, "inactivity": result.inactivity or {}})
+    header = pb.UpdateHeader(
+        round=round,
+        proxy_version=version,
+        samples=result.samples,
+        metrics=result.metrics,
+        file=transfer.payload(path).announcement(),
+    )
+    return silo.submit(header, path)
+
+
+def fetch(silo, file, group):
+    return read_tensors(silo.fetch(file, silo._config.work / "received", f"{file.sha256.hex()}.safetensors"), group)
+
+
+def put(server, path, group, tensors):
+    write_tensors(path, {group: tensors})
+    server._ledger.enter_file(path)
+
+
+def run_round(server, round, adapter=ADAPTER, *, count_inactivity=False):
+    """What `fedpft.server.run` does for a round."""
+    put(server, server._ledger.adapter_path(round - 1), "adapter", adapter)
+    return server.run_round(round, count_inactivity=count_inactivity)
+
+
+def publish(server, tensors):
+    version = len(server._ledger.recorded("alignment")) + 1
+    put(server, server._ledger.patch_path(version), "patch", tensors)
+    put(server, server._ledger.snapshot_path(version), "patch", tensors | {"all": torch.ones(1)})
+    server._ledger.record("alignment", None, {})
+    return server.publish_patch()
+
+
 def next_round(connection):
     task = connection.next_task()
     assert task.WhichOneof("task") == "train"
@@ -153,15 +196,16 @@ def take_part(connection, value):
     """A silo without a model: what it does in each round is to send `value`. Returns what it saw."""
     enrolment = connection.enrol(int(value))
     seen = {"settings": enrolment.settings, "proxy": connection.fetch_proxy(enrolment), "patches": [], "adapters": []}
-    version = 0
     while (task := connection.next_task()).WhichOneof("task") == "train":
-        patches = connection.fetch_patches(version)
-        seen["patches"] += patches
-        version += len(patches)
-        assert version == task.train.proxy_version
-        seen["adapters"].append(connection.fetch_adapter(task.train.round))
-        counts = COUNTS if task.train.count_inactivity else None
-        assert connection.submit(task.train.round, version, result(value, int(value), inactivity=counts))
+        train = task.train
+        if train.proxy_version:
+            seen["patches"].append(
+                (fetch(connection, train.patch, "patch"), fetch(connection, train.snapshot, "patch"))
+            )
+        seen["adapters"].append(fetch(connection, train.adapter, "adapter"))
+        counts = COUNTS if train.count_inactivity else None
+        answer = result(value, int(value), inactivity=counts)
+        assert submit(connection, train.round, answer, version=train.proxy_version)
     return seen | {"end": task.WhichOneof("task")}
 
 
@@ -173,19 +217,20 @@ def test_two_silos_take_part_over_tls(start, dial, kits, bundle, background, tmp
         for name, value in (("south", 2.0), ("north", 1.0))
     ]
     server.wait_for_silos()
-    first = server.run_round(1, ADAPTER, count_inactivity=True)
+    first = run_round(server, 1, count_inactivity=True)
     assert [(update.silo, update.samples) for update in first] == [("north", 1), ("south", 2)]
     assert [update.adapter["lora_A"].mean().item() for update in first] == [1.0, 2.0]
     assert first[0].adapter["head"].dtype == torch.bfloat16
     assert first[0].metrics == {"train_loss": 0.5}
     assert all(torch.equal(first[0].inactivity[name], count) for name, count in COUNTS.items())
-    files = sorted(path.name for path in (tmp_path / "out/updates/round-1").iterdir())
-    assert files == ["north.safetensors", "south.safetensors"]
-    assert server.publish_patch({"norm": torch.full((2,), 3.0)}) == 1
-    assert server.publish_patch({"norm": torch.full((2,), 4.0)}) == 2
-    second = server.run_round(2, {name: tensor + 1 for name, tensor in ADAPTER.items()}, count_inactivity=False)
+    files = sorted(path.name.partition("-")[0] for path in (tmp_path / "out/updates/round-1").iterdir())
+    assert files == ["north", "south"]
+    assert publish(server, {"norm": torch.full((2,), 3.0)}) == 1
+    assert publish(server, {"norm": torch.full((2,), 4.0)}) == 2
+    second = run_round(server, 2, {name: tensor + 1 for name, tensor in ADAPTER.items()})
     assert second[0].inactivity is None
     assert not (tmp_path / "out/updates/round-1").exists(), "one round's updates are kept, not all"
+    server.close_round()
     server.finish()
     for silo in silos:
         seen = silo.result()
@@ -194,11 +239,13 @@ def test_two_silos_take_part_over_tls(start, dial, kits, bundle, background, tmp
         assert {p.name: p.read_bytes() for p in seen["proxy"].iterdir()} == {
             p.name: p.read_bytes() for p in bundle.iterdir()
         }
-        assert [patch["norm"][0].item() for patch in seen["patches"]] == [3.0, 4.0]
+        ((patch, snapshot),) = seen["patches"]
+        assert patch["norm"][0].item() == snapshot["norm"][0].item() == 4.0
+        assert snapshot.keys() - patch.keys() == {"all"}
         assert [adapter["lora_A"][0, 0].item() for adapter in seen["adapters"]] == [1.0, 2.0]
     assert server.bytes_down > 2 * sum(path.stat().st_size for path in bundle.iterdir())
     assert server.bytes_up > 4 * sum(tensor.nbytes for tensor in ADAPTER.values())
-    assert not list((tmp_path / "out/updates").iterdir())
+    assert not (tmp_path / "out/updates").exists()
 
 
 def test_the_proxy_is_fetched_once(start, dial, bundle):
@@ -218,11 +265,11 @@ def test_a_silo_that_starts_again_goes_on_with_its_round(start, dial, background
     server, address = start(federation={"silos": ("north",)})
     dial(address, "north")
     server.wait_for_silos()
-    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    outcome = background(run_round, server, 1)
     assert next_round(dial(address, "north")).round == 1
     again = dial(address, "north")
     assert next_round(again).round == 1
-    assert again.submit(1, 0, result())
+    assert submit(again, 1, result())
     assert [update.silo for update in outcome.result()] == ["north"]
 
 
@@ -239,7 +286,8 @@ def test_an_unknown_silo_is_refused_with_the_reason(start, dial, kits):
 def test_a_silo_that_has_not_enrolled_gets_nothing(start, dial):
     _, address = start()
     silo = dial(address, "north", enrol=False)
-    for ask in (silo.next_task, lambda: silo.fetch_patches(0), lambda: silo.submit(1, 0, result())):
+    proxy = pb.File(name="proxy.json", sha256=bytes(32), total_bytes=1)
+    for ask in (silo.next_task, lambda: fetch(silo, proxy, "adapter"), lambda: submit(silo, 1, result())):
         with pytest.raises(RefusedByServer, match="has not enrolled"):
             ask()
 
@@ -343,7 +391,7 @@ INVALID = {
     "no samples": (result(samples=0), "no sample"),
     "metric": (result(train_loss=float("nan")), "'train_loss' is nan"),
     "huge": (result(adapter=changed(extra=torch.ones(600_000))), "bytes, at most"),
-    "no counts": (result(), "inactivity '1' is missing"),
+    "half of the counts": (result(inactivity={"1": COUNTS["1"]}), "inactivity '1.tokens' is missing"),
     "count above tokens": (result(inactivity=COUNTS | {"1": torch.tensor([0, 3, 6])}), "0 to 6 of 5 tokens"),
     "count below zero": (result(inactivity=COUNTS | {"1": torch.tensor([0, -3, 5])}), "-3 to 5 of 5 tokens"),
     "count shape": (result(inactivity=COUNTS | {"1": torch.tensor([0, 3])}), r"is \(2,\) torch.int64, not \(3,\)"),
@@ -358,25 +406,25 @@ def test_an_invalid_update_is_refused_and_the_round_goes_on(fault, start, dial, 
     server, address = start(federation={"min_silos": 1})
     north, south = dial(address, "north"), dial(address, "south")
     server.wait_for_silos()
-    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=True)
+    outcome = background(run_round, server, 1, count_inactivity=True)
     next_round(north), next_round(south)
     with pytest.raises(InvalidUpdate, match=message) as caught:
-        north.submit(1, 0, bad)
+        submit(north, 1, bad)
     assert "out/updates" not in str(caught.value)
-    assert south.submit(1, 0, result(inactivity=COUNTS))
+    assert submit(south, 1, result(inactivity=COUNTS))
     assert [update.silo for update in outcome.result()] == ["south"]
     with pytest.raises(RoundOver):
-        north.submit(1, 0, result(inactivity=COUNTS))
+        submit(north, 1, result(inactivity=COUNTS))
 
 
 def test_an_invalid_update_that_costs_the_quorum_is_named(start, dial, background, caplog):
     server, address = start()
     north, _ = dial(address, "north"), dial(address, "south")
     server.wait_for_silos()
-    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    outcome = background(run_round, server, 1)
     next_round(north)
     with pytest.raises(InvalidUpdate):
-        north.submit(1, 0, INVALID["NaN"][0])
+        submit(north, 1, INVALID["NaN"][0])
     with pytest.raises(QuorumLost, match=r"round 1 .*north: 'lora_A' holds NaN"):
         outcome.result()
     assert "north failed" in caplog.text
@@ -386,10 +434,10 @@ def test_counts_that_nobody_asked_for_are_refused(start, dial, background):
     server, address = start(federation={"silos": ("north",)})
     north = dial(address, "north")
     server.wait_for_silos()
-    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    outcome = background(run_round, server, 1)
     next_round(north)
     with pytest.raises(InvalidUpdate, match="inactivity '1' is unknown"):
-        north.submit(1, 0, result(inactivity=COUNTS))
+        submit(north, 1, result(inactivity=COUNTS))
     with pytest.raises(QuorumLost):
         outcome.result()
 
@@ -398,34 +446,35 @@ def test_the_same_update_twice_counts_once(start, dial, background):
     server, address = start()
     north, south = dial(address, "north"), dial(address, "south")
     server.wait_for_silos()
-    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    outcome = background(run_round, server, 1)
     next_round(north), next_round(south)
-    assert north.submit(1, 0, result(1.0))
-    assert not north.submit(1, 0, result(9.0))
-    assert south.submit(1, 0, result())
+    assert submit(north, 1, result(1.0))
+    assert not submit(north, 1, result(9.0))
+    assert submit(south, 1, result())
     assert [update.adapter["lora_A"][0, 0].item() for update in outcome.result()] == [1.0, 1.0]
-    assert not north.submit(1, 0, result()), "even after the round"
+    assert not submit(north, 1, result()), "even after the round"
 
 
 def test_a_late_update_is_refused_and_the_silo_takes_part_in_the_next_round(start, dial, background, monkeypatch):
     server, address = start(federation={"min_silos": 1})
     north, south = dial(address, "north"), dial(address, "south")
     server.wait_for_silos()
-    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    outcome = background(run_round, server, 1)
     next_round(north), next_round(south)
     south.leave()
-    assert north.submit(1, 0, result())
+    assert submit(north, 1, result())
     assert [update.silo for update in outcome.result()] == ["north"]
     with pytest.raises(RoundOver, match="round 1 is over"):
-        south.submit(1, 0, result())
+        submit(south, 1, result())
     monkeypatch.setattr(servicer, "POLL_SECONDS", 0.0)
     assert south._ask(south._stub.NextTask, pb.NextTaskRequest()).WhichOneof("task") == "wait"
-    outcome = background(server.run_round, 2, ADAPTER, count_inactivity=False)
+    outcome = background(run_round, server, 2)
     assert next_round(south).round == 2
-    with pytest.raises(RoundOver):
-        south.fetch_adapter(1)
-    assert south.submit(2, 0, result())
-    assert north.submit(next_round(north).round, 0, result())
+    withdrawn = pb.File(name="adapter.safetensors", sha256=bytes(32), total_bytes=1)
+    with pytest.raises(RoundOver, match="no such file"):
+        fetch(south, withdrawn, "adapter")
+    assert submit(south, 2, result())
+    assert submit(north, next_round(north).round, result())
     assert [update.silo for update in outcome.result()] == ["north", "south"]
 
 
@@ -433,37 +482,37 @@ def test_a_stale_proxy_is_refused(start, dial, background):
     server, address = start(federation={"silos": ("north",)})
     north = dial(address, "north")
     server.wait_for_silos()
-    server.publish_patch({"norm": torch.ones(2)})
-    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    publish(server, {"norm": torch.ones(2)})
+    outcome = background(run_round, server, 1)
     assert next_round(north).proxy_version == 1
     with pytest.raises(StaleProxy, match="version 0 of the proxy"):
-        north.submit(1, 0, result())
+        submit(north, 1, result())
     with pytest.raises(QuorumLost, match="version 0 of the proxy"):
         outcome.result()
-    with pytest.raises(StaleProxy, match="no version 5"):
-        north.fetch_patches(5)
 
 
 def test_a_damaged_upload_is_sent_again(start, dial, background, monkeypatch):
     server, address = start(federation={"silos": ("north",)})
     north = dial(address, "north")
     server.wait_for_silos()
-    outcome = background(server.run_round, 1, ADAPTER, count_inactivity=False)
+    outcome = background(run_round, server, 1)
     next_round(north)
-    submit, damaged = north._stub.SubmitUpdate, []
+    send, damaged = north._stub.SendUpdate.future, []
 
-    def damage_once(parts, **options):
-        def passing():
-            for part in parts:
-                if part.piece.chunk and not damaged:
-                    damaged.append(part)
-                    part = pb.UpdatePart(piece=pb.Piece(chunk=part.piece.chunk[:-1] + b"!"))
-                yield part
+    class DamageOnce:
+        @staticmethod
+        def future(parts, **options):
+            def passing():
+                for part in parts:
+                    if part.HasField("chunk") and not damaged:
+                        damaged.append(part)
+                        part.chunk.data = part.chunk.data[:-1] + b"!"
+                    yield part
 
-        return submit(passing(), **options)
+            return send(passing(), **options)
 
-    monkeypatch.setattr(north._stub, "SubmitUpdate", damage_once)
-    assert north.submit(1, 0, result())
+    monkeypatch.setattr(north._stub, "SendUpdate", DamageOnce)
+    assert submit(north, 1, result())
     assert damaged
     assert len(outcome.result()) == 1
 
@@ -478,7 +527,7 @@ def test_silos_that_stay_silent_lose_the_quorum_by_name(start, dial):
         server.wait_for_silos()
     dial(address, "south")
     with pytest.raises(QuorumLost, match=r"north: no update before the deadline; south: no update"):
-        server.run_round(1, ADAPTER, count_inactivity=False)
+        run_round(server, 1)
 
 
 def test_a_server_that_goes_away_in_the_middle_is_unreachable(start, dial, monkeypatch):
@@ -490,14 +539,69 @@ def test_a_server_that_goes_away_in_the_middle_is_unreachable(start, dial, monke
         north.next_task()
 
 
-def test_a_server_that_starts_anew_asks_silos_to_enrol(start, dial, monkeypatch):
+def test_a_round_goes_on_after_a_restart_with_what_it_had(start, dial, background, monkeypatch):
     server, address = start()
-    north = dial(address, "north")
+    north, south = dial(address, "north"), dial(address, "south")
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    next_round(north), next_round(south)
+    assert submit(north, 1, result(2.0))
     monkeypatch.setattr(service, "CLOSING_SECONDS", 0.0)
     server.close()
-    start(listen=address)
-    with pytest.raises(RefusedByServer, match="has not enrolled"):
-        north.next_task()
+    server._live.handle(SiloFailed("south", "the test is through with this server"))
+    with pytest.raises(QuorumLost):
+        outcome.result()
+
+    again, _ = start(listen=address)
+    assert not submit(north, 1, result(9.0)), "it counts, though this server never saw it; north enrolled by itself"
+    assert next_round(south).attempt == 1
+    assert submit(south, 1, result(3.0)), "what was trained for the first attempt is as good"
+    updates = again.run_round(1, count_inactivity=False)
+    assert [update.adapter["lora_A"][0, 0].item() for update in updates] == [2.0, 3.0]
+    outcome = background(run_round, again, 2)
+    assert submit(north, next_round(north).round, result())
+    assert submit(south, next_round(south).round, result())
+    assert len(outcome.result()) == 2
+
+
+def test_a_restart_between_rounds_waits_for_those_that_were_there(start, dial, background, monkeypatch):
+    server, address = start(federation={"silos": ("north", "south", "west")})
+    silos = [dial(address, name) for name in ("north", "south", "west")]
+    silos[2].leave()
+    server._live.handle(EnrolmentDeadlinePassed())
+    outcome = background(run_round, server, 1)
+    for silo in silos[:2]:
+        assert submit(silo, next_round(silo).round, result())
+    assert len(outcome.result()) == 2
+    put(server, server._ledger.adapter_path(1), "adapter", ADAPTER)
+    monkeypatch.setattr(service, "CLOSING_SECONDS", 0.0)
+    server.close()
+    again, _ = start(listen=address, federation={"silos": ("north", "south", "west")})
+    polls = [background(silo.next_task) for silo in silos[:2]]
+    again.wait_for_silos()
+    outcome = background(run_round, again, 2)
+    for silo, poll in zip(silos, polls, strict=False):
+        assert submit(silo, poll.result().train.round, result())
+    assert [update.silo for update in outcome.result()] == ["north", "south"]
+
+
+@pytest.mark.parametrize("file", ["rounds/0/adapter.safetensors", "updates"])
+def test_a_torn_file_of_an_open_round_is_named(file, start, dial, background, monkeypatch, tmp_path):
+    server, address = start()
+    north, south = dial(address, "north"), dial(address, "south")
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    next_round(north), next_round(south)
+    assert submit(north, 1, result())
+    server.close()
+    server._live.handle(SiloFailed("south", "the test is through with this server"))
+    with pytest.raises(QuorumLost):
+        outcome.result()
+    path = next((tmp_path / "out/updates/round-1").iterdir()) if file == "updates" else tmp_path / "out" / file
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=path.name) as caught:
+        start()
+    assert "backup" in caught.value.remedy
 
 
 def test_an_abort_reaches_the_silos_with_its_reason(start, dial, background):

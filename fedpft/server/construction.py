@@ -134,7 +134,7 @@ def load_built(config: ServerConfig, directory: Path) -> Built:
     """Reads a proxy directory and attaches an untrained adapter; ModelError if it is not whole or not for this task."""
     try:
         raw = json.loads((directory / "record.json").read_text(encoding="utf-8"))
-        gaps = [(stage, Gap(**{name: tuple(value) for name, value in gap.items()})) for stage, gap in raw["gaps"]]
+        gaps = [(stage, Gap.from_json(gap)) for stage, gap in raw["gaps"]]
         record = Record(raw["losses"], gaps, raw["seconds"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{directory}: not a whole proxy directory ({error})", "run fedpft build-proxy") from None

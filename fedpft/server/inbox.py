@@ -1,30 +1,34 @@
-"""Where updates arrive: OUT/updates/round-<r>/<silo>.safetensors, each checked before it is there."""
+"""Where updates arrive, each checked before it can count: OUT/updates/round-<r>/<silo>-<digest>.safetensors.
+
+A file counts from the moment that the ledger names it. What has arrived of one that is not whole yet lies in
+OUT/updates/incoming/<silo>/ and is gone on with.
+"""
 
 import collections
-import contextlib
-import dataclasses
-import os
 import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from fedpft import atomic
-from fedpft.errors import InvalidUpdate, RoundOver, TransferCorrupt
+from fedpft.errors import FedPFTError, InvalidUpdate, RoundOver, TransferCorrupt
+from fedpft.server.ledger import Ledger, UpdateRow
 from fedpft.server.updates import Update, check_update, compressed_neurons, largest_update_bytes
 from fedpft.wire import transfer
+from fedpft.wire.encoding import Encoding
 from fedpft.wire.v1.federation_pb2 import Chunk, UpdateHeader
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Order:
-    """What the present round's updates must be like: an adapter, and the compressed layers' K if counts are wanted."""
+    """What the present round's updates must be like.
+
+    start: file of the adapter that the round starts from.
+    neurons: of each compressed layer the K of its inactivity counts; empty if none are wanted.
+    """
 
     round: int
-    like: dict[str, Tensor]
+    start: Path
     neurons: Mapping[int, int]
 
 
@@ -34,45 +38,50 @@ class Inbox:
     bytes_up: payload bytes received so far, from all silos together.
     """
 
-    def __init__(self, bundle: Path, directory: Path) -> None:
+    def __init__(self, bundle: Path, ledger: Ledger, *, encoding: Encoding, max_norm: float | None) -> None:
         """Args:
             bundle: its proxy.json says what inactivity counts must be like.
-            directory: for the updates; emptied here.
+            encoding: how updates travel.
+            max_norm: largest L2 norm of an update's change to the adapter.
 
         Raises:
             ModelError: no proxy.json, or one that cannot be read.
         """
         self.bytes_up = 0
-        self._directory = directory
+        self._ledger, self._directory = ledger, ledger.out / "updates"
         self._neurons = compressed_neurons(bundle)
+        self._encoding, self._max_norm = encoding, max_norm
         self._order: Order | None = None
-        self._kept: dict[str, Update] = {}
         self._lock = threading.Lock()
         self._streams: dict[str, object] = {}  # of each silo the newest; older ones end
         self._receiving: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
-        self._checking = threading.Lock()  # one at a time: a check has a whole update in memory
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
+        self._checking = threading.Lock()  # one at a time: a check has a tensor of an update in memory
 
-    def open_round(self, round: int, like: dict[str, Tensor], *, count_inactivity: bool) -> None:
-        """From now on updates of this round are welcome; those of the last are deleted."""
-        self.clear()
-        self._order = Order(round, like, self._neurons if count_inactivity else {})
-
-    def clear(self) -> None:
-        """Deletes all updates: once the mean is taken, what one silo sent is nobody's to keep."""
-        self._order, self._kept = None, {}
+    def open_round(self, round: int, start: Path, *, count_inactivity: bool) -> None:
+        """From now on updates of this round are welcome; what is left of others is deleted."""
         for path in self._directory.glob("round-*"):
-            shutil.rmtree(path)
+            if path != self._place(round):
+                shutil.rmtree(path)
+        self._place(round).mkdir(parents=True, exist_ok=True)
+        self._order = Order(round, start, self._neurons if count_inactivity else {})
+
+    def close_round(self) -> None:
+        """Deletes all updates: once the mean is taken, what one silo sent is nobody's to keep."""
+        self._order = None
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     @property
     def counts_inactivity(self) -> bool:
         """Whether the present round's updates bring inactivity counts."""
         return self._order is not None and bool(self._order.neurons)
 
-    def updates(self, silos: Iterable[str]) -> list[Update]:
-        """The kept updates of these silos."""
-        return [self._kept[silo] for silo in silos]
+    def updates(self, round: int, start: Path) -> list[Update]:
+        """The updates that a round counts, in the order of the silos' names; CheckpointError if a file was changed."""
+        return [
+            Update(row.silo, row.samples, row.metrics, self._ledger.verified_update(row), start, self._encoding)
+            for row in self._ledger.updates()
+            if row.round == round
+        ]
 
     def offered(self, silo: str, header: UpdateHeader) -> int:
         """The bytes of an offered update that are here already, from an earlier attempt.
@@ -83,12 +92,12 @@ class Inbox:
             TransferCorrupt: it is announced as no file could be.
         """
         self._check_size(silo, header)
-        with self._incoming(silo, header) as incoming:
+        self._supersede(silo)
+        with self._receiving[silo], self._incoming(silo, header) as incoming:
             return incoming.offset
 
-    @contextlib.contextmanager
-    def receive(self, silo: str, header: UpdateHeader, chunks: Iterable[Chunk]) -> Iterator[Callable[[], None]]:
-        """Receives and checks an update; yields the call that keeps it. Otherwise it is gone after the body.
+    def receive(self, silo: str, header: UpdateHeader, chunks: Iterable[Chunk], *, enrolled_samples: int) -> Update:
+        """Receives and checks an update, which is on disk then, but does not count.
 
         What has arrived of an update that stops halfway stays. A second stream of one silo ends the first, whose
         connection has most likely broken without anybody's noticing.
@@ -99,27 +108,48 @@ class Inbox:
             TransferCorrupt: it did not arrive as it was sent.
         """
         order = self._check_size(silo, header)
-        stream = object()
-        with self._lock:
-            self._streams[silo] = stream
-        with tempfile.TemporaryDirectory(prefix="checking-", dir=self._directory) as place:
-            path = Path(place) / "update.safetensors"
-            with self._receiving[silo], self._incoming(silo, header) as incoming:
-                for chunk in chunks:
-                    if self._streams[silo] is not stream:
-                        raise TransferCorrupt(f"{silo} began to send its update anew", transfer.AGAIN)
-                    self._count(incoming.write(chunk))
-                incoming.finish(path)
-            update = Update(silo, header.samples, dict(header.metrics), path)
+        stream = self._supersede(silo)
+        path = self._place(order.round) / f"{silo}-{header.file.sha256.hex()[:16]}.safetensors"
+        with self._receiving[silo], self._incoming(silo, header) as incoming:
+            for chunk in chunks:
+                if self._streams[silo] is not stream:
+                    raise TransferCorrupt(f"{silo} began to send its update anew", transfer.AGAIN)
+                self._count(incoming.write(chunk))
+            incoming.finish(path)
+        update = Update(silo, header.samples, dict(header.metrics), path, order.start, self._encoding)
+        try:
             with self._checking:
-                check_update(update, order.like, order.neurons)
-            yield lambda: self._keep(update, order.round)
+                check_update(update, order.neurons, self._max_norm, enrolled_samples)
+        except FedPFTError:
+            path.unlink()
+            raise
+        return update
+
+    def counted(self, silo: str, header: UpdateHeader) -> bytes:
+        """SHA-256 of the update that the round counts of this silo."""
+        row = self._ledger.update(header.round, silo)
+        return b"" if row is None else bytes.fromhex(row.sha256)
+
+    def keep(self, update: Update, header: UpdateHeader) -> None:
+        """The update counts from now on, whatever happens to this process."""
+        self._ledger.enter_update(
+            UpdateRow(
+                round=header.round,
+                silo=update.silo,
+                attempt=header.attempt,
+                file=update.path.relative_to(self._ledger.out).as_posix(),
+                sha256=header.file.sha256.hex(),
+                bytes=header.file.total_bytes,
+                samples=update.samples,
+                metrics=update.metrics,
+            )
+        )
 
     def _check_size(self, silo: str, header: UpdateHeader) -> Order:
         order = self._order
         if order is None or order.round != header.round:
             raise RoundOver(f"round {header.round} is over", "the silo goes on with the next round")
-        largest = largest_update_bytes(order.like, order.neurons)
+        largest = largest_update_bytes(order.start, order.neurons)
         if header.file.total_bytes > largest:
             raise InvalidUpdate(
                 f"{silo}: the update has {header.file.total_bytes} bytes, at most {largest} make sense",
@@ -127,15 +157,17 @@ class Inbox:
             )
         return order
 
+    def _supersede(self, silo: str) -> object:
+        stream = object()
+        with self._lock:
+            self._streams[silo] = stream
+        return stream
+
+    def _place(self, round: int) -> Path:
+        return self._directory / f"round-{round}"
+
     def _incoming(self, silo: str, header: UpdateHeader) -> transfer.Incoming:
         return transfer.Incoming(self._directory / "incoming" / silo, header.file)
-
-    def _keep(self, update: Update, round: int) -> None:
-        path = self._directory / f"round-{round}" / f"{update.silo}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        os.replace(update.path, path)
-        atomic.sync(path.parent)
-        self._kept[update.silo] = dataclasses.replace(update, path=path)
 
     def _count(self, chunk_bytes: int) -> None:
         with self._lock:

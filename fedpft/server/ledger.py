@@ -5,9 +5,16 @@ so whatever the ledger names is whole; `verified` looks at the file again before
 
     run        key -> value: format, run_id, config (JSON)
     files      name under OUT -> sha256, bytes
-    rounds     a row for each time a round was begun: silos that were picked
+    rounds     a row for each time a round was begun or taken up again: silos that were there, silos that were picked
     updates    a row for each update that counts
     journal    what the run has recorded, in order: (kind, round, JSON)
+
+Where the files are that it names:
+
+    rounds/<r>/adapter.safetensors          the adapter after round r; 0: untrained
+    patches/patch-<n>.safetensors           turns version n - 1 of the proxy into n
+    patches/snapshot-<n>.safetensors        turns any version of the proxy into n
+    updates/round-<r>/...                   until the round is closed
 """
 
 import datetime
@@ -20,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpft.errors import CheckpointError, ConfigError
-from fedpft.wire.transfer import payload
+from fedpft.wire.transfer import Payload, payload
 
 FORMAT = "1"
 NAME = "ledger.sqlite"
@@ -28,34 +35,37 @@ SCHEMA = """
 CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE files (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL);
 CREATE TABLE rounds (
-    round INTEGER, attempt INTEGER, silos TEXT NOT NULL, count_inactivity INTEGER NOT NULL, begun_at TEXT NOT NULL,
+    round INTEGER, attempt INTEGER, silos TEXT NOT NULL, present TEXT NOT NULL, count_inactivity INTEGER NOT NULL, begun_at TEXT NOT NULL,
     PRIMARY KEY (round, attempt)
 );
 CREATE TABLE updates (
-    round INTEGER, silo TEXT, attempt INTEGER NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL,
-    samples INTEGER NOT NULL, metrics TEXT NOT NULL, received_at TEXT NOT NULL, PRIMARY KEY (round, silo)
+    round INTEGER, silo TEXT, attempt INTEGER NOT NULL, file TEXT NOT NULL, sha256 TEXT NOT NULL,
+    bytes INTEGER NOT NULL, samples INTEGER NOT NULL, metrics TEXT NOT NULL, received_at TEXT NOT NULL, PRIMARY KEY (round, silo)
 );
 CREATE TABLE journal (number INTEGER PRIMARY KEY, kind TEXT NOT NULL, round INTEGER, value TEXT NOT NULL);
 """
+UPDATE = "round, silo, attempt, file, sha256, bytes, samples, metrics"
 
 
 @dataclass(frozen=True)
 class RoundRow:
-    """A round as it was last begun."""
+    """A round as it was last begun. present: the silos out of which `silos` were picked."""
 
     round: int
     attempt: int
     silos: tuple[str, ...]
+    present: tuple[str, ...]
     count_inactivity: bool
 
 
 @dataclass(frozen=True)
 class UpdateRow:
-    """An update that counts. `sha256` is hexadecimal."""
+    """An update that counts. `file` is relative to OUT, `sha256` hexadecimal."""
 
     round: int
     silo: str
     attempt: int
+    file: str
     sha256: str
     bytes: int
     samples: int
@@ -63,8 +73,9 @@ class UpdateRow:
 
 
 class Ledger:
-    """One thread at a time; the callers hold the lock of the round in which they write.
+    """Thread-safe: SQLite lets one statement in at a time, and each is a transaction.
 
+    out: the run directory.
     run_id: of this run, the same after every restart.
     """
 
@@ -78,7 +89,7 @@ class Ledger:
             CheckpointError: the ledger is torn, or of another version of fedpft.
             ConfigError: `out` holds a run with another configuration.
         """
-        self._out, self._path = out, out / NAME
+        self.out, self._path = out, out / NAME
         out.mkdir(parents=True, exist_ok=True)
         self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         try:
@@ -100,9 +111,21 @@ class Ledger:
         self.run_id: str = known["run_id"]
         if differing := _difference(json.loads(known["config"]), json.loads(json.dumps(config))):
             raise ConfigError(
-                f"{self._out}: holds a run that was begun with another {differing}",
+                f"{self.out}: holds a run that was begun with another {differing}",
                 "set it back to go on with that run, or give the new run another `out`",
             )
+
+    def adapter_path(self, round: int) -> Path:
+        """The adapter after a round."""
+        return self.out / "rounds" / str(round) / "adapter.safetensors"
+
+    def patch_path(self, version: int) -> Path:
+        """What leads from the version before to this one."""
+        return self.out / "patches" / f"patch-{version}.safetensors"
+
+    def snapshot_path(self, version: int) -> Path:
+        """What leads from any version to this one."""
+        return self.out / "patches" / f"snapshot-{version}.safetensors"
 
     def enter_file(self, path: Path) -> None:
         """Enters a file under OUT that is in place and synced."""
@@ -111,42 +134,49 @@ class Ledger:
             "INSERT OR REPLACE INTO files VALUES (?, ?, ?)", self._name(path), file.sha256.hex(), file.total_bytes
         )
 
-    def verified(self, path: Path) -> Path | None:
-        """The file if it was entered and is as it was then; None if it never was entered.
+    def entered(self, path: Path) -> bool:
+        """Whether the file was entered."""
+        return self._database.execute("SELECT 1 FROM files WHERE name = ?", (self._name(path),)).fetchone() is not None
+
+    def verified(self, path: Path) -> Payload:
+        """An entered file, which is as it was then.
 
         Raises:
             CheckpointError: it is missing or changed.
         """
-        row = self._database.execute("SELECT sha256 FROM files WHERE name = ?", (self._name(path),)).fetchone()
-        if row is None:
-            return None
-        if not path.is_file() or payload(path).sha256.hex() != row[0]:
-            raise CheckpointError(
-                f"{path}: is not the file that this run wrote", "restore it from a backup, or start a new run"
-            )
-        return path
+        (sha256,) = self._database.execute("SELECT sha256 FROM files WHERE name = ?", (self._name(path),)).fetchone()
+        return self._checked(path, sha256)
 
     def begin_round(self, row: RoundRow) -> None:
         """A round begins, or begins anew."""
-        silos = json.dumps(row.silos)
         self._write(
-            "INSERT INTO rounds VALUES (?, ?, ?, ?, ?)", row.round, row.attempt, silos, row.count_inactivity, _now()
+            "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)",
+            row.round,
+            row.attempt,
+            json.dumps(row.silos),
+            json.dumps(row.present),
+            row.count_inactivity,
+            _now(),
         )
 
     def last_round(self) -> RoundRow | None:
         """The round that was begun last."""
         row = self._database.execute(
-            "SELECT round, attempt, silos, count_inactivity FROM rounds ORDER BY round DESC, attempt DESC LIMIT 1"
+            "SELECT round, attempt, silos, present, count_inactivity FROM rounds "
+            "ORDER BY round DESC, attempt DESC LIMIT 1"
         ).fetchone()
-        return None if row is None else RoundRow(row[0], row[1], tuple(json.loads(row[2])), bool(row[3]))
+        if row is None:
+            return None
+        return RoundRow(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), bool(row[4]))
 
     def enter_update(self, row: UpdateRow) -> None:
         """An update counts. Its file is in place."""
         self._write(
-            "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             row.round,
             row.silo,
             row.attempt,
+            row.file,
             row.sha256,
             row.bytes,
             row.samples,
@@ -156,10 +186,18 @@ class Ledger:
 
     def updates(self) -> list[UpdateRow]:
         """All updates that ever counted, in the order of rounds and of the silos' names."""
-        rows = self._database.execute(
-            "SELECT round, silo, attempt, sha256, bytes, samples, metrics FROM updates ORDER BY round, silo"
-        )
-        return [UpdateRow(*row[:6], metrics=json.loads(row[6])) for row in rows]
+        rows = self._database.execute(f"SELECT {UPDATE} FROM updates ORDER BY round, silo")
+        return [_update(row) for row in rows]
+
+    def update(self, round: int, silo: str) -> UpdateRow | None:
+        """The update of a silo that a round counts."""
+        query = f"SELECT {UPDATE} FROM updates WHERE round = ? AND silo = ?"
+        row = self._database.execute(query, (round, silo)).fetchone()
+        return None if row is None else _update(row)
+
+    def verified_update(self, row: UpdateRow) -> Path:
+        """The file of an update of a round that is not closed; CheckpointError if it is missing or changed."""
+        return self._checked(self.out / row.file, row.sha256).path
 
     def record(self, kind: str, round: int | None, value: Any) -> None:
         """Adds to the journal."""
@@ -184,8 +222,20 @@ class Ledger:
     def _write(self, statement: str, *values: Any) -> None:
         self._database.execute(statement, values)
 
+    def _checked(self, path: Path, sha256: str) -> Payload:
+        file = payload(path) if path.is_file() else None
+        if file is None or file.sha256.hex() != sha256:
+            raise CheckpointError(
+                f"{path}: is not the file that this run wrote", "restore it from a backup, or start a new run"
+            )
+        return file
+
     def _name(self, path: Path) -> str:
-        return path.relative_to(self._out).as_posix()
+        return path.relative_to(self.out).as_posix()
+
+
+def _update(row: Any) -> UpdateRow:
+    return UpdateRow(*row[:7], metrics=json.loads(row[7]))
 
 
 def _now() -> str:

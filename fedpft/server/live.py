@@ -2,9 +2,9 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from fedpft.errors import QuorumLost, RefusedByServer
+from fedpft.errors import NotEnrolled, QuorumLost
 from fedpft.federation import (
     Accept,
     Action,
@@ -69,10 +69,15 @@ class LiveFederation:
                     raise action.error
 
     def check_enrolled(self, silo: str) -> None:
-        """Raises RefusedByServer if the silo has not enrolled since this server started."""
+        """Raises NotEnrolled if the silo has not enrolled since this server started."""
         with self._changed:
             if silo not in self._samples:
-                raise RefusedByServer(f"{silo!r} has not enrolled", "restart the silo")
+                raise NotEnrolled(f"{silo!r} has not enrolled since the server started", "enrol again")
+
+    def samples(self, silo: str) -> int:
+        """How many samples an enrolled silo said it has."""
+        with self._changed:
+            return self._samples[silo]
 
     def await_enrolment(self, timeout_seconds: float) -> None:
         """Blocks until the federation can begin; raises QuorumLost."""
@@ -83,11 +88,19 @@ class LiveFederation:
                 if isinstance(action, LoseQuorum):
                     raise action.error
 
-    def await_round(self, round: int, timeout_seconds: float) -> tuple[str, ...]:
-        """Runs a round; returns the silos whose updates count, or raises QuorumLost."""
+    def await_round(
+        self, round: int, timeout_seconds: float, started: Callable[[StartRound, Collection[str]], None]
+    ) -> tuple[str, ...]:
+        """Runs a round, or goes on with a resumed one; returns the silos whose updates count, or raises QuorumLost.
+
+        Args:
+            started: called before any silo hears of the round, with the silos that were there; not for a resumed one.
+        """
         with self._changed:
-            self._outcome = None
-            self.handle(RoundRequested(round))
+            self._outcome, resumed = None, self._federation.phase is Phase.TRAINING
+            for action in self.handle(RoundRequested(round)):
+                if isinstance(action, StartRound) and not resumed:
+                    started(action, self._federation.present)
             if not self._changed.wait_for(lambda: self._outcome is not None, timeout_seconds):
                 self.handle(DeadlinePassed(round))
             return _silos(self._outcome)
@@ -129,10 +142,10 @@ class LiveFederation:
             self._told.add(silo)
             self._changed.notify_all()
 
-    def await_farewell(self, timeout_seconds: float) -> None:
-        """Blocks until every silo that is there knows that the federation is over."""
+    def await_farewell(self, timeout_seconds: float, expected: Collection[str] = ()) -> None:
+        """Blocks until every silo that is there, or expected to come back, knows that the federation is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self._federation.present <= self._told, timeout_seconds)
+            self._changed.wait_for(lambda: self._federation.present.union(expected) <= self._told, timeout_seconds)
 
 
 def _silos(outcome: Aggregate | LoseQuorum | None) -> tuple[str, ...]:
@@ -149,8 +162,9 @@ def _log(action: Action) -> None:
     match action:
         case Begin(silos):
             log.info("the federation begins with %s", ", ".join(silos))
-        case StartRound(round, silos):
-            log.info("round %d: %s", round, ", ".join(silos))
+        case StartRound(round, attempt, silos):
+            again = f", attempt {attempt}" if attempt else ""
+            log.info("round %d%s: waiting for %s", round, again, ", ".join(silos) or "nobody")
         case Accept(silo):
             log.info("%s: update accepted", silo)
         case Duplicate(silo):

@@ -1,24 +1,27 @@
 """The server as the algorithm sees it: silos are waited for, rounds are run, patches are published."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 import grpc
-from torch import Tensor
 
 from fedpft import atomic
+from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, ServerConfig
-from fedpft.federation import AbortRequested, Federation, FinishRequested, PatchPublished
+from fedpft.federation import AbortRequested, Federation, FinishRequested, PatchPublished, StartRound
 from fedpft.server.inbox import Inbox
+from fedpft.server.ledger import Ledger, RoundRow
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
 from fedpft.server.servicer import FederationServicer
 from fedpft.server.updates import Update
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.channel import SERVER_OPTIONS, listen
-from fedpft.wire.federation_pb2_grpc import add_FederationServicer_to_server
+from fedpft.wire.transfer import Payload
+from fedpft.wire.v1.federation_pb2_grpc import add_FederationServiceServicer_to_server
 
 FAREWELL_SECONDS = 10.0  # for silos to hear that the federation is over
 CLOSING_SECONDS = 2.0  # for the replies that are on their way
@@ -29,38 +32,52 @@ __all__ = ["FederationServer", "Update"]
 class FederationServer:
     """Blocking, for one thread; the silos are served by threads of its own.
 
-    On disk, under OUT: `address`, `outgoing/` (what silos can fetch beside the proxy), `updates/`.
+    On disk, under OUT: `address`, `audit.jsonl`, `updates/`. What a former process of the same run left there is gone
+    on with: a round that was open stays open, and takes updates as soon as the server listens.
     """
 
-    def __init__(self, config: ServerConfig, bundle: Path, settings: RoundSettings) -> None:
+    def __init__(self, config: ServerConfig, bundle: Path, settings: RoundSettings, ledger: Ledger) -> None:
         """Args:
             bundle: directory of the proxy's files, every one of which is sent to every silo.
             settings: sent to every silo.
+            ledger: of the run; the caller enters adapters and patches, this class rounds and updates.
 
         Raises:
             ModelError: the bundle is not one.
             CertificateError: a file of config.tls is missing or does not fit.
+            CheckpointError: what a former process left is torn or changed.
         """
         if config.tls is not None:
             check_certificates(config.tls, "server")
-        self._config = config
+        self._config, self._ledger = config, ledger
         section = config.federation
-        self._live = LiveFederation(
-            Federation(
-                section.silos,
-                min_silos=section.min_silos,
-                sample_fraction=section.sample_fraction,
-                seed=settings.seed,
-            )
+        federation = Federation(
+            section.silos,
+            min_silos=section.min_silos,
+            sample_fraction=section.sample_fraction,
+            seed=settings.seed,
         )
-        self._inbox = Inbox(bundle, config.out / "updates")
-        self._outbox = Outbox(bundle, config.out / "outgoing")
+        self._live = LiveFederation(federation)
+        self._open: int | None = None
+        self._farewell: frozenset[str] = frozenset()
+        self._audit = AuditLog(config.out / "audit.jsonl")
+        self._inbox = Inbox(
+            bundle, ledger, encoding=settings.training.update_encoding, max_norm=section.max_update_norm
+        )
+        self._outbox = Outbox(bundle, self._record_sent)
+        self._resume(federation)
         servicer = FederationServicer(
-            self._live, self._inbox, self._outbox, settings.model_dump_json(), certified=config.tls is not None
+            self._live,
+            self._inbox,
+            self._outbox,
+            self._audit,
+            settings.model_dump_json(),
+            ledger.run_id,
+            certified=config.tls is not None,
         )
         threads = ThreadPoolExecutor(2 * len(section.silos) + 4, thread_name_prefix="rpc")
         self._server = grpc.server(threads, options=SERVER_OPTIONS)
-        add_FederationServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
+        add_FederationServiceServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
 
     def start(self) -> str:
         """Listens; returns host:port with the real port, which also stands in OUT/address. Raises PortInUse."""
@@ -71,30 +88,47 @@ class FederationServer:
         return address
 
     def wait_for_silos(self) -> None:
-        """Blocks until all silos are enrolled or, once the deadline has passed, min_silos are; else QuorumLost."""
+        """Blocks until those expected are enrolled or, once the deadline has passed, min_silos are; else QuorumLost.
+
+        Expected are all silos or, after a restart, those that were there. A round that is open is not waited for.
+        """
         self._live.await_enrolment(self._config.federation.round_deadline_seconds)
 
-    def run_round(self, round: int, adapter: dict[str, Tensor], *, count_inactivity: bool) -> list[Update]:
-        """Sends an adapter to the round's silos and blocks until their updates are there.
+    def run_round(self, round: int, *, count_inactivity: bool) -> list[Update]:
+        """Sends the adapter of the round before to the round's silos and blocks until their updates are there.
 
         Args:
-            round: above that of every round before.
-            adapter: what the silos start from; also the pattern of names, shapes and dtypes for what they send.
+            round: above that of every round before; its start is the ledger's adapter of `round - 1`, which is also
+                the pattern of names, shapes and dtypes for what the silos send.
 
         Returns:
             The updates that count, in the order of the silos' names. Their tensors are read from disk when asked for,
-            which works until the next round starts.
+            which works until the round is closed.
 
         Raises:
             QuorumLost: naming each missing silo with the reason.
         """
-        self._outbox.put_adapter(round, adapter)
-        self._inbox.open_round(round, adapter, count_inactivity=count_inactivity)
-        return self._inbox.updates(self._live.await_round(round, self._config.federation.round_deadline_seconds))
+        if round != self._open:
+            self._open_round(round, count_inactivity=count_inactivity)
+        deadline = self._config.federation.round_deadline_seconds
+        self._live.await_round(round, deadline, self._enter_round)
+        return self.updates(round)
 
-    def publish_patch(self, tensors: Mapping[str, Tensor]) -> int:
-        """Changes the proxy: every silo gets this patch before its next round. Returns the proxy's new version."""
-        self._outbox.put_patch(tensors)
+    def updates(self, round: int) -> list[Update]:
+        """The updates that a round counts, as :meth:`run_round` returns them."""
+        return self._inbox.updates(round, self._ledger.adapter_path(round - 1))
+
+    def close_round(self) -> None:
+        """Deletes the round's updates; the ledger keeps who sent what."""
+        self._inbox.close_round()
+
+    def publish_patch(self) -> int:
+        """Changes the proxy to its next version, which the ledger has; every silo gets it before its next round.
+
+        Returns:
+            The proxy's new version.
+        """
+        self._put_patch(self._live.proxy_version + 1)
         self._live.handle(PatchPublished())
         return self._live.proxy_version
 
@@ -130,6 +164,57 @@ class FederationServer:
     ) -> None:
         self.close()
 
+    def _resume(self, federation: Federation) -> None:
+        """Puts the state machine and the files where the ledger says the run stopped."""
+        version = len(self._ledger.recorded("alignment"))
+        if version:
+            self._put_patch(version)
+        last = self._ledger.last_round()
+        if last is None:
+            return
+        attempt = last.attempt + 1
+        counted: dict[int, list[str]] = {}
+        for row in self._ledger.updates():
+            counted.setdefault(row.round, []).append(row.silo)
+        aggregated = self._ledger.entered(self._ledger.adapter_path(last.round))
+        if not aggregated:
+            self._ledger.begin_round(dataclasses.replace(last, attempt=attempt))
+            self._open_round(last.round, count_inactivity=last.count_inactivity)
+            self._inbox.updates(last.round, self._ledger.adapter_path(last.round - 1))  # a torn one ends the start here
+        federation.resume(
+            StartRound(last.round, attempt, last.silos),
+            present=last.present,
+            counted=counted,
+            proxy_version=version,
+            aggregated=aggregated,
+        )
+        self._farewell = frozenset(last.present)
+
+    def _open_round(self, round: int, *, count_inactivity: bool) -> None:
+        start = self._ledger.verified(self._ledger.adapter_path(round - 1))
+        self._outbox.adapter = start
+        self._inbox.open_round(round, start.path, count_inactivity=count_inactivity)
+        self._open = round
+
+    def _enter_round(self, start: StartRound, present: Collection[str]) -> None:
+        self._ledger.begin_round(
+            RoundRow(
+                start.round,
+                start.attempt,
+                start.silos,
+                tuple(sorted(present)),
+                count_inactivity=self._inbox.counts_inactivity,
+            )
+        )
+
+    def _put_patch(self, version: int) -> None:
+        self._outbox.patch = self._ledger.verified(self._ledger.patch_path(version))
+        self._outbox.snapshot = self._ledger.verified(self._ledger.snapshot_path(version))
+
+    def _record_sent(self, silo: str, file: Payload, offset: int) -> None:
+        self._audit.append(
+            "sent", peer=silo, file=file.name, bytes=file.total_bytes - offset, offset=offset, sha256=file.sha256.hex()
+        )
+
     def _part(self) -> None:
-        self._live.await_farewell(FAREWELL_SECONDS)
-        self._inbox.clear()
+        self._live.await_farewell(FAREWELL_SECONDS, self._farewell)

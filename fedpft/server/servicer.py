@@ -9,6 +9,7 @@ import grpc
 
 import fedpft
 from fedpft import federation
+from fedpft.audit import AuditLog
 from fedpft.errors import CertificateError, InvalidUpdate, RefusedByServer, TransferCorrupt
 from fedpft.federation import UpdateArrived
 from fedpft.server.inbox import Inbox
@@ -28,12 +29,20 @@ class FederationServicer:
     """Every silo has a thread in here while it waits for its next task, and one more for a transfer."""
 
     def __init__(
-        self, live: LiveFederation, inbox: Inbox, outbox: Outbox, settings_json: str, run_id: str, *, certified: bool
+        self,
+        live: LiveFederation,
+        inbox: Inbox,
+        outbox: Outbox,
+        audit: AuditLog,
+        settings_json: str,
+        run_id: str,
+        *,
+        certified: bool,
     ) -> None:
         """Args:
         certified: silos prove who they are by certificate; else they merely say so, in metadata.
         """
-        self._live, self._inbox, self._outbox = live, inbox, outbox
+        self._live, self._inbox, self._outbox, self._audit = live, inbox, outbox, audit
         self._settings_json, self._run_id = settings_json, run_id
         self._certified = certified
 
@@ -47,6 +56,7 @@ class FederationServicer:
                     f"install fedpft {fedpft.__version__} at the silo",
                 )
             self._live.enrol(silo, request.samples)
+            self._audit.append("enrolled", peer=silo, samples=request.samples)
             return pb.EnrolResponse(
                 settings_json=self._settings_json,
                 run_id=self._run_id,
@@ -70,12 +80,10 @@ class FederationServicer:
                 case federation.Aborted(reason):
                     return pb.NextTaskResponse(aborted=pb.Aborted(reason=sanitised(reason)))
 
-    def FetchFile(
-        self, request: pb.FetchFileRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.FetchFileResponse]:
+    def FetchFile(self, request: pb.FetchFileRequest, context: grpc.ServicerContext) -> Iterator[pb.FetchFileResponse]:
         with answering(context):
-            self._enrolled(context)
-            for chunk in self._outbox.send(request.sha256, request.offset):
+            silo = self._enrolled(context)
+            for chunk in self._outbox.send(silo, request.sha256, request.offset):
                 yield pb.FetchFileResponse(chunk=chunk)
 
     def OfferUpdate(self, request: pb.OfferUpdateRequest, context: grpc.ServicerContext) -> pb.OfferUpdateResponse:
@@ -87,26 +95,40 @@ class FederationServicer:
                     offset = self._inbox.offered(silo, header)
                     return pb.OfferUpdateResponse(verdict=pb.OfferUpdateResponse.VERDICT_SEND, offset=offset)
                 case federation.Duplicate():
-                    return pb.OfferUpdateResponse(verdict=pb.OfferUpdateResponse.VERDICT_COUNTED)
+                    counted = pb.OfferUpdateResponse.VERDICT_COUNTED
+                    return pb.OfferUpdateResponse(verdict=counted, counted_sha256=self._inbox.counted(silo, header))
                 case federation.Refuse(_, error):
                     self._live.take(_arrival(silo, header), keep=lambda: None)
                     raise error
 
-    def SendUpdate(
-        self, parts: Iterator[pb.SendUpdateRequest], context: grpc.ServicerContext
-    ) -> pb.SendUpdateResponse:
+    def SendUpdate(self, parts: Iterator[pb.SendUpdateRequest], context: grpc.ServicerContext) -> pb.SendUpdateResponse:
         with answering(context):
             silo, first = self._enrolled(context), next(parts, None)
             if first is None or first.WhichOneof("part") != "update":
                 raise TransferCorrupt("an update began without its header", AGAIN)
             header = first.update
+            if isinstance(verdict := self._live.judge(_arrival(silo, header)), federation.Refuse):
+                raise verdict.error
             try:
-                with self._inbox.receive(silo, header, (part.chunk for part in parts)) as keep:
-                    verdict = self._live.take(_arrival(silo, header), keep)
+                update = self._inbox.receive(
+                    silo, header, (part.chunk for part in parts), enrolled_samples=self._live.samples(silo)
+                )
             except InvalidUpdate as error:
+                self._audit.append("refused", peer=silo, round=header.round, reason=error.message)
                 self._live.fail(silo, error.message, header.round)
                 raise
+            verdict = self._live.take(_arrival(silo, header), lambda: self._inbox.keep(update, header))
+            self._audit.append(
+                "received",
+                peer=silo,
+                file="update",
+                round=header.round,
+                bytes=header.file.total_bytes,
+                sha256=header.file.sha256.hex(),
+                verdict=type(verdict).__name__.lower(),
+            )
             if isinstance(verdict, federation.Refuse):
+                update.path.unlink(missing_ok=True)
                 raise verdict.error
             return pb.SendUpdateResponse()
 
@@ -116,13 +138,15 @@ class FederationServicer:
             return pb.LeaveResponse()
 
     def _train(self, round: int, attempt: int) -> pb.Train:
-        adapter = self._outbox.adapter
-        assert adapter is not None  # a round begins with one
+        outbox = self._outbox
+        assert outbox.adapter is not None  # a round begins with one
         return pb.Train(
             round=round,
             attempt=attempt,
-            adapter=adapter.announcement(),
-            patches=[patch.announcement() for patch in self._outbox.patches],
+            adapter=outbox.adapter.announcement(),
+            proxy_version=self._live.proxy_version,
+            patch=outbox.patch and outbox.patch.announcement(),
+            snapshot=outbox.snapshot and outbox.snapshot.announcement(),
             count_inactivity=self._inbox.counts_inactivity,
         )
 
@@ -142,7 +166,7 @@ class FederationServicer:
 
 
 def _arrival(silo: str, header: pb.UpdateHeader) -> UpdateArrived:
-    return UpdateArrived(silo, header.round, header.proxy_version)
+    return UpdateArrived(silo, header.round, header.proxy_version, header.attempt)
 
 
 def _series(version: str) -> list[str]:

@@ -1,9 +1,8 @@
 """The server as a silo sees it: one method for each RPC, each patient with a server that is away for a while."""
 
+import collections
 import logging
-import os
-import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,16 @@ from typing import TypeVar
 
 import grpc
 from pydantic import ValidationError
-from torch import Tensor
 
 import fedpft
-from fedpft import atomic
+from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, SiloConfig
-from fedpft.errors import RefusedByServer, TransferCorrupt
-from fedpft.training import LocalResult
-from fedpft.wire import federation_pb2 as pb
+from fedpft.errors import FedPFTError, NotEnrolled, RefusedByServer
 from fedpft.wire import transfer
-from fedpft.wire.channel import SILO_KEY, dial, persist
-from fedpft.wire.federation_pb2_grpc import FederationStub
-from fedpft.wire.tensors import Group, read_tensors, write_tensors
+from fedpft.wire.channel import IDLE_SECONDS, SILO_KEY, Progress, Watchdog, dial, pauses, persist
+from fedpft.wire.tensors import read_specs
+from fedpft.wire.v1 import federation_pb2 as pb
+from fedpft.wire.v1.federation_pb2_grpc import FederationServiceStub
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +28,8 @@ Answer = TypeVar("Answer")
 
 REPLY_SECONDS = 60.0  # for a reply without a transfer; the server answers NextTask well within it
 LEAVE_SECONDS = 2.0
+LARGE_BYTES = 16 << 20  # what takes long enough to be worth a line
+SAME_VERSION = f"run the same version of fedpft on both sides; here it is {fedpft.__version__}"
 
 
 @dataclass(frozen=True)
@@ -38,104 +37,159 @@ class Enrolment:
     """What the server says to a silo that enrols.
 
     run_id: of the federation; the same after a restart of the server.
-    proxy: the files of the proxy.
+    proxy: the files of the proxy's version 0.
     """
 
     settings: RoundSettings
     run_id: str
     proxy: tuple[pb.File, ...]
 
+    @property
+    def proxy_digest(self) -> str:
+        """Names the proxy among others."""
+        return transfer.digest(self.proxy)[:16]
+
 
 class ServerConnection:
-    """Each method raises ServerUnreachable, CertificateError, TransferCorrupt or what the server answered."""
+    """Each method raises ServerUnreachable, CertificateError, TransferCorrupt or what the server answered.
 
-    def __init__(self, config: SiloConfig) -> None:
-        """Does not connect yet: the first call does."""
+    What leaves or arrives is written to `work`/audit.jsonl. A server that was restarted, and so has forgotten this
+    silo, is told of it again in the middle of whatever is going on.
+    """
+
+    def __init__(self, config: SiloConfig, *, idle_seconds: float = IDLE_SECONDS) -> None:
+        """Does not connect yet: the first call does. `config.work` must be there."""
         self._config = config
+        self._idle_seconds = idle_seconds
+        self._audit = AuditLog(config.work / "audit.jsonl")
         self._channel = dial(config.server, config.tls)
-        self._stub = FederationStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = FederationServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = () if config.insecure_name is None else ((SILO_KEY, config.insecure_name),)
+        self._samples = 0
+        self._run_id: str | None = None
 
     def enrol(self, samples: int) -> Enrolment:
-        """Says that this silo is here with so many labelled samples."""
+        """Says that this silo is here with so many labelled samples.
+
+        Raises:
+            RefusedByServer: among other reasons, it is another federation than at this connection's first enrolment.
+        """
         request = pb.EnrolRequest(samples=samples, package_version=fedpft.__version__)
-        reply = self._ask(self._stub.Enrol, request)
+        reply = self._persist(lambda _: self._stub.Enrol(request, metadata=self._metadata, timeout=REPLY_SECONDS))
+        self._audit.append("enrolled", peer=self._config.server, samples=samples, version=fedpft.__version__)
+        if self._run_id not in (None, reply.run_id):
+            raise RefusedByServer(
+                f"the server at {self._config.server} began a new federation", "restart the silo to take part in it"
+            )
         try:
             settings = RoundSettings.model_validate_json(reply.settings_json)
         except ValidationError as error:
             raise RefusedByServer(
-                f"the server's settings cannot be read: {error.errors()[0]['msg']}",
-                f"run the same version of fedpft on both sides; here it is {fedpft.__version__}",
+                f"the server's settings cannot be read: {error.errors()[0]['msg']}", SAME_VERSION
             ) from None
+        self._samples, self._run_id = samples, reply.run_id
         return Enrolment(settings, reply.run_id, tuple(reply.proxy))
 
     def fetch_proxy(self, enrolment: Enrolment) -> Path:
         """The bundle's directory under `work`; what lies there already, whole and unchanged, is not fetched again."""
-        directory = self._config.work / f"proxy-{transfer.digest(enrolment.proxy)[:16]}"
-        directory.mkdir(exist_ok=True)
-        missing = [file for file in enrolment.proxy if not _is_there(directory / file.name, file)]
-        if missing:
-            log.info("fetching the proxy (%.1f MB)", sum(file.total_bytes for file in missing) / 1e6)
-        for file in missing:
-            self.fetch(file, directory / file.name)
-        for stranger in {path.name for path in directory.iterdir()} - {file.name for file in enrolment.proxy}:
+        directory = self._config.work / f"proxy-{enrolment.proxy_digest}"
+        for file in enrolment.proxy:
+            self.fetch(file, directory)
+        for stranger in {path.name for path in directory.glob("*")} - {file.name for file in enrolment.proxy}:
             (directory / stranger).unlink()
         return directory
 
-    def fetch(self, file: pb.File, path: Path) -> Path:
-        """Fetches an announced file, from where an earlier attempt stopped; RoundOver if it is withdrawn."""
-        transfer.check_announcement(file)
+    def fetch(self, file: pb.File, directory: Path, name: str | None = None) -> Path:
+        """Fetches an announced file into a directory, unless it is there, from where an earlier attempt stopped.
 
-        def attempt() -> None:
+        Args:
+            name: to be called there; default: as announced.
+
+        Raises:
+            RoundOver: the server has withdrawn the file.
+        """
+        transfer.check_announcement(file)
+        directory.mkdir(exist_ok=True)
+        path, reached = directory / (name or file.name), 0
+        if path.is_file() and transfer.payload(path).sha256 == file.sha256:
+            return path
+        if file.total_bytes >= LARGE_BYTES:
+            log.info("fetching %s (%.1f MB)", file.name, file.total_bytes / 1e6)
+
+        def attempt(progress: Progress) -> None:
+            nonlocal reached
             with transfer.Incoming(self._config.work / "incoming", file) as incoming:
-                request = pb.FetchFileRequest(sha256=file.sha256, offset=incoming.offset)
                 if incoming.offset < file.total_bytes:
-                    for response in self._stub.FetchFile(request, metadata=self._metadata):
-                        incoming.write(response.chunk)
+                    request = pb.FetchFileRequest(sha256=file.sha256, offset=incoming.offset)
+                    watchdog = Watchdog(self._idle_seconds)
+                    call = self._stub.FetchFile(request, metadata=self._metadata)
+                    with watchdog.guarding(call):
+                        for response in call:
+                            watchdog.rearm()
+                            incoming.write(response.chunk)
+                            if incoming.offset > reached:  # a file that is fetched anew gets no new patience
+                                reached = incoming.offset
+                                progress()
                 incoming.finish(path)
 
-        self._persist(attempt)
+        self._call(attempt)
+        self._audit.append(
+            "received", peer=self._config.server, file=file.name, bytes=file.total_bytes, sha256=file.sha256.hex()
+        )
         return path
 
-    def next_task(self) -> pb.Task:
+    def next_task(self) -> pb.NextTaskResponse:
         """Blocks until the server has something to say."""
         while True:
-            task: pb.Task = self._ask(self._stub.NextTask, pb.NextTaskRequest())
+            request = pb.NextTaskRequest()
+            task: pb.NextTaskResponse = self._ask(self._stub.NextTask, request)
             if task.WhichOneof("task") != "wait":
                 return task
 
-    def fetch_patches(self, from_version: int) -> list[dict[str, Tensor]]:
-        """The patches to the proxy since that version, in the order in which they apply."""
-        request = pb.FetchPatchesRequest(from_version=from_version)
-        return self._fetch_tensors(self._stub.FetchPatches, request, "patch")
+    def submit(self, update: pb.UpdateHeader, path: Path) -> bool:
+        """Sends a round's result, from the byte that the server asks for.
 
-    def fetch_adapter(self, round: int) -> dict[str, Tensor]:
-        """The adapter that a round starts from; RoundOver if it has ended."""
-        adapters = self._fetch_tensors(self._stub.FetchAdapter, pb.FetchAdapterRequest(round=round), "adapter")
-        if len(adapters) != 1:
-            raise TransferCorrupt(f"the server sent {len(adapters)} adapters for a round, not one", transfer.AGAIN)
-        return adapters[0]
+        Args:
+            update: its `file` announces `path`.
 
-    def submit(self, round: int, proxy_version: int, result: LocalResult) -> bool:
-        """Sends a round's result, which stays in `work` until the next; False if the server already had one.
+        Returns:
+            True if the update counts from now on, False if the server said that it, or another one of this silo, did.
 
         Raises:
             RoundOver: it came too late.
             InvalidUpdate, StaleProxy: the server cannot use it.
         """
-        path = self._config.work / "update.safetensors"
-        write_tensors(path, {"adapter": result.adapter, "inactivity": result.inactivity or {}})
-        header = pb.UpdateHeader(
-            round=round, proxy_version=proxy_version, samples=result.samples, metrics=result.metrics
-        )
+        reached = 0
 
-        def parts() -> Iterator[pb.UpdatePart]:
-            yield pb.UpdatePart(update=header)
-            for piece in transfer.send([transfer.payload(path)]):
-                yield pb.UpdatePart(piece=piece)
+        def attempt(progress: Progress) -> bool:
+            offer = self._stub.OfferUpdate(
+                pb.OfferUpdateRequest(update=update), metadata=self._metadata, timeout=REPLY_SECONDS
+            )
+            if offer.verdict == pb.OfferUpdateResponse.VERDICT_COUNTED:
+                if offer.counted_sha256 not in (b"", update.file.sha256):
+                    log.warning("round %d counts another update of this silo than the present one", update.round)
+                return False
+            if offer.verdict != pb.OfferUpdateResponse.VERDICT_SEND or offer.offset > update.file.total_bytes:
+                raise RefusedByServer(f"the server's answer to an update cannot be read: {offer}", SAME_VERSION)
+            self._record_sending(update, path, offer.offset)
+            watchdog = Watchdog(self._idle_seconds)
 
-        reply = self._persist(lambda: self._stub.SubmitUpdate(parts(), metadata=self._metadata))
-        return bool(reply.outcome == pb.UpdateReply.ACCEPTED)
+            def parts() -> Iterator[pb.SendUpdateRequest]:
+                nonlocal reached
+                yield pb.SendUpdateRequest(update=update)
+                for chunk in transfer.chunks(path, offer.offset):
+                    yield pb.SendUpdateRequest(chunk=chunk)
+                    watchdog.rearm()
+                    if chunk.offset + len(chunk.data) > reached:
+                        reached = chunk.offset + len(chunk.data)
+                        progress()
+
+            call = self._stub.SendUpdate.future(parts(), metadata=self._metadata)
+            with watchdog.guarding(call):
+                call.result()
+            return True
+
+        return self._call(attempt)
 
     def leave(self) -> None:
         """Tells the server not to wait for this silo; a server that does not hear it will find out by itself."""
@@ -150,29 +204,42 @@ class ServerConnection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None:
+        if isinstance(error, FedPFTError):  # a silo that was merely stopped comes back, and stays expected
             self.leave()
         self._channel.close()
 
     def _ask(self, rpc: Callable[..., Answer], request: object) -> Answer:
-        return self._persist(lambda: rpc(request, metadata=self._metadata, timeout=REPLY_SECONDS))
+        return self._call(lambda _: rpc(request, metadata=self._metadata, timeout=REPLY_SECONDS))
 
-    def _fetch(self, rpc: Callable[..., Iterator[pb.Piece]], request: object, directory: Path) -> list[Path]:
-        return transfer.receive(rpc(request, metadata=self._metadata), directory, check=lambda header: None)
+    def _call(self, attempt: Callable[[Progress], Answer]) -> Answer:
+        """Calls the server until it answers, and enrols again whenever it has forgotten this silo."""
+        waiting = pauses()
+        while True:
+            try:
+                return self._persist(attempt)
+            except NotEnrolled:
+                if self._run_id is None:
+                    raise
+                log.info("the server was restarted: enrolling again")
+                time.sleep(next(waiting))
+                self.enrol(self._samples)
 
-    def _fetch_tensors(
-        self, rpc: Callable[..., Iterator[pb.Piece]], request: object, group: Group
-    ) -> list[dict[str, Tensor]]:
-        def fetch() -> list[dict[str, Tensor]]:
-            with tempfile.TemporaryDirectory(prefix="incoming-", dir=self._config.work) as place:
-                return [read_tensors(path, group) for path in self._fetch(rpc, request, Path(place))]
-
-        return self._persist(fetch)
-
-    def _persist(self, attempt: Callable[[], Answer]) -> Answer:
+    def _persist(self, attempt: Callable[[Progress], Answer]) -> Answer:
         config = self._config
         return persist(attempt, config.server, config.tls, timeout_seconds=config.connect_timeout_seconds)
 
-
-def _digest(directory: Path) -> str:
-    return transfer.digest(transfer.payload(path) for path in directory.iterdir())
+    def _record_sending(self, update: pb.UpdateHeader, path: Path, offset: int) -> None:
+        """Before the first byte: nothing leaves without an entry."""
+        groups = collections.Counter(name.partition("/")[0] for name in read_specs(path))
+        self._audit.append(
+            "sent",
+            peer=self._config.server,
+            round=update.round,
+            file=update.file.name,
+            from_byte=offset,
+            bytes=update.file.total_bytes - offset,
+            sha256=update.file.sha256.hex(),
+            samples=update.samples,
+            tensors=dict(groups),
+            metrics=sorted(update.metrics),
+        )

@@ -4,24 +4,34 @@ TLS. Each side shows a certificate of the federation's own authority and demands
 that the server's certificate is made out to the host it dials. `fedpft.wire` keeps TLS 1.2 out. Keys are read once.
 """
 
+import contextlib
 import logging
 import random
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 
 from fedpft.config import TlsSection
 from fedpft.errors import CertificateError, FedPFTError, PortInUse, ServerUnreachable, TransferCorrupt
-from fedpft.wire.status import error_of
+from fedpft.wire.status import CLASSES, error_of
 from fedpft.wire.transfer import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+
+
+class Cancellable(Protocol):
+    """A gRPC call at a silo, or its context at the server."""
+
+    def cancel(self) -> object:
+        """Ends it."""
+
 
 MESSAGE_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -54,7 +64,9 @@ SILO_KEY = "fedpft-silo"  # metadata: a silo's name where there is no certificat
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 10.0
+TELL_SECONDS = 60.0  # between two lines about a server that stays away
 CORRUPT_ATTEMPTS = 3
+IDLE_SECONDS = 120.0  # longest silence in the middle of a transfer
 PROBES = 3
 PROBE_SECONDS = 5.0
 PROBE_PAUSE_SECONDS = 0.2
@@ -115,8 +127,11 @@ def pauses() -> Iterator[float]:
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
+Progress = Callable[[], None]
+
+
 def persist(
-    attempt: Callable[[], Answer],
+    attempt: Callable[[Progress], Answer],
     address: str,
     tls: TlsSection | None,
     *,
@@ -124,11 +139,12 @@ def persist(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Answer:
-    """Calls the server until it answers; only what waiting can mend is tried again.
+    """Calls the server until it answers; only what waiting, or another try, can mend is tried again.
 
     Args:
-        attempt: one or more RPCs; it may be called many times.
-        timeout_seconds: longest wait since the first failure.
+        attempt: one or more RPCs; it may be called many times. It calls its argument whenever it has come further than
+            ever before, and patience then begins anew.
+        timeout_seconds: longest wait without progress since the first failure.
 
     Raises:
         ServerUnreachable: no answer within that time.
@@ -136,32 +152,88 @@ def persist(
         TransferCorrupt: CORRUPT_ATTEMPTS transfers in a row were broken.
         FedPFTError: what the server answered.
     """
-    corrupt, waiting = 0, pauses()
+    broken, waiting = 0, pauses()
     began: float | None = None
+    told: float | None = None
+
+    def progress() -> None:
+        nonlocal broken, waiting, began
+        broken, waiting, began = 0, pauses(), None
+
     while True:
         try:
-            return attempt()
+            answer = attempt(progress)
         except TransferCorrupt as error:
-            fault: FedPFTError = error
+            fault: FedPFTError | None = error
+        except TimeoutError as error:  # the watchdog's
+            fault, reason = None, str(error)
         except grpc.RpcError as error:
             fault = error_of(error)
-        if isinstance(fault, TransferCorrupt):
-            corrupt += 1
-            if corrupt == CORRUPT_ATTEMPTS:
+            if isinstance(fault, ServerUnreachable):
+                fault, reason = None, diagnose(address, tls)
+            elif error.code() in CLASSES and not isinstance(fault, TransferCorrupt):
+                raise fault from None
+            # What no server of ours answers may be a message with a flipped bit: like a broken transfer.
+        else:
+            if told is not None:
+                log.info("the server at %s answers again", address)
+            return answer
+        if fault is not None:
+            broken += 1
+            if broken == CORRUPT_ATTEMPTS:
                 raise fault
             log.warning("%s; trying again", fault.message)
             continue
-        if not isinstance(fault, ServerUnreachable):
-            raise fault
-        reason = diagnose(address, tls)
-        began, pause = began if began is not None else clock(), next(waiting)
-        if clock() - began + pause > timeout_seconds:
+        now, pause = clock(), next(waiting)
+        began = now if began is None else began
+        if now - began + pause > timeout_seconds:
             raise ServerUnreachable(
                 f"the server at {address} did not answer for {timeout_seconds:g} s ({reason})",
                 "check `server` in silo.yaml, that the server runs, and that firewalls let TCP through",
             )
-        log.info("the server at %s does not answer (%s); trying again in %.1f s", address, reason, pause)
+        if told is None or now - told >= TELL_SECONDS:
+            log.info("the server at %s does not answer (%s); trying again", address, reason)
+            told = now
         sleep(pause)
+
+
+class Watchdog:
+    """Cancels a stream in which nothing has moved for some time; what moves slowly may take as long as it likes."""
+
+    def __init__(self, seconds: float = IDLE_SECONDS) -> None:
+        self._seconds = seconds
+        self._moved = time.monotonic()
+        self._over = threading.Event()
+        self._fired = False
+
+    def rearm(self) -> None:
+        """Something moved."""
+        self._moved = time.monotonic()
+
+    @contextlib.contextmanager
+    def guarding(self, call: Cancellable) -> Iterator[None]:
+        """While open, the call is cancelled after so many seconds without `rearm`; once for each watchdog.
+
+        Raises:
+            TimeoutError: in place of what the body raised, if it was cancelled here.
+        """
+        self.rearm()
+        threading.Thread(target=self._watch, args=(call,), daemon=True).start()
+        try:
+            yield
+        except Exception:
+            if self._fired:
+                raise TimeoutError(f"nothing moved for {self._seconds:g} s") from None
+            raise
+        finally:
+            self._over.set()
+
+    def _watch(self, call: Cancellable) -> None:
+        while (left := self._moved + self._seconds - time.monotonic()) > 0:
+            if self._over.wait(left):
+                return
+        self._fired = True
+        call.cancel()
 
 
 def diagnose(address: str, tls: TlsSection | None) -> str:

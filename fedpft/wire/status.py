@@ -31,7 +31,11 @@ CODES: dict[type[FedPFTError], grpc.StatusCode] = {
     CertificateError: grpc.StatusCode.UNAUTHENTICATED,
     ServerUnreachable: grpc.StatusCode.UNAVAILABLE,
 }
-CLASSES = {code: kind for kind, code in CODES.items()} | {grpc.StatusCode.DEADLINE_EXCEEDED: ServerUnreachable}
+CLASSES = {code: kind for kind, code in CODES.items()} | {
+    grpc.StatusCode.DEADLINE_EXCEEDED: ServerUnreachable,
+    grpc.StatusCode.CANCELLED: ServerUnreachable,  # a server that shuts down ends the calls that are open
+    grpc.StatusCode.NOT_FOUND: RoundOver,  # a file that is not announced any more
+}
 
 REMEDY_KEY = "fedpft-remedy-bin"
 LONGEST_TEXT = 500  # characters; gRPC allows 8 KiB for all metadata of a reply

@@ -1,11 +1,14 @@
 """Tensors by name <-> safetensors files: no pickle, nothing that executes.
 
-A file holds groups of tensors. Three groups are all that ever crosses the wire in a round.
+A file holds groups of tensors. An update's are "adapter" or "delta" and "scale" (see encoding.py), and "inactivity".
 """
 
-from collections.abc import Collection, Mapping
+import contextlib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +18,37 @@ from torch import Tensor
 from fedpft import atomic
 from fedpft.errors import TransferCorrupt
 
-Group = Literal["adapter", "inactivity", "patch"]
+Group = Literal["adapter", "delta", "scale", "inactivity", "patch", "residual"]
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_REMEDY = "run the same version of fedpft on both sides"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a tensor without reading it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}"
 
 
 def write_tensors(path: Path, groups: Mapping[Group, Mapping[str, Tensor]]) -> None:
@@ -33,6 +66,27 @@ def write_tensors(path: Path, groups: Mapping[Group, Mapping[str, Tensor]]) -> N
         save_file(stored, written)
 
 
+def read_specs(path: Path) -> dict[str, Spec]:
+    """What a file holds, by the names "group/name"; reads its header alone.
+
+    Raises:
+        TransferCorrupt: the file is not safetensors, or holds a dtype that fedpft has no use for.
+    """
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it has no iterator)
+        return {name: Spec(_DTYPES[each.get_dtype()], tuple(each.get_shape())) for name, each in slices.items()}
+
+
+def read_tensor(path: Path, group: Group, name: str) -> Tensor:
+    """Reads one tensor, into memory of its own.
+
+    Raises:
+        TransferCorrupt: the file is not safetensors, or has no such tensor.
+    """
+    with _opened(path) as file:
+        return _tensor(file, f"{group}/{name}")
+
+
 def read_tensors(path: Path, group: Group) -> dict[str, Tensor]:
     """Reads one group; an absent group is empty.
 
@@ -42,22 +96,26 @@ def read_tensors(path: Path, group: Group) -> dict[str, Tensor]:
     prefix = f"{group}/"
     with _opened(path) as file:
         stored = file.keys()
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in stored if name.startswith(prefix)}
+        return {name.removeprefix(prefix): _tensor(file, name) for name in stored if name.startswith(prefix)}
 
 
 def check_groups(path: Path, known: Collection[Group]) -> None:
     """Raises TransferCorrupt if the file is not safetensors or holds a tensor outside of the groups `known`."""
-    with _opened(path) as file:
-        stored = file.keys()
-    strange = [name for name in stored if name.partition("/")[0] not in known or "/" not in name]
+    strange = [name for name in read_specs(path) if name.partition("/")[0] not in known or "/" not in name]
     if strange:
-        raise TransferCorrupt(f"unexpected tensor {strange[0]!r}", "run the same version of fedpft on both sides")
+        raise TransferCorrupt(f"unexpected tensor {strange[0]!r}", _REMEDY)
 
 
-def _opened(path: Path) -> safe_open:
+def _tensor(file: Any, name: str) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    return tensor.clone()  # what is mapped from a file can lie at any address, and ends with the file
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A header may say anything: whatever torch and safetensors then raise means a file that is not as it must be."""
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise TransferCorrupt(
-            f"{path.name} is not a safetensors file ({error})", "run the same version of fedpft on both sides"
-        ) from None
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError, OverflowError) as error:
+        raise TransferCorrupt(f"{path.name} is not a safetensors file as fedpft writes it ({error})", _REMEDY) from None

@@ -1,0 +1,89 @@
+"""How a trained adapter travels: bit for bit, or as its change in the round with fewer bits.
+
+    exact      "adapter": the tensor as it is
+    bfloat16   "delta": trained - start + residual, as bfloat16
+    int8       "delta": the same as int8, flat, and "scale": one float32 for each BLOCK consecutive values
+
+What is rounded off stays at the silo as the next round's residual, so that no part of a change is lost, only late
+(error feedback: Seide et al., 2014; Karimireddy et al., arXiv 1901.09847). Tensors that are not floating-point, or are
+empty, are exact in every encoding.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedpft.errors import InvalidUpdate
+from fedpft.kernels import dequantize_accumulate, quantize_blocks
+from fedpft.wire.tensors import Group, Spec
+
+Encoding = Literal["exact", "bfloat16", "int8"]
+BLOCK = 256
+
+
+def encode(
+    trained: Mapping[str, Tensor], start: Mapping[str, Tensor], encoding: Encoding, residual: Mapping[str, Tensor]
+) -> tuple[dict[Group, dict[str, Tensor]], dict[str, Tensor]]:
+    """An update's groups of tensors, and what was rounded off, float32.
+
+    Args:
+        trained, start: adapter after and before the round, of the same names, shapes and dtypes, on the CPU.
+        residual: what an earlier call rounded off; empty in a silo's first round, and always for "exact".
+
+    Raises:
+        InvalidUpdate: a trained tensor, or what the server would make of it, is not finite.
+    """
+    groups: dict[Group, dict[str, Tensor]] = {}
+    left: dict[str, Tensor] = {}
+    for name, tensor in trained.items():
+        wanted = tensor.double() + residual[name] if name in residual else tensor
+        stored = _encoded(wanted, start[name], encoding)
+        arrived = decode(start[name], encoding, stored.__getitem__)
+        if not bool(torch.isfinite(arrived).all()):
+            raise InvalidUpdate(
+                f"after the training {name!r} holds NaN, infinity or a change too large for {encoding}",
+                "lower the learning rate, look at the data",
+            )
+        if "delta" in stored:
+            left[name] = (wanted.double() - arrived.double()).float()
+        for group, part in stored.items():
+            groups.setdefault(group, {})[name] = part
+    return groups, left
+
+
+def decode(start: Tensor, encoding: Encoding, stored: Callable[[Group], Tensor]) -> Tensor:
+    """A trained tensor of an adapter, of the shape and dtype that it had at the start of the round.
+
+    Args:
+        stored: group -> the tensor that is stored there under this one's name, of the spec that `layout` says.
+    """
+    if "delta" not in layout(Spec(start.dtype, tuple(start.shape)), encoding):
+        return stored("adapter")
+    delta = stored("delta")
+    if encoding == "int8":
+        total = torch.zeros(start.numel())
+        dequantize_accumulate(total, delta, stored("scale"), 1.0, BLOCK)
+        delta = total.view(start.shape)
+    return (start.double() + delta.double()).to(start.dtype)
+
+
+def layout(like: Spec, encoding: Encoding) -> dict[Group, Spec]:
+    """The groups in which a tensor of an adapter is stored, and as what."""
+    values = torch.Size(like.shape).numel()
+    if encoding == "exact" or not like.dtype.is_floating_point or values == 0:
+        return {"adapter": like}
+    if encoding == "bfloat16":
+        return {"delta": Spec(torch.bfloat16, like.shape)}
+    return {"delta": Spec(torch.int8, (values,)), "scale": Spec(torch.float32, (-(-values // BLOCK),))}
+
+
+def _encoded(wanted: Tensor, start: Tensor, encoding: Encoding) -> dict[Group, Tensor]:
+    if "delta" not in layout(Spec(start.dtype, tuple(start.shape)), encoding):
+        return {"adapter": wanted}
+    delta = (wanted.double() - start.double()).float()
+    if encoding == "bfloat16":
+        return {"delta": delta.bfloat16()}
+    q, scales = quantize_blocks(delta.flatten(), BLOCK)
+    return {"delta": q, "scale": scales}
