@@ -37,7 +37,6 @@ import yaml
 PATIENCE = 120.0  # seconds for whatever is awaited: far above what it takes, so that only a hang reaches it
 TICK = 0.01
 PIECE = 1 << 16
-ROOT = Path(__file__).parent.parent
 
 
 def await_(what: str, condition: Callable[[], Any]) -> Any:
@@ -220,8 +219,8 @@ class Link:
 class Observer:
     """Inside a process: notes its steps in `control/steps`, and halts it at the one that `control/halt-at` names.
 
-    Steps are lines: `log MESSAGE`, `before replace FILE`, `after replace FILE`, `before unlink FILE`, `after ...`,
-    `before sql STATEMENT VALUES`, `after sql ...`, `optimizer step N after MESSAGE`.
+    Steps are lines: `log MESSAGE`, `open FILE` (to write), `before replace FILE`, `after replace FILE`, the same with
+    `unlink`, `before sql STATEMENT VALUES`, `after sql ...`, `optimizer step N after MESSAGE`.
     """
 
     def __init__(self, control: Path, die_at: int | None) -> None:
@@ -229,7 +228,7 @@ class Observer:
         self._steps = os.open(control / "steps", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         self._lock = threading.Lock()
         self._replace, self._unlink = os.replace, os.unlink
-        self._lasting = itertools.count(1)
+        self._lasting, self._root = itertools.count(1), str(control.parent.parent)
         self._die_at = die_at
         self._line, self._optimizer_steps = "", 0
 
@@ -242,6 +241,7 @@ class Observer:
             setattr(os, name, self._around(getattr(os, name), name="unlink", file=0))
         handle = logging.Logger.callHandlers
         observer = self
+        sys.addaudithook(self._opened)
 
         def call_handlers(logger: logging.Logger, record: logging.LogRecord) -> None:
             handle(logger, record)
@@ -265,6 +265,12 @@ class Observer:
             observer._step(f"optimizer step {observer._optimizer_steps} after {observer._line}")
 
         register_optimizer_step_post_hook(optimizer_step)
+
+    def _opened(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(mode := arguments[1], str) and set("wax+") & set(mode):
+            path = str(arguments[0])
+            if path.startswith(self._root) and "/control/" not in path:
+                self._step(f"open {path}", lasting=True)
 
     def _around(self, function: Callable[..., None], *, name: str, file: int) -> Callable[..., None]:
         def observed(*arguments: Any, **options: Any) -> None:
@@ -324,7 +330,7 @@ class Party:
     def start(self, *, die_at: int | None = None, as_a_command: bool = False) -> "Party":
         """die_at: kills itself at this step of those that last. as_a_command: without the test's own hand in it."""
         assert not self.alive, f"{self.name} runs already"
-        self._forget_halt()
+        self.release()
         if as_a_command:
             self._process = _Command([sys.executable, "-m", self.module, "--config", str(self.config)], self.log_file)
             return self
@@ -357,7 +363,7 @@ class Party:
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
         assert self.await_end() == -signal.SIGKILL
-        self._forget_halt()
+        self.release()
 
     def await_end(self) -> int:
         """Its exit code, negative for a signal."""
@@ -376,24 +382,20 @@ class Party:
 
     def await_halt(self) -> str:
         halted = self._control / "halted"
-        await_(f"{self.name} to come to its halt", lambda: halted.exists() or self._is_dead())
+        await_(f"{self.name} to come to its halt", lambda: halted.exists() or self.has_failed())
         return halted.read_text(encoding="utf-8")
 
     def release(self) -> None:
-        """Lets it go on, and cancels a halt that it has not come to."""
-        self._forget_halt()
-        (self._control / "halt-at").unlink(missing_ok=True)
-
-    def _forget_halt(self) -> None:
+        """Lets it go on."""
         (self._control / "halted").unlink(missing_ok=True)
 
     def _has(self, pattern: str) -> bool:
-        assert re.search(pattern, self.log) or not self._is_dead(), f"{self.name} ended without {pattern!r} in its log"
-        return re.search(pattern, self.log) is not None
+        return re.search(pattern, self.log) is not None or self.has_failed()
 
-    def _is_dead(self) -> bool:
+    def has_failed(self) -> bool:
+        """Raises AssertionError if it ended otherwise than by the test's hand; else False."""
         if not self.alive and self._process is not None and self._process.exitcode != -signal.SIGKILL:
-            raise AssertionError(f"{self.name} ended with exit code {self._process.exitcode}")
+            raise AssertionError(f"{self.name} ended, with exit code {self._process.exitcode}")
         return False
 
 
@@ -401,9 +403,8 @@ class _Command:
     """A plain process, with the attributes of multiprocessing's that are used here."""
 
     def __init__(self, command: list[str], log_file: Path) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         with log_file.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
+            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         self.pid = self._process.pid
 
     @property
@@ -429,16 +430,22 @@ class Deployment:
             here = {"server": self.links[name].address, "work": str(self.work(name))}
             self.silos[name] = Party(name, "fedpft.silo", self._write(name, {**here, **settings}))
 
+    def start(self, *, as_commands: bool = False) -> None:
+        """The server, and as soon as it listens the silos."""
+        self.server.start(as_a_command=as_commands)
+        self.await_address()
+        for silo in self.silos.values():
+            silo.start(as_a_command=as_commands)
+
+    def await_address(self) -> None:
+        await_("the server's address", lambda: (self.out / "address").exists() or self.server.has_failed())
+
     @property
     def parties(self) -> tuple[Party, ...]:
         return (self.server, *self.silos.values())
 
     def work(self, silo: str) -> Path:
         return self.directory / f"work-{silo}"
-
-    def start(self, *, as_commands: bool = False) -> None:
-        for party in self.parties:
-            party.start(as_a_command=as_commands)
 
     def await_end(self, parties: Iterable[Party] | None = None) -> None:
         """All end, and well."""
