@@ -35,12 +35,13 @@ SCHEMA = """
 CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE files (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL);
 CREATE TABLE rounds (
-    round INTEGER, attempt INTEGER, silos TEXT NOT NULL, present TEXT NOT NULL, count_inactivity INTEGER NOT NULL, begun_at TEXT NOT NULL,
-    PRIMARY KEY (round, attempt)
+    round INTEGER, attempt INTEGER, silos TEXT NOT NULL, present TEXT NOT NULL, count_inactivity INTEGER NOT NULL,
+    begun_at TEXT NOT NULL, PRIMARY KEY (round, attempt)
 );
 CREATE TABLE updates (
     round INTEGER, silo TEXT, attempt INTEGER NOT NULL, file TEXT NOT NULL, sha256 TEXT NOT NULL,
-    bytes INTEGER NOT NULL, samples INTEGER NOT NULL, metrics TEXT NOT NULL, received_at TEXT NOT NULL, PRIMARY KEY (round, silo)
+    bytes INTEGER NOT NULL, samples INTEGER NOT NULL, metrics TEXT NOT NULL, received_at TEXT NOT NULL,
+    PRIMARY KEY (round, silo)
 );
 CREATE TABLE journal (number INTEGER PRIMARY KEY, kind TEXT NOT NULL, round INTEGER, value TEXT NOT NULL);
 """
@@ -235,7 +236,8 @@ class Ledger:
 
 
 def _update(row: Any) -> UpdateRow:
-    return UpdateRow(*row[:7], metrics=json.loads(row[7]))
+    values = [*row[:-1], json.loads(row[-1])]
+    return UpdateRow(*values)
 
 
 def _now() -> str:

@@ -15,7 +15,7 @@ from fedpft.federation import UpdateArrived
 from fedpft.server.inbox import Inbox
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
-from fedpft.wire.channel import SILO_KEY
+from fedpft.wire.channel import SILO_KEY, Watchdog
 from fedpft.wire.status import answering, sanitised
 from fedpft.wire.transfer import AGAIN
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -83,8 +83,11 @@ class FederationServicer:
     def FetchFile(self, request: pb.FetchFileRequest, context: grpc.ServicerContext) -> Iterator[pb.FetchFileResponse]:
         with answering(context):
             silo = self._enrolled(context)
-            for chunk in self._outbox.send(silo, request.sha256, request.offset):
-                yield pb.FetchFileResponse(chunk=chunk)
+            watchdog = Watchdog()
+            with watchdog.guarding(context):
+                for chunk in self._outbox.send(silo, request.sha256, request.offset):
+                    watchdog.rearm()
+                    yield pb.FetchFileResponse(chunk=chunk)
 
     def OfferUpdate(self, request: pb.OfferUpdateRequest, context: grpc.ServicerContext) -> pb.OfferUpdateResponse:
         with answering(context):
@@ -109,10 +112,16 @@ class FederationServicer:
             header = first.update
             if isinstance(verdict := self._live.judge(_arrival(silo, header)), federation.Refuse):
                 raise verdict.error
+            watchdog = Watchdog()
+
+            def chunks() -> Iterator[pb.Chunk]:
+                for part in parts:
+                    watchdog.rearm()
+                    yield part.chunk
+
             try:
-                update = self._inbox.receive(
-                    silo, header, (part.chunk for part in parts), enrolled_samples=self._live.samples(silo)
-                )
+                with watchdog.guarding(context):
+                    update = self._inbox.receive(silo, header, chunks(), enrolled_samples=self._live.samples(silo))
             except InvalidUpdate as error:
                 self._audit.append("refused", peer=silo, round=header.round, reason=error.message)
                 self._live.fail(silo, error.message, header.round)
@@ -145,8 +154,8 @@ class FederationServicer:
             attempt=attempt,
             adapter=outbox.adapter.announcement(),
             proxy_version=self._live.proxy_version,
-            patch=outbox.patch and outbox.patch.announcement(),
-            snapshot=outbox.snapshot and outbox.snapshot.announcement(),
+            patch=outbox.patch.announcement() if outbox.patch else None,
+            snapshot=outbox.snapshot.announcement() if outbox.snapshot else None,
             count_inactivity=self._inbox.counts_inactivity,
         )
 
