@@ -7,6 +7,7 @@ from pathlib import Path
 import fedpft
 from fedpft.command import run_command
 from fedpft.config import load_silo_config
+from fedpft.silo.explain import explain
 from fedpft.silo.run import run
 
 DESCRIPTION = """\
@@ -14,14 +15,18 @@ Takes part in a federation as one institution: connects to the server named in s
 each round trains an adapter on this institution's own data and sends the adapter back. The data never leaves. Ends
 when the server says that the federation is finished.
 
-Run it again after an interruption: it enrols anew and goes on with the round that is on.
+Run it again after an interruption, whatever the reason: it goes on where it stopped, and sends an update that it has
+trained already without training it again. While the server is away it waits for it, connect_timeout_seconds long.
 """
 
 EPILOG = """\
-Exit codes: 0 the federation is finished; 2 wrong command line; 3 silo.yaml; 4 the data; 5 the proxy; 6 a key or a
-certificate; 7 the server cannot be reached; 8 to 10 the server refused; 13 broken transfers; 130 interrupted.
-docs/errors.md says more. Progress and errors go to stderr.
+Exit codes: 0 the federation is finished; 1 the disk of the work directory; 2 wrong command line; 3 silo.yaml; 4 the
+data; 5 the proxy; 6 a key or a certificate; 7 the server cannot be reached; 8 to 10 the server refused; 13 broken
+transfers; 14 the audit log; 130 and 143 stopped by Ctrl-C and SIGTERM. docs/errors.md says more. Progress and errors
+go to stderr.
 """
+
+EXPLAIN = "only print everything that leaves this institution, and where to; connects to nobody"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,9 +38,18 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="silo.yaml (docs/configuration.md)")
+    parser.add_argument("--explain", action="store_true", help=EXPLAIN)
     parser.add_argument("--version", action="version", version=f"fedpft {fedpft.__version__}")
     options = parser.parse_args(arguments)
-    return run_command(lambda: run(load_silo_config(options.config)))
+    return run_command(lambda: start(options.config, only_explain=options.explain))
+
+
+def start(config: Path, *, only_explain: bool) -> None:
+    """Takes part, or prints what taking part would let out."""
+    if only_explain:
+        print(explain(load_silo_config(config)))
+    else:
+        run(load_silo_config(config))
 
 
 if __name__ == "__main__":

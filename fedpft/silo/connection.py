@@ -123,13 +123,16 @@ class ServerConnection:
                     request = pb.FetchFileRequest(sha256=file.sha256, offset=incoming.offset)
                     watchdog = Watchdog(self._idle_seconds)
                     call = self._stub.FetchFile(request, metadata=self._metadata)
-                    with watchdog.guarding(call):
-                        for response in call:
-                            watchdog.rearm()
-                            incoming.write(response.chunk)
-                            if incoming.offset > reached:  # a file that is fetched anew gets no new patience
-                                reached = incoming.offset
-                                progress()
+                    try:
+                        with watchdog.guarding(call):
+                            for response in call:
+                                watchdog.rearm()
+                                incoming.write(response.chunk)
+                                if incoming.offset > reached:  # a file that is fetched anew gets no new patience
+                                    reached = incoming.offset
+                                    progress()
+                    finally:
+                        call.cancel()  # if the fault was on this side, the server would go on sending
                 incoming.finish(path)
 
         self._call(attempt)

@@ -1,30 +1,30 @@
 """A silo's whole life: look at one's own files, enrol, fetch the proxy, train round after round, go."""
 
-import contextlib
-import fcntl
 import logging
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fedpft import adapters, datasets
-from fedpft.config import RoundSettings, SiloConfig
+from fedpft.config import ShareSection, SiloConfig
 from fedpft.datafiles import read_rows
-from fedpft.errors import ConfigError, RefusedByServer, RoundOver
+from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
 from fedpft.proxy import apply_patch, load_proxy
-from fedpft.silo.connection import ServerConnection
+from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
+from fedpft.silo.work import Update, Work, opened
 from fedpft.training import train_round
-from fedpft.wire import federation_pb2 as pb
 from fedpft.wire.certificates import check_certificates
+from fedpft.wire.encoding import encode
 from fedpft.wire.status import sanitised
+from fedpft.wire.tensors import Group, read_tensors
+from fedpft.wire.v1 import federation_pb2 as pb
 
 log = logging.getLogger(__name__)
 
 
 def run(config: SiloConfig) -> None:
-    """Takes part in a federation until it is finished.
+    """Takes part in a federation until it is finished; goes on where an earlier process stopped.
 
     Raises:
         ConfigError, CertificateError, DataError: this side's own files are not in order; nothing was sent.
@@ -36,40 +36,89 @@ def run(config: SiloConfig) -> None:
     samples = len(read_rows(config.data.path, [("label", config.data.columns.label)]))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with _own_directory(config.work), ServerConnection(config) as server:
-        enrolment = server.enrol(samples)
-        log.info("%s: enrolled at %s with %d samples", name, config.server, samples)
-        participant = Participant(name, config, enrolment.settings, server.fetch_proxy(enrolment))
-        participant.take_part(server)
+    participant: Participant | None = None
+    try:
+        with opened(config.work) as work, ServerConnection(config) as server, work.explaining_faults():
+            enrolment = server.enrol(samples)
+            log.info("%s: enrolled at %s with %d samples", name, config.server, samples)
+            work.join(enrolment)
+            offer_again(server, work, config.share)
+            participant = Participant(name, config, work, enrolment, server)
+            participant.take_part()
+    except KeyboardInterrupt:
+        place = f"in round {participant.round}" if participant and participant.round else "before its first round"
+        log.info("%s: stopped %s; run it again, it goes on from there", name, place)
+        raise
     log.info("%s: the federation is finished", name)
 
 
-class Participant:
-    """Data and proxy of a silo that has enrolled.
+def offer_again(server: ServerConnection, work: Work, share: ShareSection) -> None:
+    """Offers the update that an earlier process left, unless the server told that one that it counts."""
+    update = work.update(share)
+    if update is None or update.counted:
+        return
+    try:
+        submit(server, work, update, attempt=0)
+        log.info("round %d: the update of before the restart counts", update.round)
+    except (RoundOver, StaleProxy, InvalidUpdate) as error:
+        log.warning("round %d: the update of before the restart does not count: %s", update.round, error.message)
 
-    version: of the proxy; the patches up to it have been applied.
+
+def submit(server: ServerConnection, work: Work, update: Update, *, attempt: int) -> bool:
+    """Offers and sends an update that is kept in `work`; whether it counts only now. Raises as the server answers."""
+    header = pb.UpdateHeader(
+        round=update.round,
+        attempt=attempt,
+        proxy_version=update.proxy_version,
+        samples=update.samples,
+        metrics=update.metrics,
+        file=work.announcement(update),
+    )
+    try:
+        now = server.submit(header, work.update_path)
+    except (StaleProxy, InvalidUpdate):  # it will never count; after RoundOver, a restarted server may still ask for it
+        work.drop_update()
+        raise
+    work.count_update(update)
+    return now
+
+
+class Participant:
+    """A silo that has enrolled, with its data and its proxy.
+
+    version: of the proxy.
+    round: the last that was begun; 0 before.
     """
 
-    def __init__(self, name: str, config: SiloConfig, settings: RoundSettings, bundle: Path) -> None:
-        """Raises DataError if the data has a label that the server's list has not, ModelError for a broken proxy."""
-        self.name, self.config, self.settings, self.version = name, config, settings, 0
-        self.proxy = load_proxy(bundle)
+    def __init__(
+        self, name: str, config: SiloConfig, work: Work, enrolment: Enrolment, server: ServerConnection
+    ) -> None:
+        """Fetches the proxy, unless it is there.
+
+        Raises:
+            DataError: the data has a label that the server's list has not.
+            ModelError: the proxy is none.
+        """
+        self.name, self.config, self.settings = name, config, enrolment.settings
+        self.version = self.round = 0
+        self._work, self._server = work, server
+        self.proxy = load_proxy(server.fetch_proxy(enrolment))
         task, labels = self.proxy.task, self.proxy.labels
         samples = datasets.read_labelled(config.data.path, config.data.columns, task, labels)
         self.dataset = datasets.encode(
             samples.inputs, samples.labels, self.proxy.processor, task, self.proxy.max_tokens
         )
-        adapters.attach(self.proxy.model, settings.adapter, seed=settings.seed)
+        adapters.attach(self.proxy.model, self.settings.adapter, seed=self.settings.seed)
         self.proxy.model.to(config.device)
 
-    def take_part(self, server: ServerConnection) -> None:
+    def take_part(self) -> None:
         """Does what the server asks until the federation is finished; RefusedByServer if it is broken off."""
         while True:
-            task = server.next_task()
+            task = self._server.next_task()
             match task.WhichOneof("task"):
                 case "train":
                     try:
-                        self.train(server, task.train)
+                        self.do(task.train)
                     except RoundOver as error:
                         log.warning("%s: too late: %s", self.name, error.message)
                 case "finished":
@@ -80,18 +129,27 @@ class Participant:
                         "ask the server's operator when it starts again",
                     )
                 case other:
-                    raise RefusedByServer(
-                        f"the server set a task that this silo does not know ({other})",
-                        "run the same version of fedpft on both sides",
-                    )
+                    raise RefusedByServer(f"the server set a task that this silo does not know ({other})", SAME_VERSION)
 
-    def train(self, server: ServerConnection, task: pb.Train) -> None:
+    def do(self, task: pb.Train) -> None:
         """One round; RoundOver if it ended before this silo was through."""
-        if self.version != task.proxy_version:
-            for patch in server.fetch_patches(self.version):
-                apply_patch(self.proxy.model, patch)
-                self.version += 1
-        adapters.load(self.proxy.model, server.fetch_adapter(task.round))
+        self.round = task.round
+        update = self._work.update(self.config.share)
+        if update is None or not update.answers(task):
+            update = self.train(task)
+        counted_now = submit(self._server, self._work, update, attempt=task.attempt)
+        log.info(
+            "%s: round %d of %d: %s%s",
+            self.name,
+            task.round,
+            self.settings.training.rounds,
+            "sent" if counted_now else "the server had this update already",
+        )
+
+    def train(self, task: pb.Train) -> Update:
+        """Trains on the round's adapter and version of the proxy; the update is in `work` afterwards."""
+        start = self._fetch(task)
+        adapters.load(self.proxy.model, read_tensors(start, "adapter"))
         result = train_round(
             self.proxy.model,
             self.dataset,
@@ -99,37 +157,43 @@ class Participant:
             silo=self.name,
             round=task.round,
             compressed=self.proxy.compressed,
-            count_inactivity=task.count_inactivity,
+            count_inactivity=task.count_inactivity and self.config.share.inactivity,
             limits=self.config.limits,
         )
-        counted = server.submit(task.round, self.version, result)
         log.info(
-            "%s: round %d of %d: loss %.4f, %d samples, %.1f s%s",
+            "%s: round %d of %d: loss %.4f, %d samples, %.1f s",
             self.name,
             task.round,
             self.settings.training.rounds,
             result.metrics["train_loss"],
             result.samples,
             result.metrics["seconds"],
-            "" if counted else " (the server had this update already)",
         )
+        groups: dict[Group, dict[str, Tensor]]
+        groups, residual = encode(
+            result.adapter,
+            read_tensors(start, "adapter"),
+            self.settings.training.update_encoding,
+            self._work.residual(task.round),
+        )
+        if result.inactivity is not None:
+            groups["inactivity"] = result.inactivity
+        shared: dict[str, float] = {name: result.metrics[name] for name in self.config.share.metrics}
+        return self._work.keep_update(task, groups, residual, samples=result.samples, metrics=shared)
 
-
-@contextlib.contextmanager
-def _own_directory(work: Path) -> Iterator[None]:
-    """Makes and locks the work directory; two silos in one would send each other's updates."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"{work}: cannot be written to ({error.strerror})", "change `work` in silo.yaml") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{work} is in use by another silo process", "stop that one, or give each silo its own `work`"
-            ) from None
-        for leftover in work.glob("incoming-*"):
-            shutil.rmtree(leftover)
-        yield
+    def _fetch(self, task: pb.Train) -> Path:
+        """Brings the proxy to the round's version; returns the file of the round's adapter."""
+        if task.proxy_version < self.version:
+            raise StaleProxy(
+                f"this silo has version {self.version} of the proxy, and round {task.round} is on {task.proxy_version}",
+                "restart the silo: it begins with version 0 again",
+            )
+        wanted = [task.adapter]
+        if task.proxy_version > self.version:
+            wanted.append(task.patch if task.proxy_version == self.version + 1 else task.snapshot)
+        self._work.keep_received(wanted)
+        start, *patches = [self._server.fetch(file, *self._work.received(file)) for file in wanted]
+        for patch in patches:
+            apply_patch(self.proxy.model, read_tensors(patch, "patch"))
+            self.version = task.proxy_version
+        return start

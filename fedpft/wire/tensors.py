@@ -5,6 +5,8 @@ A file holds groups of tensors. An update's are "adapter" or "delta" and "scale"
 
 import contextlib
 import math
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +65,12 @@ def write_tensors(path: Path, groups: Mapping[Group, Mapping[str, Tensor]]) -> N
         for name, tensor in tensors.items()
     }
     with atomic.replacing(path) as written:
-        save_file(stored, written)
+        try:
+            save_file(stored, written)
+        except SafetensorError as error:
+            if number := re.search(r"os error (\d+)", str(error)):  # safetensors hides a full disk in a text
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+            raise
 
 
 def read_specs(path: Path) -> dict[str, Spec]:

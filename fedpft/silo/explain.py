@@ -1,0 +1,142 @@
+"""What leaves an institution, in words and numbers, for whoever has to approve it: `fedpft silo --explain`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import fedpft
+from fedpft import adapters
+from fedpft.config import AdapterSection, SiloConfig
+from fedpft.datafiles import read_rows
+from fedpft.errors import ModelError
+from fedpft.proxy import Proxy, load_proxy
+from fedpft.silo.work import Joined, Work
+from fedpft.subffn import sub_ffns
+from fedpft.wire.certificates import check_certificates
+from fedpft.wire.encoding import Encoding, layout
+from fedpft.wire.tensors import Spec
+
+LABEL = 16  # characters of the first column
+
+ENCODINGS: dict[Encoding, str] = {
+    "exact": "exact: each tensor as it is after the training",
+    "bfloat16": "bfloat16: what the training changed in each tensor, 2 bytes a value",
+    "int8": "int8: what the training changed in each tensor, 1 byte a value and 4 for each 256 values",
+}
+
+
+def explain(config: SiloConfig) -> str:
+    """Everything that this configuration lets out; connects to nobody and trains nothing.
+
+    Raises:
+        CertificateError, DataError: as `run` would.
+    """
+    work = Work(config.work)
+    joined = work.joined()
+    proxy = None if joined is None else _received(work.proxy_path(joined))
+    sections = {
+        "To whom": _peer(config),
+        "On enrolment, and again whenever the server or this silo was restarted": [
+            _row("samples", f"{len(read_rows(config.data.path, [('label', config.data.columns.label)]))}"),
+            _row("", f"how many rows {config.data.path} has"),
+            _row("version", f"{fedpft.__version__}, of fedpft"),
+        ],
+        "In each round that the server picks this silo for": [
+            *_adapter(joined, proxy),
+            _row("samples", "how many of the samples the round's training went through"),
+            _row("metrics", ", ".join(config.share.metrics) or "none"),
+            *_inactivity(config.share.inactivity, proxy),
+        ],
+        "When it ends with an error": [_row("notice", "that it leaves; the reason stays here")],
+        "Never": [
+            _row("data", "no text, image, label or number of a single sample; no file is read but those in silo.yaml"),
+            _row("names", "no path or file name of this machine, and no text of its errors or log"),
+            _row("connections", "none but to that server, and none from outside: this silo listens on no port"),
+        ],
+        "On record": [
+            _row("audit log", str(config.work / "audit.jsonl")),
+            _row("", "each transfer with time, server, size and SHA-256; `fedpft audit` verifies and prints it"),
+            _row("last update", f"{work.update_path}: the very bytes, as safetensors"),
+        ],
+        "To let less out, in silo.yaml": [
+            _row("share", "metrics: [train_loss]   only the metrics that are named; []: none"),
+            _row("", "inactivity: false       no inactivity counts; the server does without them"),
+            _row("limits", "max_local_epochs: 0.5   fewer samples in a round"),
+        ],
+    }
+    parts = ["What leaves this institution when this silo runs. Nothing was sent to find this out."]
+    parts += ["\n".join([title, *rows]) for title, rows in sections.items()]
+    return "\n\n".join(parts)
+
+
+def _peer(config: SiloConfig) -> list[str]:
+    if config.tls is None:
+        return [
+            _row("server", f"{config.server}, on this machine and without TLS (insecure_loopback: for tests)"),
+            _row("known there as", f"{config.insecure_name}, which is merely said (insecure_name)"),
+        ]
+    return [
+        _row("server", f"{config.server}, over TLS 1.3, with a certificate that {config.tls.ca} signed"),
+        _row("known there as", f"{check_certificates(config.tls, 'silo')}, by {config.tls.certificate}"),
+    ]
+
+
+def _received(bundle: Path) -> Proxy | None:
+    """The proxy, if it has been received whole."""
+    try:
+        return load_proxy(bundle)
+    except ModelError:
+        return None
+
+
+def _adapter(joined: Joined | None, proxy: Proxy | None) -> list[str]:
+    if joined is None or proxy is None:
+        return [
+            _row("adapter", "two small matrices (LoRA) beside each query, key, value and attention output projection"),
+            _row("", "of the proxy, and its task head. No proxy was received yet: run this again when one was,"),
+            _row("", "and every tensor is listed here"),
+            _row("encoding", "as the server asks:"),
+            *(_row("", text) for text in ENCODINGS.values()),
+        ]
+    encoding = joined.settings.training.update_encoding
+    specs = _adapter_specs(proxy, joined.settings.adapter, joined.settings.seed)
+    sent = {name: sum(part.nbytes for part in layout(spec, encoding).values()) for name, spec in specs.items()}
+    return [
+        _row("adapter", f"{len(specs)} tensors, {sum(sent.values())} bytes:"),
+        *_table((name, str(list(s.shape)), str(s.dtype)[6:], f"{sent[name]} bytes") for name, s in specs.items()),
+        _row("encoding", ENCODINGS[encoding]),
+    ]
+
+
+def _adapter_specs(proxy: Proxy, settings: AdapterSection, seed: int) -> dict[str, Spec]:
+    adapters.attach(proxy.model, settings, seed=seed)
+    return {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in adapters.extract(proxy.model).items()}
+
+
+def _inactivity(shared: bool, proxy: Proxy | None) -> list[str]:
+    if not shared:
+        return [_row("inactivity", "nothing, even if the server asks (share.inactivity is false)")]
+    rows = [
+        _row("inactivity", "if the server asks: at how many tokens each neuron of a compressed layer of the proxy was"),
+        _row("", "inactive, and out of how many; sums over all samples of the round"),
+    ]
+    if proxy is None:
+        return rows
+    neurons = [ffn.neurons for ffn in sub_ffns(proxy.model).values()]
+    return rows + _table(
+        (f"layer {layer}", f"[{neurons[layer]}] and []", "int64", f"{8 * (neurons[layer] + 1)} bytes")
+        for layer in proxy.compressed
+    )
+
+
+def _row(label: str, text: str) -> str:
+    return f"  {label:<{LABEL}}{text}"
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Rows of four cells, in columns; the last is flush right."""
+    cells = list(rows)
+    widths = [max((len(row[column]) for row in cells), default=0) for column in range(4)]
+    return [
+        _row("", f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype:<{widths[2]}}  {size:>{widths[3]}}")
+        for name, shape, dtype, size in cells
+    ]

@@ -1,0 +1,238 @@
+"""What a silo keeps on disk, so that it can be stopped or killed at any point: the directory `work` of silo.yaml.
+
+    lock                            held while a silo runs here
+    audit.jsonl                     what left and what arrived (fedpft/audit.py); never deleted
+    federation.json                 which federation the following belongs to, and its settings
+    proxy-<digest>/                 the proxy as it was when the federation began
+    incoming/<sha256>.part          files on their way in
+    received/<sha256>.safetensors   adapter and patch that the present round starts from
+    update.json                     of the last update; the files next to it are there whole as long as it is
+    update.safetensors              the last update
+    update-residual.safetensors     what was rounded off it
+    residual-<round>.safetensors    the same, of the last update that counted: goes into the next one
+
+An update is complete here before the server hears of it, so that a silo that is killed later offers the same bytes
+again. Only once the update counts does its residual take the place of the former one.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from fedpft import atomic
+from fedpft.config import RoundSettings, ShareSection
+from fedpft.errors import ConfigError, FedPFTError
+from fedpft.silo.connection import Enrolment
+from fedpft.wire import transfer
+from fedpft.wire.tensors import Group, read_specs, read_tensors, write_tensors
+from fedpft.wire.v1 import federation_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Joined(_Record):
+    """The federation that this silo takes part in.
+
+    proxy: Enrolment.proxy_digest.
+    """
+
+    run_id: str
+    proxy: str
+    settings: RoundSettings
+
+
+class Update(_Record):
+    """A round's result.
+
+    start: SHA-256 of the adapter that the round started from.
+    sha256: of update.safetensors.
+    counted: whether the server said that it counts.
+    """
+
+    round: int
+    proxy_version: int
+    start: str
+    samples: int
+    metrics: dict[str, float]
+    sha256: str
+    counted: bool = False
+
+    def answers(self, task: pb.Train) -> bool:
+        """Whether training in this round would give the same update once more."""
+        return (self.round, self.proxy_version, self.start) == (
+            task.round,
+            task.proxy_version,
+            task.adapter.sha256.hex(),
+        )
+
+
+class Work:
+    """The directory; one process at a time (:func:`opened`)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.update_path = path / "update.safetensors"
+        self._update_json, self._update_residual = path / "update.json", path / "update-residual.safetensors"
+
+    def joined(self) -> Joined | None:
+        """The federation that the files here belong to; None if there is none."""
+        with contextlib.suppress(FileNotFoundError, ValidationError, UnicodeDecodeError):
+            return Joined.model_validate_json((self.path / "federation.json").read_text(encoding="utf-8"))
+        return None
+
+    def proxy_path(self, joined: Joined) -> Path:
+        """Where the proxy of a federation is, or will be."""
+        return self.path / f"proxy-{joined.proxy}"
+
+    def join(self, enrolment: Enrolment) -> None:
+        """Deletes what belongs to another federation than the one of the enrolment."""
+        former = self.joined()
+        joined = Joined(run_id=enrolment.run_id, proxy=enrolment.proxy_digest, settings=enrolment.settings)
+        if former is None or (former.run_id, former.proxy) != (joined.run_id, joined.proxy):
+            proxies = set(self.path.glob("proxy-*")) - {self.proxy_path(joined)}
+            for directory in (*proxies, self.path / "incoming", self.path / "received"):
+                shutil.rmtree(directory, ignore_errors=True)
+            self.drop_update()
+            for path in self._residuals().values():
+                path.unlink()
+        if former != joined:
+            atomic.write_text(self.path / "federation.json", joined.model_dump_json(indent=1))
+
+    def received(self, file: pb.File) -> tuple[Path, str]:
+        """Directory and name of a file that a round needs."""
+        return self.path / "received", f"{file.sha256.hex()}.safetensors"
+
+    def keep_received(self, files: list[pb.File]) -> None:
+        """Deletes what was received, wholly or in part, but is none of these files."""
+        for directory in (self.path / "incoming", self.path / "received"):
+            for path in directory.glob("*"):
+                if path.stem not in {file.sha256.hex() for file in files}:
+                    path.unlink()
+
+    def update(self, share: ShareSection) -> Update | None:
+        """The last update, if it is as it was written and may still leave; otherwise it is deleted."""
+        if not self._update_json.exists():
+            return None
+        try:
+            update = Update.model_validate_json(self._update_json.read_text(encoding="utf-8"))
+            intact = transfer.payload(self.update_path).sha256.hex() == update.sha256
+        except (FileNotFoundError, ValidationError, UnicodeDecodeError):
+            intact = False
+        if not intact:
+            log.warning("%s is not as it was written: dropped", self.update_path)
+        elif not update.metrics.keys() <= set(share.metrics) or (not share.inactivity and self._has_inactivity()):
+            log.info("%s holds more than silo.yaml shares now: dropped", self.update_path)
+        else:
+            return update
+        self.drop_update()
+        return None
+
+    def announcement(self, update: Update) -> pb.File:
+        """What the server is told of the last update's file."""
+        size = self.update_path.stat().st_size
+        return pb.File(name=self.update_path.name, total_bytes=size, sha256=bytes.fromhex(update.sha256))
+
+    def keep_update(
+        self,
+        task: pb.Train,
+        groups: Mapping[Group, Mapping[str, Tensor]],
+        residual: Mapping[str, Tensor],
+        *,
+        samples: int,
+        metrics: dict[str, float],
+    ) -> Update:
+        """Writes a round's result in the place of the last one."""
+        self.drop_update()
+        if residual:
+            write_tensors(self._update_residual, {"residual": residual})
+        write_tensors(self.update_path, groups)
+        update = Update(
+            round=task.round,
+            proxy_version=task.proxy_version,
+            start=task.adapter.sha256.hex(),
+            samples=samples,
+            metrics=metrics,
+            sha256=transfer.payload(self.update_path).sha256.hex(),
+        )
+        self._write(update)
+        return update
+
+    def count_update(self, update: Update) -> None:
+        """The update counts: what was rounded off it is for the next one."""
+        if update.counted:
+            return
+        with contextlib.suppress(FileNotFoundError):  # nothing was rounded off, or this was done before a kill
+            os.replace(self._update_residual, self.path / f"residual-{update.round}.safetensors")
+            atomic.sync(self.path)
+        for round, path in self._residuals().items():
+            if round < update.round:
+                path.unlink()
+        self._write(update.model_copy(update={"counted": True}))
+
+    def drop_update(self) -> None:
+        """Deletes the last update; what was rounded off it is lost with it, unless it counted."""
+        for path in (self._update_json, self._update_residual, self.update_path):
+            path.unlink(missing_ok=True)
+
+    def residual(self, round: int) -> dict[str, Tensor]:
+        """What was rounded off the last update that counted, before a round; by name, float32."""
+        earlier = {number: path for number, path in self._residuals().items() if number < round}
+        return read_tensors(earlier[max(earlier)], "residual") if earlier else {}
+
+    @contextlib.contextmanager
+    def explaining_faults(self) -> Iterator[None]:
+        """A disk that is full, or has become unwritable, ends in a line that names the directory."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FAULTS:
+                raise
+            raise FedPFTError(
+                f"{self.path}: {os.strerror(error.errno).lower()}",
+                "make room there, or make it writable, and start the silo again: it goes on from there",
+            ) from None
+
+    def _has_inactivity(self) -> bool:
+        return any(name.startswith("inactivity/") for name in read_specs(self.update_path))
+
+    def _write(self, update: Update) -> None:
+        atomic.write_text(self._update_json, update.model_dump_json(indent=1))
+
+    def _residuals(self) -> dict[int, Path]:
+        found = {path: re.fullmatch(r"residual-(\d+)\.safetensors", path.name) for path in self.path.glob("residual-*")}
+        return {int(match[1]): path for path, match in found.items() if match}
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Work]:
+    """Makes and locks the directory; two silos in one would send each other's updates."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written to ({error.strerror})", "change `work` in silo.yaml") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{path} is in use by another silo process", "stop that one, or give each silo its own `work`"
+            ) from None
+        for torn in path.glob(".*.part"):  # of a write that was killed
+            torn.unlink()
+        yield Work(path)
