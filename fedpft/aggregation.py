@@ -1,37 +1,31 @@
 """Federated averaging: A_{r+1} = sum_i (n_i / n) A_i (method.md, section 3)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 
-class WeightedMean:
-    """A mean that takes one update at a time, so that memory does not grow with the number of silos.
+def weighted_mean(terms: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """The mean of one tensor over the silos, in the tensors' own dtype; one term at a time is in memory.
 
     Sums in float64: exact for one silo, and of no consequence for the next round's float32. Sums still depend on
-    their order, so callers add in the order of the silos' names.
+    their order, so callers pass the terms in the order of the silos' names.
+
+    Args:
+        terms: tensors of one shape and dtype, each with its number of samples.
     """
-
-    def __init__(self) -> None:
-        self._total: dict[str, Tensor] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
-        self._weight = 0
-
-    def add(self, tensors: Mapping[str, Tensor], weight: int) -> None:
-        """Adds one silo's tensors with its number of samples."""
+    total: Tensor | None = None
+    dtype: torch.dtype | None = None
+    samples = 0
+    for tensor, weight in terms:
         if weight < 1:
             raise ValueError(f"weight must be a positive number of samples, got {weight}")
-        if self._total and self._total.keys() != tensors.keys():
-            raise ValueError("every update must have the same tensors")
-        for name, tensor in tensors.items():
-            term = tensor.double() * weight
-            self._total[name] = self._total[name] + term if name in self._total else term
-            self._dtypes[name] = tensor.dtype
-        self._weight += weight
-
-    def result(self) -> dict[str, Tensor]:
-        """The weighted mean in the updates' own dtypes."""
-        if not self._weight:
-            raise ValueError("no update was added")
-        return {name: (total / self._weight).to(self._dtypes[name]) for name, total in self._total.items()}
+        if total is not None and (tensor.shape, tensor.dtype) != (total.shape, dtype):
+            raise ValueError("every term must have the same shape and dtype")
+        term = tensor.double() * weight
+        total = term if total is None else total.add_(term)
+        samples, dtype = samples + weight, tensor.dtype
+    if total is None:
+        raise ValueError("there is no term")
+    return (total / samples).to(dtype)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from fedpft.config import TrainingSection
 from fedpft.errors import InvalidUpdate
-from fedpft.wire.encoding import BLOCK, Encoding, decode, encode, layout
-from fedpft.wire.tensors import Spec, read_specs, read_tensor, write_tensors
+from fedpft.wire.encoding import BLOCK, ENCODINGS, Encoding, decode, encode, layout
+from fedpft.wire.tensors import Spec, TensorFile, write_tensors
 
-ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 LOSSY = ENCODINGS[1:]
 
 
@@ -139,11 +138,12 @@ def test_a_file_holds_what_the_layout_says(encoding: Encoding, tmp_path: Path) -
     specs = {
         f"{group}/{name}": spec
         for name, tensor in start.items()
-        for group, spec in layout(Spec(tensor.dtype, tuple(tensor.shape)), encoding).items()
+        for group, spec in layout(Spec.of(tensor), encoding).items()
     }
-    assert read_specs(tmp_path / "x") == specs
+    file = TensorFile(tmp_path / "x")
+    assert file.specs == specs
     for name, tensor in arrived(groups, start, encoding).items():
-        read = decode(start[name], encoding, lambda group, name=name: read_tensor(tmp_path / "x", group, name))
+        read = decode(start[name], encoding, lambda group, name=name: file.tensor(group, name))
         assert torch.equal(read, tensor)
 
 

@@ -1,49 +1,95 @@
-"""What a silo sends back from a round, and the look at all of it before it counts.
+"""What a silo sends back from a round, the look at all of it before it counts, and the mean.
 
+The tensors stay on disk: server memory holds one tensor of each kind at a time, however many silos there are.
 K neurons of a layer of the proxy.
 """
 
+import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fedpft import adapters
+from fedpft.adapters import Adapter
+from fedpft.aggregation import weighted_mean
 from fedpft.errors import InvalidUpdate, ModelError
-from fedpft.wire.tensors import check_groups, read_tensors
+from fedpft.wire.encoding import ENCODINGS, Encoding, decode, layout
+from fedpft.wire.tensors import Spec, TensorFile
 
-OVERHEAD_BYTES = 1 << 20  # names, shapes and offsets in an update's file
+METRICS = frozenset({"train_loss", "seconds", "tokens"})
+LARGEST_COUNT = 1 << 48  # of samples or tokens: whatever is summed over silos stays far from the end of int64
+HEADER_BYTES = 1 << 20  # of an update's file, beside ENTRY_BYTES
+ENTRY_BYTES = 512  # for the name and the place of a tensor
+
+_REMEDY = "run the same version of fedpft on both sides"
+_DIVERGED = "lower the learning rate, look at the data"
 
 
 @dataclass(frozen=True)
 class Update:
-    """A silo's accepted update of one round.
-
-    The tensors stay on disk, so that the server's memory does not grow with the number of silos: `adapter` and
-    `inactivity` read the file each time they are asked for. The file is there until the next round starts.
+    """A silo's update of one round; its tensors are read when they are asked for.
 
     samples: n_i, the update's weight in the mean.
-    metrics: train_loss, seconds, tokens.
+    metrics: of METRICS those that the silo shares.
+    path: what the silo sent.
+    start: the adapter that the round began with, as the silos got it.
+    encoding: how the change from there travels.
     """
 
     silo: str
     samples: int
     metrics: dict[str, float]
     path: Path
+    start: Path
+    encoding: Encoding = "exact"
+
+    @functools.cached_property
+    def file(self) -> TensorFile:
+        """What the silo sent."""
+        return TensorFile(self.path)
+
+    @functools.cached_property
+    def specs(self) -> dict[str, Spec]:
+        """The tensors of the adapter, before and after the round."""
+        return _adapter_specs(self._start)
+
+    def start_tensor(self, name: str) -> Tensor:
+        """A tensor of the adapter before the round."""
+        return self._start.tensor("adapter", name)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the trained adapter, of the shape and dtype that it had before the round."""
+        return decode(self.start_tensor(name), self.encoding, lambda group: self.file.tensor(group, name))
 
     @property
-    def adapter(self) -> dict[str, Tensor]:
-        """The trained adapter."""
-        return read_tensors(self.path, "adapter")
+    def adapter(self) -> Adapter:
+        """The trained adapter, all of it."""
+        return {name: self.tensor(name) for name in self.specs}
 
     @property
     def inactivity(self) -> dict[str, Tensor] | None:
-        """ "<layer>": (K,) int64 inactive tokens, "<layer>.tokens": () int64 out of how many; None if not asked for."""
-        return read_tensors(self.path, "inactivity") or None
+        """ "<layer>": (K,) int64 inactive tokens, "<layer>.tokens": () int64 out of how many.
+
+        None if it was not asked for, or the silo keeps it to itself.
+        """
+        names = [name.removeprefix("inactivity/") for name in self.file.specs if name.startswith("inactivity/")]
+        return {name: self.file.tensor("inactivity", name) for name in names} or None
+
+    @functools.cached_property
+    def _start(self) -> TensorFile:
+        return TensorFile(self.start)
+
+
+def aggregate(updates: Sequence[Update]) -> Adapter:
+    """The mean of a round's trained adapters, weighted by samples, added in the order of the silos' names."""
+    ordered = sorted(updates, key=lambda update: update.silo)
+    return {
+        name: weighted_mean((update.tensor(name), update.samples) for update in ordered) for name in ordered[0].specs
+    }
 
 
 def compressed_neurons(bundle: Path) -> dict[int, int]:
@@ -55,52 +101,95 @@ def compressed_neurons(bundle: Path) -> dict[int, int]:
         raise ModelError(f"{bundle / 'proxy.json'}: cannot be read ({error})", "build the proxy again") from None
 
 
-def largest_update_bytes(adapter: Mapping[str, Tensor], neurons: Mapping[int, int]) -> int:
-    """No valid update's file is larger."""
-    content = sum(tensor.nbytes for tensor in adapter.values()) + sum(8 * (count + 1) for count in neurons.values())
-    return content + OVERHEAD_BYTES
+def largest_update_bytes(start: Path, neurons: Mapping[int, int]) -> int:
+    """No valid update of a round that began with this adapter is larger, in any encoding."""
+    content = sum(
+        max(sum(ENTRY_BYTES + spec.nbytes for spec in layout(like, encoding).values()) for encoding in ENCODINGS)
+        for like in _adapter_specs(TensorFile(start)).values()
+    )
+    counts = sum(8 * (count + 1) + 2 * ENTRY_BYTES for count in neurons.values())
+    return content + counts + HEADER_BYTES
 
 
-def check_update(update: Update, like: dict[str, Tensor], neurons: Mapping[int, int]) -> None:
-    """Looks at everything in an update.
+def check_update(
+    update: Update, neurons: Mapping[int, int], max_norm: float | None = None, most_samples: int | None = None
+) -> None:
+    """Looks at everything in an update, tensor by tensor.
 
     Args:
-        like: an adapter with the names, shapes and dtypes that the update's must have.
-        neurons: for each layer whose inactivity was asked for its K.
+        neurons: for each layer whose inactivity was asked for its K. A silo may keep all of it to itself.
+        max_norm: largest L2 norm of the change to the adapter.
+        most_samples: that the silo can have trained on in a round.
 
     Raises:
         InvalidUpdate: naming silo and tensor.
         TransferCorrupt: the file is none.
     """
-    if update.samples < 1:
-        raise InvalidUpdate(f"{update.silo}: the update says it was trained on no sample", "give the silo data")
+    _check_numbers(update, LARGEST_COUNT if most_samples is None else most_samples)
+    counts = [name for name in update.file.specs if name.startswith("inactivity/")]
+    wanted = {
+        f"{group}/{name}": spec
+        for name, like in update.specs.items()
+        for group, spec in layout(like, update.encoding).items()
+    }
+    if counts:
+        wanted |= {f"inactivity/{layer}": Spec(torch.int64, (count,)) for layer, count in neurons.items()}
+        wanted |= {f"inactivity/{layer}.tokens": Spec(torch.int64, ()) for layer in neurons}
+    _check_specs(update, wanted)
+    _check_change(update, max_norm)
+    if counts:
+        _check_inactivity(update, neurons)
+
+
+def _adapter_specs(start: TensorFile) -> dict[str, Spec]:
+    return {stored.removeprefix("adapter/"): spec for stored, spec in start.specs.items()}
+
+
+def _check_numbers(update: Update, most_samples: int) -> None:
+    silo = update.silo
+    if not 1 <= update.samples <= most_samples:
+        raise InvalidUpdate(
+            f"{silo}: the update says it was trained on {update.samples} samples, not on 1 to {most_samples}",
+            "restart the silo if its data changed",
+        )
+    if unknown := update.metrics.keys() - METRICS:
+        raise InvalidUpdate(f"{silo}: metric {min(unknown)!r} is unknown", _REMEDY)
     for name, value in update.metrics.items():
         if not math.isfinite(value):
-            raise InvalidUpdate(
-                f"{update.silo}: metric {name!r} is {value}", "lower the learning rate, look at the data"
-            )
-    check_groups(update.path, {"adapter", "inactivity"})
-    adapters.check(update.adapter, like, update.silo)
-    _check_inactivity(update.inactivity or {}, neurons, update.silo)
+            raise InvalidUpdate(f"{silo}: metric {name!r} is {value}", _DIVERGED)
 
 
-def _check_inactivity(counts: dict[str, Tensor], neurons: Mapping[int, int], silo: str) -> None:
-    shapes: dict[str, tuple[int, ...]] = {str(layer): (count,) for layer, count in neurons.items()}
-    shapes |= {f"{layer}.tokens": () for layer in neurons}
-    remedy = "run the same version of fedpft on both sides"
-    if odd := sorted(counts.keys() ^ shapes.keys()):
-        fault = "unknown" if odd[0] in counts else "missing"
-        raise InvalidUpdate(f"{silo}: inactivity {odd[0]!r} is {fault}", remedy)
-    for name, tensor in counts.items():
-        if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.int64:
-            raise InvalidUpdate(
-                f"{silo}: inactivity {name!r} is {tuple(tensor.shape)} {tensor.dtype}, not {shapes[name]} torch.int64",
-                remedy,
-            )
+def _check_specs(update: Update, wanted: Mapping[str, Spec]) -> None:
+    found = update.file.specs
+    if odd := sorted(found.keys() ^ wanted.keys()):
+        fault = "has an unknown" if odd[0] in found else "lacks the"
+        raise InvalidUpdate(f"{update.silo}: the update {fault} tensor {odd[0]!r}", _REMEDY)
+    for name, spec in wanted.items():
+        if found[name] != spec:
+            raise InvalidUpdate(f"{update.silo}: {name!r} is {found[name]}, not {spec}", _REMEDY)
+
+
+def _check_change(update: Update, max_norm: float | None) -> None:
+    squares = 0.0
+    for name, like in update.specs.items():
+        if "scale" in layout(like, update.encoding) and not bool((update.file.tensor("scale", name) >= 0.0).all()):
+            raise InvalidUpdate(f"{update.silo}: a scale of {name!r} is negative or no number", _REMEDY)
+        tensor = update.tensor(name)
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidUpdate(f"{update.silo}: {name!r} holds NaN or infinity", _DIVERGED)
+        if max_norm is not None:
+            squares += float((tensor.double() - update.start_tensor(name).double()).square().sum())
+    if max_norm is not None and not math.sqrt(squares) <= max_norm:
+        raise InvalidUpdate(
+            f"{update.silo}: the L2 norm of the change is {math.sqrt(squares):.6g}, more than {max_norm:.6g}", _DIVERGED
+        )
+
+
+def _check_inactivity(update: Update, neurons: Mapping[int, int]) -> None:
     for layer in neurons:
-        tokens = int(counts[f"{layer}.tokens"])
-        lowest, highest = (int(bound) for bound in counts[str(layer)].aminmax())
-        if tokens < 1 or lowest < 0 or highest > tokens:
+        tokens = int(update.file.tensor("inactivity", f"{layer}.tokens"))
+        lowest, highest = (int(bound) for bound in update.file.tensor("inactivity", str(layer)).aminmax())
+        if not (1 <= tokens <= LARGEST_COUNT and lowest >= 0 and highest <= tokens):
             raise InvalidUpdate(
-                f"{silo}: inactivity of layer {layer} counts {lowest} to {highest} of {tokens} tokens", remedy
+                f"{update.silo}: inactivity of layer {layer} counts {lowest} to {highest} of {tokens} tokens", _REMEDY
             )

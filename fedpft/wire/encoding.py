@@ -10,7 +10,7 @@ empty, are exact in every encoding.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fedpft.kernels import dequantize_accumulate, quantize_blocks
 from fedpft.wire.tensors import Group, Spec
 
 Encoding = Literal["exact", "bfloat16", "int8"]
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 BLOCK = 256
 
 
@@ -59,7 +60,7 @@ def decode(start: Tensor, encoding: Encoding, stored: Callable[[Group], Tensor])
     Args:
         stored: group -> the tensor that is stored there under this one's name, of the spec that `layout` says.
     """
-    if "delta" not in layout(Spec(start.dtype, tuple(start.shape)), encoding):
+    if "delta" not in layout(Spec.of(start), encoding):
         return stored("adapter")
     delta = stored("delta")
     if encoding == "int8":
@@ -80,7 +81,7 @@ def layout(like: Spec, encoding: Encoding) -> dict[Group, Spec]:
 
 
 def _encoded(wanted: Tensor, start: Tensor, encoding: Encoding) -> dict[Group, Tensor]:
-    if "delta" not in layout(Spec(start.dtype, tuple(start.shape)), encoding):
+    if "delta" not in layout(Spec.of(start), encoding):
         return {"adapter": wanted}
     delta = (wanted.double() - start.double()).float()
     if encoding == "bfloat16":

@@ -3,17 +3,17 @@
 A file holds groups of tensors. An update's are "adapter" or "delta" and "scale" (see encoding.py), and "inactivity".
 """
 
-import contextlib
+import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from fedpft import atomic
 from fedpft.errors import TransferCorrupt
 
 Group = Literal["adapter", "delta", "scale", "inactivity", "patch", "residual"]
+
+LARGEST_HEADER_BYTES = 4 << 20  # some 40,000 tensors
 
 _DTYPES = {
     "F64": torch.float64,
@@ -39,18 +41,62 @@ _REMEDY = "run the same version of fedpft on both sides"
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of a tensor without reading it."""
+    """What is known of a tensor without its values."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Spec":
+        """A tensor's own."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
     @property
     def nbytes(self) -> int:
-        """Of its values."""
+        """Of the values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.shape} {self.dtype}"
+
+
+class TensorFile:
+    """A safetensors file, from which tensors are read one at a time, each into memory of its own.
+
+    The library would map the file: pages of every file that is being read would count as memory of this process, and a
+    tensor would lie at whatever address a hostile header gives it. Between two reads the file is not open.
+
+    specs: what it holds, by the names "group/name".
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the header alone.
+
+        Raises:
+            TransferCorrupt: the file is not safetensors, or not as fedpft writes it.
+        """
+        self._path = path
+        self.specs: dict[str, Spec] = {}
+        self._starts: dict[str, int] = {}
+        try:
+            with path.open("rb") as file:
+                for name, spec, start in _entries(file, path.stat().st_size):
+                    self.specs[name], self._starts[name] = spec, start
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise TransferCorrupt(f"{path.name} is not safetensors as fedpft writes it ({error})", _REMEDY) from None
+
+    def tensor(self, group: Group, name: str) -> Tensor:
+        """Reads one; TransferCorrupt if there is none of that name."""
+        stored = f"{group}/{name}"
+        if stored not in self.specs:
+            raise TransferCorrupt(f"{self._path.name} has no tensor {stored!r}", _REMEDY)
+        spec = self.specs[stored]
+        content = torch.empty(spec.nbytes, dtype=torch.uint8)
+        with self._path.open("rb") as file:
+            file.seek(self._starts[stored])
+            if file.readinto(content.numpy().data) < spec.nbytes:
+                raise TransferCorrupt(f"{self._path.name} was cut while it was read", _REMEDY)
+        return content.view(spec.dtype).view(spec.shape)
 
 
 def write_tensors(path: Path, groups: Mapping[Group, Mapping[str, Tensor]]) -> None:
@@ -73,56 +119,50 @@ def write_tensors(path: Path, groups: Mapping[Group, Mapping[str, Tensor]]) -> N
             raise
 
 
-def read_specs(path: Path) -> dict[str, Spec]:
-    """What a file holds, by the names "group/name"; reads its header alone.
-
-    Raises:
-        TransferCorrupt: the file is not safetensors, or holds a dtype that fedpft has no use for.
-    """
-    with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it has no iterator)
-        return {name: Spec(_DTYPES[each.get_dtype()], tuple(each.get_shape())) for name, each in slices.items()}
-
-
-def read_tensor(path: Path, group: Group, name: str) -> Tensor:
-    """Reads one tensor, into memory of its own.
-
-    Raises:
-        TransferCorrupt: the file is not safetensors, or has no such tensor.
-    """
-    with _opened(path) as file:
-        return _tensor(file, f"{group}/{name}")
-
-
 def read_tensors(path: Path, group: Group) -> dict[str, Tensor]:
     """Reads one group; an absent group is empty.
 
     Raises:
         TransferCorrupt: the file is not safetensors.
     """
-    prefix = f"{group}/"
-    with _opened(path) as file:
-        stored = file.keys()
-        return {name.removeprefix(prefix): _tensor(file, name) for name in stored if name.startswith(prefix)}
+    file, prefix = TensorFile(path), f"{group}/"
+    names = [stored.removeprefix(prefix) for stored in file.specs if stored.startswith(prefix)]
+    return {name: file.tensor(group, name) for name in names}
 
 
 def check_groups(path: Path, known: Collection[Group]) -> None:
     """Raises TransferCorrupt if the file is not safetensors or holds a tensor outside of the groups `known`."""
-    strange = [name for name in read_specs(path) if name.partition("/")[0] not in known or "/" not in name]
+    strange = [name for name in TensorFile(path).specs if name.partition("/")[0] not in known or "/" not in name]
     if strange:
         raise TransferCorrupt(f"unexpected tensor {strange[0]!r}", _REMEDY)
 
 
-def _tensor(file: Any, name: str) -> Tensor:
-    tensor: Tensor = file.get_tensor(name)
-    return tensor.clone()  # what is mapped from a file can lie at any address, and ends with the file
+def _entries(file: BinaryIO, size: int) -> list[tuple[str, Spec, int]]:
+    """Name, spec and first byte of each tensor; ValueError and its like unless they fill the file one after another."""
+    header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > LARGEST_HEADER_BYTES:
+        raise ValueError(f"its header would have {header_bytes} bytes")
+    header = json.loads(file.read(header_bytes), object_pairs_hook=_unique)
+    place, entries = file.tell(), []
+    content = place
+    described = ((name, entry) for name, entry in header.items() if name != "__metadata__")
+    for name, entry in sorted(described, key=lambda each: each[1]["data_offsets"]):
+        spec, (start, end) = Spec(_DTYPES[entry["dtype"]], tuple(entry["shape"])), entry["data_offsets"]
+        if not all(type(number) is int and 0 <= number < 1 << 48 for number in (*spec.shape, start, end)):
+            raise ValueError(f"{name!r} has a shape or place that cannot be")
+        if content + start != place or end - start != spec.nbytes:
+            raise ValueError(
+                f"{name!r} does not lie right behind the tensor before, or has another size than its shape"
+            )
+        entries.append((name, spec, place))
+        place += spec.nbytes
+    if place != size:
+        raise ValueError(f"it has {size} bytes instead of {place}")
+    return entries
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A header may say anything: whatever torch and safetensors then raise means a file that is not as it must be."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError, OverflowError) as error:
-        raise TransferCorrupt(f"{path.name} is not a safetensors file as fedpft writes it ({error})", _REMEDY) from None
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
