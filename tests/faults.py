@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -392,6 +392,12 @@ class Party:
     def _has(self, pattern: str) -> bool:
         return re.search(pattern, self.log) is not None or self.has_failed()
 
+    def has_ended_well(self) -> bool:
+        """AssertionError if it has ended otherwise."""
+        code = self._process.exitcode
+        assert not code, f"{self.name} ended with exit code {code}"
+        return code == 0
+
     def has_failed(self) -> bool:
         """Raises AssertionError if it ended otherwise than by the test's hand; else False."""
         if not self.alive and self._process is not None and self._process.exitcode != -signal.SIGKILL:
@@ -447,10 +453,9 @@ class Deployment:
     def work(self, silo: str) -> Path:
         return self.directory / f"work-{silo}"
 
-    def await_end(self, parties: Iterable[Party] | None = None) -> None:
+    def await_end(self) -> None:
         """All end, and well."""
-        for party in self.parties if parties is None else parties:
-            assert party.await_end() == 0, f"{party.name} ended with exit code {party.await_end()}"
+        await_("all to end", lambda: all([party.has_ended_well() for party in self.parties]))
 
     def __enter__(self) -> "Deployment":
         return self
