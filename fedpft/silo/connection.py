@@ -18,7 +18,7 @@ from fedpft.config import RoundSettings, SiloConfig
 from fedpft.errors import FedPFTError, NotEnrolled, RefusedByServer
 from fedpft.wire import transfer
 from fedpft.wire.channel import IDLE_SECONDS, SILO_KEY, Progress, Watchdog, dial, pauses, persist
-from fedpft.wire.tensors import read_specs
+from fedpft.wire.tensors import TensorFile
 from fedpft.wire.v1 import federation_pb2 as pb
 from fedpft.wire.v1.federation_pb2_grpc import FederationServiceStub
 
@@ -233,7 +233,7 @@ class ServerConnection:
 
     def _record_sending(self, update: pb.UpdateHeader, path: Path, offset: int) -> None:
         """Before the first byte: nothing leaves without an entry."""
-        groups = collections.Counter(name.partition("/")[0] for name in read_specs(path))
+        groups = collections.Counter(name.partition("/")[0] for name in TensorFile(path).specs)
         self._audit.append(
             "sent",
             peer=self._config.server,

@@ -33,7 +33,7 @@ from fedpft.config import RoundSettings, ShareSection
 from fedpft.errors import ConfigError, FedPFTError
 from fedpft.silo.connection import Enrolment
 from fedpft.wire import transfer
-from fedpft.wire.tensors import Group, read_specs, read_tensors, write_tensors
+from fedpft.wire.tensors import Group, TensorFile, read_tensors, write_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class Work:
             ) from None
 
     def _has_inactivity(self) -> bool:
-        return any(name.startswith("inactivity/") for name in read_specs(self.update_path))
+        return any(name.startswith("inactivity/") for name in TensorFile(self.update_path).specs)
 
     def _write(self, update: Update) -> None:
         atomic.write_text(self._update_json, update.model_dump_json(indent=1))
