@@ -437,14 +437,8 @@ class Deployment:
             self.silos[name] = Party(name, "fedpft.silo", self._write(name, {**here, **settings}))
 
     def start(self, *, as_commands: bool = False) -> None:
-        """The server, and as soon as it listens the silos."""
-        self.server.start(as_a_command=as_commands)
-        self.await_address()
-        for silo in self.silos.values():
-            silo.start(as_a_command=as_commands)
-
-    def await_address(self) -> None:
-        await_("the server's address", lambda: (self.out / "address").exists() or self.server.has_failed())
+        for party in self.parties:
+            party.start(as_a_command=as_commands)
 
     @property
     def parties(self) -> tuple[Party, ...]:

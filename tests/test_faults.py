@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import random
+import re
 import signal
 import socket
 import sqlite3
@@ -228,6 +229,8 @@ def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
         undisturbed.start(as_commands=True)
         undisturbed.await_end()
         found = result(undisturbed)
+        for party in undisturbed.parties:
+            assert not re.search("Traceback|WARNING|ERROR", party.log), party.log
     assert {"adapter.safetensors", "patch.safetensors", "merged/model.safetensors"} <= found.files.keys()
     assert {"rounds/2/adapter.safetensors", "patches/snapshot-1.safetensors"} <= found.files.keys()
     assert [(round, silo) for round, silo, *_ in found.updates] == [(r, silo) for r in (1, 2) for silo in SILOS]
@@ -286,6 +289,10 @@ class Moment:
 
 # In the order in which they come. The silo is north; alignment follows on round 1, plug-in on round 2.
 MOMENTS = (
+    Moment("enrol", "before", "proxy half written", "server", r"^open .*/proxy/bundle/tokenizer"),
+    Moment("enrol", "before", "proxy not whole", "server", r"^before replace .*/proxy/record.json"),
+    Moment("enrol", "before", "proxy not noted", "server", r"^before sql INSERT INTO journal .*'proxy'"),
+    Moment("enrol", "before", "start not noted", "server", r"^after replace .*rounds/0/adapter"),
     Moment("enrol", "before", "first byte", "north", up=0),
     Moment("enrol", "during", "noted, not answered", "server", r"^log north enrolled"),
     Moment("enrol", "after", "answered", "north", r"^log north: enrolled"),
