@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fedpft import command
+from fedpft import atomic, command
 from fedpft.config import (
     AdapterSection,
     FederationSection,
@@ -53,7 +53,7 @@ from fedpft.wire.v1 import federation_pb2 as pb
 SETTINGS = RoundSettings(seed=0, adapter=AdapterSection(), training=TrainingSection(), inactive_below=0.01)
 ADAPTER = {"lora_A": torch.ones(2, 3), "head": torch.zeros(4, dtype=torch.bfloat16)}
 COUNTS = {"1": torch.tensor([0, 3, 5]), "1.tokens": torch.tensor(5)}
-LONG_SECONDS = 60.0  # no test waits so long unless it fails
+LONG_SECONDS = 20.0  # no test waits so long unless it fails
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +82,7 @@ def server_config(tmp_path, section, **changes):
     values = {
         "out": tmp_path / "out",
         "listen": "127.0.0.1:0",
-        "tls": section,
+        "tls": section and section.model_dump(),
         "insecure_loopback": section is None,
         "model": ModelSection(path=tmp_path, labels=tmp_path),
         "federation": FederationSection(**federation),
@@ -384,19 +384,19 @@ def changed(**tensors):
 INVALID = {
     "NaN": (result(adapter=changed(lora_A=torch.full((2, 3), float("nan")))), "north: 'lora_A' holds NaN"),
     "infinity": (result(adapter=changed(lora_A=torch.full((2, 3), float("inf")))), "'lora_A' holds NaN or infinity"),
-    "shape": (result(adapter=changed(lora_A=torch.ones(3, 2))), r"'lora_A' is \(3, 2\)"),
+    "shape": (result(adapter=changed(lora_A=torch.ones(3, 2))), r"'adapter/lora_A' is \(3, 2\)"),
     "dtype": (result(adapter=changed(lora_A=torch.ones(2, 3).half())), r"torch\.float16"),
-    "name": (result(adapter=changed(extra=torch.ones(1))), "unknown tensor 'extra'"),
-    "lacking": (result(adapter={"lora_A": torch.ones(2, 3)}), "lacks the tensor 'head'"),
-    "no samples": (result(samples=0), "no sample"),
+    "name": (result(adapter=changed(extra=torch.ones(1))), "unknown tensor 'adapter/extra'"),
+    "lacking": (result(adapter={"lora_A": torch.ones(2, 3)}), "lacks the tensor 'adapter/head'"),
+    "no samples": (result(samples=0), "trained on 0 samples"),
     "metric": (result(train_loss=float("nan")), "'train_loss' is nan"),
     "huge": (result(adapter=changed(extra=torch.ones(600_000))), "bytes, at most"),
-    "half of the counts": (result(inactivity={"1": COUNTS["1"]}), "inactivity '1.tokens' is missing"),
+    "half of the counts": (result(inactivity={"1": COUNTS["1"]}), "lacks the tensor 'inactivity/1.tokens'"),
     "count above tokens": (result(inactivity=COUNTS | {"1": torch.tensor([0, 3, 6])}), "0 to 6 of 5 tokens"),
     "count below zero": (result(inactivity=COUNTS | {"1": torch.tensor([0, -3, 5])}), "-3 to 5 of 5 tokens"),
     "count shape": (result(inactivity=COUNTS | {"1": torch.tensor([0, 3])}), r"is \(2,\) torch.int64, not \(3,\)"),
     "count dtype": (result(inactivity=COUNTS | {"1": torch.ones(3)}), r"torch\.float32, not"),
-    "count layer": (result(inactivity=COUNTS | {"0": torch.ones(3)}), "'0' is unknown"),
+    "count layer": (result(inactivity=COUNTS | {"0": torch.ones(3)}), "unknown tensor 'inactivity/0'"),
 }
 
 
@@ -436,7 +436,7 @@ def test_counts_that_nobody_asked_for_are_refused(start, dial, background):
     server.wait_for_silos()
     outcome = background(run_round, server, 1)
     next_round(north)
-    with pytest.raises(InvalidUpdate, match="inactivity '1' is unknown"):
+    with pytest.raises(InvalidUpdate, match="unknown tensor 'inactivity/1'"):
         submit(north, 1, result(inactivity=COUNTS))
     with pytest.raises(QuorumLost):
         outcome.result()
@@ -702,9 +702,7 @@ def test_two_silos_cannot_share_a_work_directory(start, tmp_path, monkeypatch):
     _, address = start()
     (tmp_path / "data.csv").write_text("text,label\ngood,1\n")
     config = silo_config(tmp_path, address, "north")
-    from fedpft.silo.run import _own_directory
-
-    with _own_directory(config.work), pytest.raises(ConfigError, match="in use by another silo"):
+    with atomic.locked(config.work, "work"), pytest.raises(ConfigError, match="in use by another process"):
         run(config)
 
 

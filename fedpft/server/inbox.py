@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpft.config import TrainingSection
+from fedpft.datasets import round_window
 from fedpft.errors import FedPFTError, InvalidUpdate, RoundOver, TransferCorrupt
 from fedpft.server.ledger import Ledger, UpdateRow
 from fedpft.server.updates import Update, check_update, compressed_neurons, largest_update_bytes
 from fedpft.wire import transfer
-from fedpft.wire.encoding import Encoding
 from fedpft.wire.v1.federation_pb2 import Chunk, UpdateHeader
 
 
@@ -38,10 +39,10 @@ class Inbox:
     bytes_up: payload bytes received so far, from all silos together.
     """
 
-    def __init__(self, bundle: Path, ledger: Ledger, *, encoding: Encoding, max_norm: float | None) -> None:
+    def __init__(self, bundle: Path, ledger: Ledger, *, training: TrainingSection, max_norm: float | None) -> None:
         """Args:
             bundle: its proxy.json says what inactivity counts must be like.
-            encoding: how updates travel.
+            training: what the silos were told to do.
             max_norm: largest L2 norm of an update's change to the adapter.
 
         Raises:
@@ -50,7 +51,7 @@ class Inbox:
         self.bytes_up = 0
         self._ledger, self._directory = ledger, ledger.out / "updates"
         self._neurons = compressed_neurons(bundle)
-        self._encoding, self._max_norm = encoding, max_norm
+        self._training, self._max_norm = training, max_norm
         self._order: Order | None = None
         self._lock = threading.Lock()
         self._streams: dict[str, object] = {}  # of each silo the newest; older ones end
@@ -78,7 +79,14 @@ class Inbox:
     def updates(self, round: int, start: Path) -> list[Update]:
         """The updates that a round counts, in the order of the silos' names; CheckpointError if a file was changed."""
         return [
-            Update(row.silo, row.samples, row.metrics, self._ledger.verified_update(row), start, self._encoding)
+            Update(
+                row.silo,
+                row.samples,
+                row.metrics,
+                self._ledger.verified_update(row),
+                start,
+                self._training.update_encoding,
+            )
             for row in self._ledger.updates()
             if row.round == round
         ]
@@ -116,10 +124,11 @@ class Inbox:
                     raise TransferCorrupt(f"{silo} began to send its update anew", transfer.AGAIN)
                 self._count(incoming.write(chunk))
             incoming.finish(path)
-        update = Update(silo, header.samples, dict(header.metrics), path, order.start, self._encoding)
+        update = Update(silo, header.samples, dict(header.metrics), path, order.start, self._training.update_encoding)
+        _, most_samples = round_window(enrolled_samples, self._training.local_epochs, order.round - 1)
         try:
             with self._checking:
-                check_update(update, order.neurons, self._max_norm, enrolled_samples)
+                check_update(update, order.neurons, self._max_norm, most_samples)
         except FedPFTError:
             path.unlink()
             raise

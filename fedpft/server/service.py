@@ -61,9 +61,7 @@ class FederationServer:
         self._open: int | None = None
         self._farewell: frozenset[str] = frozenset()
         self._audit = AuditLog(config.out / "audit.jsonl")
-        self._inbox = Inbox(
-            bundle, ledger, encoding=settings.training.update_encoding, max_norm=section.max_update_norm
-        )
+        self._inbox = Inbox(bundle, ledger, training=settings.training, max_norm=section.max_update_norm)
         self._outbox = Outbox(bundle, self._record_sent)
         self._resume(federation)
         servicer = FederationServicer(

@@ -17,7 +17,6 @@ again. Only once the update counts does its residual take the place of the forme
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from fedpft import atomic
 from fedpft.config import RoundSettings, ShareSection
-from fedpft.errors import ConfigError, FedPFTError
+from fedpft.errors import FedPFTError
 from fedpft.silo.connection import Enrolment
 from fedpft.wire import transfer
 from fedpft.wire.tensors import Group, TensorFile, read_tensors, write_tensors
@@ -221,18 +220,7 @@ class Work:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Work]:
     """Makes and locks the directory; two silos in one would send each other's updates."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written to ({error.strerror})", "change `work` in silo.yaml") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{path} is in use by another silo process", "stop that one, or give each silo its own `work`"
-            ) from None
+    with atomic.locked(path, "work"):
         for torn in path.glob(".*.part"):  # of a write that was killed
             torn.unlink()
         yield Work(path)
