@@ -155,7 +155,8 @@ class Server(FederationServiceServicer):
 
 
 def chunks_of(path: Path, offset: int) -> Iterator[pb.Chunk]:
-    return transfer.chunks(path, offset)
+    for frame in transfer.payload(path).frames(pb.FetchFileResponse, offset):
+        yield pb.FetchFileResponse.FromString(frame).chunk
 
 
 def well(context: grpc.ServicerContext) -> None:
