@@ -263,7 +263,7 @@ def flip(number: int) -> Callable[[Iterator[pb.Chunk]], Iterator[pb.Chunk]]:
         for index, chunk in enumerate(chunks):
             if index == number:
                 chunk = pb.Chunk(
-                    offset=chunk.offset, data=bytes([chunk.data[0] ^ 1]) + chunk.data[1:], crc32=chunk.crc32
+                    offset=chunk.offset, data=bytes([chunk.data[0] ^ 1]) + chunk.data[1:], check=chunk.check
                 )
             yield chunk
 
