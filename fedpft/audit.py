@@ -34,6 +34,7 @@ FIRST_PREVIOUS = "0" * 64
 LONGEST_LINE_BYTES = 1 << 20
 
 _LINE = re.compile(rb'(\{.*), "hash": "([0-9a-f]{64})"\}\n')
+_ROW = "{:<29}  {:<12}  {:<16}  {:>5}  {:<28}  {:>12}  {:<16}  {}"
 _CHAIN = ("number", "time", "event", "previous", "hash")
 
 
@@ -189,14 +190,16 @@ def verify(path: Path) -> Summary:
 
 def format_entry(entry: Entry) -> str:
     """One line of a table under :func:`format_heading`; digests are cut to their first 16 digits."""
-    values = {name: entry.fields.get(name, "") for name in COLUMNS} | {"sha256": entry.fields.get("sha256", "")[:16]}
+    columns = {name: str(entry.fields.get(name, "")) for name in COLUMNS}
+    columns["sha256"] = columns["sha256"][:16]
     rest = " ".join(f"{name}={value}" for name, value in entry.fields.items() if name not in COLUMNS)
-    return _row(entry.time, entry.event, *map(str, values.values()), rest)
+    row = _ROW.format(entry.time, entry.event, *columns.values(), rest)
+    return "".join(letter if letter.isprintable() else "?" for letter in row).rstrip()
 
 
 def format_heading() -> str:
     """Names of the columns of :func:`format_entry`."""
-    return _row("time", "event", *COLUMNS, "")
+    return _ROW.format("time", "event", *COLUMNS, "").rstrip()
 
 
 def format_summary(summary: Summary) -> str:
@@ -229,8 +232,3 @@ def _broken(path: Path, place: str, fault: str) -> CheckpointError:
         f"{path}: {place} {fault}",
         "find out who changed it; keep the file as evidence and move it away to begin a new one",
     )
-
-
-def _row(time: str, event: str, peer: str, round: str, file: str, size: str, digest: str, rest: str) -> str:
-    row = f"{time:<29}  {event:<12}  {peer:<16}  {round:>5}  {file:<28}  {size:>12}  {digest:<16}  {rest}"
-    return "".join(letter if letter.isprintable() else "?" for letter in row).rstrip()

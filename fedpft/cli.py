@@ -10,7 +10,7 @@ from typing import Any
 
 from fedpft import __version__, adapters, audit, demo, doctor
 from fedpft.command import run_command
-from fedpft.config import ServerConfig, load_server_config
+from fedpft.config import ServerConfig, load_server_config, load_silo_config
 from fedpft.errors import ConfigError
 from fedpft.evaluation import Gap, format_gaps
 from fedpft.provision import DEFAULT_DAYS, DEFAULT_PORT, provision, renew, revoke
@@ -19,8 +19,8 @@ from fedpft.report import format_table
 from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
 from fedpft.server.run import ADAPTER_FILE, PATCH_FILE, final_metrics, save_product
 from fedpft.server.run import run as run_server
-from fedpft.silo.__main__ import EXPLAIN
-from fedpft.silo.__main__ import start as start_silo
+from fedpft.silo.explain import explain
+from fedpft.silo.run import run as run_silo
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -50,7 +50,11 @@ def _server(arguments: argparse.Namespace) -> None:
 
 
 def _silo(arguments: argparse.Namespace) -> None:
-    start_silo(arguments.config, only_explain=arguments.explain)
+    config = load_silo_config(arguments.config)
+    if arguments.explain:
+        print(explain(config))
+    else:
+        run_silo(config)
 
 
 def _plug_in(arguments: argparse.Namespace) -> None:
@@ -160,7 +164,11 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("silo", _silo, "Run an institution's side of a federation.")
     sub.add_argument("--config", type=Path, required=True, metavar="silo.yaml", help="the silo's configuration")
-    sub.add_argument("--explain", action="store_true", help=EXPLAIN)
+    sub.add_argument(
+        "--explain",
+        action="store_true",
+        help="only print what leaves this institution and where to; connects to nobody",
+    )
 
     sub = with_server_yaml(add("plug-in", _plug_in, "Put an adapter into the FM and save the result."))
     sub.add_argument("--adapter", type=Path, help="adapter.safetensors of a run; default: the one in OUT")

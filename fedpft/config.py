@@ -26,7 +26,7 @@ Task = Literal["sequence-classification", "image-classification"]
 class Section(BaseModel):
     """A YAML mapping whose keys are all known; it cannot be changed after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -95,7 +95,7 @@ class AlignmentSection(Section):
 class AdapterSection(Section):
     """LoRA on query, key, value and attention output of every layer (method.md, section 3)."""
 
-    rank: int = Field(8, ge=0, description="R; 0: no LoRA, only the task head trains.")
+    rank: int = Field(8, ge=0, le=4096, description="R; 0: no LoRA, only the task head trains.")
     alpha: float = Field(48.0, gt=0.0, description="LoRA's scale is alpha / rank.")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout on the input of LoRA.")
 
@@ -107,6 +107,7 @@ class TrainingSection(Section):
     local_epochs: float = Field(
         1.0,
         gt=0.0,
+        le=1e6,
         description="Share of its samples a silo goes through in a round; below 1 the next round goes on from there.",
     )
     batch: int = Field(32, ge=1, description="Samples a step.")

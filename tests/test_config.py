@@ -212,7 +212,7 @@ def test_the_page_describes_every_field_in_words() -> None:
             assert len(cells) == 4, line
             assert cells[1] in ("section", "path", "text", "list of texts", "list of whole numbers") or cells[
                 1
-            ].startswith(("`", "number", "whole number")), line
+            ].startswith(("`", "number", "whole number", "list of `")), line
     assert set(ServerConfig.model_fields) <= {line.split("`")[1] for line in reference().splitlines() if "| `" in line}
 
 

@@ -1,10 +1,11 @@
-"""Where updates arrive, each checked before it can count: OUT/updates/round-<r>/<silo>-<digest>.safetensors.
+"""Where updates arrive, each checked before it can count: OUT/updates/round-<r>/<silo>-....safetensors.
 
 A file counts from the moment that the ledger names it. What has arrived of one that is not whole yet lies in
 OUT/updates/incoming/<silo>/ and is gone on with.
 """
 
 import collections
+import secrets
 import shutil
 import threading
 from collections.abc import Iterable, Mapping
@@ -117,7 +118,8 @@ class Inbox:
         """
         order = self._check_size(silo, header)
         stream = self._supersede(silo)
-        path = self._place(order.round) / f"{silo}-{header.file.sha256.hex()[:16]}.safetensors"
+        name = f"{silo}-{header.file.sha256.hex()[:16]}-{secrets.token_hex(4)}.safetensors"
+        path = self._place(order.round) / name  # of its own: what counts is neither written over nor deleted
         with self._receiving[silo], self._incoming(silo, header) as incoming:
             for chunk in chunks:
                 if self._streams[silo] is not stream:
@@ -176,7 +178,11 @@ class Inbox:
         return self._directory / f"round-{round}"
 
     def _incoming(self, silo: str, header: UpdateHeader) -> transfer.Incoming:
-        return transfer.Incoming(self._directory / "incoming" / silo, header.file)
+        directory = self._directory / "incoming" / silo
+        for started in directory.glob("*.part"):
+            if started.stem != header.file.sha256.hex():
+                started.unlink()  # or a silo could fill the disk with beginnings
+        return transfer.Incoming(directory, header.file)
 
     def _count(self, chunk_bytes: int) -> None:
         with self._lock:

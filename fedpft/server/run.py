@@ -62,8 +62,10 @@ def run(config: ServerConfig) -> dict[str, Any]:
     if config.tls is not None:
         check_certificates(config.tls, "server")
     with atomic.locked(config.out, "out"), contextlib.closing(Ledger(config.out, _identity(config))) as ledger:
+        for torn in config.out.rglob(".*.part"):  # of writes that were killed
+            torn.unlink()
         if ledger.recorded("finished"):
-            log.info("%s: this run is finished", config.out)
+            log.info("%s: this run is finished; a new one needs another `out`", config.out)
             summary: dict[str, Any] = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
             return summary
         check_listen(config.listen)

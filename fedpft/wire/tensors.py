@@ -142,7 +142,10 @@ def _entries(file: BinaryIO, size: int) -> list[tuple[str, Spec, int]]:
     header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > LARGEST_HEADER_BYTES:
         raise ValueError(f"its header would have {header_bytes} bytes")
-    header = json.loads(file.read(header_bytes), object_pairs_hook=_unique)
+    text = file.read(header_bytes)
+    header = json.loads(text, object_pairs_hook=_unique)
+    if len(text) < header_bytes or not isinstance(header, dict):
+        raise ValueError("its header is cut, or no list of tensors")
     place, entries = file.tell(), []
     content = place
     described = ((name, entry) for name, entry in header.items() if name != "__metadata__")
