@@ -148,7 +148,7 @@ def test_a_torn_list_lets_nobody_in_until_it_is_mended(content, door, kits, capl
     path = kits / "server/revoked.json"
     whole = path.read_text()
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(ServerUnreachable):
+    with pytest.raises(ServerUnreachable, match="cannot tell which certificates are revoked"):
         knock(door, kits / "silos/south", seconds=0.5)
     assert door.seen == []
     assert "no silo is let in" in caplog.text
