@@ -18,6 +18,7 @@ from fedpft.config import (
     ModelSection,
     RoundSettings,
     ServerConfig,
+    ServerTlsSection,
     SiloConfig,
     SiloDataSection,
     TlsSection,
@@ -38,7 +39,7 @@ from fedpft.errors import (
     StaleProxy,
 )
 from fedpft.federation import EnrolmentDeadlinePassed, SiloFailed
-from fedpft.provision import Authority, provision
+from fedpft.provision import Authority, provision, revoke
 from fedpft.server import service, servicer
 from fedpft.server.ledger import Ledger
 from fedpft.server.service import FederationServer
@@ -372,6 +373,23 @@ def test_a_server_without_tls_is_no_server_for_a_silo_with_tls(start, dial, kits
     _, address = start()
     with pytest.raises(CertificateError, match="does not speak TLS"):
         dial(address, "north", tls(kits / "silos/north"))
+
+
+def test_a_round_does_not_wait_for_a_revoked_silo(start, dial, background, tmp_path, caplog):
+    provision(tmp_path / "kits", ["north", "south"])
+    kit = tmp_path / "kits/server"
+    section = ServerTlsSection(**dict(tls(kit)), revoked=kit / "revoked.json")
+    server, address = start(section, federation={"min_silos": 1})
+    north, south = (dial(address, name, tls(tmp_path / "kits/silos" / name)) for name in ("north", "south"))
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    next_round(north), next_round(south)
+    revoke(tmp_path / "kits", ["north"])
+    assert submit(south, 1, result())
+    assert [update.silo for update in outcome.result()] == ["south"]
+    assert "north failed: its certificate was revoked" in caplog.text
+    with pytest.raises(CertificateError, match="was revoked"):
+        submit(north, 1, result())
 
 
 # --- what may come in -------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_a_torn_list_lets_nobody_in_until_it_is_mended(content, door, kits, capl
     path = kits / "server/revoked.json"
     whole = path.read_text()
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(ServerUnreachable):
+    with pytest.raises(ServerUnreachable, match="cannot tell which certificates are revoked"):
         knock(door, kits / "silos/south", seconds=0.5)
     assert door.seen == []
     assert "no silo is let in" in caplog.text
@@ -162,6 +162,17 @@ def test_a_server_does_not_start_on_a_torn_list(kits):
     (kits / "server/revoked.json").write_text("[")
     with pytest.raises(CertificateError, match=r"revoked\.json"):
         Revocations(kits / "server/revoked.json")
+    with pytest.raises(CertificateError, match=r"revoked\.json"):
+        check_certificates(server_tls(kits / "server"), "server")
+
+
+def test_a_caller_whose_certificate_cannot_be_seen_is_nobody(kits):
+    class Context:
+        def auth_context(self):
+            return {"x509_common_name": [b"north"]}
+
+    with pytest.raises(CertificateError):
+        Admission(server_tls(kits / "server"), lambda silo, reason: None).sender(Context())
 
 
 def test_without_a_list_nothing_is_revoked(kits):

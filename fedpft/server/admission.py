@@ -33,15 +33,16 @@ class Admission:
             ServerUnreachable: whether it was cannot be told now.
         """
         if self._certified:
-            certificate = context.auth_context()
-            names = [str(name, "utf-8") for name in certificate.get("x509_common_name", ())]
+            shown = context.auth_context()
+            names = [str(name, "utf-8") for name in shown.get("x509_common_name", ())]
+            certificates = list(shown.get("x509_pem_cert", ()))
         else:
-            certificate = {}
             names = [str(value) for key, value in context.invocation_metadata() if key == SILO_KEY]
-        if len(names) != 1:
+            certificates = []
+        if len(names) != 1 or len(certificates) != self._certified:
             raise CertificateError("the silo's certificate has no common name", "ask for a new kit")
-        for pem in certificate.get("x509_pem_cert", ()):
-            self._check(names[0], pem)
+        for certificate in certificates:
+            self._check(names[0], certificate)
         return names[0]
 
     def _check(self, silo: str, certificate: bytes) -> None:

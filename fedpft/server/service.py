@@ -19,7 +19,6 @@ from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
 from fedpft.server.servicer import FederationServicer, ReadyFrames
 from fedpft.server.updates import Update
-from fedpft.wire.certificates import check_certificates
 from fedpft.wire.channel import SERVER_OPTIONS, listen
 from fedpft.wire.transfer import Payload
 from fedpft.wire.v1.federation_pb2_grpc import add_FederationServiceServicer_to_server
@@ -45,11 +44,9 @@ class FederationServer:
 
         Raises:
             ModelError: the bundle is not one.
-            CertificateError: a file of config.tls is missing or does not fit.
+            CertificateError: the list of revoked certificates cannot be read.
             CheckpointError: what a former process left is torn or changed.
         """
-        if config.tls is not None:
-            check_certificates(config.tls, "server")
         self._config, self._ledger = config, ledger
         section = config.federation
         federation = Federation(
@@ -79,7 +76,12 @@ class FederationServer:
         add_FederationServiceServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
 
     def start(self) -> str:
-        """Listens; returns host:port with the real port, which also stands in OUT/address. Raises PortInUse."""
+        """Listens; returns host:port with the real port, which also stands in OUT/address.
+
+        Raises:
+            PortInUse: something else listens there.
+            CertificateError: a file of config.tls is missing or does not fit.
+        """
         port = listen(self._server, self._config.listen, self._config.tls)
         self._server.start()
         address = f"{self._config.listen.rpartition(':')[0]}:{port}"

@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedpft.config import TlsSection
+from fedpft.config import ServerTlsSection, TlsSection
 from fedpft.errors import CertificateError, ServerUnreachable
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,14 @@ class Kit:
 
 
 def check_certificates(tls: TlsSection, role: Role) -> str:
-    """As :func:`read_kit`; logs the warnings and returns the name in the certificate."""
+    """As :func:`read_kit`, and the server's list of revoked ones; logs the warnings.
+
+    Returns:
+        The name in the certificate.
+    """
     kit = read_kit(tls, role)
+    if isinstance(tls, ServerTlsSection) and tls.revoked is not None:
+        read_revoked(tls.revoked)
     for warning in (*kit.warnings, exposure(tls.key)):
         if warning:
             log.warning("%s", warning)

@@ -20,7 +20,7 @@ import grpc
 from fedpft.config import TlsSection
 from fedpft.errors import CertificateError, FedPFTError, PortInUse, ServerUnreachable, TransferCorrupt
 from fedpft.wire.certificates import fitting_key, read_kit, stamp_of
-from fedpft.wire.status import CLASSES, error_of
+from fedpft.wire.status import CLASSES, answered, error_of
 from fedpft.wire.transfer import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def persist(
         except grpc.RpcError as error:
             fault = error_of(error)
             if isinstance(fault, ServerUnreachable):
-                fault, reason = None, diagnose(address, tls)
+                reason, fault = fault.message if answered(error) else diagnose(address, tls), None
             elif error.code() in CLASSES and not isinstance(fault, TransferCorrupt):
                 raise fault from None
             # What no server of ours answers may be a message with a flipped bit: like a broken transfer.

@@ -74,6 +74,11 @@ def answering(context: grpc.ServicerContext) -> Iterator[None]:
     context.abort(code, sanitised(fault.message))
 
 
+def answered(error: grpc.RpcError) -> bool:
+    """Whether the server itself ended the RPC with this status, and not the connection to it."""
+    return REMEDY_KEY in dict(error.trailing_metadata() or ())
+
+
 def error_of(error: grpc.RpcError) -> FedPFTError:
     """Silo side: the error that the server's status stands for."""
     kind = CLASSES.get(error.code())
