@@ -10,17 +10,17 @@ from typing import Any
 
 from fedpft import __version__, adapters, audit, demo, doctor
 from fedpft.command import run_command
-from fedpft.config import ServerConfig, load_server_config
+from fedpft.config import ServerConfig, load_server_config, load_silo_config
 from fedpft.errors import ConfigError
 from fedpft.evaluation import Gap, format_gaps
-from fedpft.provision import DEFAULT_DAYS, DEFAULT_PORT, provision
+from fedpft.provision import DEFAULT_DAYS, DEFAULT_PORT, provision, renew, revoke
 from fedpft.proxy import apply_patch, cut
 from fedpft.report import format_table
 from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
 from fedpft.server.run import ADAPTER_FILE, PATCH_FILE, final_metrics, save_product
 from fedpft.server.run import run as run_server
-from fedpft.silo.__main__ import EXPLAIN
-from fedpft.silo.__main__ import start as start_silo
+from fedpft.silo.explain import explain
+from fedpft.silo.run import run as run_silo
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -50,7 +50,11 @@ def _server(arguments: argparse.Namespace) -> None:
 
 
 def _silo(arguments: argparse.Namespace) -> None:
-    start_silo(arguments.config, only_explain=arguments.explain)
+    config = load_silo_config(arguments.config)
+    if arguments.explain:
+        print(explain(config))
+    else:
+        run_silo(config)
 
 
 def _plug_in(arguments: argparse.Namespace) -> None:
@@ -78,8 +82,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _provision(arguments: argparse.Namespace) -> None:
-    made = provision(arguments.out, arguments.silos, hosts=arguments.host, port=arguments.port, days=arguments.days)
-    print("\n".join(f"made {directory}" for directory in made))
+    out, hosts, days = arguments.out, arguments.host, arguments.days
+    # Before the renewal: with both options a silo's new certificate is good and all its former ones are not.
+    if arguments.revoke:
+        path = revoke(out, arguments.revoke)
+        print(f"revoked {', '.join(arguments.revoke)} in {path}: bring it to where tls.revoked of server.yaml points")
+    if arguments.renew:
+        print("\n".join(f"renewed {kit}" for kit in renew(out, arguments.renew, hosts=hosts, days=days)))
+        hosts = None
+    if arguments.silos or not (arguments.renew or arguments.revoke):
+        made = provision(out, arguments.silos, hosts=hosts, port=arguments.port, days=days)
+        print("\n".join(f"made {directory}" for directory in made))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -151,7 +164,11 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("silo", _silo, "Run an institution's side of a federation.")
     sub.add_argument("--config", type=Path, required=True, metavar="silo.yaml", help="the silo's configuration")
-    sub.add_argument("--explain", action="store_true", help=EXPLAIN)
+    sub.add_argument(
+        "--explain",
+        action="store_true",
+        help="only print what leaves this institution and where to; connects to nobody",
+    )
 
     sub = with_server_yaml(add("plug-in", _plug_in, "Put an adapter into the FM and save the result."))
     sub.add_argument("--adapter", type=Path, help="adapter.safetensors of a run; default: the one in OUT")
@@ -166,11 +183,21 @@ def _parser() -> argparse.ArgumentParser:
         "the FM's, before and after each distillation",
     )
 
-    sub = add("provision", _provision, "Make a federation's authority and one kit of key and certificates a party.")
-    sub.add_argument("--out", type=Path, required=True, help="directory that receives authority/ and the kits")
-    sub.add_argument("--silos", nargs="+", required=True, metavar="NAME", help="names of the silos")
+    sub = add(
+        "provision",
+        _provision,
+        "Make a federation's authority and one kit of key and certificates a party; renew kits, and revoke them.",
+    )
+    sub.add_argument("--out", type=Path, required=True, help="directory of authority/ and the kits")
+    sub.add_argument("--silos", nargs="+", default=[], metavar="NAME", help="make kits for these silos too")
     sub.add_argument(
-        "--host", nargs="+", help="names and addresses of the server; default: those of this machine's loopback"
+        "--renew", nargs="+", metavar="NAME", help="new key and certificate for these silos' kits, or for `server`'s"
+    )
+    sub.add_argument(
+        "--revoke", nargs="+", metavar="NAME", help="shut out all certificates that these silos have been given so far"
+    )
+    sub.add_argument(
+        "--host", nargs="+", help="names and addresses of the server; default: those it has, or this machine's loopback"
     )
     sub.add_argument("--port", type=int, default=DEFAULT_PORT, help="for silo.yaml; default: %(default)s")
     sub.add_argument(

@@ -1,11 +1,14 @@
 """Makes the federation's own certificate authority, and from it a kit of files for the server and for each silo.
 
-    DIRECTORY/authority/      ca.pem, key.pem (stays with whoever runs the authority)
-    DIRECTORY/server/         ca.pem, certificate.pem, key.pem, tls.yaml
+    DIRECTORY/authority/      ca.pem, key.pem, issued.jsonl (stays with whoever runs the authority)
+    DIRECTORY/server/         ca.pem, certificate.pem, key.pem, tls.yaml, revoked.json
     DIRECTORY/silos/<name>/   ca.pem, certificate.pem, key.pem, silo.yaml
 
 Keys are EC P-256, made here, without password and readable by their owner only: send each kit over a channel that
 you trust. A silo's certificate is good for dialing only, the server's for being dialed only.
+
+issued.jsonl registers every certificate before it is handed out, so that all of a silo's can be revoked. Once ca.pem
+of the authority holds several certificates, the one that fits key.pem signs, and all kits trust all of them.
 """
 
 import datetime
@@ -16,7 +19,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -33,7 +36,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedpft import atomic
 from fedpft.config import SILO_NAME
 from fedpft.errors import CertificateError, ConfigError
+from fedpft.wire.certificates import Revoked, parse, read_revoked
 
+SERVER = "server"
+REGISTER = "issued.jsonl"
+REVOKED = "revoked.json"
 DEFAULT_HOSTS = ("127.0.0.1", "localhost")
 DEFAULT_PORT = 8470
 DEFAULT_DAYS = 365
@@ -67,6 +74,7 @@ tls:
   ca: {directory}/ca.pem
   certificate: {directory}/certificate.pem
   key: {directory}/key.pem
+  revoked: {directory}/revoked.json
 """
 
 
@@ -95,14 +103,14 @@ def provision(
         ConfigError: a kit is there already, or a name that cannot be a silo's or a host's. Nothing was made then.
         CertificateError: the authority that is there cannot be used.
     """
-    server = directory / "server"
-    _check_names(silos, directory)
-    for host in hosts or ():
-        _general_name(host)
-    if days < 1:
-        raise ConfigError(f"certificates cannot be valid for {days} days", "make them valid for at least one day")
+    server = directory / SERVER
+    _check_names(silos)
+    for silo in silos:
+        if (directory / "silos" / silo).exists():
+            raise ConfigError(f"{directory / 'silos' / silo} is there already", f"renew it: --renew {silo}")
+    _check_issue(hosts, days)
     if hosts is not None and server.exists():
-        raise ConfigError(f"{server} is there already, with its own host names", "leave the hosts out, or move it away")
+        raise ConfigError(f"{server} is there already, with its own host names", "leave the hosts out, or renew it")
     made = []
     if (directory / "authority").exists():
         authority = Authority.load(directory / "authority")
@@ -111,23 +119,87 @@ def provision(
         made.append(_make(directory / "authority", {"ca.pem": authority.pem, "key.pem": _pem(authority.key)}))
     if not server.exists():
         hosts = hosts or DEFAULT_HOSTS
-        kit = authority.kit("server", hosts=hosts, days=days)
+        kit = _issue(directory, authority, SERVER, hosts=hosts, days=days)
         section = TLS_YAML.format(listen=json.dumps(f"{_bracketed(hosts[0])}:{port}"), directory=server.name)
-        made.append(_make(server, {**kit, "tls.yaml": section.encode()}))
-    address = f"{_bracketed(hosts[0] if hosts else _first_host(server / 'certificate.pem'))}:{port}"
+        made.append(_make(server, {**kit, "tls.yaml": section.encode(), REVOKED: _listed([])}))
+    address = f"{_bracketed((hosts or _hosts(server / 'certificate.pem'))[0])}:{port}"
     for silo in silos:
-        kit = authority.kit(silo, hosts=None, days=days)
+        kit = _issue(directory, authority, silo, hosts=None, days=days)
         text = SILO_YAML.format(server=json.dumps(address))
         made.append(_make(directory / "silos" / silo, {**kit, "silo.yaml": text.encode()}))
     return made
 
 
+def renew(
+    directory: Path, names: Sequence[str], *, hosts: Sequence[str] | None = None, days: int = DEFAULT_DAYS
+) -> list[Path]:
+    """Gives kits a new key and a new certificate of the present authority; all else in them stays as it is.
+
+    A kit may be in use meanwhile, and whenever this stops, each is whole: see `_replace_kit`.
+
+    Args:
+        names: of silos, or `server`.
+        hosts: new names and addresses for the server; default: those that it has.
+        days: how long the new certificates are valid.
+
+    Returns:
+        The directories of the kits.
+
+    Raises:
+        ConfigError: there is no kit of that name. Nothing was renewed then.
+        CertificateError: the authority that is there cannot be used.
+    """
+    kits = {name: _kit_directory(directory, name) for name in names}
+    for name, kit in kits.items():
+        if not kit.exists():
+            raise ConfigError(f"{kit} is not there", f"make a new kit for {name}: --silos {name}")
+    _check_issue(hosts, days)
+    if hosts is not None and SERVER not in names:
+        raise ConfigError("hosts are for the server's certificate", "renew it too: --renew server")
+    authority = Authority.load(directory / "authority")
+    for name, kit in kits.items():
+        known = (hosts or _hosts(kit / "certificate.pem")) if name == SERVER else None
+        _replace_kit(kit, _issue(directory, authority, name, hosts=known, days=days))
+    return list(kits.values())
+
+
+def revoke(directory: Path, names: Sequence[str]) -> Path:
+    """Enters every certificate that these silos were ever given into the server's list of those that are shut out.
+
+    Returns:
+        The list.
+
+    Raises:
+        ConfigError: a name that no certificate was issued to, or the server's. Nothing was revoked then.
+        CertificateError: the list that is there, or the register, cannot be read.
+    """
+    if SERVER in names:
+        raise ConfigError(
+            "the server cannot be revoked: silos read no list", "make a new authority (docs/operating.md)"
+        )
+    path = directory / SERVER / REVOKED
+    entries = read_revoked(path) if path.exists() else []
+    known = {int(entry.serial, 16) for entry in entries}
+    now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
+    for name in dict.fromkeys(names):
+        serials = _issued_to(directory, name)
+        if not serials:
+            raise ConfigError(
+                f"no certificate was issued to {name!r}", f"look into {directory / 'authority' / REGISTER}"
+            )
+        entries += [Revoked(name, _hex(serial), now) for serial in serials if serial not in known]
+    with atomic.replacing(path) as written:
+        written.write_bytes(_listed(entries))
+    return path
+
+
 @dataclass(frozen=True)
 class Authority:
-    """Signs certificates."""
+    """Signs certificates. others: those that ca.pem holds beside its own."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
+    others: tuple[x509.Certificate, ...] = ()
 
     @classmethod
     def create(cls) -> "Authority":
@@ -148,19 +220,21 @@ class Authority:
         """The one in a directory; CertificateError if it cannot be used."""
         try:
             key = load_pem_private_key((directory / "key.pem").read_bytes(), password=None)
-            certificate = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
+            certificates = x509.load_pem_x509_certificates((directory / "ca.pem").read_bytes())
         except (OSError, ValueError, TypeError) as error:
             raise CertificateError(
                 f"{directory}: no authority that can be used ({error})", "restore its ca.pem and key.pem"
             ) from None
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        own = [certificate for certificate in certificates if certificate.public_key() == key.public_key()]
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or not own:
             raise CertificateError(f"{directory}: key.pem is not the key of ca.pem", "restore the two files")
-        return cls(key, certificate)
+        others = [certificate for certificate in certificates if certificate not in own]
+        return cls(key, own[0], tuple(others))
 
     @property
     def pem(self) -> bytes:
-        """The certificate that both sides trust."""
-        return self.certificate.public_bytes(Encoding.PEM)
+        """What both sides trust: its certificate, and those of the authorities that came before or come after it."""
+        return b"".join(each.public_bytes(Encoding.PEM) for each in (self.certificate, *self.others))
 
     def kit(
         self, name: str, *, hosts: Sequence[str] | None, days: int, valid_from: datetime.datetime | None = None
@@ -190,16 +264,70 @@ class Authority:
         return {"ca.pem": self.pem, "certificate.pem": certificate.public_bytes(Encoding.PEM), "key.pem": _pem(key)}
 
 
-def _check_names(silos: Sequence[str], directory: Path) -> None:
+def _check_names(silos: Sequence[str]) -> None:
     for silo in silos:
-        if not re.match(SILO_NAME, silo):
-            raise ConfigError(f"{silo!r} cannot be a silo's name", "use up to 63 letters, digits, _, . and -")
+        if not re.match(SILO_NAME, silo) or silo == SERVER:
+            raise ConfigError(
+                f"{silo!r} cannot be a silo's name", "use up to 63 letters, digits, _, . and -, but not `server`"
+            )
         if silos.count(silo) > 1:
             raise ConfigError(f"silo {silo!r} is named twice", "name it once")
-        if (directory / "silos" / silo).exists():
-            raise ConfigError(
-                f"{directory / 'silos' / silo} is there already", "move it away first if this silo needs a new kit"
-            )
+
+
+def _check_issue(hosts: Sequence[str] | None, days: int) -> None:
+    for host in hosts or ():
+        _general_name(host)
+    if days < 1:
+        raise ConfigError(f"certificates cannot be valid for {days} days", "make them valid for at least one day")
+
+
+def _kit_directory(directory: Path, name: str) -> Path:
+    if name != SERVER:
+        _check_names([name])
+    return directory / SERVER if name == SERVER else directory / "silos" / name
+
+
+def _issue(
+    directory: Path, authority: Authority, name: str, *, hosts: Sequence[str] | None, days: int
+) -> dict[str, bytes]:
+    """A new kit's files; its certificate is in the register before anybody can have it."""
+    kit = authority.kit(name, hosts=hosts, days=days)
+    (certificate,) = x509.load_pem_x509_certificates(kit["certificate.pem"])
+    entry = {
+        "name": name,
+        "serial": _hex(certificate.serial_number),
+        "not_after": f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC",
+        "issued_at": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC",
+    }
+    register = directory / "authority" / REGISTER
+    before = register.read_text(encoding="utf-8") if register.exists() else ""
+    atomic.write_text(register, before + json.dumps(entry) + "\n")
+    return kit
+
+
+def _issued_to(directory: Path, name: str) -> list[int]:
+    """The serial numbers of a silo's certificates: of the register and, if that is younger than the kit, of the kit."""
+    register, serials = directory / "authority" / REGISTER, []
+    try:
+        for line in register.read_text(encoding="utf-8").splitlines() if register.exists() else ():
+            entry = json.loads(line)
+            if entry["name"] == name:
+                serials.append(int(entry["serial"], 16))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CertificateError(f"{register}: cannot be read ({error})", "restore it") from None
+    certificate = _kit_directory(directory, name) / "certificate.pem"
+    if certificate.exists():
+        serials.append(parse(certificate, certificate.read_bytes())[0].serial_number)
+    return list(dict.fromkeys(serials))
+
+
+def _listed(entries: Sequence[Revoked]) -> bytes:
+    return (json.dumps([asdict(entry) for entry in entries], indent=1) + "\n").encode()
+
+
+def _hex(serial: int) -> str:
+    """As openssl prints it."""
+    return serial.to_bytes((serial.bit_length() + 7) // 8).hex().upper()
 
 
 def _make(directory: Path, files: dict[str, bytes]) -> Path:
@@ -208,8 +336,7 @@ def _make(directory: Path, files: dict[str, bytes]) -> Path:
     place = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))  # mode 0700, and it stays so
     try:
         for name, content in files.items():
-            mode = 0o600 if name == "key.pem" else 0o644
-            descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _mode(name))
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
             atomic.sync(place / name)
@@ -218,6 +345,31 @@ def _make(directory: Path, files: dict[str, bytes]) -> Path:
         shutil.rmtree(place, ignore_errors=True)
         raise
     return directory
+
+
+def _replace_kit(directory: Path, files: dict[str, bytes]) -> None:
+    """Changes a kit file by file under whoever reads it.
+
+    Until the certificate has changed, key.pem and ca.pem hold old and new, and those who read a kit take what fits:
+    at every moment, and wherever this stops, there is a key that fits the certificate.
+    """
+    doubled = ("ca.pem", "key.pem")
+    for name in doubled:
+        old = directory / name
+        _replace(old, (old.read_bytes() if old.exists() else b"") + files[name])
+    _replace(directory / "certificate.pem", files["certificate.pem"])
+    for name in doubled:
+        _replace(directory / name, files[name])
+
+
+def _replace(path: Path, content: bytes) -> None:
+    with atomic.replacing(path) as written:
+        written.chmod(_mode(path.name))
+        written.write_bytes(content)
+
+
+def _mode(name: str) -> int:
+    return 0o600 if name == "key.pem" else 0o644
 
 
 def _builder(
@@ -268,13 +420,13 @@ def _general_name(host: str) -> x509.GeneralName:
         raise ConfigError(f"{host!r} is neither a host name nor an IP address", "mend the server's hosts") from None
 
 
-def _first_host(certificate: Path) -> str:
-    """The first name in the server's certificate."""
+def _hosts(certificate: Path) -> list[str]:
+    """The names and addresses in the server's certificate."""
     try:
         parsed = x509.load_pem_x509_certificate(certificate.read_bytes())
         names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return str(next(iter(names)).value)
-    except (OSError, ValueError, x509.ExtensionNotFound, StopIteration):
+        return [str(name.value) for name in names]
+    except (OSError, ValueError, x509.ExtensionNotFound):
         raise CertificateError(f"{certificate}: names no host", "restore the server's kit") from None
 
 

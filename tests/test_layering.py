@@ -20,12 +20,11 @@ ROWS: list[set[str]] = [
         "training",
         "checkpoint",
         "evaluation",
-        "provision",
         "demo_data",
         "report",
     },
     {"wire"},
-    {"server", "silo"},
+    {"server", "silo", "provision"},
     {"demo", "doctor", "cli"},
 ]
 BESIDE = {

@@ -1,13 +1,16 @@
 import datetime
+import json
+import shutil
 import stat
 
 import pytest
 from cryptography import x509
 
+from fedpft import atomic, cli
 from fedpft.config import TlsSection, load_silo_config
 from fedpft.errors import CertificateError, ConfigError
-from fedpft.provision import Authority, provision
-from fedpft.wire.certificates import check_certificates
+from fedpft.provision import Authority, provision, renew, revoke
+from fedpft.wire.certificates import check_certificates, read_kit, read_revoked
 
 
 def tls(kit):
@@ -77,7 +80,7 @@ def test_nothing_is_overwritten(tmp_path):
         provision(tmp_path, ["south"], hosts=["elsewhere"])
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", "-x", "n" * 64, "nörd", "a b"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", "-x", "n" * 64, "nörd", "a b", "server"])
 def test_a_name_that_is_unfit_for_a_file_is_refused(name, tmp_path):
     with pytest.raises(ConfigError, match="cannot be a silo's name"):
         provision(tmp_path, [name])
@@ -106,6 +109,166 @@ def test_a_broken_authority_is_named(tmp_path):
     (tmp_path / "authority/key.pem").write_bytes((tmp_path / "server/key.pem").read_bytes())
     with pytest.raises(CertificateError, match=r"authority: key\.pem is not the key of ca\.pem"):
         provision(tmp_path, ["south"])
+
+
+def test_every_certificate_is_registered(tmp_path):
+    provision(tmp_path, ["north"])
+    renew(tmp_path, ["north", "server"])
+    lines = (tmp_path / "authority/issued.jsonl").read_text().splitlines()
+    issued = [json.loads(line) for line in lines]
+    assert [entry["name"] for entry in issued] == ["server", "north", "north", "server"]
+    assert all(entry.keys() == {"name", "serial", "not_after", "issued_at"} for entry in issued)
+    for name, kit in (("north", tmp_path / "silos/north"), ("server", tmp_path / "server")):
+        assert [int(e["serial"], 16) for e in issued if e["name"] == name][-1] == certificate_of(kit).serial_number
+
+
+# --- renewal ----------------------------------------------------------------------------------------------------------
+
+
+def certificate_of(kit):
+    return x509.load_pem_x509_certificate((kit / "certificate.pem").read_bytes())
+
+
+def test_a_renewed_kit_has_a_new_key_and_everything_else_as_it_was(tmp_path):
+    provision(tmp_path, ["north"], hosts=["fed.example.org", "10.1.2.3"], days=10)
+    kit = tmp_path / "silos/north"
+    (kit / "silo.yaml").write_text("edited: by its owner")
+    (kit / "work").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert renew(tmp_path, ["north", "server"], days=20) == [kit, tmp_path / "server"]
+    changed = {path.relative_to(tmp_path).as_posix() for path in before if path.read_bytes() != before[path]}
+    pairs = {f"{place}/{name}.pem" for place in ("silos/north", "server") for name in ("certificate", "key")}
+    assert changed == {*pairs, "authority/issued.jsonl"}
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before.keys()
+    assert read_kit(tls(kit), "silo").days_left == 19
+    assert read_kit(tls(tmp_path / "server"), "server").name == "server"
+    names = certificate_of(tmp_path / "server").extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [str(name.value) for name in names] == ["fed.example.org", "10.1.2.3"]
+    for key in tmp_path.rglob("key.pem"):
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        assert key.read_bytes().count(b"BEGIN") == 1, "the old key is gone"
+
+
+def test_the_server_can_be_given_other_hosts(tmp_path):
+    provision(tmp_path, ["north"])
+    renew(tmp_path, ["server"], hosts=["new.example.org"])
+    names = certificate_of(tmp_path / "server").extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [str(name.value) for name in names] == ["new.example.org"]
+    with pytest.raises(ConfigError, match="hosts are for the server"):
+        renew(tmp_path, ["north"], hosts=["new.example.org"])
+
+
+@pytest.mark.parametrize("writes", range(6))
+@pytest.mark.parametrize("name", ["north", "server"])
+def test_a_kit_is_whole_wherever_a_renewal_stops(name, writes, tmp_path, monkeypatch):
+    """Six files are written: the register, ca.pem and key.pem with old and new, the certificate, and both alone."""
+    provision(tmp_path, ["north"])
+    kit, role = (tmp_path / "server", "server") if name == "server" else (tmp_path / "silos/north", "silo")
+    old = certificate_of(kit)
+    replacing, left = atomic.replacing, [writes]
+
+    def power_cut(path):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return replacing(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "replacing", power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            renew(tmp_path, [name])
+    assert read_kit(tls(kit), role).name == name
+    assert (certificate_of(kit) == old) == (writes < 4)
+    renew(tmp_path, [name])
+    assert read_kit(tls(kit), role).name == name
+    assert (kit / "key.pem").read_bytes().count(b"BEGIN") == 1
+
+
+def test_what_is_not_there_cannot_be_renewed(tmp_path):
+    provision(tmp_path, ["north"])
+    before = certificate_of(tmp_path / "silos/north")
+    with pytest.raises(ConfigError, match="west is not there") as caught:
+        renew(tmp_path, ["north", "west"])
+    assert "--silos west" in caught.value.remedy
+    assert certificate_of(tmp_path / "silos/north") == before
+    with pytest.raises(ConfigError, match="cannot be a silo's name"):
+        renew(tmp_path, ["../server"])
+
+
+def test_a_kit_whose_key_was_handed_over_and_deleted_can_be_renewed(tmp_path):
+    provision(tmp_path, ["north"])
+    (tmp_path / "silos/north/key.pem").unlink()
+    renew(tmp_path, ["north"])
+    assert read_kit(tls(tmp_path / "silos/north"), "silo").name == "north"
+
+
+# --- revocation -------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_server_kit_names_an_empty_list(tmp_path):
+    provision(tmp_path, ["north"])
+    assert "revoked: server/revoked.json" in (tmp_path / "server/tls.yaml").read_text()
+    assert read_revoked(tmp_path / "server/revoked.json") == []
+
+
+def test_all_certificates_that_a_silo_ever_had_are_revoked_once(tmp_path):
+    provision(tmp_path, ["north", "south"])
+    first = certificate_of(tmp_path / "silos/north").serial_number
+    renew(tmp_path, ["north"])
+    second = certificate_of(tmp_path / "silos/north").serial_number
+    path = revoke(tmp_path, ["north"])
+    assert path == tmp_path / "server/revoked.json"
+    entries = read_revoked(path)
+    assert [(entry.name, int(entry.serial, 16)) for entry in entries] == [("north", first), ("north", second)]
+    assert revoke(tmp_path, ["north"]) == path
+    assert read_revoked(path) == entries, "the time of the revocation stays"
+
+
+def test_the_certificate_of_a_kit_older_than_the_register_is_revoked(tmp_path):
+    provision(tmp_path, ["north"])
+    (tmp_path / "authority/issued.jsonl").unlink()
+    (tmp_path / "server/revoked.json").unlink()
+    (entry,) = read_revoked(revoke(tmp_path, ["north"]))
+    assert int(entry.serial, 16) == certificate_of(tmp_path / "silos/north").serial_number
+
+
+def test_a_silo_is_revoked_after_its_kit_was_removed(tmp_path):
+    provision(tmp_path, ["north"])
+    shutil.rmtree(tmp_path / "silos/north")
+    (entry,) = read_revoked(revoke(tmp_path, ["north"]))
+    assert entry.name == "north"
+
+
+def test_who_has_no_certificate_and_the_server_cannot_be_revoked(tmp_path):
+    provision(tmp_path, ["north"])
+    with pytest.raises(ConfigError, match="issued to 'west'"):
+        revoke(tmp_path, ["north", "west"])
+    with pytest.raises(ConfigError, match="silos read no list"):
+        revoke(tmp_path, ["server"])
+    assert read_revoked(tmp_path / "server/revoked.json") == []
+
+
+def test_a_torn_register_is_named(tmp_path):
+    provision(tmp_path, ["north"])
+    (tmp_path / "authority/issued.jsonl").write_text('{"name": "nor')
+    with pytest.raises(CertificateError, match=r"issued\.jsonl"):
+        revoke(tmp_path, ["north"])
+
+
+def test_renewed_and_revoked_at_once_only_the_new_certificate_is_good(tmp_path, monkeypatch, capsys):
+    def fedpft(*options):
+        monkeypatch.setattr("sys.argv", ["fedpft", "provision", "--out", str(tmp_path), *options])
+        assert cli.main() == 0
+        return capsys.readouterr().out
+
+    assert "made" in fedpft("--silos", "north", "south")
+    old = certificate_of(tmp_path / "silos/north").serial_number
+    said = fedpft("--renew", "north", "--revoke", "north")
+    assert "renewed" in said
+    assert "revoked north" in said
+    revoked = [int(entry.serial, 16) for entry in read_revoked(tmp_path / "server/revoked.json")]
+    assert revoked == [old]
+    assert certificate_of(tmp_path / "silos/north").serial_number != old
 
 
 # --- a look at one's own kit ------------------------------------------------------------------------------------------
@@ -140,6 +303,14 @@ def test_a_certificate_of_the_future_points_at_the_clock(tmp_path, authority):
     with pytest.raises(CertificateError, match="valid only from") as caught:
         check_certificates(tls(kit), "silo")
     assert "clock" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("days", "warned"), [(29, True), (40, False)])
+def test_a_certificate_that_expires_soon_is_warned_about(days, warned, tmp_path, authority, caplog):
+    kit = write(tmp_path / "kit", authority.kit("north", hosts=None, days=days))
+    assert check_certificates(tls(kit), "silo") == "north"
+    assert ("certificate.pem expires on" in caplog.text) == warned
+    assert read_kit(tls(kit), "silo").days_left == days - 1
 
 
 def test_the_key_of_another_kit_is_refused(tmp_path, authority):

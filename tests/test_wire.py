@@ -1,7 +1,7 @@
-import dataclasses
 import hashlib
 import re
 import tempfile
+import threading
 from pathlib import Path
 
 import fedpft.wire  # noqa: F401  isort: skip  (sets gRPC's environment before grpc is imported)
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fedpft import errors
 from fedpft.errors import FedPFTError, InvalidUpdate, RefusedByServer, ServerUnreachable, TransferCorrupt
-from fedpft.wire import status, transfer
-from fedpft.wire.channel import CORRUPT_ATTEMPTS, LONGEST_PAUSE_SECONDS, pauses, persist
+from fedpft.wire import channel, status, transfer
+from fedpft.wire.channel import CORRUPT_ATTEMPTS, LONGEST_PAUSE_SECONDS, TELL_SECONDS, Watchdog, pauses, persist
 from fedpft.wire.tensors import check_groups, read_tensors, write_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
 
@@ -55,99 +55,231 @@ def test_no_message_names_its_sender():
 # --- files in chunks --------------------------------------------------------------------------------------------------
 
 
-def welcome(header):
-    pass
-
-
-def written(directory, contents):
-    paths = [directory / f"file{number}.bin" for number in range(len(contents))]
-    for path, content in zip(paths, contents, strict=True):
-        path.write_bytes(content)
-    return [transfer.payload(path) for path in paths]
-
-
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(transfer, "CHUNK_BYTES", 16)
 
 
-@settings(deadline=None, max_examples=40)
-@given(contents=st.lists(st.binary(max_size=100), max_size=4), chunk=st.integers(1, 40))
-def test_files_arrive_as_they_were_sent(contents, chunk):
+def written(directory, content):
+    path = directory / "file.bin"
+    path.write_bytes(content)
+    return transfer.payload(path)
+
+
+def sent(file, offset=0):
+    """The chunks as the other side reads them."""
+    return [pb.FetchFileResponse.FromString(frame).chunk for frame in file.frames(pb.FetchFileResponse, offset)]
+
+
+def receive(directory, file, chunks):
+    with transfer.Incoming(directory, file.announcement()) as incoming:
+        for chunk in chunks:
+            incoming.write(chunk)
+        incoming.finish(directory / file.name)
+    return (directory / file.name).read_bytes()
+
+
+def part(directory):
+    (path,) = directory.glob("*.part")
+    return path
+
+
+@settings(deadline=None, max_examples=100)
+@given(content=st.binary(max_size=200), chunk=st.integers(1, 40), cuts=st.lists(st.integers(0, 200), max_size=6))
+def test_whatever_the_cuts_a_file_arrives_whole_and_no_byte_twice(content, chunk, cuts):
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "CHUNK_BYTES", chunk)
         there = Path(place) / "there"
+        file, crossed, counted = written(Path(place), content), bytearray(), []
+        for room in [*cuts, len(content)]:  # in each attempt so many bytes pass, a part of the last chunk among them
+            with transfer.Incoming(there, file.announcement()) as incoming:
+                assert incoming.offset == len(crossed)
+                for each in file.frames(pb.FetchFileResponse, incoming.offset, counted.append):
+                    arrived = pb.FetchFileResponse.FromString(each).chunk
+                    if (room := room - len(arrived.data)) < 0:
+                        break
+                    assert incoming.write(arrived) == len(arrived.data)
+                    crossed += arrived.data
+                if len(crossed) == len(content):
+                    break
+        assert receive(there, file, []) == content == crossed
+        assert sum(counted) == len(content)
+        assert not list(there.glob("*.part"))
+
+
+@settings(deadline=None, max_examples=100)
+@given(content=st.binary(min_size=1, max_size=100), kept=st.integers(0, 100), data=st.data())
+def test_a_transfer_goes_on_from_any_byte(content, kept, data):
+    """A process may be killed between any two bytes that it writes."""
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "CHUNK_BYTES", data.draw(st.integers(1, 40)))
+        there = Path(place) / "there"
         there.mkdir()
-        sent, received = [], []
-        pieces = transfer.send(written(Path(place), contents), sent.append)
-        files = transfer.receive(pieces, there, check=welcome, received=received.append)
-        assert [file.read_bytes() for file in files] == contents
-        assert sum(sent) == sum(received) == sum(map(len, contents))
+        file, kept = written(Path(place), content), min(kept, len(content))
+        (there / f"{file.sha256.hex()}.part").write_bytes(content[:kept])
+        chunks = sent(file, kept)
+        assert b"".join(chunk.data for chunk in chunks) == content[kept:]
+        assert receive(there, file, chunks) == content
+
+
+@settings(deadline=None, max_examples=100)
+@given(content=st.binary(min_size=1, max_size=100), data=st.data())
+def test_a_damaged_byte_is_not_kept(content, data):
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "CHUNK_BYTES", 16)
+        there = Path(place) / "there"
+        file = written(Path(place), content)
+        chunks = sent(file)
+        bad = data.draw(st.sampled_from(chunks))
+        position = data.draw(st.integers(0, len(bad.data) - 1))
+        damaged = bytearray(bad.data)
+        damaged[position] ^= data.draw(st.integers(1, 255))
+        bad.data = bytes(damaged)
+        with pytest.raises(TransferCorrupt, match=r"file\.bin is not what was sent"):
+            receive(there, file, chunks)
+        assert part(there).read_bytes() == content[: bad.offset]
+        assert receive(there, file, sent(file, bad.offset)) == content
 
 
 @settings(deadline=None, max_examples=60)
-@given(content=st.binary(min_size=1, max_size=100), data=st.data())
-def test_a_corrupt_byte_is_detected(content, data):
+@given(content=st.binary(min_size=2, max_size=100), data=st.data())
+def test_a_part_that_was_damaged_is_found_by_the_next_chunk_and_dropped(content, data):
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "CHUNK_BYTES", 16)
         there = Path(place) / "there"
         there.mkdir()
-        pieces = list(transfer.send(written(Path(place), [content])))
-        number = data.draw(st.integers(1, len(pieces) - 1))
-        position = data.draw(st.integers(0, len(pieces[number].chunk) - 1))
-        chunk = bytearray(pieces[number].chunk)
-        chunk[position] ^= data.draw(st.integers(1, 255))
-        pieces[number] = pb.Piece(chunk=bytes(chunk))
-        with pytest.raises(TransferCorrupt):
-            transfer.receive(pieces, there, check=welcome)
-        assert list(there.iterdir()) == []
+        file = written(Path(place), content)
+        damaged = bytearray(content[: data.draw(st.integers(1, len(content) - 1))])
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
+        (there / f"{file.sha256.hex()}.part").write_bytes(damaged)
+        with pytest.raises(TransferCorrupt, match="is not what was sent"):
+            receive(there, file, sent(file, len(damaged))[:1])
+        assert part(there).read_bytes() == b""
+        assert receive(there, file, sent(file)) == content
 
 
-@pytest.mark.parametrize("fault", ["lost", "twice", "swapped", "no header", "empty piece", "cut"])
+def test_a_part_that_is_whole_but_wrong_is_deleted(tmp_path):
+    file = written(tmp_path, b"what was sent")
+    (tmp_path / f"{file.sha256.hex()}.part").write_bytes(b"what was not!")
+    with pytest.raises(TransferCorrupt, match="SHA-256"):
+        receive(tmp_path, file, [])
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_part_that_is_too_long_is_begun_anew(tmp_path):
+    file = written(tmp_path, b"short")
+    (tmp_path / f"{file.sha256.hex()}.part").write_bytes(b"short and more")
+    with transfer.Incoming(tmp_path, file.announcement()) as incoming:
+        assert incoming.offset == 0
+
+
+def test_parts_of_two_files_are_kept_apart(tmp_path, small_chunks):
+    first, second = bytes(48), bytes(range(48))
+    for content in (first, second):
+        with pytest.raises(TransferCorrupt, match="stopped after 16 of 48 bytes"):
+            receive(tmp_path / "there", file := written(tmp_path, content), sent(file)[:1])
+    assert receive(tmp_path / "there", file, sent(file, 16)) == second
+
+
+@pytest.mark.parametrize("fault", ["lost", "twice", "swapped", "empty", "too much", "of another file", "cut"])
 def test_a_disturbed_stream_is_detected(fault, tmp_path, small_chunks):
-    first, second, *rest = list(transfer.send(written(tmp_path, [bytes(range(48))])))
-    disturbed = {
-        "lost": [first, *rest],
-        "twice": [first, second, second, *rest],
-        "swapped": [first, *reversed([second, *rest])],
-        "no header": [second, *rest],
-        "empty piece": [pb.Piece(), first, second, *rest],
-        "cut": [first, second],
+    file = written(tmp_path, bytes(range(48)))
+    first, second, third = sent(file)
+    (tmp_path / "other").mkdir()
+    other = sent(written(tmp_path / "other", bytes(48)))
+    disturbed, kept, message = {
+        "lost": ([first, third], 16, "at byte 32 instead of 16"),
+        "twice": ([first, first], 16, "at byte 0 instead of 16"),
+        "swapped": ([second, first, third], 0, "at byte 16 instead of 0"),
+        "empty": ([first, pb.Chunk(offset=16)], 16, "do not fit"),
+        "too much": ([first, second, third, pb.Chunk(offset=48, data=b"x")], 48, "do not fit"),
+        "of another file": ([first, other[1], third], 16, "is not what was sent"),
+        "cut": ([first, second], 32, "stopped after 32 of 48 bytes"),
     }[fault]
     there = tmp_path / "there"
-    there.mkdir()
+    with pytest.raises(TransferCorrupt, match=message):
+        receive(there, file, disturbed)
+    assert part(there).read_bytes() == bytes(range(kept))
+    assert receive(there, file, sent(file, kept)) == bytes(range(48))
+
+
+def test_a_chunk_over_the_limit_is_refused(tmp_path, monkeypatch):
+    file = written(tmp_path, bytes(48))
+    (chunk,) = sent(file)
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 47)
+    with pytest.raises(TransferCorrupt, match="do not fit"):
+        receive(tmp_path / "there", file, [chunk])
+
+
+def test_a_file_that_changed_after_it_was_announced_is_refused(tmp_path, small_chunks):
+    file = written(tmp_path, bytes(48))
+    file.path.write_bytes(bytes(20) + b"!" + bytes(27))
+    with pytest.raises(TransferCorrupt, match="is not what was sent"):
+        receive(tmp_path / "there", file, sent(file))
+    assert part(tmp_path / "there").read_bytes() == bytes(16)
+    file.path.write_bytes(bytes(20))
     with pytest.raises(TransferCorrupt):
-        transfer.receive(disturbed, there, check=welcome)
-    assert list(there.iterdir()) == []
+        receive(tmp_path / "there", file, sent(file, 16))
+
+
+@pytest.mark.parametrize("offset", [48, 49, 2**63])
+def test_beyond_its_end_a_file_has_no_chunks(offset, tmp_path, small_chunks):
+    assert sent(written(tmp_path, bytes(48)), offset) == []
+
+
+def test_the_place_of_a_file_is_not_touched_before_it_is_whole(tmp_path, small_chunks):
+    file, there = written(tmp_path, bytes(48)), tmp_path / "there"
+    there.mkdir()
+    (there / file.name).write_bytes(b"the last one")
+    with pytest.raises(TransferCorrupt):
+        receive(there, file, sent(file)[:2])
+    assert (there / file.name).read_bytes() == b"the last one"
 
 
 @pytest.mark.parametrize("name", ["../escape", "/etc/passwd", ".hidden", "a/b", "", "x" * 200, "nul\0"])
 def test_a_name_with_a_directory_is_refused(name, tmp_path):
-    header = pb.Header(name=name, total_bytes=0, sha256=hashlib.sha256(b"").digest())
+    file = pb.File(name=name, total_bytes=0, sha256=hashlib.sha256(b"").digest())
     with pytest.raises(TransferCorrupt, match="no name"):
-        transfer.receive([pb.Piece(header=header)], tmp_path, check=welcome)
+        transfer.Incoming(tmp_path / "there", file)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_twice_in_a_transfer_is_refused(tmp_path):
-    header = pb.Header(name="a", total_bytes=0, sha256=hashlib.sha256(b"").digest())
-    with pytest.raises(TransferCorrupt, match="no name"):
-        transfer.receive([pb.Piece(header=header)] * 2, tmp_path, check=welcome)
+@pytest.mark.parametrize("sha256", [b"", b"x" * 31, b"x" * 33])
+def test_a_digest_of_another_length_is_refused(sha256, tmp_path):
+    with pytest.raises(TransferCorrupt):
+        transfer.Incoming(tmp_path / "there", pb.File(name="a", sha256=sha256))
+
+
+@given(
+    size=st.integers(0, 300),
+    offset=st.integers(0, 300),
+    kind=st.sampled_from(["FetchFileResponse", "SendUpdateRequest"]),
+)
+def test_a_frame_is_what_protobuf_would_write(size, offset, kind):
+    message = getattr(pb, kind)
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "CHUNK_BYTES", 150)
+        file = written(Path(place), bytes(size))
+        for frame in file.frames(message, offset):
+            parsed = message.FromString(frame)
+            assert parsed.chunk.offset == offset
+            assert message.FromString(parsed.SerializeToString()) == parsed
+            assert len(parsed.SerializeToString()) == len(frame)
+            offset += len(parsed.chunk.data)
+        assert offset >= size
 
 
 def test_no_message_reaches_the_limit(tmp_path):
-    pieces = transfer.send(written(tmp_path, [bytes(5 << 20)]))
-    sizes = [pb.UpdatePart(piece=piece).ByteSize() for piece in pieces]
-    assert len(sizes) == 1 + 5
+    sizes = [len(frame) for frame in written(tmp_path, bytes(5 << 20)).frames(pb.SendUpdateRequest, 0)]
+    assert len(sizes) == 5
     assert max(sizes) < transfer.MAX_MESSAGE_BYTES
 
 
 def test_digest_depends_on_names_and_contents_but_not_on_order(tmp_path):
-    files = written(tmp_path, [b"one", b"two"])
+    files = [pb.File(name=name, total_bytes=1, sha256=name.encode() * 32) for name in ("a", "b")]
     assert transfer.digest(files) == transfer.digest(reversed(files))
-    renamed = [dataclasses.replace(files[0], name="other"), files[1]]
-    (tmp_path / "file0.bin").write_bytes(b"0ne")
-    changed = [transfer.payload(file.path) for file in files]
+    renamed = [pb.File(name="c", total_bytes=1, sha256=b"a" * 32), files[1]]
+    changed = [files[0], pb.File(name="b", total_bytes=1, sha256=b"c" * 32)]
     assert len({transfer.digest(each) for each in (files, renamed, changed)}) == 3
 
 
@@ -310,11 +442,18 @@ class Time:
         return self.now
 
 
-def persisting(outcomes, timeout_seconds=60.0):
-    time, attempts = Time(), iter(outcomes)
+PROGRESS = object()
 
-    def attempt():
-        outcome = next(attempts)
+
+def persisting(outcomes, timeout_seconds=60.0):
+    """Each outcome is raised or returned by one attempt; those after PROGRESS by one that came further."""
+    time, left = Time(), iter(outcomes)
+
+    def attempt(progress):
+        outcome = next(left)
+        while outcome is PROGRESS:
+            progress()
+            outcome = next(left)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -335,6 +474,29 @@ def test_a_server_that_stays_away_is_unreachable():
     assert "silo.yaml" in caught.value.remedy
 
 
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED"])
+def test_a_server_that_goes_down_is_waited_for(code):
+    answer, waited = persisting([Reply(grpc.StatusCode[code]), TimeoutError("nothing moved for 120 s"), "here"])
+    assert answer == "here"
+    assert waited > 0
+
+
+def test_progress_renews_the_patience():
+    once = [AWAY] * 8  # 8 pauses are at most 22.7 s; 20 of them without progress in between would be too long
+    assert persisting([PROGRESS, *once] * 20 + ["here"], timeout_seconds=30.0)[0] == "here"
+    with pytest.raises(ServerUnreachable, match="for 30 s"):
+        persisting([PROGRESS, *once] * 20 + [*once] * 20, timeout_seconds=30.0)
+
+
+def test_a_server_that_stays_away_is_told_of_once_a_minute(caplog):
+    caplog.set_level("INFO")
+    _, waited = persisting([AWAY] * 200 + ["here"], timeout_seconds=1e6)
+    away = [line for line in caplog.messages if "does not answer" in line]
+    assert len(away) <= 1 + waited / TELL_SECONDS
+    assert len(away) > waited / (TELL_SECONDS + LONGEST_PAUSE_SECONDS)
+    assert caplog.messages[-1].endswith("answers again")
+
+
 def test_a_refusal_is_not_tried_again():
     with pytest.raises(RefusedByServer):
         persisting([Reply(grpc.StatusCode.PERMISSION_DENIED, "no"), "here"])
@@ -345,6 +507,14 @@ def test_a_broken_transfer_is_tried_again_but_not_for_ever():
     assert persisting([broken] * (CORRUPT_ATTEMPTS - 1) + ["here"]) == ("here", 0.0)
     with pytest.raises(TransferCorrupt):
         persisting([broken] * CORRUPT_ATTEMPTS + ["here"])
+    assert persisting([PROGRESS, *[broken] * (CORRUPT_ATTEMPTS - 1)] * 5 + ["here"])[0] == "here"
+
+
+def test_an_answer_outside_of_the_table_is_a_broken_transfer():
+    strange = Reply(grpc.StatusCode.INTERNAL, "a flipped bit")
+    assert persisting([strange] * (CORRUPT_ATTEMPTS - 1) + ["here"]) == ("here", 0.0)
+    with pytest.raises(RefusedByServer, match="a flipped bit"):
+        persisting([strange] * CORRUPT_ATTEMPTS + ["here"])
 
 
 def test_pauses_grow_to_their_limit():
@@ -352,6 +522,53 @@ def test_pauses_grow_to_their_limit():
     drawn = [next(waiting) for _ in range(50)]
     assert 0 < drawn[0] <= 0.1
     assert LONGEST_PAUSE_SECONDS / 2 <= drawn[-1] <= LONGEST_PAUSE_SECONDS
+
+
+class Call:
+    def __init__(self):
+        self.cancelled = threading.Event()
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+def test_a_watchdog_lets_go_of_what_moves(monkeypatch):
+    time, call, watchdog = Time(), Call(), Watchdog(10.0)
+    monkeypatch.setattr(channel.time, "monotonic", time.clock)
+    waits = []
+
+    class Over:
+        def wait(self, seconds):
+            waits.append(seconds)
+            time.sleep(4.0)
+            if len(waits) <= 3:
+                watchdog.rearm()
+            return False
+
+    watchdog.rearm()
+    watchdog._over = Over()
+    watchdog._watch(call)
+    assert call.cancelled.is_set()
+    assert waits == [10.0, 10.0, 10.0, 10.0, 6.0, 2.0], "10 s after the last move, and not before"
+
+
+def test_a_watchdog_cancels_what_stands_still():
+    call = Call()
+
+    def stand_still():
+        with Watchdog(0.001).guarding(call):
+            call.cancelled.wait()
+            raise Reply(grpc.StatusCode.CANCELLED)
+
+    with pytest.raises(TimeoutError, match="nothing moved"):
+        stand_still()
+
+
+def test_a_fault_of_what_is_guarded_stays_what_it_is():
+    call = Call()
+    with pytest.raises(TransferCorrupt), Watchdog().guarding(call):
+        raise TransferCorrupt("x", "y")
+    assert not call.cancelled.is_set()
 
 
 # --- exit codes -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedpft.errors import ModelError, RoundOver
 from fedpft.wire import transfer
-from fedpft.wire.v1.federation_pb2 import Chunk
+from fedpft.wire.v1.federation_pb2 import FetchFileResponse
 
 # Inert formats: no file of a proxy is ever executed or unpickled. Vocabularies are .txt, .json or sentencepiece .model.
 BUNDLE_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -40,11 +40,11 @@ class Outbox:
         self._sent = sent
         self._lock = threading.Lock()
 
-    def send(self, silo: str, sha256: bytes, offset: int) -> Iterator[Chunk]:
-        """An announced file from a byte on; RoundOver if it is not announced (any more)."""
+    def send(self, silo: str, sha256: bytes, offset: int) -> Iterator[bytes]:
+        """An announced file from a byte on, as serialised FetchFileResponses; RoundOver if it is not announced."""
         for file in (*self.proxy, self.adapter, self.patch, self.snapshot):
             if file is not None and file.sha256 == sha256:
-                yield from transfer.chunks(file.path, offset, self._count)
+                yield from file.frames(FetchFileResponse, offset, self._count)
                 self._sent(silo, file, offset)
                 return
         raise RoundOver("no such file is offered now", "ask for the next task")

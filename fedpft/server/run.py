@@ -7,7 +7,7 @@ import platform
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -23,13 +23,14 @@ from fedpft.progress import progress
 from fedpft.proxy import apply_patch, parameter_counts, patch
 from fedpft.report import write_report
 from fedpft.server.construction import Built, Owner, Record, build_proxy, load_built, load_owner, record_gap
+from fedpft.server.egress import Egress
 from fedpft.server.ledger import Ledger
 from fedpft.server.service import FederationServer
 from fedpft.server.updates import Update, aggregate
 from fedpft.subffn import sub_ffns
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.channel import check_listen
-from fedpft.wire.tensors import Group, read_tensors, write_tensors
+from fedpft.wire.tensors import read_tensors
 from fedpft.wire.transfer import digest, payload
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -62,8 +63,10 @@ def run(config: ServerConfig) -> dict[str, Any]:
     if config.tls is not None:
         check_certificates(config.tls, "server")
     with atomic.locked(config.out, "out"), contextlib.closing(Ledger(config.out, _identity(config))) as ledger:
+        for torn in config.out.rglob(".*.part"):  # of writes that were killed
+            torn.unlink()
         if ledger.recorded("finished"):
-            log.info("%s: this run is finished", config.out)
+            log.info("%s: this run is finished; a new one needs another `out`", config.out)
             summary: dict[str, Any] = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
             return summary
         check_listen(config.listen)
@@ -130,6 +133,7 @@ class _Run:
         )
         self.closed: list[dict[str, Any]] = ledger.recorded("round")
         self._earlier = self.closed[-1]["bytes"] if self.closed else {"down": 0, "up": 0}
+        self.egress = Egress(built.bundle, adapters.extract(built.proxy.model))
         self._restore()
         self.server = FederationServer(config, built.bundle, settings, ledger)
 
@@ -183,8 +187,8 @@ class _Run:
         elif not self.ledger.entered(untrained := self.ledger.adapter_path(0)):
             self._save(untrained, "adapter", adapters.extract(proxy))
 
-    def _save(self, path: Path, group: Group, tensors: dict[str, Tensor]) -> None:
-        write_tensors(path, {group: tensors})
+    def _save(self, path: Path, group: Literal["adapter", "patch"], tensors: dict[str, Tensor]) -> None:
+        self.egress.write(path, group, tensors)
         self.ledger.enter_file(path)
 
     def _adapter(self, round: int) -> Adapter:

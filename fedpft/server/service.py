@@ -12,11 +12,12 @@ from fedpft import atomic
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, ServerConfig
 from fedpft.federation import AbortRequested, Federation, FinishRequested, PatchPublished, StartRound
+from fedpft.server.admission import Admission
 from fedpft.server.inbox import Inbox
 from fedpft.server.ledger import Ledger, RoundRow
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
-from fedpft.server.servicer import FederationServicer
+from fedpft.server.servicer import FederationServicer, ReadyFrames
 from fedpft.server.updates import Update
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.channel import SERVER_OPTIONS, listen
@@ -71,10 +72,10 @@ class FederationServer:
             self._audit,
             settings.model_dump_json(),
             ledger.run_id,
-            certified=config.tls is not None,
+            Admission(config.tls, self._live.fail),
         )
         threads = ThreadPoolExecutor(2 * len(section.silos) + 4, thread_name_prefix="rpc")
-        self._server = grpc.server(threads, options=SERVER_OPTIONS)
+        self._server = grpc.server(threads, interceptors=[ReadyFrames()], options=SERVER_OPTIONS)
         add_FederationServiceServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
 
     def start(self) -> str:
@@ -83,6 +84,7 @@ class FederationServer:
         self._server.start()
         address = f"{self._config.listen.rpartition(':')[0]}:{port}"
         atomic.write_text(self._config.out / "address", address + "\n")
+        self._audit.append("started", run=self._ledger.run_id)
         return address
 
     def wait_for_silos(self) -> None:
@@ -133,6 +135,7 @@ class FederationServer:
     def finish(self) -> None:
         """Tells the silos that they may go; blocks until those that are there have heard it."""
         self._live.handle(FinishRequested())
+        self._audit.append("finished", run=self._ledger.run_id)
         self._part()
 
     def abort(self, reason: str) -> None:

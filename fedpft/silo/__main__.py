@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fedpft
 from fedpft.command import run_command
-from fedpft.config import load_silo_config
+from fedpft.config import SiloConfig, load_silo_config
 from fedpft.silo.explain import explain
 from fedpft.silo.run import run
 
@@ -26,8 +26,6 @@ transfers; 14 the audit log; 130 and 143 stopped by Ctrl-C and SIGTERM. docs/err
 go to stderr.
 """
 
-EXPLAIN = "only print everything that leaves this institution, and where to; connects to nobody"
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and runs; returns the exit code."""
@@ -38,18 +36,19 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="silo.yaml (docs/configuration.md)")
-    parser.add_argument("--explain", action="store_true", help=EXPLAIN)
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="only print what leaves this institution and where to; connects to nobody",
+    )
     parser.add_argument("--version", action="version", version=f"fedpft {fedpft.__version__}")
     options = parser.parse_args(arguments)
-    return run_command(lambda: start(options.config, only_explain=options.explain))
+    action = _explain if options.explain else run
+    return run_command(lambda: action(load_silo_config(options.config)))
 
 
-def start(config: Path, *, only_explain: bool) -> None:
-    """Takes part, or prints what taking part would let out."""
-    if only_explain:
-        print(explain(load_silo_config(config)))
-    else:
-        run(load_silo_config(config))
+def _explain(config: SiloConfig) -> None:
+    print(explain(config))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ Answer = TypeVar("Answer")
 
 REPLY_SECONDS = 60.0  # for a reply without a transfer; the server answers NextTask well within it
 LEAVE_SECONDS = 2.0
+SEND_UPDATE = f"/{pb.DESCRIPTOR.services_by_name['FederationService'].full_name}/SendUpdate"
 LARGE_BYTES = 16 << 20  # what takes long enough to be worth a line
 SAME_VERSION = f"run the same version of fedpft on both sides; here it is {fedpft.__version__}"
 
@@ -64,6 +65,10 @@ class ServerConnection:
         self._audit = AuditLog(config.work / "audit.jsonl")
         self._channel = dial(config.server, config.tls)
         self._stub = FederationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        # The method that was generated cannot send frames that are serialised already.
+        self._stub.SendUpdate = self._channel.stream_unary(
+            SEND_UPDATE, transfer.serialised, pb.SendUpdateResponse.FromString
+        )
         self._metadata = () if config.insecure_name is None else ((SILO_KEY, config.insecure_name),)
         self._samples = 0
         self._run_id: str | None = None
@@ -162,7 +167,7 @@ class ServerConnection:
             RoundOver: it came too late.
             InvalidUpdate, StaleProxy: the server cannot use it.
         """
-        reached = 0
+        file, reached = transfer.payload(path), 0
 
         def attempt(progress: Progress) -> bool:
             offer = self._stub.OfferUpdate(
@@ -175,17 +180,19 @@ class ServerConnection:
             if offer.verdict != pb.OfferUpdateResponse.VERDICT_SEND or offer.offset > update.file.total_bytes:
                 raise RefusedByServer(f"the server's answer to an update cannot be read: {offer}", SAME_VERSION)
             self._record_sending(update, path, offer.offset)
-            watchdog = Watchdog(self._idle_seconds)
+            watchdog, position = Watchdog(self._idle_seconds), offer.offset
 
-            def parts() -> Iterator[pb.SendUpdateRequest]:
-                nonlocal reached
+            def sent(chunk_bytes: int) -> None:
+                nonlocal position, reached
+                watchdog.rearm()
+                position += chunk_bytes
+                if position > reached:
+                    reached = position
+                    progress()
+
+            def parts() -> Iterator[pb.SendUpdateRequest | bytes]:
                 yield pb.SendUpdateRequest(update=update)
-                for chunk in transfer.chunks(path, offer.offset):
-                    yield pb.SendUpdateRequest(chunk=chunk)
-                    watchdog.rearm()
-                    if chunk.offset + len(chunk.data) > reached:
-                        reached = chunk.offset + len(chunk.data)
-                        progress()
+                yield from file.frames(pb.SendUpdateRequest, offer.offset, sent)
 
             call = self._stub.SendUpdate.future(parts(), metadata=self._metadata)
             with watchdog.guarding(call):

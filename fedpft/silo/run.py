@@ -139,7 +139,7 @@ class Participant:
             update = self.train(task)
         counted_now = submit(self._server, self._work, update, attempt=task.attempt)
         log.info(
-            "%s: round %d of %d: %s%s",
+            "%s: round %d of %d: %s",
             self.name,
             task.round,
             self.settings.training.rounds,

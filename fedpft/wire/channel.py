@@ -1,7 +1,8 @@
 """Connections: mutual TLS 1.3 and keep-alive on both sides; on the silo's, patience with a server that is away.
 
 TLS. Each side shows a certificate of the federation's own authority and demands one of the other; a silo also checks
-that the server's certificate is made out to the host it dials. `fedpft.wire` keeps TLS 1.2 out. Keys are read once.
+that the server's certificate is made out to the host it dials. `fedpft.wire` keeps TLS 1.2 out. A silo reads its key
+once, the server whenever its files have changed.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import grpc
 
 from fedpft.config import TlsSection
 from fedpft.errors import CertificateError, FedPFTError, PortInUse, ServerUnreachable, TransferCorrupt
+from fedpft.wire.certificates import fitting_key, read_kit, stamp_of
 from fedpft.wire.status import CLASSES, error_of
 from fedpft.wire.transfer import MAX_MESSAGE_BYTES
 
@@ -89,19 +91,44 @@ def listen(server: grpc.Server, address: str, tls: TlsSection | None) -> int:
 
     Raises:
         PortInUse: something else listens there, or the host is not this machine's.
+        CertificateError: naming the file of the kit that is not in order.
     """
     try:
         if tls is None:
             port = server.add_insecure_port(address)
         else:
-            pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
-            credentials = grpc.ssl_server_credentials([pair], tls.ca.read_bytes(), require_client_auth=True)
-            port = server.add_secure_port(address, credentials)
+            port = server.add_secure_port(address, _server_credentials(tls))
     except RuntimeError:
         port = 0
     if port == 0:
         raise _cannot_listen(address)
     return int(port)
+
+
+def _server_credentials(tls: TlsSection) -> grpc.ServerCredentials:
+    """Takes up a renewed kit with the next connection, as soon as it is whole; those that are open stay open."""
+    files = (tls.ca, tls.certificate, tls.key)
+    stamp = stamp_of(*files)  # before the files are read, so that no change goes unseen
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        kit = read_kit(tls, "server")
+        return grpc.ssl_server_certificate_configuration([(kit.key, kit.certificate)], kit.ca)
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        """Called before each handshake; None: as before."""
+        nonlocal stamp
+        if (now := stamp_of(*files)) == stamp:
+            return None
+        stamp = now
+        try:
+            renewed = configuration()
+        except CertificateError as error:
+            log.error("the server goes on with the key and certificate it has: %s", error)
+            return None
+        log.info("%s: changed, and taken up", tls.certificate)
+        return renewed
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), fetch, require_client_authentication=True)
 
 
 def _cannot_listen(address: str) -> PortInUse:
@@ -115,7 +142,7 @@ def dial(address: str, tls: TlsSection | None) -> grpc.Channel:
     """A channel to the server; it connects with the first call."""
     if tls is None:
         return grpc.insecure_channel(address, options=SILO_OPTIONS)
-    credentials = grpc.ssl_channel_credentials(tls.ca.read_bytes(), tls.key.read_bytes(), tls.certificate.read_bytes())
+    credentials = grpc.ssl_channel_credentials(tls.ca.read_bytes(), fitting_key(tls), tls.certificate.read_bytes())
     return grpc.secure_channel(address, credentials, options=SILO_OPTIONS)
 
 

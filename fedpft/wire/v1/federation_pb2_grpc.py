@@ -34,6 +34,11 @@ class FederationServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Hello = channel.unary_unary(
+                '/fedpft.wire.v1.FederationService/Hello',
+                request_serializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.HelloRequest.SerializeToString,
+                response_deserializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.HelloResponse.FromString,
+                _registered_method=True)
         self.Enrol = channel.unary_unary(
                 '/fedpft.wire.v1.FederationService/Enrol',
                 request_serializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.EnrolRequest.SerializeToString,
@@ -68,6 +73,13 @@ class FederationServiceStub:
 
 class FederationServiceServicer:
     """Missing associated documentation comment in .proto file."""
+
+    def Hello(self, request, context):
+        """Who answers here? Needs no enrolment and changes nothing: for `fedpft doctor`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Enrol(self, request, context):
         """Says that this silo is here. May be called again: after a restart of either side it must be.
@@ -120,6 +132,11 @@ class FederationServiceServicer:
 
 def add_FederationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Hello': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hello,
+                    request_deserializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.HelloRequest.FromString,
+                    response_serializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.HelloResponse.SerializeToString,
+            ),
             'Enrol': grpc.unary_unary_rpc_method_handler(
                     servicer.Enrol,
                     request_deserializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.EnrolRequest.FromString,
@@ -160,6 +177,33 @@ def add_FederationServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class FederationService:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Hello(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpft.wire.v1.FederationService/Hello',
+            fedpft_dot_wire_dot_v1_dot_federation__pb2.HelloRequest.SerializeToString,
+            fedpft_dot_wire_dot_v1_dot_federation__pb2.HelloResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Enrol(request,

@@ -1,0 +1,904 @@
+"""A silo against a server of the test's own, which forgets, cuts, stalls, lies and refuses on command."""
+
+# ruff: noqa: N802  (the methods of the service have the names of its RPCs)
+
+import collections
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fedpft.wire  # noqa: F401  isort: skip  (sets gRPC's environment before grpc is imported)
+import grpc
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from fedpft import adapters, audit
+from fedpft.config import (
+    AdapterSection,
+    ProxySection,
+    RoundSettings,
+    ShareSection,
+    SiloConfig,
+    SiloDataSection,
+    TrainingSection,
+)
+from fedpft.errors import (
+    CertificateError,
+    FedPFTError,
+    InvalidUpdate,
+    ModelError,
+    NotEnrolled,
+    RefusedByServer,
+    RoundOver,
+    StaleProxy,
+    TransferCorrupt,
+)
+from fedpft.proxy import Proxy, cut, load_proxy, patch, save_bundle, select
+from fedpft.silo import __main__ as command
+from fedpft.silo import run as silo_run
+from fedpft.silo.connection import ServerConnection
+from fedpft.silo.explain import explain
+from fedpft.silo.run import run
+from fedpft.subffn import sub_ffns
+from fedpft.wire import channel, transfer
+from fedpft.wire.status import CODES, answering
+from fedpft.wire.tensors import TensorFile, write_tensors
+from fedpft.wire.v1 import federation_pb2 as pb
+from fedpft.wire.v1.federation_pb2_grpc import FederationServiceServicer, add_FederationServiceServicer_to_server
+
+CHUNK = 1000
+LONG_SECONDS = 60.0  # no test waits so long unless it fails
+MISCHIEF = Callable[[grpc.ServicerContext], None]
+
+
+def settings(encoding: str = "exact") -> RoundSettings:
+    training = TrainingSection(rounds=3, batch=4, learning_rate=0.01, update_encoding=encoding)
+    return RoundSettings(seed=1, adapter=AdapterSection(rank=2), training=training, inactive_below=0.01)
+
+
+class Killed(BaseException):
+    """As `kill -9`: nothing of the silo runs after it."""
+
+
+class Server(FederationServiceServicer):
+    """Announces what it is given and takes what is offered; keeps what has arrived, as the real one does.
+
+    calls: (RPC, what was asked), in order.
+    mischief: RPC -> what to do before the next answers, one each; the first thing in a stream is the second argument.
+    bend: what to do with a file's chunks on their way out, one for each fetch.
+    tasks: to be set, in order; then the federation is finished.
+    updates: round -> (header, content) of those that count.
+    """
+
+    def __init__(self, encoding: str = "exact") -> None:
+        self.settings, self.run_id = settings(encoding), "first run"
+        self.known = False
+        self.files: dict[bytes, Path] = {}
+        self.proxy: list[pb.File] = []
+        self.tasks: list[pb.NextTaskResponse] = []
+        self.calls: list[tuple[str, Any]] = []
+        self.mischief: dict[str, list[MISCHIEF]] = collections.defaultdict(list)
+        self.bend: list[Callable[[Iterator[pb.Chunk]], Iterator[pb.Chunk]]] = []
+        self.parts: dict[bytes, bytes] = collections.defaultdict(bytes)
+        self.updates: dict[int, tuple[pb.UpdateHeader, bytes]] = {}
+        self.address = ""
+
+    def announce(self, path: Path) -> pb.File:
+        file = transfer.payload(path).announcement()
+        self.files[file.sha256] = path
+        return file
+
+    def asked(self, rpc: str) -> list[Any]:
+        return [what for name, what in self.calls if name == rpc]
+
+    def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolResponse:
+        self._begin("Enrol", request.samples, context)
+        self.known = True
+        return pb.EnrolResponse(settings_json=self.settings.model_dump_json(), run_id=self.run_id, proxy=self.proxy)
+
+    def NextTask(self, request: pb.NextTaskRequest, context: grpc.ServicerContext) -> pb.NextTaskResponse:
+        self._begin("NextTask", None, context)
+        open_tasks = [task for task in self.tasks if task.train.round not in self.updates]
+        return open_tasks[0] if open_tasks else pb.NextTaskResponse(finished=pb.Finished())
+
+    def FetchFile(self, request: pb.FetchFileRequest, context: grpc.ServicerContext) -> Iterator[pb.FetchFileResponse]:
+        self._begin("FetchFile", (request.sha256, request.offset), context)
+        chunks = chunks_of(self.files[request.sha256], request.offset)
+        for chunk in self.bend.pop(0)(chunks) if self.bend else chunks:
+            if chunk is None:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+            yield pb.FetchFileResponse(chunk=chunk)
+
+    def OfferUpdate(self, request: pb.OfferUpdateRequest, context: grpc.ServicerContext) -> pb.OfferUpdateResponse:
+        header = request.update
+        self._begin("OfferUpdate", header, context)
+        if header.round in self.updates:
+            counted = self.updates[header.round][0].file.sha256
+            return pb.OfferUpdateResponse(verdict="VERDICT_COUNTED", counted_sha256=counted)
+        return pb.OfferUpdateResponse(verdict="VERDICT_SEND", offset=len(self.parts[header.file.sha256]))
+
+    def SendUpdate(self, parts: Iterator[pb.SendUpdateRequest], context: grpc.ServicerContext) -> pb.SendUpdateResponse:
+        header = next(parts).update
+        sha256 = header.file.sha256
+        self._begin("SendUpdate", len(self.parts[sha256]), context)
+        for part in parts:
+            assert part.chunk.offset == len(self.parts[sha256])
+            self.parts[sha256] += part.chunk.data
+            self._begin("part", part.chunk.offset, context)
+        self.updates[header.round] = (header, self.parts[sha256])
+        self._begin("acknowledgement", header.round, context)
+        return pb.SendUpdateResponse()
+
+    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
+        self._begin("Leave", None, context)
+        return pb.LeaveResponse()
+
+    def _begin(self, rpc: str, what: Any, context: grpc.ServicerContext) -> None:
+        self.calls.append((rpc, what))
+        if self.mischief[rpc]:
+            self.mischief[rpc].pop(0)(context)
+        if not self.known and rpc != "Enrol":
+            context.abort(CODES[NotEnrolled], "who are you?")
+
+    def forget(self, context: grpc.ServicerContext) -> None:
+        """As after a restart: what is on disk is there, who had enrolled is not known."""
+        self.known = False
+        context.abort(CODES[NotEnrolled], "who are you?")
+
+
+def chunks_of(path: Path, offset: int) -> Iterator[pb.Chunk]:
+    return transfer.chunks(path, offset)
+
+
+def well(context: grpc.ServicerContext) -> None:
+    pass
+
+
+def away(context: grpc.ServicerContext) -> None:
+    context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+
+
+def refusing(error: FedPFTError) -> MISCHIEF:
+    def refuse(context: grpc.ServicerContext) -> None:
+        with answering(context):
+            raise error
+
+    return refuse
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """Starts servers."""
+    running = []
+
+    def started(encoding: str = "exact") -> Server:
+        server, grpc_server = Server(encoding), grpc.server(ThreadPoolExecutor(8))
+        add_FederationServiceServicer_to_server(server, grpc_server)
+        server.address = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
+        grpc_server.start()
+        running.append(grpc_server)
+        return server
+
+    yield started
+    for each in running:
+        each.stop(None).wait()
+
+
+@pytest.fixture
+def server(serve: Callable[..., Server]) -> Server:
+    return serve()
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks_and_short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(channel, "LONGEST_PAUSE_SECONDS", 0.1)
+
+
+def silo_config(tmp_path: Path, address: str, **changes: Any) -> SiloConfig:
+    values = {
+        "server": address,
+        "insecure_loopback": True,
+        "insecure_name": "north",
+        "data": SiloDataSection(path=tmp_path / "data.csv"),
+        "work": tmp_path / "work",
+        "connect_timeout_seconds": LONG_SECONDS,
+    }
+    return SiloConfig.model_validate(values | changes)
+
+
+@pytest.fixture
+def connection(server: Server, tmp_path: Path) -> Iterator[ServerConnection]:
+    """Enrolled."""
+    (tmp_path / "work").mkdir()
+    with ServerConnection(silo_config(tmp_path, server.address), idle_seconds=LONG_SECONDS) as connected:
+        connected.enrol(7)
+        yield connected
+
+
+@pytest.fixture
+def file(server: Server, tmp_path: Path) -> pb.File:
+    """Ten chunks and a half."""
+    path = tmp_path / "sent.safetensors"
+    path.write_bytes(bytes(index * 7 % 251 for index in range(10 * CHUNK + CHUNK // 2)))
+    return server.announce(path)
+
+
+@pytest.fixture
+def offered(tmp_path: Path) -> tuple[pb.UpdateHeader, Path]:
+    """An update of several chunks."""
+    path = tmp_path / "update.safetensors"
+    write_tensors(path, {"adapter": {"a": torch.arange(1000.0)}})
+    file = transfer.payload(path).announcement()
+    return pb.UpdateHeader(round=1, samples=7, metrics={"train_loss": 0.5}, file=file), path
+
+
+def events(config_or_work: Path) -> list[audit.Entry]:
+    return list(audit.read(config_or_work / "audit.jsonl"))
+
+
+# --- fetching ---------------------------------------------------------------------------------------------------------
+
+
+def cut_after(count: int) -> Callable[[Iterator[pb.Chunk]], Iterator[Any]]:
+    def bend(chunks: Iterator[pb.Chunk]) -> Iterator[Any]:
+        for _ in range(count):
+            yield next(chunks)
+        yield None
+
+    return bend
+
+
+def flip(number: int) -> Callable[[Iterator[pb.Chunk]], Iterator[pb.Chunk]]:
+    def bend(chunks: Iterator[pb.Chunk]) -> Iterator[pb.Chunk]:
+        for index, chunk in enumerate(chunks):
+            if index == number:
+                chunk = pb.Chunk(
+                    offset=chunk.offset, data=bytes([chunk.data[0] ^ 1]) + chunk.data[1:], crc32=chunk.crc32
+                )
+            yield chunk
+
+    return bend
+
+
+def offsets(server: Server) -> list[int]:
+    return [offset for _, offset in server.asked("FetchFile")]
+
+
+@pytest.mark.parametrize("fault", [cut_after, flip])
+def test_a_fetch_goes_on_where_it_stopped(
+    fault: Any, connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
+) -> None:
+    server.bend = [fault(3), fault(0), fault(5)]
+    path = connection.fetch(file, tmp_path / "there")
+    assert path.read_bytes() == server.files[file.sha256].read_bytes()
+    assert offsets(server) == [0, 3 * CHUNK, 3 * CHUNK, 8 * CHUNK]
+    (received,) = [entry for entry in events(tmp_path / "work") if entry.event == "received"]
+    assert received.fields == {
+        "peer": server.address,
+        "file": "sent.safetensors",
+        "bytes": file.total_bytes,
+        "sha256": file.sha256.hex(),
+    }
+
+
+def test_a_fetch_goes_on_from_what_an_earlier_process_received(
+    connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
+) -> None:
+    content = server.files[file.sha256].read_bytes()
+    part = tmp_path / "work" / "incoming" / f"{file.sha256.hex()}.part"
+    part.parent.mkdir()
+    part.write_bytes(content[:1234])
+    assert connection.fetch(file, tmp_path / "there").read_bytes() == content
+    assert offsets(server) == [1234]
+
+
+def test_a_link_that_breaks_for_ever_but_moves_on_is_good_enough(
+    connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
+) -> None:
+    server.bend = [flip(1)] * 10  # far more than CORRUPT_ATTEMPTS, but each brings one chunk
+    assert connection.fetch(file, tmp_path / "there").is_file()
+    assert offsets(server) == [number * CHUNK for number in range(11)]
+
+
+def test_a_chunk_that_is_always_damaged_ends_the_fetch(
+    connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
+) -> None:
+    server.bend = [flip(2)] + [flip(0)] * 10
+    with pytest.raises(TransferCorrupt, match="byte 2000"):
+        connection.fetch(file, tmp_path / "there")
+    assert offsets(server) == [0, *[2 * CHUNK] * channel.CORRUPT_ATTEMPTS][: len(offsets(server))]
+
+
+def test_a_file_that_is_not_the_announced_one_is_not_fetched_for_ever(
+    connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
+) -> None:
+    path = server.files[file.sha256]
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(TransferCorrupt, match="SHA-256"):
+        connection.fetch(file, tmp_path / "there")
+    assert offsets(server) == [0] * channel.CORRUPT_ATTEMPTS
+    assert list((tmp_path / "work" / "incoming").iterdir()) == []
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_what_is_there_unchanged_is_not_fetched_again(
+    connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
+) -> None:
+    server.proxy = [file]
+    directory = connection.fetch_proxy(connection.enrol(7))
+    connection.fetch_proxy(connection.enrol(7))
+    assert len(offsets(server)) == 1
+    (directory / "sent.safetensors").write_bytes(b"changed")
+    (directory / "stranger.json").write_bytes(b"from elsewhere")
+    assert connection.fetch_proxy(connection.enrol(7)) == directory
+    assert len(offsets(server)) == 2
+    assert [path.name for path in directory.iterdir()] == ["sent.safetensors"]
+
+
+def test_a_stalled_stream_is_given_up_and_goes_on(server: Server, file: pb.File, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    woken = threading.Event()
+
+    def stall(chunks: Iterator[pb.Chunk]) -> Iterator[pb.Chunk]:
+        yield next(chunks)
+        woken.wait(LONG_SECONDS)
+
+    server.bend = [stall]
+    with ServerConnection(silo_config(tmp_path, server.address), idle_seconds=0.2) as connection:
+        connection.enrol(7)
+        assert connection.fetch(file, tmp_path / "there").is_file()
+    woken.set()
+    assert offsets(server) == [0, CHUNK]
+
+
+def test_a_withdrawn_file_ends_the_round_only(
+    connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
+) -> None:
+    server.mischief["FetchFile"] = [lambda context: context.abort(grpc.StatusCode.NOT_FOUND, "gone")]
+    with pytest.raises(RoundOver, match="gone"):
+        connection.fetch(file, tmp_path / "there")
+
+
+def test_a_file_of_no_plain_name_is_not_asked_for(connection: ServerConnection, server: Server, tmp_path: Path) -> None:
+    with pytest.raises(TransferCorrupt, match="no name"):
+        connection.fetch(pb.File(name="../escape", sha256=bytes(32)), tmp_path / "there")
+    assert not offsets(server)
+
+
+# --- a server that was restarted --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rpc", ["NextTask", "FetchFile", "OfferUpdate", "SendUpdate", "part"])
+def test_a_server_that_forgot_the_silo_is_told_again(
+    rpc: str, connection: ServerConnection, server: Server, file: pb.File, offered: Any, tmp_path: Path
+) -> None:
+    server.mischief[rpc] = [server.forget, well, server.forget]
+    assert connection.fetch(file, tmp_path / "there").is_file()
+    assert connection.submit(*offered)
+    assert connection.next_task().WhichOneof("task") == "finished"
+    assert set(server.asked("Enrol")) == {7}
+    assert len(server.asked("Enrol")) > 1
+    assert server.updates[1][1] == offered[1].read_bytes()
+
+
+def test_a_new_federation_is_not_this_one(connection: ServerConnection, server: Server) -> None:
+    server.run_id = "second run"
+    server.mischief["NextTask"] = [server.forget]
+    with pytest.raises(RefusedByServer, match="began a new federation") as caught:
+        connection.next_task()
+    assert caught.value.remedy.startswith("restart the silo")
+
+
+def test_a_message_that_makes_no_sense_is_tried_again_but_not_for_ever(
+    connection: ServerConnection, server: Server
+) -> None:
+    server.mischief["NextTask"] = [lambda context: context.abort(grpc.StatusCode.INTERNAL, "flipped bit")] * 2
+    assert connection.next_task().WhichOneof("task") == "finished"
+    server.mischief["NextTask"] = [lambda context: context.abort(grpc.StatusCode.INTERNAL, "failed")] * 9
+    with pytest.raises(RefusedByServer, match="INTERNAL: failed"):
+        connection.next_task()
+
+
+# --- sending ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_update_is_sent_from_where_it_was_cut(connection: ServerConnection, server: Server, offered: Any) -> None:
+    server.mischief["part"] = [well, away, away]
+    assert connection.submit(*offered)
+    assert server.asked("SendUpdate") == [0, 2 * CHUNK, 3 * CHUNK]
+    assert server.updates[1] == (offered[0], offered[1].read_bytes())
+
+
+def test_every_sending_is_on_record(connection: ServerConnection, server: Server, offered: Any, tmp_path: Path) -> None:
+    server.mischief["part"] = [well, away]
+    connection.submit(*offered)
+    header, path = offered
+    sent = [entry.fields for entry in events(tmp_path / "work") if entry.event == "sent"]
+    assert [(entry["from_byte"], entry["bytes"]) for entry in sent] == [
+        (0, header.file.total_bytes),
+        (2 * CHUNK, header.file.total_bytes - 2 * CHUNK),
+    ]
+    same = {"peer": server.address, "round": 1, "file": path.name, "sha256": header.file.sha256.hex(), "samples": 7}
+    for entry in sent:
+        assert entry.items() >= (same | {"tensors": {"adapter": 1}, "metrics": ["train_loss"]}).items()
+
+
+def test_a_lost_acknowledgement_does_not_send_twice(
+    connection: ServerConnection, server: Server, offered: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.mischief["acknowledgement"] = [away]
+    assert not connection.submit(*offered)
+    assert server.asked("SendUpdate") == [0]
+    assert "another update" not in caplog.text
+    server.updates[1][0].file.sha256 = bytes(32)
+    assert not connection.submit(*offered)
+    assert "another update" in caplog.text
+
+
+def test_an_update_that_counts_already_is_not_sent(connection: ServerConnection, server: Server, offered: Any) -> None:
+    connection.submit(*offered)
+    assert not connection.submit(*offered)
+    assert len(server.asked("SendUpdate")) == 1
+
+
+def test_a_damaged_update_is_sent_again_but_not_for_ever(
+    connection: ServerConnection, server: Server, offered: Any
+) -> None:
+    def damaged(context: grpc.ServicerContext) -> None:
+        server.parts.clear()
+        server.updates.clear()
+        refusing(TransferCorrupt("the update differs", "send it again"))(context)
+
+    server.mischief["acknowledgement"] = [damaged]
+    assert connection.submit(*offered)
+    assert server.asked("SendUpdate") == [0, 0]
+    server.updates.clear()
+    server.parts.clear()
+    server.mischief["acknowledgement"] = [damaged] * 10
+    with pytest.raises(TransferCorrupt, match="the update differs"):
+        connection.submit(*offered)
+
+
+def test_a_stalled_sending_is_given_up_and_goes_on(server: Server, offered: Any, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    woken = threading.Event()
+    server.mischief["part"] = [well, lambda context: woken.wait(LONG_SECONDS) and away(context)]
+    with ServerConnection(silo_config(tmp_path, server.address), idle_seconds=0.5) as connection:
+        connection.enrol(7)
+        assert connection.submit(*offered)
+    woken.set()
+    assert server.asked("SendUpdate") == [0, 2 * CHUNK]
+    assert server.updates[1][1] == offered[1].read_bytes()
+
+
+@pytest.mark.parametrize("kind", [RoundOver, StaleProxy, InvalidUpdate, RefusedByServer, CertificateError])
+def test_a_refused_update_is_not_offered_again(
+    kind: type[FedPFTError], connection: ServerConnection, server: Server, offered: Any
+) -> None:
+    server.mischief["OfferUpdate"] = [refusing(kind("no", "never"))]
+    with pytest.raises(kind, match="no"):
+        connection.submit(*offered)
+    assert len(server.asked("OfferUpdate")) == 1
+    assert not server.asked("SendUpdate")
+
+
+@pytest.mark.parametrize("end", [ModelError("x", "y"), KeyboardInterrupt(), SystemExit()])
+def test_only_a_silo_with_an_error_leaves(end: BaseException, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    connection = ServerConnection(silo_config(tmp_path, server.address))
+    connection.enrol(7)
+    connection.__exit__(type(end), end, None)
+    assert bool(server.asked("Leave")) == isinstance(end, FedPFTError)
+
+
+# --- whole silos ------------------------------------------------------------------------------------------------------
+
+TEXTS = [f"the {color} {thing} moves" for color in ("red", "green", "blue") for thing in ("bird", "fish", "tree")]
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory, _loaded: Callable[[str], torch.nn.Module]) -> Path:
+    """A proxy with two compressed layers."""
+    directory, fm = tmp_path_factory.mktemp("bundle"), _loaded("bert")
+    model = cut(fm, select(fm, ProxySection(neurons=8)))
+    save_bundle(Proxy(model, tiny.processor("bert"), "sequence-classification", tiny.LABELS, 12, (1, 2)), directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def wire_files(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
+    """adapter-<r>, from which round r starts; patch-<n> and snapshot-<n> to version n of the proxy."""
+    directory = tmp_path_factory.mktemp("files")
+    model = load_proxy(bundle).model
+    adapters.attach(model, settings().adapter, seed=1)
+    for round in (1, 2, 3):
+        adapter = {name: tensor + 0.01 * round for name, tensor in adapters.extract(model).items()}
+        write_tensors(directory / f"adapter-{round}.safetensors", {"adapter": adapter})
+    ffns, changed = list(sub_ffns(model).values()), {}
+    for version, rows in ((1, [0, 2]), (2, [5])):
+        ffns[version].w_in.data += 1.0
+        changed[version] = torch.tensor(rows)
+        write_tensors(directory / f"snapshot-{version}.safetensors", {"patch": patch(model, changed, [])})
+        own = {version: changed[version]}
+        write_tensors(directory / f"patch-{version}.safetensors", {"patch": patch(model, own, [])})
+    return directory
+
+
+Made = tuple[Server, SiloConfig]
+
+
+@pytest.fixture
+def federation(serve: Callable[..., Server], bundle: Path, wire_files: Path, tmp_path: Path) -> Callable[..., Made]:
+    """A server of three rounds, each on the next version of the proxy, and a silo's configuration."""
+    rows = [f"{text},{tiny.LABELS[index % 3]}\n" for index, text in enumerate(TEXTS)]
+    (tmp_path / "data.csv").write_text("text,label\n" + "".join(rows))
+
+    def made(encoding: str = "exact", rounds: tuple[int, ...] = (1, 2, 3), **changes: Any) -> Made:
+        server = serve(encoding)
+        server.proxy = [server.announce(path) for path in sorted(bundle.iterdir())]
+        for round in rounds:
+            version = round - 1
+            task = pb.Train(round=round, proxy_version=version, count_inactivity=True)
+            task.adapter.CopyFrom(server.announce(wire_files / f"adapter-{round}.safetensors"))
+            if version > 0:
+                task.snapshot.CopyFrom(server.announce(wire_files / f"snapshot-{version}.safetensors"))
+                task.patch.CopyFrom(server.announce(wire_files / f"patch-{version}.safetensors"))
+            server.tasks.append(pb.NextTaskResponse(train=task))
+        work = tmp_path / f"work-{server.address.rpartition(':')[2]}"
+        return server, silo_config(tmp_path, server.address, work=work, **changes)
+
+    return made
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rounds that were trained, by any silo."""
+    trained: list[int] = []
+    train_round = silo_run.train_round
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        trained.append(named["round"])
+        return train_round(*arguments, **named)
+
+    monkeypatch.setattr(silo_run, "train_round", counting)
+    return trained
+
+
+def contents(server: Server) -> dict[int, bytes]:
+    return {round: content for round, (_, content) in server.updates.items()}
+
+
+def tensors(server: Server, round: int, tmp_path: Path) -> Path:
+    path = tmp_path / "looked-at.safetensors"
+    path.write_bytes(server.updates[round][1])
+    return path
+
+
+def killed(*_: Any, **__: Any) -> Any:
+    raise Killed
+
+
+def run_killed_before_the_offer(config: SiloConfig) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ServerConnection, "submit", killed)
+        with pytest.raises(Killed):
+            run(config)
+
+
+def test_a_silo_takes_part_until_the_end(federation: Any, trainings: list[int], tmp_path: Path) -> None:
+    server, config = federation()
+    run(config)
+    assert trainings == [1, 2, 3]
+    assert [header.proxy_version for header, _ in server.updates.values()] == [0, 1, 2]
+    header = server.updates[3][0]
+    assert header.samples == len(TEXTS)
+    assert set(header.metrics) == {"train_loss", "seconds", "tokens"}
+    groups = {name.partition("/")[0] for name in TensorFile(tensors(server, 3, tmp_path)).specs}
+    assert groups == {"adapter", "inactivity"}
+    assert not server.asked("Leave")
+
+
+def test_a_silo_fetches_one_patch_or_the_snapshot_and_keeps_what_the_round_needs(federation: Any) -> None:
+    server, config = federation()
+    run(config)
+    names = [server.files[sha256].name for sha256, _ in server.asked("FetchFile")]
+    assert [name for name in names if name.startswith(("adapter", "patch", "snapshot"))] == [
+        *("adapter-1.safetensors", "adapter-2.safetensors", "patch-1.safetensors"),
+        *("adapter-3.safetensors", "patch-2.safetensors"),
+    ]
+    train = server.tasks[2].train
+    kept = {path.name for path in (config.work / "received").iterdir()}
+    assert kept == {f"{file.sha256.hex()}.safetensors" for file in (train.adapter, train.patch)}
+
+    late, config = federation(rounds=(3,))
+    run(config)
+    assert "snapshot-2.safetensors" in [late.files[sha256].name for sha256, _ in late.asked("FetchFile")]
+    assert late.updates[3][1] == server.updates[3][1], "both ways lead to the same proxy"
+
+
+def test_a_killed_silo_offers_its_update_again_without_training(federation: Any, trainings: list[int]) -> None:
+    server, config = federation()
+    run_killed_before_the_offer(config)
+    assert (trainings, server.updates) == ([1], {})
+    run(config)
+    assert trainings == [1, 2, 3]
+    undisturbed, config = federation()
+    run(config)
+    assert contents(server) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["update.safetensors", "update.json"])
+@pytest.mark.parametrize("damage", ["changed", "torn", "gone"])
+def test_a_damaged_update_is_dropped_and_the_round_trained_again(
+    name: str, damage: str, federation: Any, trainings: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    server, config = federation(rounds=(1,))
+    run_killed_before_the_offer(config)
+    path = config.work / name
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-20] if damage == "torn" else content[:-20] + b"!" + content[-19:])
+    run(config)
+    assert trainings == [1, 1]
+    assert ("not as it was written" in caplog.text) == ((name, damage) != ("update.json", "gone"))
+    undisturbed, config = federation(rounds=(1,))
+    run(config)
+    assert contents(server) == contents(undisturbed)
+
+
+def test_an_update_that_came_too_late_stops_nothing(federation: Any, trainings: list[int]) -> None:
+    server, config = federation()
+    run_killed_before_the_offer(config)
+    server.mischief["OfferUpdate"] = [refusing(RoundOver("round 1 is over", "go on"))]
+    del server.tasks[0]
+    run(config)
+    assert (trainings, sorted(server.updates)) == ([1, 2, 3], [2, 3])
+
+
+@pytest.mark.parametrize("kind", [StaleProxy, InvalidUpdate])
+def test_an_update_that_can_never_count_is_not_offered_for_ever(
+    kind: type[FedPFTError], federation: Any, trainings: list[int]
+) -> None:
+    server, config = federation(rounds=(1,))
+    server.mischief["OfferUpdate"] = [refusing(kind("no", "never"))]
+    with pytest.raises(kind):
+        run(config)
+    assert server.asked("Leave")
+    run(config)
+    assert (trainings, sorted(server.updates)) == ([1, 1], [1])
+
+
+def test_a_round_that_is_taken_up_again_is_not_trained_again(federation: Any, trainings: list[int]) -> None:
+    server, config = federation(rounds=(1,))
+    server.mischief["OfferUpdate"] = [refusing(RoundOver("the server is going down", "wait"))]
+    server.tasks[0].train.attempt = 1
+    run(config)
+    assert trainings == [1]
+    assert server.updates[1][0].attempt == 1
+
+
+def test_a_new_federation_finds_nothing_of_the_old_one(
+    federation: Any, trainings: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, config = federation("int8", rounds=(1,))
+    run(config)
+    assert {path.name for path in config.work.glob("residual-*")} == {"residual-1.safetensors"}
+    record = config.work / "audit.jsonl"
+    before = record.read_bytes()
+    server.run_id = "second run"
+    server.updates.clear()
+    (config.work / "update.json").write_text((config.work / "update.json").read_text().replace("true", "false"))
+    monkeypatch.setattr(silo_run.Participant, "take_part", killed)
+    with pytest.raises(Killed):
+        run(config)
+    assert trainings == [1]
+    assert len(server.asked("OfferUpdate")) == 1
+    left = {path.name.partition("-")[0] for path in config.work.iterdir()}
+    assert left == {"lock", "audit.jsonl", "federation.json", "proxy"}
+    assert record.read_bytes().startswith(before)
+
+
+# --- error feedback ---------------------------------------------------------------------------------------------------
+
+
+def test_what_was_rounded_off_goes_into_the_next_update_that_counts(
+    federation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    encode = silo_run.encode
+
+    def watching(trained: Any, start: Any, encoding: Any, residual: Any) -> Any:
+        seen.append(residual)
+        return encode(trained, start, encoding, residual)
+
+    monkeypatch.setattr(silo_run, "encode", watching)
+    server, config = federation("int8")
+
+    def too_late(context: grpc.ServicerContext) -> None:
+        server.tasks.pop(1)
+        refusing(RoundOver("too late", "go on"))(context)
+
+    server.mischief["OfferUpdate"] = [well, too_late]
+    run(config)
+    first, second, third = seen
+    assert first == {}
+    assert second
+    assert second.keys() == third.keys()
+    assert all(torch.equal(second[name], third[name]) for name in second), "round 2 did not count"
+    assert {path.name for path in config.work.glob("*residual*")} == {"residual-3.safetensors"}
+
+
+def kill_at(count: int, monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
+    """Of all renamings and deletions under `work`, the one of this number does not happen, nor anything after it."""
+    left = [count]
+
+    def counted(function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if str(arguments[0]).startswith(str(work)):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+            return function(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+
+
+@pytest.mark.slow
+def test_a_silo_killed_at_any_point_sends_the_same_bytes(federation: Any) -> None:
+    undisturbed, config = federation("int8")
+    run(config)
+    point, survived = 0, False
+    while not survived:
+        server, config = federation("int8")
+        with pytest.MonkeyPatch.context() as patched:
+            kill_at(point, patched, config.work)
+            try:
+                run(config)
+                survived = True
+            except Killed:
+                point += 1
+        run(config)
+        assert contents(server) == contents(undisturbed), f"killed at {point}"
+    assert point > 30
+
+
+# --- share ------------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_shared_leaves(federation: Any, tmp_path: Path) -> None:
+    server, config = federation(rounds=(1,), share=ShareSection(metrics=("tokens",), inactivity=False))
+    run(config)
+    assert server.updates[1][0].metrics.keys() == {"tokens"}
+    assert {name.partition("/")[0] for name in TensorFile(tensors(server, 1, tmp_path)).specs} == {"adapter"}
+
+
+@pytest.mark.parametrize("share", [{"metrics": ()}, {"inactivity": False}])
+def test_an_update_that_is_no_longer_approved_is_not_sent(share: Any, federation: Any, trainings: list[int]) -> None:
+    server, config = federation(rounds=(1,))
+    run_killed_before_the_offer(config)
+    run(config.model_copy(update={"share": ShareSection(**share)}))
+    assert trainings == [1, 1]
+    (header,) = server.asked("OfferUpdate")
+    assert bool(header.metrics) == ("metrics" not in share)
+
+
+# --- what goes wrong on this side -------------------------------------------------------------------------------------
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["fedpft.wire.transfer.Incoming.write", "fedpft.wire.tensors.save_file", "fedpft.silo.work.atomic.write_text"],
+)
+def test_a_full_disk_is_named_and_loses_nothing(place: str, federation: Any) -> None:
+    server, config = federation()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(place, full)
+        with pytest.raises(FedPFTError, match="no space left on device") as caught:
+            run(config)
+    assert type(caught.value) is FedPFTError
+    assert str(config.work) in caught.value.message
+    assert "start the silo again" in caught.value.remedy
+    assert server.asked("Leave")
+    assert not list(config.work.rglob(".*"))
+    run(config)
+    undisturbed, config = federation()
+    run(config)
+    assert contents(server) == contents(undisturbed)
+
+
+def test_a_full_disk_under_safetensors_is_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("fedpft.wire.tensors.save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_tensors(tmp_path / "x", {"adapter": {"a": torch.ones(1)}})
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_silo_says_that_it_can_go_on(
+    federation: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    server, config = federation()
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(silo_run, "encode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    assert caplog.messages[-1] == "north: stopped in round 1; run it again, it goes on from there"
+    assert not server.asked("Leave")
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+def test_explain_says_what_is_known_before_anything_was_received(federation: Any) -> None:
+    server, config = federation()
+    text = explain(config)
+    assert f"server          {config.server}" in text
+    assert "known there as  north" in text
+    assert f"samples         {len(TEXTS)}\n" in text
+    assert "No proxy was received yet" in text
+    assert str(config.work / "audit.jsonl") in text
+    assert "metrics         train_loss, seconds, tokens\n" in text
+    assert not server.calls
+    assert not config.work.exists()
+
+
+@pytest.mark.parametrize("encoding", ["exact", "bfloat16", "int8"])
+def test_explain_lists_every_tensor_that_is_sent(encoding: str, federation: Any, tmp_path: Path) -> None:
+    server, config = federation(encoding, rounds=(1,))
+    run(config)
+    text = explain(config)
+    sizes: collections.Counter[str] = collections.Counter()
+    for name, spec in TensorFile(tensors(server, 1, tmp_path)).specs.items():
+        group, _, tensor = name.partition("/")
+        sizes[f"layer {tensor.removesuffix('.tokens')}" if group == "inactivity" else tensor] += spec.nbytes
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for name, size in sizes.items():
+        assert [line for line in lines if line.startswith(f"{name} ") and line.endswith(f" {size} bytes")], name
+    assert text.count(" bytes\n") == len(sizes)
+    assert f"encoding        {encoding}: " in text
+
+
+def test_explain_says_what_is_held_back(federation: Any) -> None:
+    _, config = federation(share=ShareSection(metrics=(), inactivity=False))
+    text = explain(config)
+    assert "metrics         none\n" in text
+    assert "inactivity      nothing" in text
+
+
+def test_the_command_explains(federation: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server, config = federation()
+    values = {
+        "server": config.server,
+        "insecure_loopback": True,
+        "insecure_name": "north",
+        "data": {"path": "data.csv"},
+    }
+    (tmp_path / "silo.yaml").write_text(yaml.safe_dump(values))
+    assert command.main(["--config", str(tmp_path / "silo.yaml"), "--explain"]) == 0
+    assert capsys.readouterr().out.startswith("What leaves this institution")
+    assert not server.calls
