@@ -123,11 +123,9 @@ def test_a_configuration_is_compared_as_json_reads_it(ledger: Ledger) -> None:
     reopened(ledger, CONFIG | {"silos": ("north", "south")}).close()
 
 
-def test_a_ledger_of_another_format_is_refused(ledger: Ledger) -> None:
+def test_a_ledger_of_another_format_is_refused(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger.close()
-    with sqlite3.connect(ledger.out / NAME) as database:
-        database.execute("UPDATE run SET value = '99' WHERE key = 'format'")
-    database.close()
+    monkeypatch.setattr("fedpft.server.ledger.FORMAT", "99")
     with pytest.raises(CheckpointError, match="another version of fedpft"):
         Ledger(ledger.out, CONFIG)
 
@@ -158,6 +156,18 @@ def test_a_ledger_that_was_cut_is_refused(kept: int, written: bytes, tmp_path: P
     assert "backup" in caught.value.remedy
 
 
+@pytest.mark.parametrize("fault", ["empty", "missing"])
+def test_a_run_that_has_lost_its_ledger_does_not_begin_anew(fault: str, ledger: Ledger) -> None:
+    ledger.close()
+    ledger.adapter_path(0).parent.mkdir(parents=True)
+    if fault == "empty":
+        (ledger.out / NAME).write_bytes(b"")
+    else:
+        (ledger.out / NAME).unlink()
+    with pytest.raises(CheckpointError, match=r"ledger\.sqlite: cannot be read .it is empty, but its run has begun"):
+        Ledger(ledger.out, CONFIG)
+
+
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"ledger\.sqlite: cannot be read"):
         opened(b"no database at all" * 1000, tmp_path / "out")
@@ -165,7 +175,9 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck), database=None)
 @given(data=st.data())
-def test_a_damaged_ledger_is_refused_or_is_read(data: st.DataObject, written: bytes, tmp_path: Path) -> None:
+def test_a_damaged_ledger_is_refused_or_says_what_was_written(
+    data: st.DataObject, written: bytes, tmp_path: Path
+) -> None:
     """A damage in free space harms nothing."""
     content = bytearray(written)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -174,9 +186,38 @@ def test_a_damaged_ledger_is_refused_or_is_read(data: st.DataObject, written: by
         content[place : place + len(damage)] = damage[: len(content) - place]
     try:
         ledger = opened(bytes(content), tmp_path / "out")
-    except (CheckpointError, ConfigError):
+    except CheckpointError:
         return
+    for row in ledger.updates():
+        assert row == update("north", row.round)
+    assert all(value == {"text": "x" * 300} for value in ledger.recorded("round"))
+    last = ledger.last_round()
+    assert last is None or last == RoundRow(last.round, 1, ("north",), ("north",), False)
     ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("updates", "samples = 1000000"),
+        ("updates", "sha256 = 'cd'"),
+        ("rounds", "silos = '[]'"),
+        ("journal", "value = '0'"),
+        ("files", "sha256 = 'cd'"),
+        ("run", "value = '{}' WHERE key = 'config'"),
+    ],
+)
+def test_a_changed_value_is_found_when_the_ledger_is_opened(table: str, change: str, ledger: Ledger) -> None:
+    ledger.enter_update(update("north"))
+    ledger.begin_round(ROUND)
+    ledger.record("kind", 1, "value")
+    ledger.enter_file(ledger.out / NAME)
+    ledger.close()
+    with sqlite3.connect(ledger.out / NAME) as database:
+        database.execute(f"UPDATE {table} SET {change}")
+    database.close()
+    with pytest.raises(CheckpointError, match=f"a row of {table} is damaged"):
+        Ledger(ledger.out, CONFIG)
 
 
 def test_threads_may_write_at_once(ledger: Ledger) -> None:
