@@ -99,7 +99,7 @@ class FederationServiceServicer:
 
     def FetchFile(self, request, context):
         """The bytes of an announced file, from an offset to its end.
-        NOT_FOUND: no such file is announced now; ask for the next task again.
+        OUT_OF_RANGE: no such file is announced now; ask for the next task again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
