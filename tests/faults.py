@@ -63,15 +63,15 @@ class Direction:
         self.rate: float | None = None
         self._hold_at: int | None = None
         self._flip_at: int | None = None
-        self._open = asyncio.Event()
-        self._open.set()
+        self._changed = asyncio.Event()
         self.held = threading.Event()  # a byte waits that may not pass
         self.flipped = threading.Event()
 
     def hold(self, after: int = 0) -> None:
-        """Lets so many bytes through, and no more until `release`."""
+        """Lets so many bytes through, and no more until `release`; whatever held before is over."""
         self.held.clear()
         self._hold_at = self.passed + after
+        self._changed.set()
 
     def flip(self, after: int = 0) -> None:
         """Flips a bit of one byte, after so many."""
@@ -81,9 +81,9 @@ class Direction:
     async def forward(self, data: bytes, writer: asyncio.StreamWriter) -> None:
         while data:
             if self._hold_at is not None and self.passed >= self._hold_at:
-                self._open.clear()
+                self._changed.clear()
                 self.held.set()
-                await self._open.wait()
+                await self._changed.wait()
                 continue
             if writer.is_closing():
                 return
@@ -102,8 +102,11 @@ class Direction:
                 await asyncio.sleep(size / self.rate)
 
     def release(self) -> None:
-        self._hold_at = None
-        self._open.set()
+        """Lets go what is held; a hold that lies ahead stays."""
+        if self.held.is_set():
+            self.held.clear()
+            self._hold_at = None
+            self._changed.set()
 
 
 class Link:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,13 +241,28 @@ def test_a_header_beyond_all_measure_is_not_even_read(tmp_path: Path) -> None:
 CONTENT = bytes(range(200))
 
 
+def chunk(content: bytes, start: int, size: int = 50) -> pb.Chunk:
+    end = start + size
+    check = hashlib.sha256(content[:end]).digest()[: transfer.CHECK_BYTES]
+    return pb.Chunk(offset=start, data=content[start:end], check=check)
+
+
+def right_chunks(content: bytes) -> list[pb.Chunk]:
+    return [chunk(content, start) for start in range(0, len(content), 50)]
+
+
 @st.composite
 def chunks(draw: st.DrawFn, content: bytes = CONTENT) -> pb.Chunk:
-    """Mostly a right one."""
-    start = draw(st.one_of(st.sampled_from([0, 50, 100, 150]), st.integers(0, 2**64 - 1)))
-    data = draw(st.one_of(st.just(content[start : start + 50]), st.binary(max_size=60)))
-    crc32 = draw(st.one_of(st.just(zlib.crc32(data)), st.integers(0, 2**32 - 1)))
-    return pb.Chunk(offset=start, data=data, crc32=crc32)
+    """Mostly a right one, or one with a fault in one place."""
+    made = chunk(content, draw(st.sampled_from([0, 50, 100, 150])), draw(st.sampled_from([50, 50, 1, 60])))
+    match draw(st.sampled_from(["right", "right", "offset", "data", "check"])):
+        case "offset":
+            made.offset = draw(st.integers(0, 2**64 - 1))
+        case "data":
+            made.data = draw(st.binary(max_size=60))
+        case "check":
+            made.check = draw(st.binary(max_size=40))
+    return made
 
 
 announcements = st.builds(
@@ -261,13 +275,6 @@ announcements = st.builds(
 )
 
 
-def right_chunks(content: bytes) -> list[pb.Chunk]:
-    return [
-        pb.Chunk(offset=start, data=content[start : start + 50], crc32=zlib.crc32(content[start : start + 50]))
-        for start in range(0, len(content), 50)
-    ]
-
-
 @search(300)
 @given(announcements, st.one_of(st.just(right_chunks(CONTENT)), st.lists(chunks(), max_size=6)), st.integers(0, 5))
 def test_a_file_arrives_whole_and_right_or_not_at_all(file: pb.File, sent: list[pb.Chunk], cut: int) -> None:
@@ -276,8 +283,8 @@ def test_a_file_arrives_whole_and_right_or_not_at_all(file: pb.File, sent: list[
         for part in (sent[:cut], sent[cut:]):  # the second goes on where the first stopped
             try:
                 with transfer.Incoming(directory, file) as incoming:
-                    for chunk in part:
-                        incoming.write(chunk)
+                    for each in part:
+                        incoming.write(each)
                         assert incoming.offset <= file.total_bytes
                     incoming.finish(goal)
             except TransferCorrupt:

@@ -28,6 +28,7 @@ ROWS: list[set[str]] = [
     {"demo", "doctor", "cli"},
 ]
 BESIDE = {
+    ("atomic", "errors"),
     ("federation", "seeding"),
     ("distillation", "datasets"),
     ("distillation", "regression"),

@@ -28,6 +28,7 @@ from fedpft.config import (
     ShareSection,
     SiloConfig,
     SiloDataSection,
+    TlsSection,
     TrainingSection,
 )
 from fedpft.errors import (
@@ -41,6 +42,7 @@ from fedpft.errors import (
     StaleProxy,
     TransferCorrupt,
 )
+from fedpft.provision import provision
 from fedpft.proxy import Proxy, cut, load_proxy, patch, save_bundle, select
 from fedpft.silo import __main__ as command
 from fedpft.silo import run as silo_run
@@ -155,7 +157,8 @@ class Server(FederationServiceServicer):
 
 
 def chunks_of(path: Path, offset: int) -> Iterator[pb.Chunk]:
-    return transfer.chunks(path, offset)
+    for frame in transfer.payload(path).frames(pb.FetchFileResponse, offset):
+        yield pb.FetchFileResponse.FromString(frame).chunk
 
 
 def well(context: grpc.ServicerContext) -> None:
@@ -261,9 +264,7 @@ def flip(number: int) -> Callable[[Iterator[pb.Chunk]], Iterator[pb.Chunk]]:
     def bend(chunks: Iterator[pb.Chunk]) -> Iterator[pb.Chunk]:
         for index, chunk in enumerate(chunks):
             if index == number:
-                chunk = pb.Chunk(
-                    offset=chunk.offset, data=bytes([chunk.data[0] ^ 1]) + chunk.data[1:], crc32=chunk.crc32
-                )
+                chunk.data = bytes([chunk.data[0] ^ 1]) + chunk.data[1:]
             yield chunk
 
     return bend
@@ -273,14 +274,20 @@ def offsets(server: Server) -> list[int]:
     return [offset for _, offset in server.asked("FetchFile")]
 
 
-@pytest.mark.parametrize("fault", [cut_after, flip])
+@pytest.mark.parametrize(
+    ("bend", "asked"),
+    [
+        ([cut_after(3), cut_after(0), cut_after(5)], [0, 3, 3, 8]),
+        ([flip(3), flip(1), flip(5)], [0, 3, 4, 9]),
+    ],
+)
 def test_a_fetch_goes_on_where_it_stopped(
-    fault: Any, connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
+    bend: Any, asked: list[int], connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
 ) -> None:
-    server.bend = [fault(3), fault(0), fault(5)]
+    server.bend = bend
     path = connection.fetch(file, tmp_path / "there")
     assert path.read_bytes() == server.files[file.sha256].read_bytes()
-    assert offsets(server) == [0, 3 * CHUNK, 3 * CHUNK, 8 * CHUNK]
+    assert offsets(server) == [number * CHUNK for number in asked]
     (received,) = [entry for entry in events(tmp_path / "work") if entry.event == "received"]
     assert received.fields == {
         "peer": server.address,
@@ -313,9 +320,9 @@ def test_a_chunk_that_is_always_damaged_ends_the_fetch(
     connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
 ) -> None:
     server.bend = [flip(2)] + [flip(0)] * 10
-    with pytest.raises(TransferCorrupt, match="byte 2000"):
+    with pytest.raises(TransferCorrupt, match=r"sent\.safetensors is not what was sent"):
         connection.fetch(file, tmp_path / "there")
-    assert offsets(server) == [0, *[2 * CHUNK] * channel.CORRUPT_ATTEMPTS][: len(offsets(server))]
+    assert len(offsets(server)) == channel.CORRUPT_ATTEMPTS
 
 
 def test_a_file_that_is_not_the_announced_one_is_not_fetched_for_ever(
@@ -881,6 +888,17 @@ def test_explain_lists_every_tensor_that_is_sent(encoding: str, federation: Any,
         assert [line for line in lines if line.startswith(f"{name} ") and line.endswith(f" {size} bytes")], name
     assert text.count(" bytes\n") == len(sizes)
     assert f"encoding        {encoding}: " in text
+
+
+def test_explain_names_the_certificate(federation: Any, tmp_path: Path) -> None:
+    provision(tmp_path / "kits", ["north"])
+    kit = tmp_path / "kits" / "silos" / "north"
+    _, config = federation()
+    section = TlsSection(ca=kit / "ca.pem", certificate=kit / "certificate.pem", key=kit / "key.pem")
+    changes = {"tls": section, "insecure_loopback": False, "insecure_name": None}
+    text = explain(config.model_copy(update=changes))
+    assert f"known there as  north, by {section.certificate}\n" in text
+    assert f"over TLS 1.3, with a certificate that {section.ca} signed" in text
 
 
 def test_explain_says_what_is_held_back(federation: Any) -> None:

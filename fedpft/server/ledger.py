@@ -1,7 +1,8 @@
 """The run ledger, OUT/ledger.sqlite: what has happened in a run, so that a restarted server goes on from there.
 
 Each method is one transaction that is on disk when it returns. A file is entered with its SHA-256 after it is in place,
-so whatever the ledger names is whole; `verified` looks at the file again before it is used.
+so whatever the ledger names is whole; `verified` looks at the file again before it is used. SQLite does not notice a
+damaged value: each row has a seal, the SHA-256 of its values, and all are looked at when the ledger is opened.
 
     run        key -> value: format, run_id, config (JSON)
     files      name under OUT -> sha256, bytes
@@ -18,10 +19,11 @@ Where the files are that it names:
 """
 
 import datetime
+import hashlib
 import json
 import secrets
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,20 +34,29 @@ from fedpft.wire.transfer import Payload, payload
 FORMAT = "1"
 NAME = "ledger.sqlite"
 SCHEMA = """
-CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE files (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL);
+CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL, seal TEXT NOT NULL);
+CREATE TABLE files (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL, seal TEXT NOT NULL);
 CREATE TABLE rounds (
     round INTEGER, attempt INTEGER, silos TEXT NOT NULL, present TEXT NOT NULL, count_inactivity INTEGER NOT NULL,
-    begun_at TEXT NOT NULL, PRIMARY KEY (round, attempt)
+    begun_at TEXT NOT NULL, seal TEXT NOT NULL, PRIMARY KEY (round, attempt)
 );
 CREATE TABLE updates (
     round INTEGER, silo TEXT, attempt INTEGER NOT NULL, file TEXT NOT NULL, sha256 TEXT NOT NULL,
     bytes INTEGER NOT NULL, samples INTEGER NOT NULL, metrics TEXT NOT NULL, received_at TEXT NOT NULL,
-    PRIMARY KEY (round, silo)
+    seal TEXT NOT NULL, PRIMARY KEY (round, silo)
 );
-CREATE TABLE journal (number INTEGER PRIMARY KEY, kind TEXT NOT NULL, round INTEGER, value TEXT NOT NULL);
+CREATE TABLE journal (
+    number INTEGER PRIMARY KEY, kind TEXT NOT NULL, round INTEGER, value TEXT NOT NULL, seal TEXT NOT NULL
+);
 """
 UPDATE = "round, silo, attempt, file, sha256, bytes, samples, metrics"
+COLUMNS = {  # what a row's seal covers
+    "run": "key, value",
+    "files": "name, sha256, bytes",
+    "rounds": "round, attempt, silos, present, count_inactivity, begun_at",
+    "updates": f"{UPDATE}, received_at",
+    "journal": "kind, round, value",
+}
 
 
 @dataclass(frozen=True)
@@ -99,13 +110,16 @@ class Ledger:
             if self._database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("its integrity check fails")
             if not self._database.execute("SELECT 1 FROM sqlite_master").fetchone():
+                if (out / "rounds").exists():
+                    raise sqlite3.DatabaseError("it is empty, but its run has begun")
                 self._begin(config)
             known = dict(self._database.execute("SELECT key, value FROM run"))
+            self._check_seals()
         except sqlite3.DatabaseError as error:
             raise CheckpointError(
                 f"{self._path}: cannot be read ({error})", "restore it from a backup, or start a new run in another OUT"
             ) from None
-        if known.get("format") != FORMAT:
+        if known.get("format") != FORMAT or not known.keys() >= {"run_id", "config"}:
             raise CheckpointError(
                 f"{self._path}: written by another version of fedpft", "go on with that version, or use another OUT"
             )
@@ -131,9 +145,7 @@ class Ledger:
     def enter_file(self, path: Path) -> None:
         """Enters a file under OUT that is in place and synced."""
         file = payload(path)
-        self._write(
-            "INSERT OR REPLACE INTO files VALUES (?, ?, ?)", self._name(path), file.sha256.hex(), file.total_bytes
-        )
+        self._write("files", self._name(path), file.sha256.hex(), file.total_bytes, replace=True)
 
     def entered(self, path: Path) -> bool:
         """Whether the file was entered."""
@@ -150,15 +162,8 @@ class Ledger:
 
     def begin_round(self, row: RoundRow) -> None:
         """A round begins, or begins anew."""
-        self._write(
-            "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)",
-            row.round,
-            row.attempt,
-            json.dumps(row.silos),
-            json.dumps(row.present),
-            row.count_inactivity,
-            _now(),
-        )
+        silos, present = json.dumps(row.silos), json.dumps(row.present)
+        self._write("rounds", row.round, row.attempt, silos, present, int(row.count_inactivity), _now())
 
     def last_round(self) -> RoundRow | None:
         """The round that was begun last."""
@@ -173,7 +178,7 @@ class Ledger:
     def enter_update(self, row: UpdateRow) -> None:
         """An update counts. Its file is in place."""
         self._write(
-            "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "updates",
             row.round,
             row.silo,
             row.attempt,
@@ -202,7 +207,7 @@ class Ledger:
 
     def record(self, kind: str, round: int | None, value: Any) -> None:
         """Adds to the journal."""
-        self._write("INSERT INTO journal (kind, round, value) VALUES (?, ?, ?)", kind, round, json.dumps(value))
+        self._write("journal", kind, round, json.dumps(value))
 
     def recorded(self, kind: str) -> list[Any]:
         """The journal's values of a kind, in order."""
@@ -217,11 +222,22 @@ class Ledger:
         values = {"format": FORMAT, "run_id": secrets.token_hex(16), "config": json.dumps(config)}
         with self._database:
             self._database.executescript(f"BEGIN; {SCHEMA}")
-            self._database.executemany("INSERT INTO run VALUES (?, ?)", values.items())
+            for key, value in values.items():
+                self._write("run", key, value)
             self._database.execute("COMMIT")
 
-    def _write(self, statement: str, *values: Any) -> None:
-        self._database.execute(statement, values)
+    def _write(self, table: str, *values: str | int | None, replace: bool = False) -> None:
+        self._database.execute(
+            f"INSERT {'OR REPLACE ' if replace else ''}INTO {table} ({COLUMNS[table]}, seal) "
+            f"VALUES ({'?, ' * len(values)}?)",
+            (*values, _seal(table, values)),
+        )
+
+    def _check_seals(self) -> None:
+        for table, columns in COLUMNS.items():
+            for *values, seal in self._database.execute(f"SELECT {columns}, seal FROM {table}"):
+                if seal != _seal(table, values):
+                    raise sqlite3.DatabaseError(f"a row of {table} is damaged")
 
     def _checked(self, path: Path, sha256: str) -> Payload:
         file = payload(path) if path.is_file() else None
@@ -238,6 +254,10 @@ class Ledger:
 def _update(row: Any) -> UpdateRow:
     values = [*row[:-1], json.loads(row[-1])]
     return UpdateRow(*values)
+
+
+def _seal(table: str, values: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps([table, *values], default=repr).encode()).hexdigest()
 
 
 def _now() -> str:

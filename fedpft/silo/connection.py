@@ -217,6 +217,7 @@ class ServerConnection:
         if isinstance(error, FedPFTError):  # a silo that was merely stopped comes back, and stays expected
             self.leave()
         self._channel.close()
+        self._audit.close()
 
     def _ask(self, rpc: Callable[..., Answer], request: object) -> Answer:
         return self._call(lambda _: rpc(request, metadata=self._metadata, timeout=REPLY_SECONDS))

@@ -42,13 +42,14 @@ def explain(config: SiloConfig) -> str:
         ],
         "In each round that the server picks this silo for": [
             *_adapter(joined, proxy),
+            _row("", "The adapter is made from the data: whoever studies it can learn something of them."),
             _row("samples", "how many of the samples the round's training went through"),
             _row("metrics", ", ".join(config.share.metrics) or "none"),
             *_inactivity(config.share.inactivity, proxy),
         ],
         "When it ends with an error": [_row("notice", "that it leaves; the reason stays here")],
         "Never": [
-            _row("data", "no text, image, label or number of a single sample; no file is read but those in silo.yaml"),
+            _row("data", "no text, image or label, and no number that belongs to one sample"),
             _row("names", "no path or file name of this machine, and no text of its errors or log"),
             _row("connections", "none but to that server, and none from outside: this silo listens on no port"),
         ],
@@ -63,7 +64,7 @@ def explain(config: SiloConfig) -> str:
             _row("limits", "max_local_epochs: 0.5   fewer samples in a round"),
         ],
     }
-    parts = ["What leaves this institution when this silo runs. Nothing was sent to find this out."]
+    parts = ["What leaves this institution when this silo runs. Nothing was sent to print this."]
     parts += ["\n".join([title, *rows]) for title, rows in sections.items()]
     return "\n\n".join(parts)
 
@@ -77,6 +78,7 @@ def _peer(config: SiloConfig) -> list[str]:
     return [
         _row("server", f"{config.server}, over TLS 1.3, with a certificate that {config.tls.ca} signed"),
         _row("known there as", f"{check_certificates(config.tls, 'silo')}, by {config.tls.certificate}"),
+        _row("", "That certificate, this machine's address and gRPC's version show in every connection."),
     ]
 
 

@@ -38,6 +38,7 @@ def run(config: SiloConfig) -> None:
         torch.set_num_threads(config.threads)
     participant: Participant | None = None
     try:
+        # A fault of the disk is explained within the connection, so that the server hears that this silo leaves.
         with opened(config.work) as work, ServerConnection(config) as server, work.explaining_faults():
             enrolment = server.enrol(samples)
             log.info("%s: enrolled at %s with %d samples", name, config.server, samples)

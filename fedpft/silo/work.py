@@ -220,7 +220,8 @@ class Work:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Work]:
     """Makes and locks the directory; two silos in one would send each other's updates."""
-    with atomic.locked(path, "work"):
+    work = Work(path)
+    with atomic.locked(path, "work"), work.explaining_faults():
         for torn in path.glob(".*.part"):  # of a write that was killed
             torn.unlink()
-        yield Work(path)
+        yield work
