@@ -31,7 +31,7 @@ from fedpft.wire.encoding import ENCODINGS, Encoding, encode
 from fedpft.wire.tensors import LARGEST_HEADER_BYTES, TensorFile, check_groups, read_tensors, write_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
 
-LONG = 20_000  # examples of a slow search
+LONG = 5_000  # examples of a slow search
 
 
 def search(examples: int) -> Any:

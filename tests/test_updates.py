@@ -156,9 +156,11 @@ def test_counts_that_nobody_asked_for_are_refused(make: Maker) -> None:
         check_update(make(counts=COUNTS), {})
 
 
-def test_more_samples_than_any_count_holds_are_refused(make: Maker) -> None:
+@pytest.mark.parametrize("enrolled", [None, 2**64])
+def test_more_samples_than_any_count_holds_are_refused(enrolled: int | None, make: Maker) -> None:
+    """Whatever the silo said when it enrolled: the mean could not hold them."""
     with pytest.raises(InvalidUpdate, match="trained on 18446744073709551615 samples"):
-        check_update(make(samples=2**64 - 1), NEURONS)
+        check_update(make(samples=2**64 - 1), NEURONS, most_samples=enrolled)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

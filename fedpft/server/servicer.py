@@ -2,6 +2,7 @@
 
 # ruff: noqa: N802, D102  (the methods are named and described in the proto)
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -109,7 +110,8 @@ class FederationServicer:
             verdict = self._live.judge(_arrival(silo, header))
             match verdict:
                 case federation.Accept():
-                    offset = self._inbox.offered(silo, header)
+                    with self._out_of_the_round(silo, header.round):
+                        offset = self._inbox.offered(silo, header)
                     return pb.OfferUpdateResponse(verdict=pb.OfferUpdateResponse.VERDICT_SEND, offset=offset)
                 case federation.Duplicate():
                     counted = pb.OfferUpdateResponse.VERDICT_COUNTED
@@ -136,13 +138,8 @@ class FederationServicer:
                     watchdog.rearm()
                     yield part.chunk
 
-            try:
-                with watchdog.guarding(context):
-                    update = self._inbox.receive(silo, header, chunks(), enrolled_samples=self._live.samples(silo))
-            except InvalidUpdate as error:
-                self._audit.append("refused", peer=silo, round=header.round, reason=error.message)
-                self._live.fail(silo, error.message, header.round)
-                raise
+            with watchdog.guarding(context), self._out_of_the_round(silo, header.round):
+                update = self._inbox.receive(silo, header, chunks(), enrolled_samples=self._live.samples(silo))
             verdict = self._live.take(_arrival(silo, header), lambda: self._inbox.keep(update, header))
             self._audit.append(
                 "received",
@@ -163,6 +160,16 @@ class FederationServicer:
         with answering(context):
             self._live.fail(self._enrolled(context), "it left; its own log says why")
             return pb.LeaveResponse()
+
+    @contextlib.contextmanager
+    def _out_of_the_round(self, silo: str, round: int) -> Iterator[None]:
+        """A silo whose update cannot be used is not waited for."""
+        try:
+            yield
+        except InvalidUpdate as error:
+            self._audit.append("refused", peer=silo, round=round, reason=error.message)
+            self._live.fail(silo, error.message, round)
+            raise
 
     def _train(self, round: int, attempt: int) -> pb.Train:
         outbox = self._outbox

@@ -125,7 +125,7 @@ def check_update(
         InvalidUpdate: naming silo and tensor.
         TransferCorrupt: the file is none.
     """
-    _check_numbers(update, LARGEST_COUNT if most_samples is None else most_samples)
+    _check_numbers(update, min(most_samples or LARGEST_COUNT, LARGEST_COUNT))
     counts = [name for name in update.file.specs if name.startswith("inactivity/")]
     wanted = {
         f"{group}/{name}": spec
