@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import platform
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ from fedpft.proxy import apply_patch, parameter_counts, patch
 from fedpft.report import write_report
 from fedpft.server.construction import Built, Owner, Record, build_proxy, load_built, load_owner, record_gap
 from fedpft.server.egress import Egress
-from fedpft.server.ledger import Ledger
+from fedpft.server.ledger import LEDGER_FILE, Ledger
 from fedpft.server.service import FederationServer
 from fedpft.server.updates import Update, aggregate
 from fedpft.subffn import sub_ffns
@@ -62,20 +63,40 @@ def run(config: ServerConfig) -> dict[str, Any]:
     """
     if config.tls is not None:
         check_certificates(config.tls, "server")
-    with atomic.locked(config.out, "out"), contextlib.closing(Ledger(config.out, _identity(config))) as ledger:
+    with atomic.locked(config.out, "out"):
         for torn in config.out.rglob(".*.part"):  # of writes that were killed
             torn.unlink()
-        if ledger.recorded("finished"):
-            log.info("%s: this run is finished; a new one needs another `out`", config.out)
-            summary: dict[str, Any] = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
+        begun = (config.out / LEDGER_FILE).exists()
+        if begun and (summary := _finished(config)) is not None:
             return summary
         check_listen(config.listen)
         record = Record()
         with record.timed("load"):
             owner = load_owner(config)
-        built = _proxy(config, owner, ledger)
+        directory = config.proxy_path or config.out / "proxy"
+        if not begun and config.proxy_path is None:
+            build_proxy(config, owner, directory)
+        # Read back even if it was built just now, so that a restart begins with the same bits. Only here does a run
+        # begin: whatever was wrong up to this point can be mended and tried again in the same directory.
+        built = load_built(config, directory)
         built.record.seconds |= record.seconds
-        return _Run(config, owner, built, ledger).complete()
+        with _opened(config) as ledger:
+            _check_proxy(directory, ledger)
+            return _Run(config, owner, built, ledger).complete()
+
+
+def _opened(config: ServerConfig) -> AbstractContextManager[Ledger]:
+    return contextlib.closing(Ledger(config.out, _identity(config)))
+
+
+def _finished(config: ServerConfig) -> dict[str, Any] | None:
+    """The summary of a run that is finished."""
+    with _opened(config) as ledger:
+        if not ledger.recorded("finished"):
+            return None
+    log.info("%s: this run is finished; a new one needs another `out`", config.out)
+    summary: dict[str, Any] = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
+    return summary
 
 
 def _identity(config: ServerConfig) -> dict[str, Any]:
@@ -86,20 +107,16 @@ def _identity(config: ServerConfig) -> dict[str, Any]:
     }
 
 
-def _proxy(config: ServerConfig, owner: Owner, ledger: Ledger) -> Built:
-    """The proxy, always as read from its directory, so that it is the same after a restart; built if need be."""
-    directory = config.proxy_path or config.out / "proxy"
+def _check_proxy(directory: Path, ledger: Ledger) -> None:
+    """Enters the proxy in the ledger; CheckpointError if another one stands there."""
+    found = digest(payload(path).announcement() for path in sorted(directory.rglob("*")) if path.is_file())
     recorded = ledger.recorded("proxy")
-    if not recorded and config.proxy_path is None:
-        build_proxy(config, owner, directory)
-    files = [payload(path).announcement() for path in sorted(directory.rglob("*")) if path.is_file()]
     if not recorded:
-        ledger.record("proxy", None, digest(files))
-    elif recorded != [digest(files)]:
+        ledger.record("proxy", None, found)
+    elif recorded != [found]:
         raise CheckpointError(
             f"{directory}: is not the proxy that this run began with", "restore it from a backup, or start a new run"
         )
-    return load_built(config, directory)
 
 
 def final_metrics(owner: Owner, built: Built, batch: int) -> dict[str, Metrics]:
