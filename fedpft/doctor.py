@@ -17,7 +17,7 @@ from fedpft import atomic, kernels
 from fedpft.config import ServerConfig, SiloConfig, TlsSection, load_server_config, load_silo_config
 from fedpft.datafiles import read_rows
 from fedpft.datasets import read_label_list, read_labelled, read_unlabelled
-from fedpft.errors import CertificateError, ConfigError, FedPFTError, ModelError, PortInUse
+from fedpft.errors import CertificateError, ConfigError, FedPFTError, ModelError, PortInUse, RefusedByServer
 from fedpft.kernels.check import check_operators
 from fedpft.server.run import VERSIONED
 from fedpft.wire.certificates import Role, exposure, read_kit, read_revoked
@@ -192,7 +192,13 @@ def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
 
 
 def _connection(config: SiloConfig) -> Greeting:
-    return greet(config.server, config.tls, name=config.insecure_name, timeout_seconds=CONNECT_SECONDS)
+    greeting = greet(config.server, config.tls, name=config.insecure_name, timeout_seconds=CONNECT_SECONDS)
+    there, here = greeting.package_version, fedpft.__version__
+    if there.split(".")[:2] != here.split(".")[:2]:
+        raise RefusedByServer(
+            f"{config.server} runs fedpft {there}, this machine {here}", f"install fedpft {there} here"
+        )
+    return greeting
 
 
 def _greeting(config: SiloConfig, greeting: Greeting) -> str:

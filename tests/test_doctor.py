@@ -20,6 +20,7 @@ from fedpft.errors import (
     FedPFTError,
     ModelError,
     PortInUse,
+    RefusedByServer,
     ServerUnreachable,
 )
 from fedpft.provision import provision, renew, revoke
@@ -203,9 +204,16 @@ def test_a_server_that_does_not_answer_is_named(examine, silo_yaml, address, mon
     assert "clock" not in found
 
 
+def test_another_version_at_the_server_is_named(examine, silo_yaml, monkeypatch):
+    monkeypatch.setattr(doctor, "greet", lambda *_, **__: Greeting("99.1.0", 0.0, 0.1))
+    code, found = examine(silo_yaml)
+    assert code == RefusedByServer.exit_code
+    assert "install fedpft 99.1.0" in found["connection"][1]
+
+
 @pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
 def test_a_clock_that_is_off_worries(ahead, examine, silo_yaml, monkeypatch):
-    monkeypatch.setattr(doctor, "greet", lambda *_, **__: Greeting("0", ahead, 0.1))
+    monkeypatch.setattr(doctor, "greet", lambda *_, **__: Greeting(fedpft.__version__, ahead, 0.1))
     code, found = examine(silo_yaml)
     assert code == 0
     assert found["clock"][0] == "warning"

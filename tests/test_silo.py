@@ -370,7 +370,7 @@ def test_a_stalled_stream_is_given_up_and_goes_on(server: Server, file: pb.File,
 def test_a_withdrawn_file_ends_the_round_only(
     connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
 ) -> None:
-    server.mischief["FetchFile"] = [lambda context: context.abort(grpc.StatusCode.NOT_FOUND, "gone")]
+    server.mischief["FetchFile"] = [refusing(RoundOver("gone", "ask for the next task"))]
     with pytest.raises(RoundOver, match="gone"):
         connection.fetch(file, tmp_path / "there")
 

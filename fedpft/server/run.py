@@ -278,6 +278,7 @@ class _Run:
         entry = {"round": number, "loss": losses, "gaps": gaps}
         ledger.record("alignment", number, entry)
         self.server.publish_patch()
+        ledger.snapshot_path(version - 1).unlink(missing_ok=True)
         return entry
 
     def _snapshot(self) -> dict[str, Tensor]:

@@ -34,7 +34,6 @@ CODES: dict[type[FedPFTError], grpc.StatusCode] = {
 CLASSES = {code: kind for kind, code in CODES.items()} | {
     grpc.StatusCode.DEADLINE_EXCEEDED: ServerUnreachable,
     grpc.StatusCode.CANCELLED: ServerUnreachable,  # a server that shuts down ends the calls that are open
-    grpc.StatusCode.NOT_FOUND: RoundOver,  # a file that is not announced any more
 }
 
 REMEDY_KEY = "fedpft-remedy-bin"
