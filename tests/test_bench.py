@@ -1,4 +1,4 @@
-"""The measuring instrument: `bench.kernels` end to end on tiny sizes, and what it does with candidates that fail."""
+"""The measuring instruments, end to end on tiny sizes, and what they do with candidates that fail."""
 
 import json
 import math
@@ -12,6 +12,8 @@ import torch
 
 from bench import kernels as bench_kernels
 from bench import measure, render
+from bench import soak as bench_soak
+from bench import transport as bench_transport
 from bench.peers import Prepared, close
 from fedpft.kernels.schemas import SCHEMAS
 
@@ -103,3 +105,63 @@ def test_candidates_are_timed_in_turns_over_all_sets() -> None:
     assert [name for _, name in calls] == ["a", "b"] * 5  # one round warms up
     assert [i for i, _ in calls] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
     assert times["a"].repetitions == 4
+
+
+@pytest.fixture(scope="module")
+def transport(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    place = tmp_path_factory.mktemp("transport")
+    command = [
+        sys.executable,
+        "-m",
+        "bench.transport",
+        "--quick",
+        "--work",
+        str(place),
+        "--json",
+        str(place / "x.json"),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240)
+    assert [path.name for path in place.iterdir()] == ["x.json"]
+    found: dict[str, Any] = json.loads((place / "x.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_every_transfer_stands_beside_its_bare_stream(transport: dict[str, Any]) -> None:
+    rows = {(row["way"], row["silos"], row["kind"]): row for row in transport["transfers"]}
+    assert rows.keys() == {(w, n, k) for w in ("down", "up") for n in (1, 2) for k in ("bare", "bare, kept", "ours")}
+    for row in rows.values():
+        assert all(seconds > 0 for seconds in row["seconds"])
+        assert (
+            row["of_bare"]
+            == row["total_bytes_per_second"] / rows[row["way"], row["silos"], "bare"]["total_bytes_per_second"]
+        )
+
+
+def test_memory_and_rounds_are_measured_for_each_number_of_silos(transport: dict[str, Any]) -> None:
+    assert [row["silos"] for row in transport["memory"]] == [row["silos"] for row in transport["empty"]] == [1, 2]
+    for row in transport["memory"]:
+        assert row["server"]["peak_bytes"] >= row["server"]["before_bytes"] > 0
+    assert all(len(row["round_seconds"]) == 2 for row in transport["empty"])
+    assert [row["silos"] for row in transport["others"]] == [1, 3, 3]
+
+
+def test_the_transport_file_alone_is_enough_for_its_page(transport: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- measured -->\nold\n<!-- /measured -->\nbelow\n", encoding="utf-8")
+    bench_transport.write_docs(transport, page)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("above\n<!-- measured -->\nMeasured on")
+    assert text.endswith("|\n<!-- /measured -->\nbelow\n")
+    assert "old" not in text
+    assert "NVIDIA FLARE 2.9" in text
+
+
+def test_kills_are_drawn_from_the_seed() -> None:
+    silos = ["a", "b", "c"]
+    drawn = bench_soak.plan(silos, rounds=50, kills=12, seed=1)
+    assert drawn == bench_soak.plan(silos, rounds=50, kills=12, seed=1) != bench_soak.plan(silos, 50, 12, seed=2)
+    assert len(drawn) == 12
+    assert [kill.round for kill in drawn] == sorted(kill.round for kill in drawn)
+    assert drawn[0].victim == bench_soak.SERVER
+    assert {kill.victim for kill in drawn[1:]} > {bench_soak.SERVER}
+    assert all(1 <= kill.round < 45 for kill in drawn)

@@ -1,5 +1,6 @@
 """The round state machine among threads: one lock, one condition, and the log."""
 
+import collections
 import logging
 import threading
 from collections.abc import Callable, Collection
@@ -36,7 +37,10 @@ class LiveFederation:
 
     def __init__(self, federation: Federation) -> None:
         self._federation = federation
-        self._changed = threading.Condition()  # on a re-entrant lock
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        # A silo's thread is woken only when there is something for that silo: n silos would else wake n threads each.
+        self._tasks: dict[str, threading.Condition] = collections.defaultdict(lambda: threading.Condition(lock))
         self._outcome: Aggregate | LoseQuorum | None = None
         self._samples: dict[str, int] = {}
         self._told: set[str] = set()
@@ -55,6 +59,9 @@ class LiveFederation:
                 if isinstance(action, Aggregate | LoseQuorum):
                     self._outcome = action
             self._changed.notify_all()
+            for silo, waiting in self._tasks.items():
+                if self._federation.task(silo) != Wait():
+                    waiting.notify_all()
             return actions
 
     def enrol(self, silo: str, samples: int) -> None:
@@ -109,13 +116,15 @@ class LiveFederation:
         """Blocks until the silo has something to do, or no longer listens, or the time is over."""
         with self._changed:
             self.handle(Enrolled(silo))
-            self._changed.wait_for(lambda: self._federation.task(silo) != Wait() or not listening(), timeout_seconds)
+            self._tasks[silo].wait_for(
+                lambda: self._federation.task(silo) != Wait() or not listening(), timeout_seconds
+            )
             return self._federation.task(silo)
 
-    def wake(self) -> None:
-        """Lets every waiting thread look again."""
+    def wake(self, silo: str) -> None:
+        """Lets the threads that wait for this silo's task look again."""
         with self._changed:
-            self._changed.notify_all()
+            self._tasks[silo].notify_all()
 
     def judge(self, update: UpdateArrived) -> Verdict:
         """What `take` would answer now; changes nothing."""

@@ -81,7 +81,7 @@ class FederationServicer:
     def NextTask(self, request: pb.NextTaskRequest, context: grpc.ServicerContext) -> pb.NextTaskResponse:
         with answering(context):
             silo = self._enrolled(context)
-            context.add_callback(self._live.wake)
+            context.add_callback(lambda: self._live.wake(silo))
             task = self._live.await_task(silo, POLL_SECONDS, context.is_active)
             if isinstance(task, federation.Finished | federation.Aborted):
                 self._live.tell(silo)
