@@ -460,7 +460,7 @@ class Deployment:
 
     def await_end(self) -> None:
         """All end, and well."""
-        await_("all to end", lambda: all([party.has_ended_well() for party in self.parties]))
+        await_("all to end", lambda: all(party.has_ended_well() for party in self.parties))
 
     def __enter__(self) -> "Deployment":
         return self
