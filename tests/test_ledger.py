@@ -156,6 +156,14 @@ def test_a_ledger_that_was_cut_is_refused(kept: int, written: bytes, tmp_path: P
     assert "backup" in caught.value.remedy
 
 
+def test_a_ledger_whose_damage_python_cannot_even_print_is_refused(written: bytes, tmp_path: Path) -> None:
+    """SQLite quotes the damaged text, which is not UTF-8, and Python fails over the message."""
+    damaged = written.replace(b"CREATE TABLE journal", b"CREATE\x80TABLE journal")
+    assert damaged != written
+    with pytest.raises(CheckpointError, match=r"ledger\.sqlite: cannot be read"):
+        opened(damaged, tmp_path / "out")
+
+
 @pytest.mark.parametrize("fault", ["empty", "missing"])
 def test_a_run_that_has_lost_its_ledger_does_not_begin_anew(fault: str, ledger: Ledger) -> None:
     ledger.close()

@@ -115,7 +115,7 @@ class Ledger:
                 self._begin(config)
             known = dict(self._database.execute("SELECT key, value FROM run"))
             self._check_seals()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter over damaged text in SQLite's own message
             raise CheckpointError(
                 f"{self._path}: cannot be read ({error})", "restore it from a backup, or start a new run in another OUT"
             ) from None
