@@ -28,4 +28,4 @@ def weighted_mean(terms: Iterable[tuple[Tensor, int]]) -> Tensor:
         samples, dtype = samples + weight, tensor.dtype
     if total is None:
         raise ValueError("there is no term")
-    return (total / samples).to(dtype)
+    return total.div_(samples).to(dtype)

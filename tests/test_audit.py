@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedpft import audit
+from fedpft import audit, cli
 from fedpft.audit import AuditLog, verify
 from fedpft.errors import CheckpointError
 
@@ -208,6 +208,26 @@ def test_the_table_shows_what_went_to_whom(tmp_path: Path) -> None:
     assert "12345" in row
     assert row.endswith("note=?[2J")
     assert "north: 12345 bytes sent, 0 received" in audit.format_summary(verify(tmp_path / "log"))
+
+
+def test_the_command_prints_the_log_and_ends_with_the_code_of_a_broken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = write(tmp_path / "log")
+    monkeypatch.setattr(sys, "argv", ["fedpft", "audit", str(tmp_path / "log")])
+    assert cli.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.count("adapter.safetensors") == 4
+    assert f"head: {json.loads(lines[-1])['hash']}" in printed
+    (tmp_path / "log").write_bytes(b"".join([lines[0], *lines[2:]]))
+    assert cli.main() == CheckpointError.exit_code
+    assert "line 2 does not follow" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["fedpft", "audit", str(tmp_path / "other"), "--since", "2999"])
+    write(tmp_path / "other")
+    assert cli.main() == 0
+    printed = capsys.readouterr().out
+    assert "adapter.safetensors" not in printed
+    assert "4 lines, all in order" in printed
 
 
 def test_a_missing_log_is_named(tmp_path: Path) -> None:

@@ -87,9 +87,11 @@ class Update:
 def aggregate(updates: Sequence[Update]) -> Adapter:
     """The mean of a round's trained adapters, weighted by samples, added in the order of the silos' names."""
     ordered = sorted(updates, key=lambda update: update.silo)
-    return {
-        name: weighted_mean((update.tensor(name), update.samples) for update in ordered) for name in ordered[0].specs
-    }
+    # What stays is allocated before what goes: otherwise the heap is left with holes between the results.
+    mean = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in ordered[0].specs.items()}
+    for name, tensor in mean.items():
+        tensor.copy_(weighted_mean((update.tensor(name), update.samples) for update in ordered))
+    return mean
 
 
 def compressed_neurons(bundle: Path) -> dict[int, int]:
