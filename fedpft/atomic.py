@@ -33,6 +33,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def locked(directory: Path, key: str) -> Iterator[None]:
     """Makes a directory and keeps other processes that ask for it out; the lock ends with the process.
 
+    A directory into which nothing else was put is removed again.
+
     Args:
         key: what the directory is called in the process's YAML file.
 
@@ -51,7 +53,12 @@ def locked(directory: Path, key: str) -> Iterator[None]:
             raise ConfigError(
                 f"{directory} is in use by another process", f"stop that one, or give each its own `{key}`"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in directory.iterdir()] == ["lock"]:
+                (directory / "lock").unlink()
+                directory.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -39,11 +39,11 @@ TICK = 0.01
 PIECE = 1 << 16
 
 
-def await_(what: str, condition: Callable[[], Any]) -> Any:
-    """Waits for a condition to be true; AssertionError after PATIENCE."""
-    end = time.monotonic() + PATIENCE
+def await_(what: str, condition: Callable[[], Any], patience: float = PATIENCE) -> Any:
+    """Waits for a condition to be true; AssertionError after some seconds."""
+    end = time.monotonic() + patience
     while not (found := condition()):
-        assert time.monotonic() < end, f"waited {PATIENCE:g} s for {what}"
+        assert time.monotonic() < end, f"waited {patience:g} s for {what}"
         time.sleep(TICK)
     return found
 
@@ -364,7 +364,8 @@ class Party:
         os.kill(self._process.pid, number)
 
     def kill(self) -> None:
-        self.signal(signal.SIGKILL)
+        if self.alive:
+            self.signal(signal.SIGKILL)
         assert self.await_end() == -signal.SIGKILL
         self.release()
 
@@ -394,6 +395,13 @@ class Party:
 
     def _has(self, pattern: str) -> bool:
         return re.search(pattern, self.log) is not None or self.has_failed()
+
+    @property
+    def was_killed(self) -> bool:
+        """By kill -9; AssertionError if it ended badly otherwise."""
+        code = self._process.exitcode
+        assert code in (None, 0, -signal.SIGKILL), f"{self.name} ended with exit code {code}"
+        return code == -signal.SIGKILL
 
     def has_ended_well(self) -> bool:
         """AssertionError if it has ended otherwise."""
@@ -452,7 +460,7 @@ class Deployment:
 
     def await_end(self) -> None:
         """All end, and well."""
-        await_("all to end", lambda: all([party.has_ended_well() for party in self.parties]))
+        await_("all to end", lambda: all(party.has_ended_well() for party in self.parties))
 
     def __enter__(self) -> "Deployment":
         return self

@@ -1,7 +1,8 @@
 """Faults of every kind at every moment of a federation, on real processes over loopback.
 
-    {server, silo} x {before, during, after} x {enrol, proxy download, training, upload, aggregation, alignment, plug-in}
-    x {kill -9, pause, connection cut, slow link, duplicate, corrupt byte}
+    {server, silo} x {before, during, after}
+    x {enrol, proxy download, training, upload, aggregation, alignment, plug-in}
+    x {kill -9, of one process or of all, pause, connection cut, slow link, duplicate, corrupt byte}
 
 MOMENTS names the moments, FAULTS the faults, `makes_sense` says which pairs are left out and why. Whatever happens,
 every run has to end as the undisturbed one did (`check`): the same bytes, every update counted once, every process
@@ -28,9 +29,13 @@ from typing import Any
 import pytest
 import tiny
 import transformers
-from faults import Deployment, Link, Party
+from faults import PATIENCE, Deployment, Link, Party, await_
 
 from fedpft import audit
+from fedpft.errors import CheckpointError, ConfigError
+from fedpft.provision import provision
+from fedpft.proxy import apply_patch, load_proxy
+from fedpft.wire.tensors import read_tensors
 
 SILOS = ("north", "south")
 CHUNK = 1 << 20
@@ -202,7 +207,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Result:
     """What must not depend on any fault.
 
-    files: SHA-256 of all that a federation leaves for good. updates: (round, silo, SHA-256, samples) of each that counts.
+    files: SHA-256 of all that a federation leaves for good.
+    updates: (round, silo, SHA-256, samples) of each that counts.
     down: bytes that went to each silo, over all of its connections.
     """
 
@@ -347,6 +353,19 @@ def kill(running: Deployment, party: str, moment: Moment) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def outage(running: Deployment, party: str, moment: Moment) -> Iterator[None]:
+    """kill -9 of every process at once."""
+    killed = [each for each in running.parties if each.alive]
+    for each in killed:
+        each.signal(signal.SIGKILL)
+    for each in killed:
+        each.kill()
+    yield
+    for each in killed:
+        each.start()
+
+
+@contextlib.contextmanager
 def pause(running: Deployment, party: str, moment: Moment) -> Iterator[None]:
     """SIGSTOP, and SIGCONT when the others have gone on for a while."""
     the(running, party).signal(signal.SIGSTOP)
@@ -396,6 +415,7 @@ def corrupt(running: Deployment, party: str, moment: Moment) -> Iterator[None]:
 
 FAULTS: dict[str, Fault] = {
     "kill": kill,
+    "outage": outage,
     "pause": pause,
     "cut": cut,
     "slow": slow,
@@ -411,6 +431,8 @@ def makes_sense(party: str, moment: Moment, fault: str) -> bool:
         return False  # nothing passes any more but the farewell, which `kill` covers
     if fault == "slow" and moment.phase not in ("proxy download", "upload", "alignment"):
         return False  # a slow link shows where much passes: the proxy, the update, the patch with the next adapter
+    if fault == "outage":
+        return party == "server" and moment.phase != "plug-in"  # by then the silos are gone, and `kill` is the same
     if fault == "duplicate":
         return party == "north" and moment.what == "counted, not acknowledged"  # only updates are ever sent twice
     if fault == "corrupt":
@@ -453,6 +475,30 @@ def run(running: Deployment, rows: Sequence[Row]) -> None:
             row.moment.release(running)
 
 
+# What `make test` has of the table: fault-party, and the moments by their third name.
+BRIEF = {
+    "kill-server": "proxy not noted; noted, not answered; half of it; step 2; mean not entered; patch without snapshot",
+    "kill-north": "first byte; noted, not answered; half of it; step 2; whole, not counted; recorded",
+    "cut-server": "noted, not answered; half of it; whole, not counted; mean not in place; recorded",
+    "outage-server": "half of it; whole, not counted; snapshot not entered",
+    "pause-north": "half of it; step 2; counted, not acknowledged",
+    "slow-north": "half of it; recorded",
+    "duplicate-north": "counted, not acknowledged",
+    "corrupt-north": "half of it; recorded",
+}
+
+
+@pytest.mark.parametrize("name", BRIEF)
+def test_faults_one_after_the_other(name: str, inputs: Path, tmp_path: Path, reference: Result) -> None:
+    fault, party = name.split("-")
+    rows = [
+        row for row in ROWS if (row.party, row.fault) == (party, fault) and row.moment.what in BRIEF[name].split("; ")
+    ]
+    with deployment(inputs, tmp_path) as running:
+        run(running, rows)
+        check(running, reference, [fault] * len(rows))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_one_fault(row: Row, inputs: Path, tmp_path: Path, reference: Result) -> None:
@@ -461,12 +507,264 @@ def test_one_fault(row: Row, inputs: Path, tmp_path: Path, reference: Result) ->
         check(running, reference, [row.fault])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("party", ["server", "north"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_in_a_row(fault: str, party: str, inputs: Path, tmp_path: Path, reference: Result) -> None:
+def test_every_moment_in_one_federation(
+    fault: str, party: str, inputs: Path, tmp_path: Path, reference: Result
+) -> None:
     rows = [row for row in ROWS if (row.party, row.fault) == (party, fault)]
     if not rows:
-        pytest.skip("only a silo sends anything twice")
+        pytest.skip("the table has no such rows")
     with deployment(inputs, tmp_path) as running:
         run(running, rows)
         check(running, reference, [fault] * len(rows))
+
+
+# --- killed again and again -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def int8_reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The same with updates in int8 blocks, whose rounding errors a silo must carry from round to round."""
+    with int8_deployment(inputs, tmp_path_factory.mktemp("int8")) as undisturbed:
+        undisturbed.start()
+        undisturbed.await_end()
+        return result(undisturbed)
+
+
+def int8_deployment(inputs: Path, directory: Path) -> Deployment:
+    training = server_settings(inputs)["training"] | {"rounds": 3, "update_encoding": "int8"}
+    return deployment(inputs, directory, training=training, alignment={"every_rounds": 2, "steps": 2, "batch": 8})
+
+
+@pytest.mark.parametrize("stride", [13, *(pytest.param(stride, marks=pytest.mark.slow) for stride in (1, 2, 3, 5, 7))])
+def test_killed_again_and_again(stride: int, inputs: Path, tmp_path: Path, int8_reference: Result) -> None:
+    """Each process gets a little further each time, and the others do not wait for it."""
+    kills = 0
+    with int8_deployment(inputs, tmp_path) as running:
+        die_at = dict.fromkeys(running.parties, 0)
+
+        def all_ended() -> bool:
+            nonlocal kills
+            for party in die_at:
+                if party.was_killed:
+                    kills += 1
+                    die_at[party] += stride
+                    party.start(die_at=die_at[party])
+            return not any(party.alive for party in die_at)
+
+        for party in die_at:
+            die_at[party] = stride
+            party.start(die_at=stride)
+        await_("all to end", all_ended, patience=10 * PATIENCE)
+        check(running, int8_reference, ["kill"] * kills)
+    assert kills >= 3
+
+
+# --- stops by hand ----------------------------------------------------------------------------------------------------
+
+
+def test_stopped_in_a_round_and_started_again(inputs: Path, tmp_path: Path, reference: Result) -> None:
+    with deployment(inputs, tmp_path) as running:
+        server, north = running.server, running.silos["north"]
+        north.halt_at(r"^optimizer step 2 ")
+        running.start()
+        north.await_halt()
+
+        second = Party("second-server", "fedpft.server", server.config).start(as_a_command=True)
+        assert second.await_end() == ConfigError.exit_code
+        assert "in use by another process" in server.log
+        twin = Party("second-north", "fedpft.silo", north.config).start()
+        assert twin.await_end() == ConfigError.exit_code
+
+        server.signal(signal.SIGTERM)
+        assert server.await_end() == 143
+        assert "stopped with 0 of 2 rounds closed; the same command goes on from there" in server.log
+        north.halt_at(r"^before replace .*/update.json")
+        north.release()
+        north.await_halt()
+        north.signal(signal.SIGTERM)
+        north.release()
+        assert north.await_end() == 143
+        assert "stopped in round 1; run it again, it goes on from there" in north.log
+
+        server.halt_at(r"^before sql INSERT INTO updates .*\(2, 'north'")  # an update arrives while the server stops
+        server.start()
+        north.start()
+        server.await_halt()
+        server.signal(signal.SIGINT)
+        time.sleep(0.5)
+        server.release()
+        assert server.await_end() == 130
+        assert "stopped with 1 of 2 rounds closed" in server.log
+
+        server.start()
+        check(running, reference, ["kill"] * 4)
+
+        server.start()  # once more: the run is over, and nothing happens to it
+        assert server.await_end() == 0
+        assert server.stdout.splitlines()[-5:] == server.stdout.splitlines()[-10:-5]
+        check(running, reference, ["kill"] * 4)
+
+
+# --- a silo that is late, or away -------------------------------------------------------------------------------------
+
+
+def test_late_silo_is_refused_goes_and_catches_up(inputs: Path, tmp_path: Path) -> None:
+    settings = {
+        "training": server_settings(inputs)["training"] | {"rounds": 3},
+        "federation": {"silos": list(SILOS), "min_silos": 1, "round_deadline_seconds": 12.0},
+    }
+    with deployment(inputs, tmp_path, **settings) as running:
+        server, north, south = running.server, running.silos["north"], running.silos["south"]
+        south.halt_at(r"^optimizer step 2 ")
+        north.halt_at(r"^optimizer step 2 after north: round 1 of 3: sent")
+        running.start()
+        south.await_halt()
+        north.await_halt()  # round 2: the deadline of round 1 has passed without south
+        assert re.search(r"round 1: 1 updates", server.log)
+        south.release()
+        south.await_log(r"too late: round 1 is over")
+        assert "south: refused: round 1 is over" in server.log
+        south.kill()
+        south.start()
+        south.await_log(r"the update of before the restart does not count: round 1 is over")
+        carried = running.links["south"].up.passed
+        await_("south to ask for its next task", lambda: running.links["south"].up.passed > carried)
+        north.release()
+        running.await_end()
+        found = result(running)
+        assert [update[:2] for update in found.updates] == [(1, "north"), (2, "north"), (3, "north"), (3, "south")]
+        fetched = [
+            entry.fields["file"]
+            for entry in audit.read(running.work("south") / "audit.jsonl")
+            if "file" in entry.fields
+        ]
+        assert "snapshot-2.safetensors" in fetched
+        assert not [name for name in fetched if name.startswith("patch")]
+        one_by_one, at_once = (load_proxy(running.out / "proxy" / "bundle").model for _ in range(2))
+        for patch in ("patch-1", "patch-2"):
+            apply_patch(one_by_one, read_tensors(running.out / "patches" / f"{patch}.safetensors", "patch"))
+        apply_patch(at_once, read_tensors(running.out / "patches" / "snapshot-2.safetensors", "patch"))
+        assert not tiny.changed(one_by_one.state_dict(), at_once.state_dict())
+
+
+# --- files that are not as they were ----------------------------------------------------------------------------------
+
+
+def damage(path: Path) -> None:
+    """One bit in the middle; of the ledger, the half of it that is gone."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if path.suffix == ".sqlite":
+        path.write_bytes(content[:middle])
+    else:
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+def test_files_that_changed_are_named_and_refused_or_made_again(
+    inputs: Path, tmp_path: Path, reference: Result
+) -> None:
+    with deployment(inputs, tmp_path) as running:
+        server, north = running.server, running.silos["north"]
+        server.halt_at(r"^after sql INSERT INTO updates .*\(2, 'north'")
+        running.start()
+        server.await_halt()
+        for party in running.parties:
+            party.kill()
+
+        out = running.out
+        with contextlib.closing(sqlite3.connect(out / "ledger.sqlite")) as ledger:
+            ledger.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else what is damaged next would lie in the log as well
+        (update,) = (out / "updates" / "round-2").glob("north-*")
+        inside = ("ledger.sqlite", "rounds/1/adapter.safetensors", "patches/patch-1.safetensors")
+        inside += ("patches/snapshot-1.safetensors", "proxy/bundle/model.safetensors", "proxy/selection.safetensors")
+        for path in (*(out / name for name in inside), update):
+            content = path.read_bytes()
+            damage(path)
+            server.start()
+            assert server.await_end() == CheckpointError.exit_code, path
+            named = str(out / "proxy") if "/proxy/" in str(path) else str(path)
+            assert f"error: {named}: " in server.log.splitlines()[-1]
+            for left in out.glob("ledger.sqlite-*"):
+                left.unlink()
+            path.write_bytes(content)
+
+        damage(running.work("north") / "update.safetensors")
+        (proxy,) = running.work("north").glob("proxy-*/model.safetensors")
+        damage(proxy)
+        for party in running.parties:
+            party.start()
+        check(running, reference, ["kill", "corrupt", "corrupt"])
+        assert "update.safetensors is not as it was written" in north.log
+
+
+# --- TLS --------------------------------------------------------------------------------------------------------------
+
+
+def test_damage_under_tls_breaks_the_connection_and_nothing_else(
+    inputs: Path, tmp_path: Path, reference: Result
+) -> None:
+    """A flipped bit in either handshake, in the proxy and in an update."""
+    provision(tmp_path / "kits", SILOS)
+
+    def kit(directory: Path) -> dict[str, Any]:
+        return {"tls": {part: str(directory / f"{part}.pem") for part in ("ca", "certificate", "key")}}
+
+    server = server_settings(inputs) | kit(tmp_path / "kits" / "server")
+    silos = {name: silo_settings(inputs, name) | kit(tmp_path / "kits" / "silos" / name) for name in SILOS}
+    for settings in (server, *silos.values()):
+        settings["insecure_loopback"] = False
+        settings.pop("insecure_name", None)
+    with Deployment(tmp_path, server, silos) as running:
+        north, link = running.silos["north"], running.links["north"]
+        north.halt_at(r"^log north: enrolled")
+        running.server.halt_at(r"^after replace .*/address")
+        running.server.start()
+        running.server.await_halt()
+        link.flip(up=300)
+        running.links["south"].flip(down=700)
+        for silo in running.silos.values():
+            silo.start()
+        running.server.release()
+        north.await_halt()
+        assert link.up.flipped.is_set()
+        assert running.links["south"].down.flipped.is_set()
+        link.flip(down=2_000_000)
+        north.halt_at(r"^after replace .*/update.json")
+        north.release()
+        north.await_halt()
+        assert link.down.flipped.is_set()
+        link.flip(up=1_500_000)
+        north.release()
+        check(running, reference, ["corrupt"] * 4)
+        assert link.up.flipped.is_set()
+
+
+# --- longer than any keep-alive ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("party", ["server", "north", "link"])
+@pytest.mark.parametrize("what", ["half of it", "step 2", "recorded"])
+def test_silence_for_longer_than_the_keepalive(
+    what: str, party: str, inputs: Path, tmp_path: Path, reference: Result
+) -> None:
+    """A machine that sleeps, or a middlebox that drops everything without a word."""
+    moment = next(moment for moment in MOMENTS if moment.what == what)
+    with deployment(inputs, tmp_path) as running:
+        moment.arm(running)
+        running.start()
+        moment.await_(running)
+        if party == "link":
+            running.links["north"].hold(up=0, down=0)
+        else:
+            the(running, party).signal(signal.SIGSTOP)
+        if moment.step:
+            moment.release(running)
+        time.sleep(60.0)
+        if party != "link":
+            the(running, party).signal(signal.SIGCONT)
+        running.links["north"].release()
+        check(running, reference, ["cut"])

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -20,14 +21,24 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+import fedpft
+import fedpft.wire
+from fedpft.audit import AuditLog, verify
 from fedpft.config import AdapterSection, RoundSettings, TrainingSection
 from fedpft.datasets import round_window
 from fedpft.errors import InvalidUpdate, RoundOver, TransferCorrupt
+from fedpft.federation import Federation, RoundRequested
+from fedpft.server.admission import Admission
 from fedpft.server.inbox import Inbox
 from fedpft.server.ledger import Ledger
-from fedpft.server.updates import Update, check_update
+from fedpft.server.live import LiveFederation
+from fedpft.server.outbox import Outbox
+from fedpft.server.servicer import FederationServicer
+from fedpft.server.updates import Update, aggregate, check_update
 from fedpft.wire import transfer
+from fedpft.wire.channel import SILO_KEY
 from fedpft.wire.encoding import ENCODINGS, Encoding, encode
+from fedpft.wire.status import CODES
 from fedpft.wire.tensors import LARGEST_HEADER_BYTES, TensorFile, check_groups, read_tensors, write_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
 
@@ -338,8 +349,8 @@ UPDATE = VALID["exact"]
 update_headers = st.builds(
     pb.UpdateHeader,
     round=st.sampled_from([0, 1, 1, 1, 2, 2**32 - 1]),
-    attempt=st.integers(0, 2**32 - 1),
-    proxy_version=st.integers(0, 2**32 - 1),
+    attempt=st.sampled_from([0, 0, 0, 1, 2**32 - 1]),
+    proxy_version=st.sampled_from([0, 0, 0, 1, 2**32 - 1]),
     samples=st.one_of(st.integers(0, 11), st.integers(0, 2**64 - 1)),
     metrics=st.dictionaries(
         st.one_of(st.sampled_from(["train_loss", "tokens"]), st.text(max_size=3)), st.floats(), max_size=2
@@ -413,6 +424,118 @@ def test_beginnings_of_many_updates_do_not_fill_the_disk(box: Box) -> None:
             box.send(header_of(content), right_chunks(content)[:3])
     assert box.files() == [f"incoming/north/{hashlib.sha256(content).hexdigest()}.part"]
     assert box.inbox.offered("north", header_of(content)) == 150
+
+
+# --- all of the server's calls ----------------------------------------------------------------------------------------
+
+
+class Ended(Exception):
+    pass
+
+
+class Call:
+    """gRPC's side of a call."""
+
+    def __init__(self) -> None:
+        self.code: grpc.StatusCode | None = None
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ((SILO_KEY, "north"),)
+
+    def abort(self, code: grpc.StatusCode, details: str) -> None:
+        self.code = code
+        raise Ended
+
+    def add_callback(self, callback: Any) -> bool:
+        return True
+
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        pass
+
+    def is_active(self) -> bool:
+        return True
+
+    def cancel(self) -> None:
+        pass
+
+
+requests = st.one_of(
+    st.builds(
+        pb.EnrolRequest,
+        samples=st.sampled_from([0, 10, 2**64 - 1]),
+        package_version=st.sampled_from([fedpft.__version__, "", "0", "x.y\0"]),
+    ),
+    st.just(pb.NextTaskRequest()),
+    st.just(pb.LeaveRequest()),
+    st.builds(
+        pb.FetchFileRequest,
+        sha256=st.one_of(st.just(b"the adapter's"), st.binary(max_size=40)),
+        offset=st.one_of(st.just(0), st.integers(0, 2**64 - 1)),
+    ),
+    st.builds(pb.OfferUpdateRequest, update=update_headers),
+    st.lists(
+        st.one_of(
+            st.builds(pb.SendUpdateRequest, update=update_headers),
+            st.builds(pb.SendUpdateRequest, chunk=chunks(UPDATE)),
+            st.just(pb.SendUpdateRequest()),
+        ),
+        max_size=4,
+    ),
+    update_headers.map(lambda header: sending(header)),
+)
+
+
+def sending(header: pb.UpdateHeader) -> list[pb.SendUpdateRequest]:
+    """All of an update."""
+    sent = [pb.SendUpdateRequest(chunk=each) for each in right_chunks(UPDATE)]
+    return [pb.SendUpdateRequest(update=header), *sent]
+
+
+COUNTING = sending(header_of(UPDATE))
+
+
+@example([COUNTING, COUNTING, sending(header_of(UPDATE, samples=0))])
+@search(60)
+@given(st.lists(requests, max_size=8))
+def test_no_call_ends_in_a_fault_of_the_server(made: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedpft.server.servicer.POLL_SECONDS", 0.0)
+        box = Box(Path(place))
+        live = LiveFederation(Federation(["north"], min_silos=1, sample_fraction=1.0, seed=0))
+        log = AuditLog(Path(place) / "audit.jsonl")
+        outbox = Outbox(Path(place) / "bundle", lambda *_: None)
+        outbox.adapter = transfer.payload(box.start)
+        servicer = FederationServicer(live, box.inbox, outbox, log, "{}", "run", Admission(None, live.fail))
+        live.enrol("north", 10)
+        live.handle(RoundRequested(1))
+        for request in made:
+            if isinstance(request, pb.FetchFileRequest) and request.sha256 == b"the adapter's":
+                request = pb.FetchFileRequest(sha256=outbox.adapter.sha256, offset=request.offset)
+            call: Any = Call()
+            with contextlib.suppress(Ended):
+                match request:
+                    case pb.EnrolRequest():
+                        servicer.Enrol(request, call)
+                    case pb.NextTaskRequest():
+                        servicer.NextTask(request, call)
+                    case pb.LeaveRequest():
+                        servicer.Leave(request, call)
+                    case pb.FetchFileRequest():
+                        list(servicer.FetchFile(request, call))
+                    case pb.OfferUpdateRequest():
+                        servicer.OfferUpdate(request, call)
+                    case _:
+                        servicer.SendUpdate(iter(request), call)
+            assert call.code is None or call.code in CODES.values()
+        counted = box.inbox.updates(1, box.start)
+        assert [update.path.read_bytes() for update in counted] in ([], [UPDATE])
+        assert len([name for name in box.files() if name.startswith("round-1/")]) == len(counted)
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in (aggregate(counted) if counted else {}).values())
+        if COUNTING in made[:1]:
+            assert [update.samples for update in counted] == [3]
+        log.close()
+        assert verify(Path(place) / "audit.jsonl").entries >= len(counted)
+        box.ledger.close()
 
 
 # --- settings at the silo ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedpft.errors import CheckpointError, ConfigError
-from fedpft.server.ledger import NAME, Ledger, RoundRow, UpdateRow
+from fedpft.server.ledger import LEDGER_FILE, Ledger, RoundRow, UpdateRow
 
 CONFIG = {"seed": 0, "training": {"rounds": 6, "batch": 32}, "silos": ["north", "south"]}
 ROUND = RoundRow(1, 1, ("north",), ("north", "south"), True)
@@ -139,13 +139,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         ledger.enter_update(update("north", round))
         ledger.record("round", round, {"text": "x" * 300})
     ledger.close()
-    return (ledger.out / NAME).read_bytes()
+    return (ledger.out / LEDGER_FILE).read_bytes()
 
 
 def opened(content: bytes, place: Path) -> Ledger:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    (place / NAME).write_bytes(content)
+    (place / LEDGER_FILE).write_bytes(content)
     return Ledger(place, CONFIG)
 
 
@@ -161,9 +161,9 @@ def test_a_run_that_has_lost_its_ledger_does_not_begin_anew(fault: str, ledger: 
     ledger.close()
     ledger.adapter_path(0).parent.mkdir(parents=True)
     if fault == "empty":
-        (ledger.out / NAME).write_bytes(b"")
+        (ledger.out / LEDGER_FILE).write_bytes(b"")
     else:
-        (ledger.out / NAME).unlink()
+        (ledger.out / LEDGER_FILE).unlink()
     with pytest.raises(CheckpointError, match=r"ledger\.sqlite: cannot be read .it is empty, but its run has begun"):
         Ledger(ledger.out, CONFIG)
 
@@ -211,9 +211,9 @@ def test_a_changed_value_is_found_when_the_ledger_is_opened(table: str, change: 
     ledger.enter_update(update("north"))
     ledger.begin_round(ROUND)
     ledger.record("kind", 1, "value")
-    ledger.enter_file(ledger.out / NAME)
+    ledger.enter_file(ledger.out / LEDGER_FILE)
     ledger.close()
-    with sqlite3.connect(ledger.out / NAME) as database:
+    with sqlite3.connect(ledger.out / LEDGER_FILE) as database:
         database.execute(f"UPDATE {table} SET {change}")
     database.close()
     with pytest.raises(CheckpointError, match=f"a row of {table} is damaged"):

@@ -32,7 +32,7 @@ from fedpft.errors import CheckpointError, ConfigError
 from fedpft.wire.transfer import Payload, payload
 
 FORMAT = "1"
-NAME = "ledger.sqlite"
+LEDGER_FILE = "ledger.sqlite"
 SCHEMA = """
 CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL, seal TEXT NOT NULL);
 CREATE TABLE files (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL, seal TEXT NOT NULL);
@@ -101,7 +101,7 @@ class Ledger:
             CheckpointError: the ledger is torn, or of another version of fedpft.
             ConfigError: `out` holds a run with another configuration.
         """
-        self.out, self._path = out, out / NAME
+        self.out, self._path = out, out / LEDGER_FILE
         out.mkdir(parents=True, exist_ok=True)
         self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         try:

@@ -134,11 +134,12 @@ class FederationServicer:
             watchdog = Watchdog()
 
             def chunks() -> Iterator[pb.Chunk]:
-                for part in parts:
-                    watchdog.rearm()
-                    yield part.chunk
+                with watchdog.guarding(context):  # and not the check that follows, which may have to wait
+                    for part in parts:
+                        watchdog.rearm()
+                        yield part.chunk
 
-            with watchdog.guarding(context), self._out_of_the_round(silo, header.round):
+            with self._out_of_the_round(silo, header.round):
                 update = self._inbox.receive(silo, header, chunks(), enrolled_samples=self._live.samples(silo))
             verdict = self._live.take(_arrival(silo, header), lambda: self._inbox.keep(update, header))
             self._audit.append(

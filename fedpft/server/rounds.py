@@ -1,0 +1,221 @@
+"""The rounds of a run, from the first that is not closed: send out, average, plug in, align, measure.
+
+A round passes through these steps. Each puts its result on disk and into the ledger before the next begins, and
+follows from the results before it, the seed and the data alone; so a restarted server does the steps that have no
+result yet, and comes to the same bits.
+
+    begun          the ledger's row of the round           (FederationServer)
+    updates        a file and a row for each               (FederationServer)
+    averaged       rounds/<r>/adapter.safetensors
+    aligned        patches/patch-<n>, snapshot-<n>, and the journal's "alignment"
+    closed         the journal's "round"; the updates are deleted
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedpft import adapters
+from fedpft.adapters import Adapter
+from fedpft.config import RoundSettings, ServerConfig
+from fedpft.distillation import ffn_norms, least_active, neuron_level
+from fedpft.errors import QuorumLost
+from fedpft.evaluation import Gap, evaluate
+from fedpft.progress import progress
+from fedpft.proxy import Proxy, apply_patch, patch
+from fedpft.server.construction import Built, Owner, record_gap
+from fedpft.server.egress import Egress
+from fedpft.server.ledger import Ledger
+from fedpft.server.service import FederationServer
+from fedpft.server.updates import Update, aggregate
+from fedpft.subffn import sub_ffns
+from fedpft.wire.tensors import read_tensors
+
+log = logging.getLogger(__name__)
+
+
+class Rounds:
+    """Afterwards proxy and FM carry the last round's adapter.
+
+    closed: for each closed round what the journal has of it.
+    """
+
+    def __init__(self, config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) -> None:
+        """Brings proxy and FM to where the ledger says they were; CheckpointError if what it names is not there."""
+        self.config, self.owner, self.built, self.record, self.ledger = config, owner, built, built.record, ledger
+        settings = RoundSettings(
+            seed=config.seed,
+            adapter=config.adapter,
+            training=config.training,
+            inactive_below=config.alignment.inactive_below,
+        )
+        self.closed: list[dict[str, Any]] = ledger.recorded("round")
+        self._earlier = self.closed[-1]["bytes"] if self.closed else {"down": 0, "up": 0}
+        self._egress = Egress(built.bundle, adapters.extract(built.proxy.model))
+        self._restore()
+        self._server = FederationServer(config, built.bundle, settings, ledger)
+
+    def complete(self) -> Adapter:
+        """Runs what is left of the rounds, and tells the silos that it is over; returns the last adapter.
+
+        Raises:
+            KeyboardInterrupt, QuorumLost: the silos are not told, because the run can be gone on with.
+        """
+        total = self.config.training.rounds
+        try:
+            self._server.start()
+            if len(self.closed) < total:
+                with self.record.timed("enrolment"):
+                    self._server.wait_for_silos()
+            for number in range(len(self.closed) + 1, total + 1):
+                self._round(number)
+            self._server.close_round()
+            self._server.finish()
+        except (KeyboardInterrupt, QuorumLost):
+            log.warning(
+                "stopped with %d of %d rounds closed; the same command goes on from there", len(self.closed), total
+            )
+            raise
+        except BaseException as error:
+            self._server.abort(f"the server stopped: {type(error).__name__}")
+            raise
+        finally:
+            self._server.close()
+        return self._adapter(total)
+
+    def _restore(self) -> None:
+        """Brings proxy and FM to where the ledger says they were."""
+        proxy, alignments = self.built.proxy.model, self.ledger.recorded("alignment")
+        for entry in alignments:
+            self.record.gaps += [(stage, Gap.from_json(gap)) for stage, gap in entry["gaps"]]
+        if alignments:
+            snapshot = self.ledger.verified(self.ledger.snapshot_path(len(alignments)))
+            apply_patch(proxy, read_tensors(snapshot.path, "patch"))
+        if self.closed:
+            self._load(self._adapter(len(self.closed)))
+            self.record.seconds |= self.closed[-1]["seconds"]
+            log.info("going on after round %d of %d", len(self.closed), self.config.training.rounds)
+        elif not self.ledger.entered(untrained := self.ledger.adapter_path(0)):
+            self._save(untrained, "adapter", adapters.extract(proxy))
+
+    def _save(self, path: Path, group: Literal["adapter", "patch"], tensors: dict[str, Tensor]) -> None:
+        self._egress.write(path, group, tensors)
+        self.ledger.enter_file(path)
+
+    def _adapter(self, round: int) -> Adapter:
+        return read_tensors(self.ledger.verified(self.ledger.adapter_path(round)).path, "adapter")
+
+    def _load(self, adapter: Adapter) -> None:
+        adapters.load(self.built.proxy.model, adapter)
+        adapters.plug_in(self.owner.model, adapter, self.built.selection.layers)
+
+    def _round(self, number: int) -> None:
+        every, total = self.config.alignment.every_rounds, self.config.training.rounds
+        # Nobody would train on what an alignment after the last round changes.
+        align = bool(every and self.built.selection.matched) and number % every == 0 and number < total
+        path = self.ledger.adapter_path(number)
+        with self.record.timed("rounds"):
+            if self.ledger.entered(path):
+                updates = self._server.updates(number)
+            else:
+                updates = self._server.run_round(number, count_inactivity=align)
+                self._save(path, "adapter", aggregate(updates))
+        self._load(self._adapter(number))
+        alignment_loss = self._align(number, updates) if align else None
+        accuracy = self._measure(number)
+        entry = {
+            "round": number,
+            "train_loss": _train_loss(updates),
+            "accuracy": accuracy and accuracy["plugged_in"],
+            "alignment_loss": alignment_loss,
+            "silos": len(updates),
+        }
+        closed = {"entry": entry, "accuracy": accuracy, "seconds": self.record.seconds, "bytes": self.traffic()}
+        self.ledger.record("round", number, closed)
+        self.closed.append(closed)
+        self._server.close_round()
+        log.info("round %d of %d: %s", number, total, json.dumps(entry))
+
+    def _align(self, number: int, updates: list[Update]) -> float | None:
+        """Neuron-level distillation towards the FM that carries the round's adapter; sends out what changed.
+
+        Returns:
+            The last step's loss; None if there was no step, or no silo shares its inactivity counts.
+        """
+        done = {entry["round"]: entry for entry in self.ledger.recorded("alignment")}
+        if number not in done:
+            counts = [counts for update in updates if (counts := update.inactivity)]
+            if not counts:
+                log.warning("round %d: no silo shares its inactivity counts, so the proxy stays as it is", number)
+                return None
+            done[number] = self._aligned(number, counts)
+        losses = done[number]["loss"]
+        return losses[-1] if losses else None
+
+    def _aligned(self, number: int, counts: list[dict[str, Tensor]]) -> dict[str, Any]:
+        section, proxy, ledger = self.config.alignment, self.built.proxy.model, self.ledger
+        updated = least_active(counts, section.updated_fraction)
+        known = len(self.record.gaps)
+        record_gap(self.config, self.owner, self.built, f"round {number}, before")
+        title = f"neuron-level distillation after round {number}"
+        with self.record.timed("alignment"), progress(title, section.steps) as report:
+            losses = neuron_level(
+                proxy,
+                self.owner.model,
+                self.built.selection.matched,
+                updated,
+                self.owner.public,
+                section,
+                seed=self.config.seed,
+                round=number,
+                progress=report,
+            )
+        record_gap(self.config, self.owner, self.built, f"round {number}, after")
+        version = len(ledger.recorded("alignment")) + 1
+        self._save(ledger.patch_path(version), "patch", patch(proxy, updated, ffn_norms(proxy, list(updated))))
+        self._save(ledger.snapshot_path(version), "patch", snapshot(self.built.proxy))
+        gaps = [(stage, asdict(gap)) for stage, gap in self.record.gaps[known:]]
+        entry = {"round": number, "loss": losses, "gaps": gaps}
+        ledger.record("alignment", number, entry)
+        self._server.publish_patch()
+        ledger.snapshot_path(version - 1).unlink(missing_ok=True)
+        return entry
+
+    def _measure(self, number: int) -> dict[str, float] | None:
+        """Accuracy of proxy and plugged-in FM after a round, where the configuration wants it measured."""
+        section, test = self.config.evaluation, self.owner.test
+        if test is None or not section.every_rounds or number % section.every_rounds:
+            return None
+        models = {"proxy": self.built.proxy.model, "plugged_in": self.owner.model}
+        with self.record.timed("evaluation"):
+            return {
+                name: evaluate(model, test, section.batch, section.samples_per_round).accuracy
+                for name, model in models.items()
+            }
+
+    def traffic(self) -> dict[str, int]:
+        """Payload bytes of the run; what a killed process moved since its last closed round is not in it."""
+        down, up = self._server.bytes_down, self._server.bytes_up
+        return {"down": self._earlier["down"] + down, "up": self._earlier["up"] + up}
+
+
+def snapshot(proxy: Proxy) -> dict[str, Tensor]:
+    """All that alignments ever change, as it is now: a patch for any version of the proxy."""
+    model, neurons = proxy.model, {}
+    for layer, ffn in enumerate(sub_ffns(model).values()):
+        if layer in proxy.compressed:
+            neurons[layer] = torch.arange(ffn.neurons)
+    return patch(model, neurons, ffn_norms(model, proxy.compressed))
+
+
+def _train_loss(updates: Sequence[Update]) -> float | None:
+    """Mean over the samples of the silos that share it."""
+    shared = [update for update in updates if "train_loss" in update.metrics]
+    total = sum(update.metrics["train_loss"] * update.samples for update in shared)
+    return total / sum(update.samples for update in shared) if shared else None
