@@ -297,6 +297,7 @@ def main() -> int:
     if arguments.rounds < 10:
         parser.error("memory is judged over at least 10 rounds")
     begun = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes and files do not outlive this one
     with tempfile.TemporaryDirectory(prefix="fedpft-soak-", dir=arguments.work) as work:
         results = soak(
             Path(work),

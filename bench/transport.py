@@ -16,6 +16,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -85,7 +86,7 @@ class Scale:
     rounds: int
 
 
-FULL = Scale((1, 4, 16), (3, 2, 1), GIB, 64 * MIB, GIB, 268_000_000, 1_000_000, 16_000, 20)
+FULL = Scale((1, 4, 16), (3, 1, 1), GIB, 64 * MIB, GIB, 268_000_000, 1_000_000, 16_000, 20)
 QUICK = Scale((1, 2), (1, 1), 5 * MIB, 3 * MIB, 4 * MIB, 2 * MIB, 100_000, 4_000, 2)
 
 
@@ -706,6 +707,7 @@ def main() -> int:
     from bench.measure import provenance
 
     begun = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes and files do not outlive this one
     with tempfile.TemporaryDirectory(prefix="fedpft-transport-", dir=arguments.work) as work:
         bench = Bench(
             QUICK if arguments.quick else FULL,

@@ -1,13 +1,16 @@
 """Files that are there whole or not at all, whenever the process or the machine stops."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedpft.errors import ConfigError
+from fedpft.errors import ConfigError, FedPFTError
+
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 @contextlib.contextmanager
@@ -54,11 +57,30 @@ def locked(directory: Path, key: str) -> Iterator[None]:
                 f"{directory} is in use by another process", f"stop that one, or give each its own `{key}`"
             ) from None
         try:
-            yield
+            with explaining_faults(directory):
+                yield
         finally:
             if [path.name for path in directory.iterdir()] == ["lock"]:
                 (directory / "lock").unlink()
                 directory.rmdir()
+
+
+@contextlib.contextmanager
+def explaining_faults(directory: Path) -> Iterator[None]:
+    """Around a process's work: a disk that is full, or has become unwritable, ends in a line that names the directory.
+
+    Raises:
+        FedPFTError: in place of the OSError of such a disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        raise FedPFTError(
+            f"{directory}: {os.strerror(error.errno).lower()}",
+            "make room there, or make it writable, and start the same command again: it goes on from there",
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

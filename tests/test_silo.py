@@ -822,7 +822,7 @@ def test_a_full_disk_is_named_and_loses_nothing(place: str, federation: Any) -> 
             run(config)
     assert type(caught.value) is FedPFTError
     assert str(config.work) in caught.value.message
-    assert "start the silo again" in caught.value.remedy
+    assert "start the same command again" in caught.value.remedy
     assert server.asked("Leave")
     assert not list(config.work.rglob(".*"))
     run(config)

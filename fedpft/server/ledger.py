@@ -115,7 +115,7 @@ class Ledger:
                 self._begin(config)
             known = dict(self._database.execute("SELECT key, value FROM run"))
             self._check_seals()
-        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter over damaged text in SQLite's own message
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise CheckpointError(
                 f"{self._path}: cannot be read ({error})", "restore it from a backup, or start a new run in another OUT"
             ) from None
@@ -227,11 +227,13 @@ class Ledger:
             self._database.execute("COMMIT")
 
     def _write(self, table: str, *values: str | int | None, replace: bool = False) -> None:
-        self._database.execute(
-            f"INSERT {'OR REPLACE ' if replace else ''}INTO {table} ({COLUMNS[table]}, seal) "
-            f"VALUES ({'?, ' * len(values)}?)",
-            (*values, _seal(table, values)),
-        )
+        insert = f"INSERT {'OR REPLACE ' if replace else ''}INTO {table} ({COLUMNS[table]}, seal)"
+        try:
+            self._database.execute(f"{insert} VALUES ({'?, ' * len(values)}?)", (*values, _seal(table, values)))
+        except sqlite3.OperationalError as error:
+            raise CheckpointError(
+                f"{self._path}: cannot be written ({error})", "make room on its disk and start the server again"
+            ) from None
 
     def _check_seals(self) -> None:
         for table, columns in COLUMNS.items():

@@ -16,7 +16,6 @@ again. Only once the update counts does its residual take the place of the forme
 """
 
 import contextlib
-import errno
 import logging
 import os
 import re
@@ -29,15 +28,12 @@ from torch import Tensor
 
 from fedpft import atomic
 from fedpft.config import RoundSettings, ShareSection
-from fedpft.errors import FedPFTError
 from fedpft.silo.connection import Enrolment
 from fedpft.wire import transfer
 from fedpft.wire.tensors import Group, TensorFile, read_tensors, write_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
 
 log = logging.getLogger(__name__)
-
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class _Record(BaseModel):
@@ -193,19 +189,6 @@ class Work:
         earlier = {number: path for number, path in self._residuals().items() if number < round}
         return read_tensors(earlier[max(earlier)], "residual") if earlier else {}
 
-    @contextlib.contextmanager
-    def explaining_faults(self) -> Iterator[None]:
-        """A disk that is full, or has become unwritable, ends in a line that names the directory."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in DISK_FAULTS:
-                raise
-            raise FedPFTError(
-                f"{self.path}: {os.strerror(error.errno).lower()}",
-                "make room there, or make it writable, and start the silo again: it goes on from there",
-            ) from None
-
     def _has_inactivity(self) -> bool:
         return any(name.startswith("inactivity/") for name in TensorFile(self.update_path).specs)
 
@@ -221,7 +204,7 @@ class Work:
 def opened(path: Path) -> Iterator[Work]:
     """Makes and locks the directory; two silos in one would send each other's updates."""
     work = Work(path)
-    with atomic.locked(path, "work"), work.explaining_faults():
+    with atomic.locked(path, "work"):
         for torn in path.glob(".*.part"):  # of a write that was killed
             torn.unlink()
         yield work
