@@ -72,7 +72,7 @@ class Scale:
     silos: how many take part at once, in turn; the same for transfers, memory and empty rounds.
     repetitions: of the transfers, for each number of silos.
     proxy, adapter: what goes to each silo, and what comes back; `large`: what comes back from a single silo.
-    model: the adapter of the case that other systems were measured with; silos[0] and three silos.
+    model: the adapter of the case that other systems were measured with; one and three silos.
     """
 
     silos: tuple[int, ...]
@@ -87,7 +87,7 @@ class Scale:
 
 
 FULL = Scale((1, 4, 16), (3, 1, 1), GIB, 64 * MIB, GIB, 268_000_000, 1_000_000, 16_000, 20)
-QUICK = Scale((1, 2), (1, 1), 5 * MIB, 3 * MIB, 4 * MIB, 2 * MIB, 100_000, 4_000, 2)
+QUICK = Scale((2,), (1,), 5 * MIB, 3 * MIB, 4 * MIB, 2 * MIB, 100_000, 4_000, 2)
 
 
 # --- a process: it takes one JSON line for each step, and answers each with one ---------------------------------------
@@ -691,7 +691,7 @@ def write_docs(results: Row, path: Path) -> None:
 def main() -> int:
     """Parses the command line, measures, prints the tables, writes the results."""
     parser = argparse.ArgumentParser(prog="python -m bench.transport", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny files and two silos: only whether it works")
+    parser.add_argument("--quick", action="store_true", help="tiny files, two silos: only whether it works")
     parser.add_argument("--work", type=Path, help="where all files lie, in a directory that is deleted; default: /tmp")
     parser.add_argument("--json", type=Path, help="default: bench/results/transport.json, if all is measured in full")
     parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing: write docs/transport.md anew")
