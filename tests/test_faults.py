@@ -245,7 +245,7 @@ def check(done: Deployment, reference: Result, faults: Sequence[str]) -> None:
     """All ended well and as undisturbed, and no byte was fetched twice but those in flight at a fault."""
     # At a cut: what came of one chunk, what the kernel held, and the calls that are made again. At a damaged chunk
     # the connection stays, and what is on its way behind that chunk comes in vain.
-    in_flight = sum((4 << 20) if fault == "corrupt" else CHUNK + (256 << 10) for fault in faults)
+    in_flight = sum((5 << 20) if fault == "corrupt" else CHUNK + (256 << 10) for fault in faults)
     done.await_end()
     found = result(done)
     assert found.updates == reference.updates
