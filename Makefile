@@ -47,7 +47,7 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 dist: $(STAMP)
 	rm -rf dist

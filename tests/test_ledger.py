@@ -330,6 +330,5 @@ def test_a_process_killed_at_any_statement_leaves_a_run_or_nothing(tmp_path: Pat
 def test_a_full_disk_is_named(ledger: Ledger) -> None:
     ledger._database.execute("PRAGMA max_page_count = 1")  # SQLite's own: no page can be added
     with pytest.raises(CheckpointError, match=r"ledger\.sqlite: cannot be written .*full") as caught:
-        for number in range(100):
-            ledger.record("kind", number, "x" * 10_000)
+        ledger.record("kind", None, "x" * 1_000_000)
     assert "make room" in caught.value.remedy

@@ -54,7 +54,7 @@ from fedpft.wire.v1 import federation_pb2 as pb
 SETTINGS = RoundSettings(seed=0, adapter=AdapterSection(), training=TrainingSection(), inactive_below=0.01)
 ADAPTER = {"lora_A": torch.ones(2, 3), "head": torch.zeros(4, dtype=torch.bfloat16)}
 COUNTS = {"1": torch.tensor([0, 3, 5]), "1.tokens": torch.tensor(5)}
-LONG_SECONDS = 20.0  # no test waits so long unless it fails
+LONG_SECONDS = 60.0  # no test waits so long unless it fails
 
 
 @pytest.fixture(scope="session")

@@ -134,8 +134,9 @@ def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) 
     rounds = Rounds(config, owner, built, ledger)
     adapter = rounds.complete()
     # What `fedpft evaluate` and `fedpft plug-in` start from, beside the proxy directory.
-    save_file(adapter, config.out / ADAPTER_FILE)
-    save_file(snapshot(built.proxy), config.out / PATCH_FILE)
+    for name, tensors in ((ADAPTER_FILE, adapter), (PATCH_FILE, snapshot(built.proxy))):
+        with atomic.replacing(config.out / name) as written:
+            save_file(tensors, written)
     with built.record.timed("evaluation"):
         metrics = final_metrics(owner, built, config.evaluation.batch)
     summary = _summary(config, owner, rounds, metrics, sum(tensor.numel() for tensor in adapter.values()))
