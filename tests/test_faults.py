@@ -280,6 +280,10 @@ class Moment:
         else:
             running.links[self.party].hold(up=self.up, down=self.down)
 
+    def takes_the_place_of(self, other: "Moment") -> bool:
+        """A link has one order at a time: a release meant for the last one could undo the next, if that has come."""
+        return not self.step and not other.step and self.party == other.party
+
     def await_(self, running: Deployment) -> None:
         if self.step:
             the(running, self.party).await_halt()
@@ -472,7 +476,8 @@ def run(running: Deployment, rows: Sequence[Row]) -> None:
         with FAULTS[row.fault](running, row.party, row.moment):
             if following is not None:
                 following.moment.arm(running)
-            row.moment.release(running)
+            if following is None or not following.moment.takes_the_place_of(row.moment):
+                row.moment.release(running)
 
 
 # What `make test` has of the table: fault-party, and the moments by their third name.
