@@ -22,7 +22,7 @@ from fedpft.kernels.check import check_operators
 from fedpft.server.run import VERSIONED
 from fedpft.wire.certificates import Role, exposure, read_kit, read_revoked
 from fedpft.wire.channel import check_listen
-from fedpft.wire.hello import Greeting, greet
+from fedpft.wire.hello import Greeting, greet, series
 
 T = TypeVar("T")
 
@@ -194,7 +194,7 @@ def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
 def _connection(config: SiloConfig) -> Greeting:
     greeting = greet(config.server, config.tls, name=config.insecure_name, timeout_seconds=CONNECT_SECONDS)
     there, here = greeting.package_version, fedpft.__version__
-    if there.split(".")[:2] != here.split(".")[:2]:
+    if series(there) != series(here):
         raise RefusedByServer(
             f"{config.server} runs fedpft {there}, this machine {here}", f"install fedpft {there} here"
         )

@@ -19,7 +19,13 @@ LOSSY = ENCODINGS[1:]
 
 def arrived(groups: dict, start: dict[str, Tensor], encoding: Encoding) -> dict[str, Tensor]:
     return {
-        name: decode(tensor, encoding, lambda group, name=name: groups[group][name]) for name, tensor in start.items()
+        name: decode(
+            Spec.of(tensor),
+            encoding,
+            start=lambda tensor=tensor: tensor,
+            stored=lambda group, name=name: groups[group][name],
+        )
+        for name, tensor in start.items()
     }
 
 
@@ -143,7 +149,12 @@ def test_a_file_holds_what_the_layout_says(encoding: Encoding, tmp_path: Path) -
     file = TensorFile(tmp_path / "x")
     assert file.specs == specs
     for name, tensor in arrived(groups, start, encoding).items():
-        read = decode(start[name], encoding, lambda group, name=name: file.tensor(group, name))
+        read = decode(
+            Spec.of(start[name]),
+            encoding,
+            start=lambda name=name: start[name],
+            stored=lambda group, name=name: file.tensor(group, name),
+        )
         assert torch.equal(read, tensor)
 
 

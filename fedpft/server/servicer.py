@@ -20,6 +20,7 @@ from fedpft.server.inbox import Inbox
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
 from fedpft.wire.channel import Watchdog
+from fedpft.wire.hello import series
 from fedpft.wire.status import answering, sanitised
 from fedpft.wire.transfer import AGAIN, serialised
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -64,7 +65,7 @@ class FederationServicer:
     def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolResponse:
         with answering(context):
             silo = self._sender(context)
-            if _series(request.package_version) != _series(fedpft.__version__):
+            if series(request.package_version) != series(fedpft.__version__):
                 log.warning("%s: refused: it runs fedpft %s", silo, sanitised(request.package_version))
                 raise RefusedByServer(
                     f"{silo} runs fedpft {request.package_version}, the server {fedpft.__version__}",
@@ -193,8 +194,3 @@ class FederationServicer:
 
 def _arrival(silo: str, header: pb.UpdateHeader) -> UpdateArrived:
     return UpdateArrived(silo, header.round, header.proxy_version, header.attempt)
-
-
-def _series(version: str) -> list[str]:
-    """Major and minor number."""
-    return version.split(".")[:2]

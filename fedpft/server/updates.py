@@ -63,9 +63,12 @@ class Update:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the trained adapter, of the shape and dtype that it had before the round."""
-        if "delta" not in layout(self.specs[name], self.encoding):
-            return self.file.tensor("adapter", name)  # the start, which need not be read then, has no part in it
-        return decode(self.start_tensor(name), self.encoding, lambda group: self.file.tensor(group, name))
+        return decode(
+            self.specs[name],
+            self.encoding,
+            start=lambda: self.start_tensor(name),
+            stored=lambda group: self.file.tensor(group, name),
+        )
 
     @property
     def adapter(self) -> Adapter:

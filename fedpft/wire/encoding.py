@@ -9,6 +9,7 @@ What is rounded off stays at the silo as the next round's residual, so that no p
 empty, are exact in every encoding.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
@@ -41,7 +42,8 @@ def encode(
     for name, tensor in trained.items():
         wanted = tensor.double() + residual[name] if name in residual else tensor
         stored = _encoded(wanted, start[name], encoding)
-        arrived = decode(start[name], encoding, stored.__getitem__)
+        begun = functools.partial(start.__getitem__, name)
+        arrived = decode(Spec.of(start[name]), encoding, start=begun, stored=stored.__getitem__)
         if not bool(torch.isfinite(arrived).all()):
             raise InvalidUpdate(
                 f"after the training {name!r} holds NaN, infinity or a change too large for {encoding}",
@@ -54,20 +56,22 @@ def encode(
     return groups, left
 
 
-def decode(start: Tensor, encoding: Encoding, stored: Callable[[Group], Tensor]) -> Tensor:
+def decode(like: Spec, encoding: Encoding, *, start: Callable[[], Tensor], stored: Callable[[Group], Tensor]) -> Tensor:
     """A trained tensor of an adapter, of the shape and dtype that it had at the start of the round.
 
     Args:
+        like: that shape and dtype.
+        start: the tensor then; not asked for where it travels exactly.
         stored: group -> the tensor that is stored there under this one's name, of the spec that `layout` says.
     """
-    if "delta" not in layout(Spec.of(start), encoding):
+    if "delta" not in layout(like, encoding):
         return stored("adapter")
     delta = stored("delta")
     if encoding == "int8":
-        total = torch.zeros(start.numel())
+        total = torch.zeros(torch.Size(like.shape).numel())
         dequantize_accumulate(total, delta, stored("scale"), 1.0, BLOCK)
-        delta = total.view(start.shape)
-    return (start.double() + delta.double()).to(start.dtype)
+        delta = total.view(like.shape)
+    return (start().double() + delta.double()).to(like.dtype)
 
 
 def layout(like: Spec, encoding: Encoding) -> dict[Group, Spec]:

@@ -9,6 +9,11 @@ from fedpft.wire.v1 import federation_pb2 as pb
 from fedpft.wire.v1.federation_pb2_grpc import FederationServiceStub
 
 
+def series(version: str) -> list[str]:
+    """Major and minor number, which must be the same on both sides."""
+    return version.split(".")[:2]
+
+
 @dataclass(frozen=True)
 class Greeting:
     """What the server answered.
