@@ -67,10 +67,10 @@ class Direction:
         self.held = threading.Event()  # a byte waits that may not pass
         self.flipped = threading.Event()
 
-    def hold(self, after: int = 0) -> None:
-        """Lets so many bytes through, and no more until `release`; whatever held before is over."""
+    def hold(self, after: int | None) -> None:
+        """Lets so many bytes through, and no more until `release`, or all (None); whatever held before is over."""
         self.held.clear()
-        self._hold_at = self.passed + after
+        self._hold_at = None if after is None else self.passed + after
         self._changed.set()
 
     def flip(self, after: int = 0) -> None:
@@ -128,10 +128,9 @@ class Link:
         self.address = f"127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
 
     def hold(self, *, up: int | None = None, down: int | None = None) -> None:
-        """After so many more bytes a direction falls silent; connections stay."""
+        """After so many more bytes a direction falls silent; connections stay. Takes the place of the last order."""
         for direction, after in ((self.up, up), (self.down, down)):
-            if after is not None:
-                self._call(direction.hold, after)
+            self._call(direction.hold, after)
 
     def await_held(self) -> None:
         await_("the link to carry as many bytes", lambda: self.up.held.is_set() or self.down.held.is_set())
@@ -219,11 +218,19 @@ class Link:
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
+class _Training(threading.local):
+    """Of each thread: others log between the lines of the one that trains."""
+
+    line = ""  # its last
+    steps = 0  # of an optimizer since
+
+
 class Observer:
     """Inside a process: notes its steps in `control/steps`, and halts it at the one that `control/halt-at` names.
 
     Steps are lines: `log MESSAGE`, `open FILE` (to write), `before replace FILE`, `after replace FILE`, the same with
-    `unlink`, `before sql STATEMENT VALUES`, `after sql ...`, `optimizer step N after MESSAGE`.
+    `unlink`, `before sql STATEMENT VALUES`, `after sql ...`, `optimizer step N after MESSAGE` of the
+    same thread.
     """
 
     def __init__(self, control: Path, die_at: int | None) -> None:
@@ -233,7 +240,7 @@ class Observer:
         self._replace, self._unlink = os.replace, os.unlink
         self._lasting, self._root = itertools.count(1), str(control.parent.parent)
         self._die_at = die_at
-        self._line, self._optimizer_steps = "", 0
+        self._training = _Training()
 
     def install(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -248,7 +255,7 @@ class Observer:
 
         def call_handlers(logger: logging.Logger, record: logging.LogRecord) -> None:
             handle(logger, record)
-            observer._line, observer._optimizer_steps = record.getMessage(), 0
+            observer._training.line, observer._training.steps = record.getMessage(), 0
             observer._step(f"log {record.getMessage()}")
 
         logging.Logger.callHandlers = call_handlers  # type: ignore[method-assign]
@@ -264,8 +271,9 @@ class Observer:
         sqlite3.connect = lambda *a, **k: connect(*a, **k, factory=Connection)  # type: ignore[assignment]
 
         def optimizer_step(*_: object) -> None:
-            observer._optimizer_steps += 1
-            observer._step(f"optimizer step {observer._optimizer_steps} after {observer._line}")
+            training = observer._training
+            training.steps += 1
+            observer._step(f"optimizer step {training.steps} after {training.line}")
 
         register_optimizer_step_post_hook(optimizer_step)
 
