@@ -32,6 +32,7 @@ from typing import Any
 import fedpft.wire  # noqa: F401  isort: skip  (sets gRPC's environment before grpc is imported)
 import grpc
 
+from fedpft import atomic
 from fedpft.config import (
     AdapterSection,
     FederationSection,
@@ -225,6 +226,8 @@ def _keep(messages: Iterator[bytes], file: int) -> int:
     for message in messages:
         content.update(message)
         received += os.write(file, message)
+        if received % atomic.RELEASE_BYTES < len(message):
+            atomic.release(file)
     os.fsync(file)
     return received
 

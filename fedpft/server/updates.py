@@ -182,7 +182,8 @@ def _check_change(update: Update, max_norm: float | None) -> None:
         if "scale" in layout(like, update.encoding) and not bool((update.file.tensor("scale", name) >= 0.0).all()):
             raise InvalidUpdate(f"{update.silo}: a scale of {name!r} is negative or no number", _REMEDY)
         tensor = update.tensor(name)
-        if not bool(torch.isfinite(tensor).all()):
+        # A sum of finite numbers may overflow, but none that is finite has other addends; and it is far quicker.
+        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
             raise InvalidUpdate(f"{update.silo}: {name!r} holds NaN or infinity", _DIVERGED)
         if max_norm is not None:
             squares += float((tensor.double() - update.start_tensor(name).double()).square().sum())

@@ -136,6 +136,8 @@ class Incoming:
         size = len(data)
         while data:
             data = data[self._file.write(data) :]
+        if self.offset % atomic.RELEASE_BYTES < size:
+            atomic.release(self._file.fileno())
         return size
 
     def finish(self, path: Path) -> None:
