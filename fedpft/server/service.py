@@ -118,6 +118,7 @@ class FederationServer:
             self._open_round(round, count_inactivity=count_inactivity)
         deadline = self._config.federation.round_deadline_seconds
         self._live.await_round(round, deadline, self._enter_round)
+        _trim_heap()
         return self.updates(round)
 
     def updates(self, round: int) -> list[Update]:
@@ -231,3 +232,9 @@ def _share_one_heap() -> None:
     """glibc gives each thread a heap of its own and keeps it: memory would grow with the number of silos."""
     with contextlib.suppress(AttributeError):  # another C library, which has no such heaps
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
+def _trim_heap() -> None:
+    """Gives back the holes that the messages of many silos leave in it, before the sum needs memory."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
