@@ -244,10 +244,12 @@ def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def check(done: Deployment, reference: Result, faults: Sequence[str]) -> None:
     """All ended well and as undisturbed, and no byte was fetched twice but those in flight at a fault."""
-    # At a cut: what came of one chunk, what the kernel held, and the calls that are made again. At a damaged chunk
-    # the connection stays, and what is on its way behind that chunk comes in vain.
-    in_flight = sum((5 << 20) if fault == "corrupt" else CHUNK + (256 << 10) for fault in faults)
     done.await_end()
+    # At a cut: what came of one chunk, what the kernel held, and the calls that are made again. At a damaged chunk
+    # the connection stays, and all that is on its way behind that chunk comes in vain: on loopback that is the rest of
+    # the file, which fits into the buffers of the stream, and at most the whole of the largest, with its frames.
+    largest = (done.out / "proxy" / "bundle" / "model.safetensors").stat().st_size + (16 << 10)
+    in_flight = sum(largest if fault == "corrupt" else CHUNK + (256 << 10) for fault in faults)
     found = result(done)
     assert found.updates == reference.updates
     assert found.files == reference.files
