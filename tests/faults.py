@@ -34,7 +34,7 @@ from typing import Any
 
 import yaml
 
-PATIENCE = 120.0  # seconds for whatever is awaited: far above what it takes, so that only a hang reaches it
+PATIENCE = 300.0  # seconds for whatever is awaited: far above what it takes, so that only a hang reaches it
 TICK = 0.01
 PIECE = 1 << 16
 
@@ -490,6 +490,7 @@ class Deployment:
     ) -> None:
         for party in self.parties:
             if party.alive:
+                print(f"{party.name} still runs, and is killed")
                 party.signal(signal.SIGKILL)
                 party.await_end()
         for link in self.links.values():
