@@ -8,12 +8,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedpft import __version__, adapters, audit, demo, doctor
+from fedpft import __version__, adapters, atomic, audit, demo, doctor
 from fedpft.command import run_command
 from fedpft.config import ServerConfig, load_server_config, load_silo_config
 from fedpft.errors import ConfigError
 from fedpft.evaluation import Gap, format_gaps
-from fedpft.provision import DEFAULT_DAYS, DEFAULT_PORT, provision, renew, revoke
+from fedpft.provision import (
+    DEFAULT_DAYS,
+    DEFAULT_PORT,
+    drop_old_authority,
+    provision,
+    renew,
+    replace_authority,
+    revoke,
+)
 from fedpft.proxy import apply_patch, cut
 from fedpft.report import format_table
 from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
@@ -82,15 +90,25 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _provision(arguments: argparse.Namespace) -> None:
+    with atomic.locked(arguments.out, "--out"):  # or a second command could write the register over this one's
+        _change_kits(arguments)
+
+
+def _change_kits(arguments: argparse.Namespace) -> None:
     out, hosts, days = arguments.out, arguments.host, arguments.days
+    asked = arguments.revoke or arguments.renew or arguments.new_authority or arguments.drop_old_authority
     # Before the renewal: with both options a silo's new certificate is good and all its former ones are not.
     if arguments.revoke:
         path = revoke(out, arguments.revoke)
         print(f"revoked {', '.join(arguments.revoke)} in {path}: bring it to where tls.revoked of server.yaml points")
+    if arguments.new_authority:
+        print("\n".join(f"changed {directory}" for directory in replace_authority(out, days=days)))
     if arguments.renew:
         print("\n".join(f"renewed {kit}" for kit in renew(out, arguments.renew, hosts=hosts, days=days)))
         hosts = None
-    if arguments.silos or not (arguments.renew or arguments.revoke):
+    if arguments.drop_old_authority:
+        print("\n".join(f"changed {directory}" for directory in drop_old_authority(out, days=days)))
+    if arguments.silos or not asked:
         made = provision(out, arguments.silos, hosts=hosts, port=arguments.port, days=days)
         print("\n".join(f"made {directory}" for directory in made))
 
@@ -186,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(
         "provision",
         _provision,
-        "Make a federation's authority and one kit of key and certificates a party; renew kits, and revoke them.",
+        "Make a federation's authority and one kit of key and certificates a party; renew, revoke and rotate them.",
     )
     sub.add_argument("--out", type=Path, required=True, help="directory of authority/ and the kits")
     sub.add_argument("--silos", nargs="+", default=[], metavar="NAME", help="make kits for these silos too")
@@ -195,6 +213,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--revoke", nargs="+", metavar="NAME", help="shut out all certificates that these silos have been given so far"
+    )
+    rotation = sub.add_mutually_exclusive_group()
+    rotation.add_argument(
+        "--new-authority", action="store_true", help="a new authority signs from now on, and renews every silo's kit"
+    )
+    rotation.add_argument(
+        "--drop-old-authority",
+        action="store_true",
+        help="when every silo has its renewed kit: renew the server's, and trust the new authority alone",
     )
     sub.add_argument(
         "--host", nargs="+", help="names and addresses of the server; default: those it has, or this machine's loopback"

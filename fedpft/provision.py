@@ -11,6 +11,7 @@ issued.jsonl registers every certificate before it is handed out, so that all of
 of the authority holds several certificates, the one that fits key.pem signs, and all kits trust all of them.
 """
 
+import dataclasses
 import datetime
 import ipaddress
 import json
@@ -19,7 +20,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -36,7 +37,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedpft import atomic
 from fedpft.config import SILO_NAME
 from fedpft.errors import CertificateError, ConfigError
-from fedpft.wire.certificates import Revoked, parse, read_revoked
+from fedpft.wire.certificates import Revoked, parse, read_revoked, signed
 
 SERVER = "server"
 REGISTER = "issued.jsonl"
@@ -149,10 +150,7 @@ def renew(
         ConfigError: there is no kit of that name. Nothing was renewed then.
         CertificateError: the authority that is there cannot be used.
     """
-    kits = {name: _kit_directory(directory, name) for name in names}
-    for name, kit in kits.items():
-        if not kit.exists():
-            raise ConfigError(f"{kit} is not there", f"make a new kit for {name}: --silos {name}")
+    kits = {name: _existing(directory, name) for name in names}
     _check_issue(hosts, days)
     if hosts is not None and SERVER not in names:
         raise ConfigError("hosts are for the server's certificate", "renew it too: --renew server")
@@ -175,7 +173,7 @@ def revoke(directory: Path, names: Sequence[str]) -> Path:
     """
     if SERVER in names:
         raise ConfigError(
-            "the server cannot be revoked: silos read no list", "make a new authority (docs/operating.md)"
+            "the server cannot be revoked: silos read no list", "make everything anew (docs/operating.md)"
         )
     path = directory / SERVER / REVOKED
     entries = read_revoked(path) if path.exists() else []
@@ -191,6 +189,60 @@ def revoke(directory: Path, names: Sequence[str]) -> Path:
     with atomic.replacing(path) as written:
         written.write_bytes(_listed(entries))
     return path
+
+
+def replace_authority(directory: Path, *, days: int = DEFAULT_DAYS) -> list[Path]:
+    """Makes an authority that signs from now on, and renews every silo's kit; both sides trust old and new.
+
+    The server keeps its certificate, which silos know that do not have their new kit yet. Kits of silos that were
+    revoked stay as they are. If this stops, no kit is of an authority that the others do not trust: call it again.
+
+    Args:
+        days: how long the new certificates are valid.
+
+    Returns:
+        The directories changed.
+
+    Raises:
+        ConfigError: the server's kit is not there. Nothing was changed then.
+        CertificateError: the authority that is there, or the list of revoked certificates, cannot be used.
+    """
+    _check_issue(None, days)
+    place, server, silos = directory / "authority", _existing(directory, SERVER), _silos(directory)
+    old = Authority.load(place)
+    new = dataclasses.replace(Authority.create(), others=(old.certificate, *old.others))
+    _replace(place / "ca.pem", new.pem)  # first, because whichever key is there then has a certificate beside it
+    _replace(place / "key.pem", _pem(new.key))
+    _replace(server / "ca.pem", new.pem)
+    return [place, server, *renew(directory, silos, days=days)]
+
+
+def drop_old_authority(directory: Path, *, days: int = DEFAULT_DAYS) -> list[Path]:
+    """Ends what :func:`replace_authority` began: renews the server's kit, and takes the old authority out of every one.
+
+    Silos have to have their renewed kits by now. If this stops, call it again.
+
+    Args:
+        days: how long the server's new certificate is valid.
+
+    Returns:
+        The directories changed.
+
+    Raises:
+        ConfigError: there is one authority only, or a silo's kit is of the old one. Nothing was changed then.
+        CertificateError: the authority that is there, or the list of revoked certificates, cannot be used.
+    """
+    place, silos = directory / "authority", [_existing(directory, silo) for silo in _silos(directory)]
+    authority = Authority.load(place)
+    if not authority.others:
+        raise ConfigError(f"{place}: there is no old authority", "make a new one first: --new-authority")
+    for kit in silos:
+        if not signed(parse(kit / "certificate.pem")[0], authority.certificate):
+            raise ConfigError(f"{kit} is of the old authority", f"renew it, and hand it over: --renew {kit.name}")
+    changed = [*renew(directory, [SERVER], days=days), *silos, place]  # until `place` is done this can be repeated
+    for each in changed:
+        _replace(each / "ca.pem", dataclasses.replace(authority, others=()).pem)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -287,6 +339,21 @@ def _kit_directory(directory: Path, name: str) -> Path:
     return directory / SERVER if name == SERVER else directory / "silos" / name
 
 
+def _existing(directory: Path, name: str) -> Path:
+    kit = _kit_directory(directory, name)
+    if not kit.exists():
+        raise ConfigError(f"{kit} is not there", f"make a new kit for {name}: --silos {name}")
+    return kit
+
+
+def _silos(directory: Path) -> list[str]:
+    """Whose kits are there, but for those of whom the certificate in it was revoked."""
+    path = directory / SERVER / REVOKED
+    revoked = {int(entry.serial, 16) for entry in (read_revoked(path) if path.exists() else [])}
+    certificates = sorted((directory / "silos").glob("[!.]*/certificate.pem"))
+    return [path.parent.name for path in certificates if parse(path)[0].serial_number not in revoked]
+
+
 def _issue(
     directory: Path, authority: Authority, name: str, *, hosts: Sequence[str] | None, days: int
 ) -> dict[str, bytes]:
@@ -317,12 +384,12 @@ def _issued_to(directory: Path, name: str) -> list[int]:
         raise CertificateError(f"{register}: cannot be read ({error})", "restore it") from None
     certificate = _kit_directory(directory, name) / "certificate.pem"
     if certificate.exists():
-        serials.append(parse(certificate, certificate.read_bytes())[0].serial_number)
+        serials.append(parse(certificate)[0].serial_number)
     return list(dict.fromkeys(serials))
 
 
 def _listed(entries: Sequence[Revoked]) -> bytes:
-    return (json.dumps([asdict(entry) for entry in entries], indent=1) + "\n").encode()
+    return (json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1) + "\n").encode()
 
 
 def _hex(serial: int) -> str:

@@ -9,8 +9,8 @@ from cryptography import x509
 from fedpft import atomic, cli
 from fedpft.config import TlsSection, load_silo_config
 from fedpft.errors import CertificateError, ConfigError
-from fedpft.provision import Authority, provision, renew, revoke
-from fedpft.wire.certificates import check_certificates, read_kit, read_revoked
+from fedpft.provision import Authority, drop_old_authority, provision, renew, replace_authority, revoke
+from fedpft.wire.certificates import check_certificates, read_kit, read_revoked, signed
 
 
 def tls(kit):
@@ -158,13 +158,8 @@ def test_the_server_can_be_given_other_hosts(tmp_path):
         renew(tmp_path, ["north"], hosts=["new.example.org"])
 
 
-@pytest.mark.parametrize("writes", range(6))
-@pytest.mark.parametrize("name", ["north", "server"])
-def test_a_kit_is_whole_wherever_a_renewal_stops(name, writes, tmp_path, monkeypatch):
-    """Six files are written: the register, ca.pem and key.pem with old and new, the certificate, and both alone."""
-    provision(tmp_path, ["north"])
-    kit, role = (tmp_path / "server", "server") if name == "server" else (tmp_path / "silos/north", "silo")
-    old = certificate_of(kit)
+def stopped(change, writes, monkeypatch):
+    """Whether a change stops at its write of that number."""
     replacing, left = atomic.replacing, [writes]
 
     def power_cut(path):
@@ -175,8 +170,21 @@ def test_a_kit_is_whole_wherever_a_renewal_stops(name, writes, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "replacing", power_cut)
-        with pytest.raises(KeyboardInterrupt):
-            renew(tmp_path, [name])
+        try:
+            change()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("writes", range(6))
+@pytest.mark.parametrize("name", ["north", "server"])
+def test_a_kit_is_whole_wherever_a_renewal_stops(name, writes, tmp_path, monkeypatch):
+    """Six files are written: the register, ca.pem and key.pem with old and new, the certificate, and both alone."""
+    provision(tmp_path, ["north"])
+    kit, role = (tmp_path / "server", "server") if name == "server" else (tmp_path / "silos/north", "silo")
+    old = certificate_of(kit)
+    assert stopped(lambda: renew(tmp_path, [name]), writes, monkeypatch)
     assert read_kit(tls(kit), role).name == name
     assert (certificate_of(kit) == old) == (writes < 4)
     renew(tmp_path, [name])
@@ -269,6 +277,105 @@ def test_renewed_and_revoked_at_once_only_the_new_certificate_is_good(tmp_path, 
     revoked = [int(entry.serial, 16) for entry in read_revoked(tmp_path / "server/revoked.json")]
     assert revoked == [old]
     assert certificate_of(tmp_path / "silos/north").serial_number != old
+
+
+# --- another authority ------------------------------------------------------------------------------------------------
+
+
+def accepts(kit, other):
+    """Whether whoever has the one kit lets in whoever has the other."""
+    authorities = x509.load_pem_x509_certificates((kit / "ca.pem").read_bytes())
+    return any(signed(certificate_of(other), authority) for authority in authorities)
+
+
+def authorities_in(directory):
+    """How many each ca.pem holds."""
+    return {path.read_bytes().count(b"BEGIN") for path in directory.rglob("ca.pem")}
+
+
+def test_a_rotation_leaves_every_kit_of_the_new_authority_alone(tmp_path):
+    provision(tmp_path, ["north", "south"])
+    server, silos = tmp_path / "server", [tmp_path / "silos" / name for name in ("north", "south")]
+    before = {kit: certificate_of(kit) for kit in (server, *silos)}
+    assert replace_authority(tmp_path, days=20) == [tmp_path / "authority", server, *silos]
+    assert authorities_in(tmp_path) == {2}
+    assert [kit for kit in before if certificate_of(kit) == before[kit]] == [server]
+    assert drop_old_authority(tmp_path, days=20) == [server, *silos, tmp_path / "authority"]
+    assert authorities_in(tmp_path) == {1}
+    assert not [kit for kit in before if certificate_of(kit) == before[kit]]
+    assert {read_kit(tls(kit), "silo").days_left for kit in silos} == {19}
+    assert read_kit(tls(server), "server").days_left == 19
+    provision(tmp_path, ["west"])
+    assert accepts(server, tmp_path / "silos/west")
+    for key in tmp_path.rglob("key.pem"):
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("step", [replace_authority, drop_old_authority])
+def test_a_rotation_that_stops_anywhere_shuts_nobody_out_and_can_be_made_again(step, tmp_path, monkeypatch):
+    for writes in range(100):
+        kits = tmp_path / str(writes)
+        provision(kits, ["north", "south"])
+        if step is drop_old_authority:
+            replace_authority(kits)
+        torn = stopped(lambda kits=kits: step(kits), writes, monkeypatch)
+        server = kits / "server"
+        for silo in (kits / "silos/north", kits / "silos/south"):
+            assert read_kit(tls(silo), "silo").name == silo.name
+            assert accepts(server, silo)
+            assert accepts(silo, server)
+        assert read_kit(tls(server), "server").name == "server"
+        if not torn:
+            break
+        step(kits)
+        if step is replace_authority:
+            drop_old_authority(kits)
+        assert authorities_in(kits) == {1}
+    assert writes > 8
+
+
+def test_an_old_authority_is_not_dropped_while_a_kit_is_of_it(tmp_path):
+    provision(tmp_path, ["north"])
+    with pytest.raises(ConfigError, match="no old authority"):
+        drop_old_authority(tmp_path)
+    old = shutil.copytree(tmp_path / "silos/north", tmp_path / "old")
+    replace_authority(tmp_path)
+    shutil.copytree(old, tmp_path / "silos/north", dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="north is of the old authority") as caught:
+        drop_old_authority(tmp_path)
+    assert "--renew north" in caught.value.remedy
+    assert authorities_in(tmp_path / "authority") == {2}
+    renew(tmp_path, ["north"])
+    drop_old_authority(tmp_path)
+
+
+def test_a_rotation_makes_no_new_kit_for_who_was_revoked(tmp_path):
+    provision(tmp_path, ["north", "south"])
+    revoke(tmp_path, ["north"])
+    before = certificate_of(tmp_path / "silos/north")
+    replace_authority(tmp_path)
+    drop_old_authority(tmp_path)
+    assert certificate_of(tmp_path / "silos/north") == before
+    assert not accepts(tmp_path / "server", tmp_path / "silos/north")
+    assert accepts(tmp_path / "server", tmp_path / "silos/south")
+
+
+def test_the_command_rotates_and_lets_no_second_one_in(tmp_path, monkeypatch, capsys):
+    def fedpft(*options):
+        monkeypatch.setattr("sys.argv", ["fedpft", "provision", "--out", str(tmp_path / "kits"), *options])
+        return cli.main(), capsys.readouterr()
+
+    assert fedpft("--silos", "north")[0] == 0
+    for option in ("--new-authority", "--drop-old-authority"):
+        code, said = fedpft(option)
+        assert code == 0
+        assert f"changed {tmp_path / 'kits/silos/north'}\n" in said.out
+    assert authorities_in(tmp_path) == {1}
+    with atomic.locked(tmp_path / "kits", "--out"):
+        code, said = fedpft("--renew", "north")
+    assert code == ConfigError.exit_code
+    assert "in use by another process" in said.err
+    assert fedpft("--renew", "north")[0] == 0
 
 
 # --- a look at one's own kit ------------------------------------------------------------------------------------------

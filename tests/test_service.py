@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fedpft import atomic, command
+from fedpft import atomic, audit, command
 from fedpft.config import (
     AdapterSection,
     FederationSection,
@@ -354,19 +354,22 @@ def test_tls_below_1_3_is_refused(start, kits):
     _, address = start(tls(kits / "server"))
     host, port = address.split(":")
     section = tls(kits / "silos/north")
-    outcomes = {}
-    for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+
+    def negotiated(version):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(section.ca)
         context.load_cert_chain(section.certificate, section.key)
         context.set_alpn_protocols(["h2"])
         context.minimum_version = context.maximum_version = version
-        with socket.create_connection((host, int(port)), timeout=LONG_SECONDS) as connection:
-            try:
-                outcomes[version] = context.wrap_socket(connection, server_hostname=host).version()
-            except (ssl.SSLError, OSError):
-                outcomes[version] = "refused"
-    assert outcomes == {ssl.TLSVersion.TLSv1_2: "refused", ssl.TLSVersion.TLSv1_3: "TLSv1.3"}
+        with (
+            socket.create_connection((host, int(port)), timeout=LONG_SECONDS) as connection,
+            context.wrap_socket(connection, server_hostname=host) as secured,
+        ):
+            return secured.version()
+
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        negotiated(ssl.TLSVersion.TLSv1_2)
+    assert negotiated(ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
 
 
 def test_a_server_without_tls_is_no_server_for_a_silo_with_tls(start, dial, kits):
@@ -601,6 +604,33 @@ def test_a_restart_between_rounds_waits_for_those_that_were_there(start, dial, b
     for silo, poll in zip(silos, polls, strict=False):
         assert submit(silo, poll.result().train.round, result())
     assert [update.silo for update in outcome.result()] == ["north", "south"]
+
+
+def test_a_restart_compares_the_audit_log_with_the_ledger(start, dial, background, tmp_path, caplog):
+    server, address = start()
+    north, south = dial(address, "north"), dial(address, "south")
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    next_round(north), next_round(south)
+    assert submit(north, 1, result())
+    server.close()
+    server._live.handle(SiloFailed("south", "the test is through with this server"))
+    with pytest.raises(QuorumLost):
+        outcome.result()
+    path = tmp_path / "out/audit.jsonl"
+    *before, line = path.read_bytes().splitlines(keepends=True)
+    assert b'"received"' in line
+    path.write_bytes(b"".join(before))  # as if it had been killed before it came to write it
+    with audit.AuditLog(path) as log:
+        log.append("received", peer="south", round=1, verdict="accept")
+    for _ in range(2):
+        server, _ = start(listen=address)
+        server.close()
+    _, late = [entry for entry in audit.read(path) if entry.event == "received"]
+    assert late.fields.pop("late")
+    assert late.fields == {name: value for name, value in json.loads(line).items() if name in late.fields}
+    assert late.fields.keys() == {"peer", "file", "round", "bytes", "sha256", "verdict"}
+    assert caplog.text.count(f"{path} has an update of south in round 1 that the ledger has lost") == 2
 
 
 @pytest.mark.parametrize("file", ["rounds/0/adapter.safetensors", "updates"])

@@ -3,14 +3,14 @@
 import contextlib
 import ctypes
 import dataclasses
+import logging
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
 import grpc
 
-from fedpft import atomic
+from fedpft import atomic, audit
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, ServerConfig
 from fedpft.federation import AbortRequested, Federation, FinishRequested, PatchPublished, StartRound
@@ -28,6 +28,8 @@ from fedpft.wire.v1.federation_pb2_grpc import add_FederationServiceServicer_to_
 FAREWELL_SECONDS = 10.0  # for silos to hear that the federation is over
 M_ARENA_MAX = -8  # of malloc.h
 CLOSING_SECONDS = 2.0  # for the replies that are on their way
+
+log = logging.getLogger(__name__)
 
 __all__ = ["FederationServer", "Update"]
 
@@ -66,6 +68,7 @@ class FederationServer:
         self._inbox = Inbox(bundle, ledger, training=settings.training, max_norm=section.max_update_norm)
         self._outbox = Outbox(bundle, self._record_sent)
         self._resume(federation)
+        self._complete_audit(config.out / "audit.jsonl")
         servicer = FederationServicer(
             self._live,
             self._inbox,
@@ -164,14 +167,6 @@ class FederationServer:
         """Payload bytes received: updates."""
         return self._inbox.bytes_up
 
-    def __enter__(self) -> "FederationServer":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _resume(self, federation: Federation) -> None:
         """Puts the state machine and the files where the ledger says the run stopped."""
         version = len(self._ledger.recorded("alignment"))
@@ -197,6 +192,17 @@ class FederationServer:
             aggregated=aggregated,
         )
         self._farewell = frozenset(last.present)
+
+    def _complete_audit(self, path: Path) -> None:
+        """Adds the lines that a process did not come to write, which was killed right after an update's row."""
+        rows = {(row.round, row.silo): row for row in self._ledger.updates()}
+        told = {(e.fields["round"], e.fields["peer"]) for e in audit.read(path) if e.fields.get("verdict") == "accept"}
+        for (round, silo), row in rows.items():
+            if (round, silo) not in told:
+                line = {"file": "update", "round": round, "bytes": row.bytes, "sha256": row.sha256}
+                self._audit.append("received", peer=silo, **line, verdict="accept", late=True)
+        for round, silo in sorted(told - rows.keys()):
+            log.warning("%s has an update of %s in round %d that the ledger has lost", path, silo, round)
 
     def _open_round(self, round: int, *, count_inactivity: bool) -> None:
         start = self._ledger.verified(self._ledger.adapter_path(round - 1))

@@ -76,10 +76,10 @@ def read_kit(tls: TlsSection, role: Role) -> Kit:
         CertificateError: naming the file.
     """
     ca, pem = _read(tls.ca), _read(tls.certificate)
-    authorities, certificate = parse(tls.ca, ca), parse(tls.certificate, pem)[0]
+    authorities, certificate = _parse(tls.ca, ca), _parse(tls.certificate, pem)[0]
     key = _fitting_key(tls, certificate)
     _check_dates(tls.certificate, certificate)
-    issuer = next((authority for authority in authorities if _signed(certificate, authority)), None)
+    issuer = next((authority for authority in authorities if signed(certificate, authority)), None)
     if issuer is None:
         raise CertificateError(
             f"{tls.certificate} was not signed by {tls.ca}", "name the files of one and the same federation"
@@ -101,15 +101,21 @@ def fitting_key(tls: TlsSection) -> bytes:
     Raises:
         CertificateError: no key there fits.
     """
-    return _fitting_key(tls, parse(tls.certificate, _read(tls.certificate))[0])
+    return _fitting_key(tls, parse(tls.certificate)[0])
 
 
-def parse(path: Path, content: bytes) -> list[x509.Certificate]:
-    """The certificates of a PEM file, at least one; `path` is for the error."""
+def parse(path: Path) -> list[x509.Certificate]:
+    """The certificates of a PEM file, at least one; CertificateError if it cannot be read."""
+    return _parse(path, _read(path))
+
+
+def signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether the one was signed by the other."""
     try:
-        return x509.load_pem_x509_certificates(content)
-    except ValueError:
-        raise CertificateError(f"{path}: not a PEM certificate", NEW_KIT) from None
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def days_left(certificate: x509.Certificate) -> int:
@@ -216,6 +222,13 @@ def _read(path: Path) -> bytes:
         raise CertificateError(f"{path}: cannot be read ({error.strerror})", "let this user read it") from None
 
 
+def _parse(path: Path, content: bytes) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(content)
+    except ValueError:
+        raise CertificateError(f"{path}: not a PEM certificate", NEW_KIT) from None
+
+
 def _fitting_key(tls: TlsSection, certificate: x509.Certificate) -> bytes:
     content = _read(tls.key)
     try:
@@ -238,14 +251,6 @@ def _check_dates(path: Path, certificate: x509.Certificate) -> None:
             f"{path} is valid only from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC",
             "check this machine's clock",
         )
-
-
-def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
 
 
 def _check_role(path: Path, certificate: x509.Certificate, role: Role) -> None:
