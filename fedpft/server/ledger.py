@@ -190,9 +190,10 @@ class Ledger:
             _now(),
         )
 
-    def updates(self) -> list[UpdateRow]:
-        """All updates that ever counted, in the order of rounds and of the silos' names."""
-        rows = self._database.execute(f"SELECT {UPDATE} FROM updates ORDER BY round, silo")
+    def updates(self, round: int | None = None) -> list[UpdateRow]:
+        """The updates that a round counts, or any (None), in the order of rounds and of the silos' names."""
+        only, values = ("", ()) if round is None else ("WHERE round = ?", (round,))
+        rows = self._database.execute(f"SELECT {UPDATE} FROM updates {only} ORDER BY round, silo", values)
         return [_update(row) for row in rows]
 
     def update(self, round: int, silo: str) -> UpdateRow | None:
