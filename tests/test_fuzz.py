@@ -504,7 +504,7 @@ def test_no_call_ends_in_a_fault_of_the_server(made: list[Any]) -> None:
         live = LiveFederation(Federation(["north"], min_silos=1, sample_fraction=1.0, seed=0))
         log = AuditLog(Path(place) / "audit.jsonl")
         outbox = Outbox(Path(place) / "bundle", lambda *_: None)
-        outbox.adapter = transfer.payload(box.start)
+        outbox.put_adapter(transfer.payload(box.start))
         servicer = FederationServicer(live, box.inbox, outbox, log, "{}", "run", Admission(None, live.fail))
         live.enrol("north", 10)
         live.handle(RoundRequested(1))

@@ -158,7 +158,7 @@ class Inbox:
         return b"" if row is None else bytes.fromhex(row.sha256)
 
     def keep(self, update: Update, header: UpdateHeader) -> None:
-        """The update counts from now on, whatever happens to this process."""
+        """The update counts from now on, whatever happens to this process; after `sync`, to this machine."""
         self._ledger.enter_update(
             UpdateRow(
                 round=header.round,
@@ -171,6 +171,10 @@ class Inbox:
                 metrics=update.metrics,
             )
         )
+
+    def sync(self) -> None:
+        """What counts is on disk. Nobody is told that an update counts before that."""
+        self._ledger.sync()
 
     def _check_size(self, silo: str, header: UpdateHeader) -> Order:
         order = self._order

@@ -34,21 +34,26 @@ class Outbox:
         """
         self.proxy = _bundle_files(bundle)
         self.adapter: transfer.Payload | None = None
+        self._announced = File()
         self.patch: transfer.Payload | None = None
         self.snapshot: transfer.Payload | None = None
         self.bytes_down = 0
         self._sent = sent
         self._lock = threading.Lock()
 
+    def put_adapter(self, adapter: transfer.Payload) -> None:
+        """The next round starts from this one."""
+        self.adapter, self._announced = adapter, adapter.announcement()
+        if adapter.total_bytes <= transfer.CHUNK_BYTES:
+            self._announced.content = adapter.path.read_bytes()
+
     def announced_adapter(self, silo: str) -> File:
         """What a silo is told of the adapter; one that fits into a chunk goes along."""
         assert self.adapter is not None  # a round begins with one
-        file = self.adapter.announcement()
-        if file.total_bytes <= transfer.CHUNK_BYTES:
-            file.content = self.adapter.path.read_bytes()
+        if self._announced.content:
             self._sent(silo, self.adapter, 0)
-            self._count(file.total_bytes)
-        return file
+            self._count(self.adapter.total_bytes)
+        return self._announced
 
     def send(self, silo: str, sha256: bytes, offset: int) -> Iterator[bytes]:
         """An announced file from a byte on, as serialised FetchFileResponses; RoundOver if it is not announced."""

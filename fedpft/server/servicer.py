@@ -120,6 +120,7 @@ class FederationServicer:
                         offset = self._inbox.offered(silo, header)
                     return pb.OfferUpdateResponse(verdict=pb.OfferUpdateResponse.VERDICT_SEND, offset=offset)
                 case federation.Duplicate():
+                    self._inbox.sync()
                     counted = self._inbox.counted(silo, header)
                     return pb.OfferUpdateResponse(verdict=VERDICTS[federation.Duplicate], counted_sha256=counted)
                 case federation.Refuse(_, error):
@@ -136,6 +137,7 @@ class FederationServicer:
                 case federation.Refuse(_, refusal):
                     raise refusal
                 case federation.Duplicate():
+                    self._inbox.sync()
                     return pb.SendUpdateResponse()
             watchdog = Watchdog()
 
@@ -158,6 +160,7 @@ class FederationServicer:
         with self._out_of_the_round(silo, header.round):
             update = self._inbox.receive(silo, header, chunks, enrolled_samples=self._live.samples(silo))
         verdict = self._live.take(_arrival(silo, header), lambda: self._inbox.keep(update, header))
+        self._inbox.sync()
         self._audit.append(
             "received",
             peer=silo,
