@@ -60,7 +60,9 @@ def make(start: Path, tmp_path: Path) -> Maker:
         change(groups)
         path = tmp_path / f"{silo}-{seed}"
         write_tensors(path, groups)
-        return Update(silo, samples, {"train_loss": 1.0} if metrics is None else metrics, path, TensorFile(start), encoding)
+        return Update(
+            silo, samples, {"train_loss": 1.0} if metrics is None else metrics, path, TensorFile(start), encoding
+        )
 
     return update
 

@@ -1,8 +1,9 @@
 """The run ledger, OUT/ledger.sqlite: what has happened in a run, so that a restarted server goes on from there.
 
-Each method is one transaction that is on disk when it returns; an update's only after `sync`. A file is entered with its SHA-256 after it is in place,
-so whatever the ledger names is whole; `verified` looks at the file again before it is used. SQLite does not notice a
-damaged value: each row has a seal, the SHA-256 of its values, and all are looked at when the ledger is opened.
+Each method is one transaction that is on disk when it returns; an update's only after `sync`. A file is entered with
+its SHA-256 after it is in place, so whatever the ledger names is whole; `verified` looks at the file again before it is
+used. SQLite does not notice a damaged value: each row has a seal, the SHA-256 of its values, and all are looked at when
+the ledger is opened.
 
     run        key -> value: format, run_id, config (JSON)
     files      name under OUT -> sha256, bytes

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-REPLY_SECONDS = 60.0  # for a reply without a transfer; the server answers NextTask well within it
+REPLY_SECONDS = 150.0  # for a reply: NextTask may wait for 20 s, and a chunk that comes along for IDLE_SECONDS
 LEAVE_SECONDS = 2.0
 SEND_UPDATE = f"/{pb.DESCRIPTOR.services_by_name['FederationService'].full_name}/SendUpdate"
 LARGE_BYTES = 16 << 20  # what takes long enough to be worth a line
