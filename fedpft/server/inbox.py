@@ -6,7 +6,6 @@ OUT/updates/incoming/<silo>/ and is gone on with.
 
 import collections
 import hashlib
-import os
 import secrets
 import shutil
 import threading
@@ -137,10 +136,8 @@ class Inbox:
         transfer.check_announcement(file)
         if len(file.content) != file.total_bytes or hashlib.sha256(file.content).digest() != file.sha256:
             raise TransferCorrupt(f"{file.name} is not what was sent: its SHA-256 differs", transfer.AGAIN)
-        with path.open("xb", buffering=0) as written:
-            written.write(file.content)
-            os.fsync(written)
-        atomic.sync(path.parent)
+        with atomic.replacing(path) as written:
+            written.write_bytes(file.content)
         self._count(file.total_bytes)
 
     def _receive(self, path: Path, silo: str, header: UpdateHeader, chunks: Iterable[Chunk]) -> None:

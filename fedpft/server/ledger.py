@@ -108,7 +108,7 @@ class Ledger:
         self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         try:
             self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = NORMAL")  # FULL but for `sync`
+            self._database.execute("PRAGMA synchronous = NORMAL")  # `sync` does what FULL would, when it is due
             if self._database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("its integrity check fails")
             if not self._database.execute("SELECT 1 FROM sqlite_master").fetchone():

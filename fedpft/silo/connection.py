@@ -107,7 +107,7 @@ class ServerConnection:
         return directory
 
     def fetch(self, file: pb.File, directory: Path, name: str | None = None) -> Path:
-        """Puts an announced file into a directory, unless it is there or came along: from where an attempt stopped.
+        """Puts an announced file into a directory, unless it is there: as it came along, or from where a fetch stopped.
 
         Args:
             name: to be called there; default: as announced.
