@@ -165,7 +165,7 @@ def judge(content: bytes, encoding: Encoding, samples: int = 1, metrics: dict[st
     with placed(content) as path:
         start = path.with_name("start")
         write_tensors(start, {"adapter": START})
-        update = Update("north", samples, metrics or {}, path, start, encoding)
+        update = Update("north", samples, metrics or {}, path, TensorFile(start), encoding)
         try:
             check_update(update, NEURONS, 1e9, 100)
         except (InvalidUpdate, TransferCorrupt):
@@ -504,7 +504,7 @@ def test_no_call_ends_in_a_fault_of_the_server(made: list[Any]) -> None:
         live = LiveFederation(Federation(["north"], min_silos=1, sample_fraction=1.0, seed=0))
         log = AuditLog(Path(place) / "audit.jsonl")
         outbox = Outbox(Path(place) / "bundle", lambda *_: None)
-        outbox.adapter = transfer.payload(box.start)
+        outbox.put_adapter(transfer.payload(box.start))
         servicer = FederationServicer(live, box.inbox, outbox, log, "{}", "run", Admission(None, live.fail))
         live.enrol("north", 10)
         live.handle(RoundRequested(1))
@@ -579,7 +579,7 @@ def test_the_examples_of_this_file_are_valid_themselves(tmp_path: Path) -> None:
         tmp_path.mkdir()
         (tmp_path / "x").write_bytes(content)
         write_tensors(tmp_path / "start", {"adapter": START})
-        update = Update("north", 1, {}, tmp_path / "x", tmp_path / "start", encoding)
+        update = Update("north", 1, {}, tmp_path / "x", TensorFile(tmp_path / "start"), encoding)
         check_update(update, NEURONS, 1e9, 100)
         tensors: dict[str, Tensor] = update.adapter
         assert tensors.keys() == START.keys()

@@ -513,6 +513,7 @@ def test_a_stale_proxy_is_refused(start, dial, background):
 
 
 def test_a_damaged_upload_is_sent_again(start, dial, background, monkeypatch):
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 100)  # so that it is a stream
     server, address = start(federation={"silos": ("north",)})
     north = dial(address, "north")
     server.wait_for_silos()
@@ -535,6 +536,51 @@ def test_a_damaged_upload_is_sent_again(start, dial, background, monkeypatch):
     monkeypatch.setattr(north._stub, "SendUpdate", DamageOnce)
     assert submit(north, 1, result())
     assert damaged
+    assert len(outcome.result()) == 1
+
+
+def test_what_fits_into_a_chunk_comes_along_and_is_recorded(start, dial, background, tmp_path):
+    server, address = start(federation={"silos": ("north",)})
+    north = dial(address, "north")
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    task = next_round(north)
+    north._stub.FetchFile = north._stub.SendUpdate = None
+    adapter = north.fetch(task.adapter, tmp_path / "received")
+    assert transfer.payload(adapter).sha256 == task.adapter.sha256
+    assert submit(north, 1, result())
+    (update,) = outcome.result()
+    arrived = transfer.payload(update.path)
+    for log, event, file in (
+        (tmp_path / "out", "sent", task.adapter),
+        (tmp_path / "work-north", "received", task.adapter),
+        (tmp_path / "work-north", "sent", arrived),
+        (tmp_path / "out", "received", arrived),
+    ):
+        (entry,) = [entry for entry in audit.read(log / "audit.jsonl") if entry.event == event]
+        assert (entry.fields["bytes"], entry.fields["sha256"]) == (file.total_bytes, file.sha256.hex())
+    assert (server.bytes_down, server.bytes_up) == (task.adapter.total_bytes, arrived.total_bytes)
+
+
+def test_a_damaged_offer_is_sent_again(start, dial, background, monkeypatch):
+    server, address = start(federation={"silos": ("north",)})
+    north = dial(address, "north")
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    next_round(north)
+    offer, damage = north._stub.OfferUpdate, [b"x", b""]
+
+    def damaged(request, **options):
+        broken = pb.OfferUpdateRequest()
+        broken.CopyFrom(request)
+        if damage:
+            broken.update.file.content = request.update.file.content[:-1] + damage.pop()
+        return offer(broken, **options)
+
+    monkeypatch.setattr(north._stub, "OfferUpdate", damaged)
+    assert submit(north, 1, result())
+    assert not damage
+    assert not submit(north, 1, result())
     assert len(outcome.result()) == 1
 
 

@@ -367,6 +367,16 @@ def test_a_stalled_stream_is_given_up_and_goes_on(server: Server, file: pb.File,
     assert offsets(server) == [0, CHUNK]
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_file_that_came_along_is_fetched_only_if_it_is_damaged(
+    damaged: bool, connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
+) -> None:
+    content = server.files[file.sha256].read_bytes()
+    file.content = content[:-1] if damaged else content
+    assert connection.fetch(file, tmp_path / "there").read_bytes() == content
+    assert len(offsets(server)) == damaged
+
+
 def test_a_withdrawn_file_ends_the_round_only(
     connection: ServerConnection, server: Server, file: pb.File, tmp_path: Path
 ) -> None:

@@ -60,7 +60,9 @@ def make(start: Path, tmp_path: Path) -> Maker:
         change(groups)
         path = tmp_path / f"{silo}-{seed}"
         write_tensors(path, groups)
-        return Update(silo, samples, {"train_loss": 1.0} if metrics is None else metrics, path, start, encoding)
+        return Update(
+            silo, samples, {"train_loss": 1.0} if metrics is None else metrics, path, TensorFile(start), encoding
+        )
 
     return update
 
@@ -69,7 +71,7 @@ def make(start: Path, tmp_path: Path) -> Maker:
 def test_what_a_silo_makes_is_accepted(encoding: Encoding, make: Maker, start: Path) -> None:
     update = make(1, encoding, COUNTS, metrics={"train_loss": 0.3, "seconds": 1.0, "tokens": 5.0})
     check_update(update, NEURONS, max_norm=1e3, most_samples=10)
-    assert update.path.stat().st_size <= largest_update_bytes(start, NEURONS)
+    assert update.path.stat().st_size <= largest_update_bytes(TensorFile(start), NEURONS)
     assert update.specs.keys() == update.adapter.keys() == adapter(1).keys()
     for name, tensor in update.adapter.items():
         assert tensor.dtype == adapter(1)[name].dtype
@@ -220,7 +222,7 @@ def test_the_largest_update_has_room_for_every_encoding(tmp_path: Path) -> None:
     for encoding in ENCODINGS:
         groups, _ = encode(like, like, encoding, {})
         write_tensors(tmp_path / encoding, groups)
-        assert (tmp_path / encoding).stat().st_size <= largest_update_bytes(tmp_path / "start", {})
+        assert (tmp_path / encoding).stat().st_size <= largest_update_bytes(TensorFile(tmp_path / "start"), {})
 
 
 def test_a_bundle_without_a_readable_description_is_named(tmp_path: Path) -> None:

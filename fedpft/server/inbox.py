@@ -5,6 +5,7 @@ OUT/updates/incoming/<silo>/ and is gone on with.
 """
 
 import collections
+import hashlib
 import secrets
 import shutil
 import threading
@@ -12,26 +13,30 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpft import atomic
 from fedpft.config import TrainingSection
 from fedpft.datasets import round_window
 from fedpft.errors import FedPFTError, InvalidUpdate, RoundOver, TransferCorrupt
 from fedpft.server.ledger import Ledger, UpdateRow
 from fedpft.server.updates import Update, check_update, compressed_neurons, largest_update_bytes
 from fedpft.wire import transfer
-from fedpft.wire.v1.federation_pb2 import Chunk, UpdateHeader
+from fedpft.wire.tensors import TensorFile
+from fedpft.wire.v1.federation_pb2 import Chunk, File, UpdateHeader
 
 
 @dataclass(frozen=True)
 class Order:
     """What the present round's updates must be like.
 
-    start: file of the adapter that the round starts from.
+    start: the adapter that the round starts from.
     neurons: of each compressed layer the K of its inactivity counts; empty if none are wanted.
+    largest_bytes: no update's file is larger.
     """
 
     round: int
-    start: Path
+    start: TensorFile
     neurons: Mapping[int, int]
+    largest_bytes: int
 
 
 class Inbox:
@@ -65,7 +70,8 @@ class Inbox:
             if path != self._place(round):
                 shutil.rmtree(path)
         self._place(round).mkdir(parents=True, exist_ok=True)
-        self._order = Order(round, start, self._neurons if count_inactivity else {})
+        file, neurons = TensorFile(start), self._neurons if count_inactivity else {}
+        self._order = Order(round, file, neurons, largest_update_bytes(file, neurons))
 
     def close_round(self) -> None:
         """Deletes all updates: once the mean is taken, what one silo sent is nobody's to keep."""
@@ -79,17 +85,10 @@ class Inbox:
 
     def updates(self, round: int, start: Path) -> list[Update]:
         """The updates that a round counts, in the order of the silos' names; CheckpointError if a file was changed."""
+        file, encoding = TensorFile(start), self._training.update_encoding
         return [
-            Update(
-                row.silo,
-                row.samples,
-                row.metrics,
-                self._ledger.verified_update(row),
-                start,
-                self._training.update_encoding,
-            )
-            for row in self._ledger.updates()
-            if row.round == round
+            Update(row.silo, row.samples, row.metrics, self._ledger.verified_update(row), file, encoding)
+            for row in self._ledger.updates(round)
         ]
 
     def offered(self, silo: str, header: UpdateHeader) -> int:
@@ -109,7 +108,7 @@ class Inbox:
         """Receives and checks an update, which is on disk then, but does not count.
 
         What has arrived of an update that stops halfway stays. A second stream of one silo ends the first, whose
-        connection has most likely broken without anybody's noticing.
+        connection has most likely broken without anybody's noticing. One whose header brings its content has no chunks.
 
         Raises:
             RoundOver: in the meantime.
@@ -117,15 +116,12 @@ class Inbox:
             TransferCorrupt: it did not arrive as it was sent.
         """
         order = self._check_size(silo, header)
-        stream = self._supersede(silo)
         name = f"{silo}-{header.file.sha256.hex()[:16]}-{secrets.token_hex(4)}.safetensors"
         path = self._place(order.round) / name  # of its own: what counts is neither written over nor deleted
-        with self._receiving[silo], self._incoming(silo, header) as incoming:
-            for chunk in chunks:
-                if self._streams[silo] is not stream:
-                    raise TransferCorrupt(f"{silo} began to send its update anew", transfer.AGAIN)
-                self._count(incoming.write(chunk))
-            incoming.finish(path)
+        if header.file.content:
+            self._write(path, header.file)
+        else:
+            self._receive(path, silo, header, chunks)
         update = Update(silo, header.samples, dict(header.metrics), path, order.start, self._training.update_encoding)
         _, most_samples = round_window(enrolled_samples, self._training.local_epochs, order.round - 1)
         try:
@@ -136,13 +132,30 @@ class Inbox:
             raise
         return update
 
+    def _write(self, path: Path, file: File) -> None:
+        transfer.check_announcement(file)
+        if len(file.content) != file.total_bytes or hashlib.sha256(file.content).digest() != file.sha256:
+            raise TransferCorrupt(f"{file.name} is not what was sent: its SHA-256 differs", transfer.AGAIN)
+        with atomic.replacing(path) as written:
+            written.write_bytes(file.content)
+        self._count(file.total_bytes)
+
+    def _receive(self, path: Path, silo: str, header: UpdateHeader, chunks: Iterable[Chunk]) -> None:
+        stream = self._supersede(silo)
+        with self._receiving[silo], self._incoming(silo, header) as incoming:
+            for chunk in chunks:
+                if self._streams[silo] is not stream:
+                    raise TransferCorrupt(f"{silo} began to send its update anew", transfer.AGAIN)
+                self._count(incoming.write(chunk))
+            incoming.finish(path)
+
     def counted(self, silo: str, header: UpdateHeader) -> bytes:
         """SHA-256 of the update that the round counts of this silo."""
         row = self._ledger.update(header.round, silo)
         return b"" if row is None else bytes.fromhex(row.sha256)
 
     def keep(self, update: Update, header: UpdateHeader) -> None:
-        """The update counts from now on, whatever happens to this process."""
+        """The update counts from now on, whatever happens to this process; after `sync`, to this machine."""
         self._ledger.enter_update(
             UpdateRow(
                 round=header.round,
@@ -156,14 +169,17 @@ class Inbox:
             )
         )
 
+    def sync(self) -> None:
+        """What counts is on disk. Nobody is told that an update counts before that."""
+        self._ledger.sync()
+
     def _check_size(self, silo: str, header: UpdateHeader) -> Order:
         order = self._order
         if order is None or order.round != header.round:
             raise RoundOver(f"round {header.round} is over", "the silo goes on with the next round")
-        largest = largest_update_bytes(order.start, order.neurons)
-        if header.file.total_bytes > largest:
+        if header.file.total_bytes > order.largest_bytes:
             raise InvalidUpdate(
-                f"{silo}: the update has {header.file.total_bytes} bytes, at most {largest} make sense",
+                f"{silo}: the update has {header.file.total_bytes} bytes, at most {order.largest_bytes} make sense",
                 "train on this federation's proxy with this version of fedpft",
             )
         return order

@@ -1,8 +1,9 @@
 """The run ledger, OUT/ledger.sqlite: what has happened in a run, so that a restarted server goes on from there.
 
-Each method is one transaction that is on disk when it returns. A file is entered with its SHA-256 after it is in place,
-so whatever the ledger names is whole; `verified` looks at the file again before it is used. SQLite does not notice a
-damaged value: each row has a seal, the SHA-256 of its values, and all are looked at when the ledger is opened.
+Each method is one transaction that is on disk when it returns; an update's only after `sync`. A file is entered with
+its SHA-256 after it is in place, so whatever the ledger names is whole; `verified` looks at the file again before it is
+used. SQLite does not notice a damaged value: each row has a seal, the SHA-256 of its values, and all are looked at when
+the ledger is opened.
 
     run        key -> value: format, run_id, config (JSON)
     files      name under OUT -> sha256, bytes
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpft import atomic
 from fedpft.errors import CheckpointError, ConfigError
 from fedpft.wire.transfer import Payload, payload
 
@@ -106,7 +108,7 @@ class Ledger:
         self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         try:
             self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
+            self._database.execute("PRAGMA synchronous = NORMAL")  # `sync` does what FULL would, when it is due
             if self._database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("its integrity check fails")
             if not self._database.execute("SELECT 1 FROM sqlite_master").fetchone():
@@ -176,8 +178,12 @@ class Ledger:
         return RoundRow(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), bool(row[4]))
 
     def enter_update(self, row: UpdateRow) -> None:
-        """An update counts. Its file is in place."""
-        self._write(
+        """An update counts, and nothing that is entered later can be on disk without it. Its file is in place.
+
+        Whoever is told that it counts must be told after `sync`: updates that come together then need not wait for the
+        disk one after the other.
+        """
+        self._insert(
             "updates",
             row.round,
             row.silo,
@@ -190,9 +196,14 @@ class Ledger:
             _now(),
         )
 
-    def updates(self) -> list[UpdateRow]:
-        """All updates that ever counted, in the order of rounds and of the silos' names."""
-        rows = self._database.execute(f"SELECT {UPDATE} FROM updates ORDER BY round, silo")
+    def sync(self) -> None:
+        """Forces to disk what was entered so far."""
+        atomic.sync(self._path.with_name(f"{LEDGER_FILE}-wal"))
+
+    def updates(self, round: int | None = None) -> list[UpdateRow]:
+        """The updates that a round counts, or any (None), in the order of rounds and of the silos' names."""
+        only, values = ("", ()) if round is None else ("WHERE round = ?", (round,))
+        rows = self._database.execute(f"SELECT {UPDATE} FROM updates {only} ORDER BY round, silo", values)
         return [_update(row) for row in rows]
 
     def update(self, round: int, silo: str) -> UpdateRow | None:
@@ -223,10 +234,15 @@ class Ledger:
         with self._database:
             self._database.executescript(f"BEGIN; {SCHEMA}")
             for key, value in values.items():
-                self._write("run", key, value)
+                self._insert("run", key, value)
             self._database.execute("COMMIT")
+        self.sync()
 
     def _write(self, table: str, *values: str | int | None, replace: bool = False) -> None:
+        self._insert(table, *values, replace=replace)
+        self.sync()
+
+    def _insert(self, table: str, *values: str | int | None, replace: bool = False) -> None:
         insert = f"INSERT {'OR REPLACE ' if replace else ''}INTO {table} ({COLUMNS[table]}, seal)"
         try:
             self._database.execute(f"{insert} VALUES ({'?, ' * len(values)}?)", (*values, _seal(table, values)))

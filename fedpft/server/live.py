@@ -51,17 +51,20 @@ class LiveFederation:
         return self._federation.proxy_version
 
     def handle(self, event: Event) -> list[Action]:
-        """Applies an event and wakes whoever waits for a change."""
+        """Applies an event and wakes those for whom it changes something."""
         with self._changed:
+            before = self._federation.phase
             actions = self._federation.handle(event)
             for action in actions:
                 _log(action)
                 if isinstance(action, Aggregate | LoseQuorum):
                     self._outcome = action
-            self._changed.notify_all()
-            for silo, waiting in self._tasks.items():
-                if self._federation.task(silo) != Wait():
-                    waiting.notify_all()
+            # Everybody waits for another phase, but for the farewell: that waits for silos to go.
+            if self._federation.phase is not before or before is Phase.OVER:
+                self._changed.notify_all()
+                for silo, waiting in self._tasks.items():
+                    if self._federation.task(silo) != Wait():
+                        waiting.notify_all()
             return actions
 
     def enrol(self, silo: str, samples: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedpft.errors import ModelError, RoundOver
 from fedpft.wire import transfer
-from fedpft.wire.v1.federation_pb2 import FetchFileResponse
+from fedpft.wire.v1.federation_pb2 import FetchFileResponse, File
 
 # Inert formats: no file of a proxy is ever executed or unpickled. Vocabularies are .txt, .json or sentencepiece .model.
 BUNDLE_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -27,18 +27,33 @@ class Outbox:
     def __init__(self, bundle: Path, sent: Callable[[str, transfer.Payload, int], None]) -> None:
         """Args:
             bundle: directory of plain files, each of which every silo gets.
-            sent: called with (silo, file, offset) each time that a file has gone out from there to its end.
+            sent: called with (silo, file, offset) each time that a file goes out from there to its end.
 
         Raises:
             ModelError: the bundle is no directory, or holds something that must not be sent.
         """
         self.proxy = _bundle_files(bundle)
         self.adapter: transfer.Payload | None = None
+        self._announced = File()
         self.patch: transfer.Payload | None = None
         self.snapshot: transfer.Payload | None = None
         self.bytes_down = 0
         self._sent = sent
         self._lock = threading.Lock()
+
+    def put_adapter(self, adapter: transfer.Payload) -> None:
+        """The next round starts from this one."""
+        self.adapter, self._announced = adapter, adapter.announcement()
+        if adapter.total_bytes <= transfer.CHUNK_BYTES:
+            self._announced.content = adapter.path.read_bytes()
+
+    def announced_adapter(self, silo: str) -> File:
+        """What a silo is told of the adapter; one that fits into a chunk goes along."""
+        assert self.adapter is not None  # a round begins with one
+        if self._announced.content:
+            self._sent(silo, self.adapter, 0)
+            self._count(self.adapter.total_bytes)
+        return self._announced
 
     def send(self, silo: str, sha256: bytes, offset: int) -> Iterator[bytes]:
         """An announced file from a byte on, as serialised FetchFileResponses; RoundOver if it is not announced."""

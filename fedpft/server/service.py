@@ -206,7 +206,7 @@ class FederationServer:
 
     def _open_round(self, round: int, *, count_inactivity: bool) -> None:
         start = self._ledger.verified(self._ledger.adapter_path(round - 1))
-        self._outbox.adapter = start
+        self._outbox.put_adapter(start)
         self._inbox.open_round(round, start.path, count_inactivity=count_inactivity)
         self._open = round
 

@@ -5,7 +5,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -28,6 +28,10 @@ from fedpft.wire.v1 import federation_pb2 as pb
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 20.0
+VERDICTS = {
+    federation.Accept: pb.OfferUpdateResponse.VERDICT_ACCEPTED,
+    federation.Duplicate: pb.OfferUpdateResponse.VERDICT_COUNTED,
+}
 
 
 class ReadyFrames(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -88,7 +92,7 @@ class FederationServicer:
                 self._live.tell(silo)
             match task:
                 case federation.Train(round, attempt):
-                    return pb.NextTaskResponse(train=self._train(round, attempt))
+                    return pb.NextTaskResponse(train=self._train(silo, round, attempt))
                 case federation.Wait():
                     return pb.NextTaskResponse(wait=pb.Wait())
                 case federation.Finished():
@@ -108,15 +112,17 @@ class FederationServicer:
     def OfferUpdate(self, request: pb.OfferUpdateRequest, context: grpc.ServicerContext) -> pb.OfferUpdateResponse:
         with answering(context):
             silo, header = self._enrolled(context), request.update
-            verdict = self._live.judge(_arrival(silo, header))
-            match verdict:
+            match self._live.judge(_arrival(silo, header)):
+                case federation.Accept() if header.file.content:
+                    return pb.OfferUpdateResponse(verdict=self._take(silo, header, ()))
                 case federation.Accept():
                     with self._out_of_the_round(silo, header.round):
                         offset = self._inbox.offered(silo, header)
                     return pb.OfferUpdateResponse(verdict=pb.OfferUpdateResponse.VERDICT_SEND, offset=offset)
                 case federation.Duplicate():
-                    counted = pb.OfferUpdateResponse.VERDICT_COUNTED
-                    return pb.OfferUpdateResponse(verdict=counted, counted_sha256=self._inbox.counted(silo, header))
+                    self._inbox.sync()
+                    counted = self._inbox.counted(silo, header)
+                    return pb.OfferUpdateResponse(verdict=VERDICTS[federation.Duplicate], counted_sha256=counted)
                 case federation.Refuse(_, error):
                     self._live.take(_arrival(silo, header), keep=lambda: None)
                     raise error
@@ -131,6 +137,7 @@ class FederationServicer:
                 case federation.Refuse(_, refusal):
                     raise refusal
                 case federation.Duplicate():
+                    self._inbox.sync()
                     return pb.SendUpdateResponse()
             watchdog = Watchdog()
 
@@ -140,28 +147,34 @@ class FederationServicer:
                         watchdog.rearm()
                         yield part.chunk
 
-            with self._out_of_the_round(silo, header.round):
-                update = self._inbox.receive(silo, header, chunks(), enrolled_samples=self._live.samples(silo))
-            verdict = self._live.take(_arrival(silo, header), lambda: self._inbox.keep(update, header))
-            self._audit.append(
-                "received",
-                peer=silo,
-                file="update",
-                round=header.round,
-                bytes=header.file.total_bytes,
-                sha256=header.file.sha256.hex(),
-                verdict=type(verdict).__name__.lower(),
-            )
-            if not isinstance(verdict, federation.Accept):
-                update.path.unlink(missing_ok=True)
-            if isinstance(verdict, federation.Refuse):
-                raise verdict.error
+            self._take(silo, header, chunks())
             return pb.SendUpdateResponse()
 
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
         with answering(context):
             self._live.fail(self._enrolled(context), "it left; its own log says why")
             return pb.LeaveResponse()
+
+    def _take(self, silo: str, header: pb.UpdateHeader, chunks: Iterable[pb.Chunk]) -> pb.OfferUpdateResponse.Verdict:
+        """Receives an update and, if it is the first, lets it count."""
+        with self._out_of_the_round(silo, header.round):
+            update = self._inbox.receive(silo, header, chunks, enrolled_samples=self._live.samples(silo))
+        verdict = self._live.take(_arrival(silo, header), lambda: self._inbox.keep(update, header))
+        self._inbox.sync()
+        self._audit.append(
+            "received",
+            peer=silo,
+            file="update",
+            round=header.round,
+            bytes=header.file.total_bytes,
+            sha256=header.file.sha256.hex(),
+            verdict=type(verdict).__name__.lower(),
+        )
+        if not isinstance(verdict, federation.Accept):
+            update.path.unlink(missing_ok=True)
+        if isinstance(verdict, federation.Refuse):
+            raise verdict.error
+        return VERDICTS[type(verdict)]
 
     @contextlib.contextmanager
     def _out_of_the_round(self, silo: str, round: int) -> Iterator[None]:
@@ -173,13 +186,12 @@ class FederationServicer:
             self._live.fail(silo, error.message, round)
             raise
 
-    def _train(self, round: int, attempt: int) -> pb.Train:
+    def _train(self, silo: str, round: int, attempt: int) -> pb.Train:
         outbox = self._outbox
-        assert outbox.adapter is not None  # a round begins with one
         return pb.Train(
             round=round,
             attempt=attempt,
-            adapter=outbox.adapter.announcement(),
+            adapter=outbox.announced_adapter(silo),
             proxy_version=self._live.proxy_version,
             patch=outbox.patch.announcement() if outbox.patch else None,
             snapshot=outbox.snapshot.announcement() if outbox.snapshot else None,

@@ -36,7 +36,7 @@ class Update:
     samples: n_i, the update's weight in the mean.
     metrics: of METRICS those that the silo shares.
     path: what the silo sent.
-    start: the adapter that the round began with, as the silos got it.
+    start: the adapter that the round began with, as the silos got it; opened once for all of its updates.
     encoding: how the change from there travels.
     """
 
@@ -44,7 +44,7 @@ class Update:
     samples: int
     metrics: dict[str, float]
     path: Path
-    start: Path
+    start: TensorFile
     encoding: Encoding = "exact"
 
     @functools.cached_property
@@ -55,11 +55,11 @@ class Update:
     @functools.cached_property
     def specs(self) -> dict[str, Spec]:
         """The tensors of the adapter, before and after the round."""
-        return _adapter_specs(self._start)
+        return _adapter_specs(self.start)
 
     def start_tensor(self, name: str) -> Tensor:
         """A tensor of the adapter before the round."""
-        return self._start.tensor("adapter", name)
+        return self.start.tensor("adapter", name)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the trained adapter, of the shape and dtype that it had before the round."""
@@ -84,10 +84,6 @@ class Update:
         names = [name.removeprefix("inactivity/") for name in self.file.specs if name.startswith("inactivity/")]
         return {name: self.file.tensor("inactivity", name) for name in names} or None
 
-    @functools.cached_property
-    def _start(self) -> TensorFile:
-        return TensorFile(self.start)
-
 
 def aggregate(updates: Sequence[Update]) -> Adapter:
     """The mean of a round's trained adapters, weighted by samples, added in the order of the silos' names."""
@@ -108,11 +104,11 @@ def compressed_neurons(bundle: Path) -> dict[int, int]:
         raise ModelError(f"{bundle / 'proxy.json'}: cannot be read ({error})", "build the proxy again") from None
 
 
-def largest_update_bytes(start: Path, neurons: Mapping[int, int]) -> int:
+def largest_update_bytes(start: TensorFile, neurons: Mapping[int, int]) -> int:
     """No valid update of a round that began with this adapter is larger, in any encoding."""
     content = sum(
         max(sum(ENTRY_BYTES + spec.nbytes for spec in layout(like, encoding).values()) for encoding in ENCODINGS)
-        for like in _adapter_specs(TensorFile(start)).values()
+        for like in _adapter_specs(start).values()
     )
     counts = sum(8 * (count + 1) + 2 * ENTRY_BYTES for count in neurons.values())
     return content + counts + HEADER_BYTES

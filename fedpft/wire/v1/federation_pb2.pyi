@@ -8,14 +8,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class File(_message.Message):
-    __slots__ = ("name", "total_bytes", "sha256")
+    __slots__ = ("name", "total_bytes", "sha256", "content")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     total_bytes: int
     sha256: bytes
-    def __init__(self, name: _Optional[str] = ..., total_bytes: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+    content: bytes
+    def __init__(self, name: _Optional[str] = ..., total_bytes: _Optional[int] = ..., sha256: _Optional[bytes] = ..., content: _Optional[bytes] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("offset", "data", "check")
@@ -155,9 +157,11 @@ class OfferUpdateResponse(_message.Message):
         VERDICT_UNSPECIFIED: _ClassVar[OfferUpdateResponse.Verdict]
         VERDICT_SEND: _ClassVar[OfferUpdateResponse.Verdict]
         VERDICT_COUNTED: _ClassVar[OfferUpdateResponse.Verdict]
+        VERDICT_ACCEPTED: _ClassVar[OfferUpdateResponse.Verdict]
     VERDICT_UNSPECIFIED: OfferUpdateResponse.Verdict
     VERDICT_SEND: OfferUpdateResponse.Verdict
     VERDICT_COUNTED: OfferUpdateResponse.Verdict
+    VERDICT_ACCEPTED: OfferUpdateResponse.Verdict
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     COUNTED_SHA256_FIELD_NUMBER: _ClassVar[int]

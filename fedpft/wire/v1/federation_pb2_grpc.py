@@ -106,9 +106,11 @@ class FederationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OfferUpdate(self, request, context):
-        """Announces a round's result before any of its bytes travel, and learns from which byte to send them.
+        """Announces a round's result, and learns from which byte to send it. One that comes along, as its file's content, is
+        taken at once.
         OUT_OF_RANGE: the round is over. FAILED_PRECONDITION: trained on another version of the proxy.
-        INVALID_ARGUMENT: the update cannot be used, and the silo is out of this round.
+        INVALID_ARGUMENT: the update cannot be used, and the silo is out of this round. DATA_LOSS: the bytes are not those
+        that were announced, offer again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,7 +118,7 @@ class FederationServiceServicer:
 
     def SendUpdate(self, request_iterator, context):
         """The bytes of an offered update: its UpdateHeader once more, then chunks from the offset that the offer returned.
-        Errors as of OfferUpdate; DATA_LOSS: the bytes are not those that were announced, offer again.
+        Errors as of OfferUpdate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
