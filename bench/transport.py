@@ -328,7 +328,7 @@ def silo_federation(address: str, kit: str, work: str, adapter: int, seed: int, 
                 round=task.train.round, attempt=task.train.attempt, samples=SAMPLES, file=file.announcement()
             )
             sent = time.perf_counter()
-            server.submit(header, update)
+            server.submit(header, file)
             sending.append(time.perf_counter() - sent)
             fetching.append(fetched - begun)
             if steps:

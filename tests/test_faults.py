@@ -570,6 +570,57 @@ def test_killed_again_and_again(stride: int, inputs: Path, tmp_path: Path, int8_
     assert kills >= 3
 
 
+# --- adapters and updates that fit into a chunk, and so come along with a message -------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    with small_deployment(inputs, tmp_path_factory.mktemp("small")) as undisturbed:
+        undisturbed.start()
+        undisturbed.await_end()
+        return result(undisturbed)
+
+
+def small_deployment(inputs: Path, directory: Path) -> Deployment:
+    return deployment(inputs, directory, adapter={"rank": 16, "alpha": 16})
+
+
+def test_faults_of_what_comes_along(inputs: Path, tmp_path: Path, small_reference: Result) -> None:
+    with small_deployment(inputs, tmp_path) as running:
+        server, north, link = running.server, running.silos["north"], running.links["north"]
+        north.halt_at(r"^after replace .*/update.json")
+        running.start()
+        north.await_halt()
+        assert 20_000 < (running.work("north") / "update.safetensors").stat().st_size < CHUNK
+
+        link.hold(up=10_000)  # cut in the middle of an offer
+        server.halt_at(r"^before sql INSERT INTO updates .*'north'")
+        north.release()
+        link.await_held()
+        link.cut()
+        link.release()
+        server.await_halt()
+
+        server.kill()  # before the update counts, and before the silo knows that it does
+        server.halt_at(r"^after sql INSERT INTO updates .*'north'")
+        server.start()
+        server.await_halt()
+        server.kill()
+        north.halt_at(r"^log north: round 1 of 2: the server had this update already")
+        server.start()
+        north.await_halt()
+
+        link.flip(down=10_000)  # in the adapter that comes with the next task, and in the update
+        north.halt_at(r"^after replace .*/update.json")
+        north.release()
+        north.await_halt()
+        assert link.down.flipped.is_set()
+        link.flip(up=10_000)
+        north.release()
+        check(running, small_reference, ["cut", "kill", "kill", "corrupt", "corrupt"])
+        assert link.up.flipped.is_set()
+
+
 # --- stops by hand ----------------------------------------------------------------------------------------------------
 
 

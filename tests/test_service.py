@@ -151,14 +151,15 @@ def submit(silo, round, result, *, version=0):
     """What `fedpft.silo.run` does with a round's result."""
     path = silo._config.work / "update.safetensors"
     write_tensors(path, {"adapter": result.adapter, "inactivity": result.inactivity or {}})
+    file = transfer.payload(path)
     header = pb.UpdateHeader(
         round=round,
         proxy_version=version,
         samples=result.samples,
         metrics=result.metrics,
-        file=transfer.payload(path).announcement(),
+        file=file.announcement(),
     )
-    return silo.submit(header, path)
+    return silo.submit(header, file)
 
 
 def fetch(silo, file, group):

@@ -236,12 +236,12 @@ def file(server: Server, tmp_path: Path) -> pb.File:
 
 
 @pytest.fixture
-def offered(tmp_path: Path) -> tuple[pb.UpdateHeader, Path]:
+def offered(tmp_path: Path) -> tuple[pb.UpdateHeader, transfer.Payload]:
     """An update of several chunks."""
     path = tmp_path / "update.safetensors"
     write_tensors(path, {"adapter": {"a": torch.arange(1000.0)}})
-    file = transfer.payload(path).announcement()
-    return pb.UpdateHeader(round=1, samples=7, metrics={"train_loss": 0.5}, file=file), path
+    file = transfer.payload(path)
+    return pb.UpdateHeader(round=1, samples=7, metrics={"train_loss": 0.5}, file=file.announcement()), file
 
 
 def events(config_or_work: Path) -> list[audit.Entry]:
@@ -404,7 +404,7 @@ def test_a_server_that_forgot_the_silo_is_told_again(
     assert connection.next_task().WhichOneof("task") == "finished"
     assert set(server.asked("Enrol")) == {7}
     assert len(server.asked("Enrol")) > 1
-    assert server.updates[1][1] == offered[1].read_bytes()
+    assert server.updates[1][1] == offered[1].path.read_bytes()
 
 
 def test_a_new_federation_is_not_this_one(connection: ServerConnection, server: Server) -> None:
@@ -432,19 +432,19 @@ def test_an_update_is_sent_from_where_it_was_cut(connection: ServerConnection, s
     server.mischief["part"] = [well, away, away]
     assert connection.submit(*offered)
     assert server.asked("SendUpdate") == [0, 2 * CHUNK, 3 * CHUNK]
-    assert server.updates[1] == (offered[0], offered[1].read_bytes())
+    assert server.updates[1] == (offered[0], offered[1].path.read_bytes())
 
 
 def test_every_sending_is_on_record(connection: ServerConnection, server: Server, offered: Any, tmp_path: Path) -> None:
     server.mischief["part"] = [well, away]
     connection.submit(*offered)
-    header, path = offered
+    header, file = offered
     sent = [entry.fields for entry in events(tmp_path / "work") if entry.event == "sent"]
     assert [(entry["from_byte"], entry["bytes"]) for entry in sent] == [
         (0, header.file.total_bytes),
         (2 * CHUNK, header.file.total_bytes - 2 * CHUNK),
     ]
-    same = {"peer": server.address, "round": 1, "file": path.name, "sha256": header.file.sha256.hex(), "samples": 7}
+    same = {"peer": server.address, "round": 1, "file": file.name, "sha256": header.file.sha256.hex(), "samples": 7}
     for entry in sent:
         assert entry.items() >= (same | {"tensors": {"adapter": 1}, "metrics": ["train_loss"]}).items()
 
@@ -494,7 +494,7 @@ def test_a_stalled_sending_is_given_up_and_goes_on(server: Server, offered: Any,
         assert connection.submit(*offered)
     woken.set()
     assert server.asked("SendUpdate") == [0, 2 * CHUNK]
-    assert server.updates[1][1] == offered[1].read_bytes()
+    assert server.updates[1][1] == offered[1].path.read_bytes()
 
 
 @pytest.mark.parametrize("kind", [RoundOver, StaleProxy, InvalidUpdate, RefusedByServer, CertificateError])

@@ -116,6 +116,7 @@ class Ledger:
                     raise sqlite3.DatabaseError("it is empty, but its run has begun")
                 self._begin(config)
             known = dict(self._database.execute("SELECT key, value FROM run"))
+            atomic.sync(out)  # the name of the log, which SQLite has made by now
             self._check_seals()
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise CheckpointError(

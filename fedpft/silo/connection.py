@@ -160,11 +160,11 @@ class ServerConnection:
             if task.WhichOneof("task") != "wait":
                 return task
 
-    def submit(self, update: pb.UpdateHeader, path: Path) -> bool:
+    def submit(self, update: pb.UpdateHeader, file: transfer.Payload) -> bool:
         """Sends a round's result: with the offer if it fits into a chunk, else from the byte that the server asks for.
 
         Args:
-            update: its `file` announces `path`.
+            update: its `file` announces `file`.
 
         Returns:
             True if the update counts from now on, False if the server said that it, or another one of this silo, did.
@@ -173,15 +173,14 @@ class ServerConnection:
             RoundOver: it came too late.
             InvalidUpdate, StaleProxy: the server cannot use it.
         """
-        request, file, reached = pb.OfferUpdateRequest(update=update), None, 0
-        if update.file.total_bytes <= transfer.CHUNK_BYTES:
-            request.update.file.content = path.read_bytes()
-        else:
-            file = transfer.payload(path)
+        request, reached = pb.OfferUpdateRequest(update=update), 0
+        comes_along = file.total_bytes <= transfer.CHUNK_BYTES
+        if comes_along:
+            request.update.file.content = file.path.read_bytes()
 
         def attempt(progress: Progress) -> bool:
-            if file is None:
-                self._record_sending(update, path, 0)
+            if comes_along:
+                self._record_sending(update, file, 0)
             offer = self._stub.OfferUpdate(request, metadata=self._metadata, timeout=REPLY_SECONDS)
             if offer.verdict == pb.OfferUpdateResponse.VERDICT_ACCEPTED:
                 return True
@@ -190,9 +189,9 @@ class ServerConnection:
                     log.warning("round %d counts another update of this silo than the present one", update.round)
                 return False
             send = pb.OfferUpdateResponse.VERDICT_SEND
-            if file is None or offer.verdict != send or offer.offset > update.file.total_bytes:
+            if comes_along or offer.verdict != send or offer.offset > file.total_bytes:
                 raise RefusedByServer(f"the server's answer to an update cannot be read: {offer}", SAME_VERSION)
-            self._record_sending(update, path, offer.offset)
+            self._record_sending(update, file, offer.offset)
             watchdog, position = Watchdog(self._idle_seconds), offer.offset
 
             def sent(chunk_bytes: int) -> None:
@@ -251,17 +250,17 @@ class ServerConnection:
         config = self._config
         return persist(attempt, config.server, config.tls, timeout_seconds=config.connect_timeout_seconds)
 
-    def _record_sending(self, update: pb.UpdateHeader, path: Path, offset: int) -> None:
+    def _record_sending(self, update: pb.UpdateHeader, file: transfer.Payload, offset: int) -> None:
         """Before the first byte: nothing leaves without an entry."""
-        groups = collections.Counter(name.partition("/")[0] for name in TensorFile(path).specs)
+        groups = collections.Counter(name.partition("/")[0] for name in TensorFile(file.path).specs)
         self._audit.append(
             "sent",
             peer=self._config.server,
             round=update.round,
-            file=update.file.name,
+            file=file.name,
             from_byte=offset,
-            bytes=update.file.total_bytes - offset,
-            sha256=update.file.sha256.hex(),
+            bytes=file.total_bytes - offset,
+            sha256=file.sha256.hex(),
             samples=update.samples,
             tensors=dict(groups),
             metrics=sorted(update.metrics),

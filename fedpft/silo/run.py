@@ -73,10 +73,10 @@ def submit(server: ServerConnection, work: Work, update: Update, *, attempt: int
         proxy_version=update.proxy_version,
         samples=update.samples,
         metrics=update.metrics,
-        file=work.announcement(update),
+        file=work.update_file.announcement(),
     )
     try:
-        now = server.submit(header, work.update_path)
+        now = server.submit(header, work.update_file)
     except (StaleProxy, InvalidUpdate):  # it will never count; after RoundOver, a restarted server may still ask for it
         work.drop_update()
         raise

@@ -82,6 +82,7 @@ class Work:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.update_path = path / "update.safetensors"
+        self._update_file: transfer.Payload | None = None
         self._update_json, self._update_residual = path / "update.json", path / "update-residual.safetensors"
 
     def joined(self) -> Joined | None:
@@ -125,7 +126,8 @@ class Work:
             return None
         try:
             update = Update.model_validate_json(self._update_json.read_text(encoding="utf-8"))
-            intact = transfer.payload(self.update_path).sha256.hex() == update.sha256
+            self._update_file = transfer.payload(self.update_path)
+            intact = self._update_file.sha256.hex() == update.sha256
         except (FileNotFoundError, ValidationError, UnicodeDecodeError):
             intact = False
         if not intact:
@@ -137,10 +139,11 @@ class Work:
         self.drop_update()
         return None
 
-    def announcement(self, update: Update) -> pb.File:
-        """What the server is told of the last update's file."""
-        size = self.update_path.stat().st_size
-        return pb.File(name=self.update_path.name, total_bytes=size, sha256=bytes.fromhex(update.sha256))
+    @property
+    def update_file(self) -> transfer.Payload:
+        """The last update's file, as `update` found it or `keep_update` wrote it."""
+        assert self._update_file is not None
+        return self._update_file
 
     def keep_update(
         self,
@@ -156,13 +159,14 @@ class Work:
         if residual:
             write_tensors(self._update_residual, {"residual": residual})
         write_tensors(self.update_path, groups)
+        self._update_file = transfer.payload(self.update_path)
         update = Update(
             round=task.round,
             proxy_version=task.proxy_version,
             start=task.adapter.sha256.hex(),
             samples=samples,
             metrics=metrics,
-            sha256=transfer.payload(self.update_path).sha256.hex(),
+            sha256=self._update_file.sha256.hex(),
         )
         self._write(update)
         return update
