@@ -68,8 +68,9 @@ class Payload:
 
 def payload(path: Path) -> Payload:
     """Describes a file under its own name; reads it once."""
-    content, checks, buffer = hashlib.sha256(), [], memoryview(bytearray(CHUNK_BYTES))
+    content, checks = hashlib.sha256(), []
     with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, os.fstat(file.fileno()).st_size)))
         while size := file.readinto(buffer):
             content.update(buffer[:size])
             checks.append(_check(content))
