@@ -320,6 +320,7 @@ def _run(module: str, config: str, log: str, control: str, die_at: int | None) -
         os.dup2(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
     sys.argv = [module, "--config", config]
     os.chdir(control)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background is started without
     Observer(Path(control), die_at).install()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
