@@ -230,11 +230,11 @@ def result(done: Deployment) -> Result:
 @pytest.fixture(scope="module")
 def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """The undisturbed federation, by commands as a person gives them."""
-    with deployment(inputs, tmp_path_factory.mktemp("reference")) as undisturbed:
-        undisturbed.start(as_commands=True)
-        undisturbed.await_end()
-        found = result(undisturbed)
-        for party in undisturbed.parties:
+    with deployment(inputs, tmp_path_factory.mktemp("reference")) as running:
+        running.start(as_commands=True)
+        running.await_end()
+        found = result(running)
+        for party in running.parties:
             assert not re.search("Traceback|WARNING|ERROR", party.log), party.log
     assert {"adapter.safetensors", "patch.safetensors", "merged/model.safetensors"} <= found.files.keys()
     assert {"rounds/2/adapter.safetensors", "patches/snapshot-1.safetensors"} <= found.files.keys()
@@ -532,13 +532,17 @@ def test_every_moment_in_one_federation(
 # --- killed again and again -------------------------------------------------------------------------------------------
 
 
+def undisturbed(running: Deployment) -> Result:
+    with running:
+        running.start()
+        running.await_end()
+        return result(running)
+
+
 @pytest.fixture(scope="module")
 def int8_reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """The same with updates in int8 blocks, whose rounding errors a silo must carry from round to round."""
-    with int8_deployment(inputs, tmp_path_factory.mktemp("int8")) as undisturbed:
-        undisturbed.start()
-        undisturbed.await_end()
-        return result(undisturbed)
+    return undisturbed(int8_deployment(inputs, tmp_path_factory.mktemp("int8")))
 
 
 def int8_deployment(inputs: Path, directory: Path) -> Deployment:
@@ -575,10 +579,7 @@ def test_killed_again_and_again(stride: int, inputs: Path, tmp_path: Path, int8_
 
 @pytest.fixture(scope="module")
 def small_reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    with small_deployment(inputs, tmp_path_factory.mktemp("small")) as undisturbed:
-        undisturbed.start()
-        undisturbed.await_end()
-        return result(undisturbed)
+    return undisturbed(small_deployment(inputs, tmp_path_factory.mktemp("small")))
 
 
 def small_deployment(inputs: Path, directory: Path) -> Deployment:

@@ -653,7 +653,8 @@ def test_a_restart_between_rounds_waits_for_those_that_were_there(start, dial, b
     assert [update.silo for update in outcome.result()] == ["north", "south"]
 
 
-def test_a_restart_compares_the_audit_log_with_the_ledger(start, dial, background, tmp_path, caplog):
+def broken_off(start, dial, background):
+    """A server that has gone, and has left an open round with the update of north alone; returns its address."""
     server, address = start()
     north, south = dial(address, "north"), dial(address, "south")
     server.wait_for_silos()
@@ -664,6 +665,11 @@ def test_a_restart_compares_the_audit_log_with_the_ledger(start, dial, backgroun
     server._live.handle(SiloFailed("south", "the test is through with this server"))
     with pytest.raises(QuorumLost):
         outcome.result()
+    return address
+
+
+def test_a_restart_compares_the_audit_log_with_the_ledger(start, dial, background, tmp_path, caplog):
+    address = broken_off(start, dial, background)
     path = tmp_path / "out/audit.jsonl"
     *before, line = path.read_bytes().splitlines(keepends=True)
     assert b'"received"' in line
@@ -682,16 +688,7 @@ def test_a_restart_compares_the_audit_log_with_the_ledger(start, dial, backgroun
 
 @pytest.mark.parametrize("file", ["rounds/0/adapter.safetensors", "updates"])
 def test_a_torn_file_of_an_open_round_is_named(file, start, dial, background, monkeypatch, tmp_path):
-    server, address = start()
-    north, south = dial(address, "north"), dial(address, "south")
-    server.wait_for_silos()
-    outcome = background(run_round, server, 1)
-    next_round(north), next_round(south)
-    assert submit(north, 1, result())
-    server.close()
-    server._live.handle(SiloFailed("south", "the test is through with this server"))
-    with pytest.raises(QuorumLost):
-        outcome.result()
+    broken_off(start, dial, background)
     path = next((tmp_path / "out/updates/round-1").iterdir()) if file == "updates" else tmp_path / "out" / file
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=path.name) as caught:

@@ -43,9 +43,7 @@ class Outbox:
 
     def put_adapter(self, adapter: transfer.Payload) -> None:
         """The next round starts from this one."""
-        self.adapter, self._announced = adapter, adapter.announcement()
-        if adapter.total_bytes <= transfer.CHUNK_BYTES:
-            self._announced.content = adapter.path.read_bytes()
+        self.adapter, self._announced = adapter, adapter.offer()
 
     def announced_adapter(self, silo: str) -> File:
         """What a silo is told of the adapter; one that fits into a chunk goes along."""

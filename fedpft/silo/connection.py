@@ -1,7 +1,6 @@
 """The server as a silo sees it: one method for each RPC, each patient with a server that is away for a while."""
 
 import collections
-import hashlib
 import itertools
 import logging
 import time
@@ -120,7 +119,6 @@ class ServerConnection:
         path, reached = directory / (name or file.name), 0
         if path.is_file() and transfer.payload(path).sha256 == file.sha256:
             return path
-        came_along = hashlib.sha256(file.content).digest() == file.sha256
         if file.total_bytes >= LARGE_BYTES:
             log.info("fetching %s (%.1f MB)", file.name, file.total_bytes / 1e6)
 
@@ -143,7 +141,7 @@ class ServerConnection:
                         call.cancel()  # if the fault was on this side, the server would go on sending
                 incoming.finish(path)
 
-        if came_along:
+        if transfer.came_along(file):
             path.write_bytes(file.content)  # not synced: if a crash tears it, the next look at its SHA-256 shows that
         else:
             self._call(attempt)
@@ -174,9 +172,8 @@ class ServerConnection:
             InvalidUpdate, StaleProxy: the server cannot use it.
         """
         request, reached = pb.OfferUpdateRequest(update=update), 0
-        comes_along = file.total_bytes <= transfer.CHUNK_BYTES
-        if comes_along:
-            request.update.file.content = file.path.read_bytes()
+        request.update.file.CopyFrom(file.offer())
+        comes_along = bool(request.update.file.content)
 
         def attempt(progress: Progress) -> bool:
             if comes_along:

@@ -45,6 +45,13 @@ class Payload:
         """What the other side is told of it."""
         return pb.File(name=self.name, total_bytes=self.total_bytes, sha256=self.sha256)
 
+    def offer(self) -> pb.File:
+        """The announcement, and along with it the content if that fits into one chunk."""
+        file = self.announcement()
+        if self.total_bytes <= CHUNK_BYTES:
+            file.content = self.path.read_bytes()
+        return file
+
     def frames(self, kind: type[Message], offset: int, sent: Callable[[int], None] = lambda _: None) -> Iterator[bytes]:
         """The file from a byte on, as serialised messages of a kind that has a field `chunk`, one in memory at a time.
 
@@ -83,6 +90,11 @@ def check_announcement(file: pb.File) -> None:
         raise TransferCorrupt(
             f"{file.name!r} is no name for a file in a transfer", "run the same version of fedpft on both sides"
         )
+
+
+def came_along(file: pb.File) -> bool:
+    """Whether the announcement brought the whole file, undamaged."""
+    return len(file.content) == file.total_bytes and hashlib.sha256(file.content).digest() == file.sha256
 
 
 def digest(files: Iterable[pb.File]) -> str:
