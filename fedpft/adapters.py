@@ -4,6 +4,7 @@ An adapter is a `dict[str, Tensor]`. Its names are the same in proxy and FM, sin
 that is what makes the plug-in possible (method.md, sections 3 and 5). LoRA itself is `peft`'s.
 """
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +19,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft.architectures import architecture_of, layers_of, layers_path
-from fedpft.config import AdapterSection
+from fedpft.architectures import architecture_of, head_of, in_head, layers_of, layers_path
+from fedpft.config import AdapterSection, Task
 from fedpft.errors import InvalidUpdate, ModelError
+from fedpft.finite import is_finite
 from fedpft.lora import lora_linear
 from fedpft.seeding import derive_seed
 
 Adapter = dict[str, Tensor]
+
+PEFT_TASKS: dict[Task, str] = {"sequence-classification": "SEQ_CLS"}
+
+_CARD = """\
+---
+base_model: {base}
+library_name: peft
+---
+
+LoRA and task head of a federated fine-tuning with fedpft. The base model has labels of its own, or none; these go with
+the adapter:
+
+    from peft import {loader}
+
+    labels = {labels}
+    model = {loader}.from_pretrained(
+        ".",
+        id2label=dict(enumerate(labels)),
+        label2id={{label: index for index, label in enumerate(labels)}},
+        ignore_mismatched_sizes=True,  # the base model's own head, if it has one
+    )
+"""
 
 _REMEDY = "train it on this federation's proxy with this version of fedpft"
 
@@ -95,7 +119,7 @@ def check(adapter: Adapter, like: Adapter, sender: str) -> None:
         if tensor.shape != like[name].shape or tensor.dtype != like[name].dtype:
             given, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, like[name]))
             raise InvalidUpdate(f"{sender}: {name!r} is {given}, not {wanted}", _REMEDY)
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise InvalidUpdate(
                 f"{sender}: {name!r} holds NaN or infinity", "lower the learning rate, look at the data"
             )
@@ -139,15 +163,27 @@ def frozen_state(model: nn.Module) -> dict[str, Tensor]:
     return {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}
 
 
-def save_peft(model: nn.Module, settings: AdapterSection, directory: Path) -> None:
-    """Writes the adapter in a model as `peft.PeftModel.from_pretrained(fm, directory)` reads it."""
+def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, base: str, task: Task) -> None:
+    """Writes the adapter in a model so that peft's `AutoPeftModel...` finds the FM and puts it there.
+
+    Args:
+        base: where the FM is loaded from: a directory, or a name on a hub.
+        task: decides which class of peft's loads it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     config = _lora_config(model, settings)
     config.inference_mode = True
-    config.modules_to_save = [architecture_of(model).head]
+    config.base_model_name_or_path = base
+    config.modules_to_save = list(head_of(model))
+    config.task_type = PEFT_TASKS.get(task)
+    if config.task_type is None:  # peft has no class of its own for the task: it takes that of the model
+        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     config.save_pretrained(str(directory))
     tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in extract(model).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    loader = "AutoPeftModel" if config.task_type is None else "AutoPeftModelForSequenceClassification"
+    labels = json.dumps(list(model.config.id2label.values()), ensure_ascii=False)  # type: ignore[union-attr, operator]
+    (directory / "README.md").write_text(_CARD.format(base=json.dumps(base), loader=loader, labels=labels), "utf-8")
 
 
 def _lora_forward(layer: Any, dropout: float, x: Tensor) -> Tensor:
@@ -172,9 +208,8 @@ def _lora_config(model: nn.Module, settings: AdapterSection) -> LoraConfig:
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by the names that peft writes to disk."""
-    head = architecture_of(model).head + "."
     return {
         name.replace(".default.", "."): parameter
         for name, parameter in model.named_parameters()
-        if ".lora_" in name or name.startswith(head)
+        if ".lora_" in name or in_head(model, name)
     }

@@ -29,6 +29,9 @@ class Architecture:
         activation: the configuration's field that names the FFN's activation.
         post_norm: the norm comes after the FFN and its residual, not before the FFN.
         scale: a parameter that multiplies the FFN's output, or None.
+        optional: modules between layers and head that a checkpoint may lack as a whole, from the base model on, because
+            it was trained for something else. What is drawn in their place trains with the head.
+        positions_after_padding: tokens are numbered from the padding token's id plus 1 on, not from 0.
         transposed: the projections are `Conv1D`, which hold the transpose of `nn.Linear`'s weight.
     """
 
@@ -44,6 +47,8 @@ class Architecture:
     activation: str = "hidden_act"
     post_norm: bool = False
     scale: str | None = None
+    optional: tuple[str, ...] = ()
+    positions_after_padding: bool = False
     transposed: bool = False
 
 
@@ -57,6 +62,7 @@ _BERT = Architecture(
     post_norm=True,
     attention=("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
     head="classifier",
+    optional=("pooler",),
 )
 _VIT = Architecture(
     layers="layers",
@@ -70,7 +76,7 @@ _VIT = Architecture(
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
-    "roberta": _BERT,
+    "roberta": replace(_BERT, optional=(), positions_after_padding=True),
     "vit": _VIT,
     "dinov2": replace(_VIT, layers="encoder.layer", norm="norm2", scale="layer_scale2.lambda1"),
     "gpt2": Architecture(
@@ -132,6 +138,26 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     layers = model.base_model.get_submodule(architecture_of(model).layers)  # type: ignore[union-attr]
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def head_of(model: nn.Module) -> tuple[str, ...]:
+    """The modules that train in full: the task head, and what else was drawn because the FM's checkpoint lacks it."""
+    drawn: tuple[str, ...] = getattr(model, "drawn_modules", ())
+    return (architecture_of(model).head, *drawn)
+
+
+def in_head(model: nn.Module, name: str) -> bool:
+    """Whether a parameter of this name trains in full."""
+    return name.startswith(tuple(f"{module}." for module in head_of(model)))
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """How many tokens the model has positions for; None: any number (or it takes no tokens)."""
+    config = model.config
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is not None and architecture_of(model).positions_after_padding:
+        positions -= int(config.pad_token_id) + 1  # type: ignore[union-attr, arg-type]
+    return positions
 
 
 def activation_of(model: nn.Module) -> str:

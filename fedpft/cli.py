@@ -24,7 +24,16 @@ from fedpft.provision import (
 )
 from fedpft.proxy import apply_patch, cut
 from fedpft.report import format_table
-from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
+from fedpft.server.construction import (
+    Built,
+    Owner,
+    build_proxy,
+    format_holdings,
+    holdings,
+    load_built,
+    load_owner,
+    measure,
+)
 from fedpft.server.run import ADAPTER_FILE, PATCH_FILE, final_metrics, save_product
 from fedpft.server.run import run as run_server
 from fedpft.silo.explain import explain
@@ -49,8 +58,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _build_proxy(arguments: argparse.Namespace) -> None:
     config = load_server_config(arguments.config)
-    built = build_proxy(config, load_owner(config), arguments.out or config.out / "proxy")
+    owner = load_owner(config)
+    built = build_proxy(config, owner, arguments.out or config.out / "proxy")
     print(format_gaps(built.record.gaps))
+    print(format_holdings(holdings(owner.model, built.proxy.model)))
 
 
 def _server(arguments: argparse.Namespace) -> None:
@@ -69,7 +80,7 @@ def _plug_in(arguments: argparse.Namespace) -> None:
     config = load_server_config(arguments.config)
     owner, built = _owner_and_proxy(config)
     adapters.plug_in(owner.model, adapters.read(arguments.adapter or config.out / ADAPTER_FILE), built.selection.layers)
-    save_product(owner, config.adapter, arguments.out)
+    save_product(owner, config, arguments.out)
     print(f"PEFT adapter: {arguments.out / 'adapter'}    merged model: {arguments.out / 'merged'}")
 
 

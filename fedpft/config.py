@@ -57,6 +57,9 @@ class ProxySection(Section):
     layers: int | None = Field(
         None, ge=2, description="With `keep: layers`, how many layers stay; the first and the last always do."
     )
+    allow_whole: bool = Field(
+        False, description="Whether a proxy may hold every FFN neuron, which gives the FM away: for comparison only."
+    )
 
 
 class DistillationSection(Section):
@@ -169,6 +172,16 @@ class ColumnsSection(Section):
     label: str = Field("label", description="Column that holds the label.")
 
 
+class ProductSection(Section):
+    """What the owner gets in the end."""
+
+    base_model_name: str | None = Field(
+        None,
+        min_length=1,
+        description="What the PEFT adapter calls the FM that it is for: a name on a hub; default: `model.path`.",
+    )
+
+
 class EvaluationSection(Section):
     """What the server measures on its test data."""
 
@@ -225,6 +238,7 @@ class ServerConfig(Endpoint):
     )
     columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Columns of public_data and test_data.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured when.")
+    product: ProductSection = Field(default_factory=ProductSection, description="The tuned model.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServerConfig":

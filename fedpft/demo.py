@@ -86,7 +86,7 @@ def rows(layers: int, *, compare: bool) -> dict[str, Settings]:
     found: dict[str, Settings] = {"head_only": {"adapter": {"rank": 0}, **NO_ALIGNMENT}}
     if compare:
         found |= {
-            "full_model": {"proxy": {"neurons": "all"}, **NO_DISTILLATION, **NO_ALIGNMENT},
+            "full_model": {"proxy": {"neurons": "all", "allow_whole": True}, **NO_DISTILLATION, **NO_ALIGNMENT},
             "layer_drop": {
                 "proxy": {"keep": "layers", "layers": layers},
                 "distillation": {"weight_term": 0.0},

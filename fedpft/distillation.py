@@ -6,6 +6,7 @@ the federation (section 4): the least active neurons, towards the FM that carrie
 B batch, T sequence length, D hidden size, K neurons of a compressed layer, U of them updated.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -16,6 +17,7 @@ from fedpft import kernels
 from fedpft.architectures import architecture_of, layer_outputs, layers_of
 from fedpft.config import AlignmentSection, DistillationSection
 from fedpft.datasets import EncodedDataset, batches
+from fedpft.errors import ModelError
 from fedpft.regression import fit_output_projections
 from fedpft.seeding import derive_seed
 from fedpft.subffn import projections, sub_ffns
@@ -167,6 +169,11 @@ def _distil(
             nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
             optimizer.step()
             losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise ModelError(
+                    f"step {step + 1} of a distillation: the loss is {losses[-1]}",
+                    "lower distillation.learning_rate (between rounds: alignment.learning_rate, in a new run)",
+                )
             progress(step + 1, losses[-1])
     return losses
 

@@ -1,6 +1,5 @@
 """Looks at this machine and says what to mend: one line a check, and every check is made, whatever the others found."""
 
-import os
 import platform
 import shutil
 import tempfile
@@ -11,14 +10,17 @@ from typing import TypeVar
 
 import torch
 import yaml
+from torch import nn
 
 import fedpft
 from fedpft import atomic, kernels
 from fedpft.config import ServerConfig, SiloConfig, TlsSection, load_server_config, load_silo_config
 from fedpft.datafiles import read_rows
 from fedpft.datasets import read_label_list, read_labelled, read_unlabelled
-from fedpft.errors import CertificateError, ConfigError, FedPFTError, ModelError, PortInUse, RefusedByServer
+from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse, RefusedByServer
 from fedpft.kernels.check import check_operators
+from fedpft.proxy import cut, select
+from fedpft.server.construction import check_holdings, format_holdings, holdings, load_built, load_fm, read_labels
 from fedpft.server.run import VERSIONED
 from fedpft.wire.certificates import Role, exposure, read_kit, read_revoked
 from fedpft.wire.channel import check_listen
@@ -231,7 +233,11 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
         if (revoked := tls.revoked) is not None:
             findings.check("revoked", lambda: f"{revoked}: {len(read_revoked(revoked))} certificates")
     findings.check("listen", lambda: _listen(config))
-    findings.check("model", lambda: _model(config))
+    labels = findings.check("labels", lambda: read_labels(config.model.labels), lambda seen: _labels(config, seen))
+    if labels is not None:
+        fm = findings.check("model", lambda: load_fm(config, labels)[0], lambda _: _model(config))
+        if fm is not None:
+            findings.check("proxy", lambda: _proxy(config, fm))
     findings.check("data", lambda: _server_data(config))
     findings.check("device", lambda: _device(config.device))
     findings.check("out", lambda: _writable(config.out))
@@ -259,11 +265,23 @@ def _in_use(out: Path) -> bool:
         return True
 
 
+def _labels(config: ServerConfig, labels: tuple[str, ...]) -> str:
+    return f"{config.model.labels}: {len(labels)} labels"
+
+
 def _model(config: ServerConfig) -> str:
-    path = config.model.path
-    if not os.access(path / "config.json", os.R_OK):
-        raise ModelError(f"{path}: holds no config.json that this user can read", "name the FM's directory in `model`")
-    return f"{path}: {_bytes(path) / GIB:.2f} GiB"
+    path, section = config.model.path, config.model
+    return f"{path}: {_bytes(path) / GIB:.2f} GiB, fit for {section.task} of up to {section.max_tokens} tokens"
+
+
+def _proxy(config: ServerConfig, fm: nn.Module) -> str:
+    if config.proxy_path is not None:
+        proxy = load_built(config, config.proxy_path).proxy.model
+    else:
+        selection = select(fm, config.proxy)
+        check_holdings(selection, config.proxy)
+        proxy = cut(fm, selection)
+    return format_holdings(holdings(fm, proxy))
 
 
 def _server_data(config: ServerConfig) -> str:
@@ -273,4 +291,4 @@ def _server_data(config: ServerConfig) -> str:
     if config.test_data is not None:
         test = read_labelled(config.test_data, config.columns, task, labels)
         found += f"; {config.test_data}: {len(test.inputs)} rows"
-    return f"{found}; {config.model.labels}: {len(labels)} labels"
+    return found

@@ -1,5 +1,10 @@
-"""Foundation models, their tokenizers and image processors, to and from disk. The only importer of transformers."""
+"""Foundation models, their tokenizers and image processors, to and from disk. The only importer of transformers.
 
+Whatever transformers would do in silence to make a directory load, such as drawing weights that are not there, is an
+error here: what the silos tune and the owner plugs into must be the FM.
+"""
+
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
 from fedpft import architectures
 from fedpft.config import Task
 from fedpft.errors import ModelError
+from fedpft.finite import not_finite
 from fedpft.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -30,47 +35,75 @@ _PROCESSORS: dict[str, Any] = {
     "image-classification": transformers.AutoImageProcessor,
 }
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
+
+# What a model returns and how it goes about it, not what it computes: a config.json keeps what its last user wanted.
+_OURS = {
+    "problem_type": "single_label_classification",
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "chunk_size_feed_forward": 0,
+    "_attn_implementation": None,
+}
+# Keys of config.json that make transformers build another model than the weights are for, or read other files.
+_REFUSED = {
+    "quantization_config": "save the FM's own weights, without quantization",
+    "per_layer_config": "an FM whose layers differ in shape is not supported",
+    "fusion_config": "remove it: it replaces parts of the FM",
+    "transformers_weights": f"remove it, and call the weights {WEIGHTS}",
+}
+
 
 def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> nn.Module:
     """Loads an FM for a task, in eval mode and with every parameter frozen.
 
+    The task head is drawn where the checkpoint has none of C rows; so is a module that a checkpoint may lack
+    (`architectures.Architecture.optional`), which from then on counts as part of the head. Nothing else ever is.
+
     Args:
         path: directory as `save_pretrained` writes it.
         labels: C label names in the order of their class indices.
-        seed: draws the task head where the checkpoint has none of C rows.
+        seed: for what is drawn.
 
     Raises:
-        ModelError: no such directory, not a model, weights that do not fit config.json, or a model type without a row
-            in architectures.py.
+        ModelError: no such directory, not a model, weights that are not those that config.json asks for or hold NaN, or
+            a model type without a row in architectures.py.
     """
-    _config(path)
-    names = dict(enumerate(labels))
+    check_directory(path)
+    config = _config(path)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: index for index, name in enumerate(labels)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "task head"))
         try:
             model, report = _CLASSES[task].from_pretrained(
                 path,
-                num_labels=len(names),
-                id2label=names,
-                label2id={name: index for index, name in names.items()},
+                config=config,
                 dtype=torch.float32,
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=True,  # of the head; of all else it is said below
+                use_safetensors=True,
+                trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, SafetensorError) as error:
+        except Exception as error:  # of whatever kind: the directory is somebody else's, the code as well
             raise ModelError(
-                f"{path}: cannot be loaded for {task} ({_first_line(error)})", "check model.path"
+                f"{path}: cannot be loaded for {task} ({_first_line(error)})",
+                "check model.path: config.json and weights must be those of one model",
             ) from None
-    _check_layers(path, model, report)
+    model.drawn_modules = _drawn(path, model, report)
+    if (name := not_finite(model.state_dict())) is not None:
+        raise ModelError(f"{path}: {name} holds NaN or infinity", "restore the FM's weights from where they came from")
     return prepare(model)
 
 
 def load_processor(path: Path, task: Task) -> Any:
     """The tokenizer (text) or image processor (images) that lies in a model or proxy directory; ModelError."""
     try:
-        processor = _PROCESSORS[task].from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        processor = _PROCESSORS[task].from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
         raise ModelError(
             f"{path}: holds no tokenizer or image processor that can be loaded ({_first_line(error)})",
             "save it beside the model",
@@ -82,14 +115,57 @@ def load_processor(path: Path, task: Task) -> Any:
             raise ModelError(f"{path}: holds no tokenizer ({' or '.join(sorted(files))})", "save it beside the model")
         if processor.pad_token_id is None:
             processor.pad_token = processor.eos_token
+        if processor.pad_token_id is None:
+            raise ModelError(
+                f"{path}: the tokenizer has no padding token", "set pad_token in the model's tokenizer_config.json"
+            )
     return processor
+
+
+def check_directory(path: Path) -> None:
+    """Looks at an FM's directory without loading it.
+
+    Raises:
+        ModelError: something is missing, not yet fetched, not safetensors, or makes transformers load something else.
+    """
+    _config(path)
+    for file in sorted(path.iterdir()):
+        if file.is_file() and _begins(file).startswith(POINTER):
+            raise ModelError(
+                f"{file}: a pointer of git-lfs, not the file itself", "run `git lfs pull` where the FM comes from"
+            )
+    if (path / "adapter_config.json").exists():
+        raise ModelError(
+            f"{path}: holds an adapter (adapter_config.json), which transformers would load on top of the FM",
+            "merge it into the FM and save that, or move adapter_config.json away",
+        )
+    there = [name for name in (WEIGHTS, INDEX) if (path / name).exists()]
+    if len(there) == 2:
+        raise ModelError(f"{path}: holds both {WEIGHTS} and {INDEX}", "remove the one that is not the FM")
+    if any(path.glob("shard-*-model-*.safetensors")):
+        raise ModelError(
+            f"{path}: holds shards of a distributed checkpoint, which transformers would load in place of {there[0]}"
+            if there
+            else f"{path}: holds a distributed checkpoint",
+            "load the FM with transformers and save it with save_pretrained into a new directory",
+        )
+    if not there:
+        others = sorted(
+            file.name for pattern in ("*.bin", "*.pt", "*.h5", "*.gguf", "*.msgpack") for file in path.glob(pattern)
+        )
+        found = f", only {others[0]}" if others else ""
+        raise ModelError(
+            f"{path}: no {WEIGHTS} there{found}", "load the FM with transformers and save it with save_pretrained"
+        )
+    if there == [INDEX]:
+        _check_shards(path)
 
 
 def empty_model(directory: Path, task: Task, num_layers: int) -> nn.Module:
     """A model of the FM's shape with `num_layers` layers and meaningless weights, from config.json alone."""
     config = _config(directory)
     set_depth(config, num_layers)
-    model: nn.Module = _CLASSES[task].from_config(config, dtype=torch.float32)
+    model: nn.Module = _CLASSES[task].from_config(config, dtype=torch.float32, trust_remote_code=False)
     return prepare(model)
 
 
@@ -111,12 +187,6 @@ def prepare(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def pad_alike(model: nn.Module, processor: Any) -> None:
-    """Tells a model the tokenizer's padding token: a causal classifier reads the last token before the padding."""
-    if hasattr(processor, "pad_token_id"):
-        model.config.pad_token_id = processor.pad_token_id  # type: ignore[union-attr]
-
-
 def save_config(model: nn.Module, directory: Path) -> None:
     """Writes config.json without the path that the FM was loaded from: it is nobody else's business."""
     config: Any = model.config
@@ -135,22 +205,67 @@ def _config(path: Path) -> Any:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json there", "give the directory of a model saved by transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        # As it stands: `AutoConfig` acts on some keys before it can be asked.
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        for key, remedy in _REFUSED.items():
+            if raw.get(key) is not None:
+                raise ModelError(f"{path}/config.json: {key} is set", remedy)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        architectures.row(config.model_type)
+        for key, value in _OURS.items():
+            setattr(config, key, value)
+    except ModelError:
+        raise
+    except Exception as error:
         raise ModelError(f"{path}/config.json: {_first_line(error)}", "check model.path") from None
-    architectures.row(config.model_type)
     return config
 
 
-def _check_layers(path: Path, model: nn.Module, report: dict[str, Any]) -> None:
-    """transformers draws at random what it does not find: right for a head, never for a layer."""
-    found_none = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    layers = architectures.layers_path(model)
-    if lost := sorted(name for name in found_none if name.startswith(layers)):
-        raise ModelError(
-            f"{path}: cannot be loaded, it has no {lost[0]} of the size that config.json asks for",
-            "save weights and config.json together",
-        )
+def _check_shards(path: Path) -> None:
+    try:
+        names = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path / INDEX}: cannot be read ({_first_line(error)})", "save the FM again") from None
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not (path / name).is_file():
+            raise ModelError(f"{path / INDEX}: names {name}, which is not there", "copy all files of the FM")
+
+
+def _begins(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(POINTER))
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})", "let this user read it") from None
+
+
+def _drawn(path: Path, model: nn.Module, report: dict[str, Any]) -> tuple[str, ...]:
+    """Which optional modules transformers has drawn; ModelError if it drew, or left out, anything else but a head."""
+    base, row = model.base_model_prefix, architectures.architecture_of(model)
+    missing: set[str] = set(report["missing_keys"])
+    drawn = []
+    for module in (f"{base}.{optional}" for optional in row.optional):
+        names = {name for name in model.state_dict() if name.startswith(f"{module}.")}
+        if names and names <= missing:
+            log.info("%s has no %s: it is drawn, and trains with the task head", path, module)
+            drawn.append(module)
+            missing -= names
+    head = f"{row.head}."
+    for name in sorted(missing):
+        if not name.startswith(head):
+            shape = tuple(model.state_dict()[name].shape)
+            raise _other_model(path, f"the weights lack {name} {shape}")
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        if not name.startswith(head):
+            raise _other_model(path, f"{name} is {tuple(stored)}, config.json asks for {tuple(wanted)}")
+    for name in sorted(report["unexpected_keys"]):
+        if name.startswith(architectures.layers_path(model)):
+            raise _other_model(path, f"the weights have {name}, for which config.json has no place")
+    return tuple(drawn)
+
+
+def _other_model(path: Path, fault: str) -> ModelError:
+    return ModelError(f"{path}: {fault}", "save weights and config.json of one model together")
 
 
 def _first_line(error: Exception) -> str:

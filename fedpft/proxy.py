@@ -19,9 +19,11 @@ from fedpft import architectures, kernels, models
 from fedpft.adapters import frozen_state
 from fedpft.config import ProxySection, Task
 from fedpft.errors import ModelError
+from fedpft.finite import not_finite
 from fedpft.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
 
-_FORMAT = 1
+_FORMAT = 2
+PARTS = ("embeddings", "attention", "ffn", "norms")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,12 @@ class Selection:
             full = self.saliency.shape[1]
             return tuple((layer, layer) for layer, kept in enumerate(self.neurons) if len(kept) < full)
         return tuple((layer, self.layers[layer + 1] - 1) for layer in range(1, last))
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing of the FM's FFNs was left out: whoever has such a proxy has the FM."""
+        total, full = self.saliency.shape
+        return len(self.layers) == total and all(len(kept) == full for kept in self.neurons)
 
     @property
     def saliency_kept(self) -> list[float]:
@@ -142,6 +150,7 @@ def save_bundle(proxy: Proxy, directory: Path) -> None:
         "labels": proxy.labels,
         "max_tokens": proxy.max_tokens,
         "compressed": proxy.compressed,
+        "drawn": architectures.head_of(proxy.model)[1:],
         "neurons": [ffn.neurons for ffn in sub_ffns(proxy.model).values()],
     }
     (directory / "proxy.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
@@ -160,6 +169,8 @@ def load_proxy(directory: Path) -> Proxy:
         for layer, count in zip(architectures.layers_of(model), counts, strict=True):
             replace_ffn(model, layer, torch.arange(count))
         model.load_state_dict(load_file(directory / "model.safetensors"))
+        check_finite(model, f"the proxy in {directory}")
+        model.drawn_modules = tuple(description["drawn"])  # type: ignore[assignment]
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
         return Proxy(model, models.load_processor(directory, task), task, labels, description["max_tokens"], compressed)
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
@@ -237,12 +248,33 @@ def _fits(target: Tensor, rows: Tensor, values: Tensor) -> bool:
     return rows.dim() == 1 and inside and values.shape == (len(rows), *target.shape[1:])
 
 
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(all parameters without task head and LoRA, those of them in the transformer layers)."""
-    head = architectures.architecture_of(model).head + "."
-    own = {n: p.numel() for n, p in model.named_parameters() if ".lora_" not in n and not n.startswith(head)}
-    layers = architectures.layers_path(model)
-    return sum(own.values()), sum(count for name, count in own.items() if name.startswith(layers))
+def check_finite(model: nn.Module, what: str) -> None:
+    """Raises ModelError, naming the tensor, if a proxy's frozen part holds NaN or infinity."""
+    if (name := not_finite(frozen_state(model))) is not None:
+        raise ModelError(
+            f"{what}: {name} holds NaN or infinity",
+            "build the proxy again, with a lower distillation.learning_rate, and look at public_data",
+        )
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """For each of PARTS how many parameters an FM or a proxy has there, without task head and LoRA.
+
+    "embeddings" is all that is outside of the layers, "norms" all that is in them and in no other part.
+    """
+    row, layers = architectures.architecture_of(model), architectures.layers_path(model)
+    places = {"ffn": (row.ffn, row.input, row.gate, row.output), "attention": row.attention}
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or architectures.in_head(model, name):
+            continue
+        part = "embeddings"
+        if name.startswith(layers):
+            inside = name.removeprefix(layers).partition(".")[2]
+            within = (key for key, paths in places.items() if inside.startswith(tuple(f"{p}." for p in paths if p)))
+            part = next(within, "norms")
+        counts[part] += parameter.numel()
+    return counts
 
 
 def _neuron_count(model: nn.Module, settings: ProxySection, full: int) -> int:

@@ -79,7 +79,9 @@ class _NormalEquations:
         """dW (K, D) and db (D,), float64; without bias db is 0."""
         if not with_bias:
             self.gram[-1, :-1] = self.gram[:-1, -1] = self.cross[-1] = 0.0
-        penalty = RIDGE * self.gram.diagonal()[:-1].mean() * torch.ones_like(self.gram.diagonal())
+        spread = self.gram.diagonal()[:-1].mean()
+        # Neurons that are all silent have no spread; whatever the penalty, their weights then stay as they are.
+        penalty = (RIDGE * spread if spread > 0 else 1.0) * torch.ones_like(self.gram.diagonal())
         penalty[-1] = 0.0
         solution = torch.linalg.solve(self.gram + penalty.diag(), self.cross)
         return solution[:-1], solution[-1]

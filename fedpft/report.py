@@ -32,6 +32,12 @@ PARAMETERS = {
     "proxy_transformer": "the proxy's transformer layers",
     "adapter": "the adapter: what a silo trains and returns",
 }
+HOLDINGS = {
+    "embeddings": "embeddings, and all else outside of the layers",
+    "attention": "attention",
+    "ffn": "FFN",
+    "norms": "norms, and what else is in the layers",
+}
 BYTES = {"down": "server to silos", "up": "silos to server"}
 
 
@@ -96,6 +102,10 @@ def _count(value: int) -> str:
     return f"{value:,}".replace(",", "\u2009")  # a thin space: no reader takes it for a decimal sign
 
 
+def _share(part: Mapping[str, int]) -> str:
+    return f"{part['proxy'] / part['model']:.1%}" if part["model"] else "-"
+
+
 def _size(value: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
@@ -156,6 +166,14 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
             [
                 (PARAMETERS.get(name, name), _count(value), f"{value / parameters['model']:.1%}")
                 for name, value in parameters.items()
+            ],
+        ),
+        _table(
+            "What the silos received",
+            ["part of the FM", "FM#", "proxy#", "share#"],
+            [
+                (HOLDINGS.get(name, name), _count(part["model"]), _count(part["proxy"]), _share(part))
+                for name, part in summary.get("holdings", {}).items()
             ],
         ),
         _table(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpft import adapters
-from fedpft.architectures import architecture_of
+from fedpft.architectures import in_head
 from fedpft.config import LimitsSection, RoundSettings, TrainingSection
 from fedpft.datasets import EncodedDataset, batches, round_window
 from fedpft.errors import DataError
@@ -103,12 +103,11 @@ def train_round(
 
 
 def _optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.AdamW:
-    head_prefix = architecture_of(model).head + "."
     head: list[nn.Parameter] = []
     lora: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (head if name.startswith(head_prefix) else lora).append(parameter)
+            (head if in_head(model, name) else lora).append(parameter)
     groups = [(lora, training.learning_rate), (head, training.head_learning_rate or training.learning_rate)]
     return torch.optim.AdamW(
         [{"params": parameters, "lr": rate, "initial_lr": rate} for parameters, rate in groups if parameters],

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -15,7 +16,7 @@ from fedpft.adapters import Adapter, attach, check, extract, frozen_state, load,
 from fedpft.architectures import ARCHITECTURES, layers_of
 from fedpft.config import AdapterSection, ProxySection
 from fedpft.errors import InvalidUpdate, ModelError
-from fedpft.models import save_model
+from fedpft.models import load_model, save_model
 from fedpft.proxy import cut, select
 
 FM = Callable[[str], Path]
@@ -132,21 +133,41 @@ def test_merged_directory_is_loaded_by_plain_transformers(
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # rank 0: there is no LoRA to find
-@every_architecture
-@pytest.mark.parametrize("rank", [RANK, 0])
-def test_peft_directory_is_loaded_by_peft(
-    model_type: str, rank: int, make_fm: ModelFactory, fm_directory: FM, tmp_path: Path
+@pytest.mark.parametrize(
+    ("rank", "labels"), [(RANK, (*tiny.LABELS, "ice")), (0, tiny.LABELS)], ids=["another head than the FM's", "no LoRA"]
+)
+@pytest.mark.parametrize("model_type", [*ARCHITECTURES, "bert without pooler"])
+def test_adapter_and_merged_directory_are_the_plugged_in_model_wherever_they_are_loaded(
+    model_type: str, rank: int, labels: tuple[str, ...], fm_directory: FM, tmp_path: Path
 ) -> None:
-    fm, inputs, settings = make_fm(model_type), tiny.batch(model_type), AdapterSection(rank=rank, alpha=6.0)
-    attach(fm, settings, seed=0)
+    kind, directory = model_type, None
+    if model_type == "bert without pooler":
+        kind, directory = "bert", tiny.without_pooler(tmp_path / "fm")
+    directory, task = directory or fm_directory(kind), tiny.task_of(kind)
+    fm, inputs = load_model(directory, task, labels, seed=0), tiny.batch(kind)
+    attach(fm, settings := AdapterSection(rank=rank, alpha=6.0), seed=0)
     untouched = tiny.logits(fm, inputs)
     plug_in(fm, tuned(fm), range(tiny.L))
-    save_peft(fm, settings, tmp_path)
-    plain = tiny.AUTO[tiny.task_of(model_type)].from_pretrained(fm_directory(model_type), num_labels=len(tiny.LABELS))
-    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path)).eval()
-    torch.testing.assert_close(tiny.logits(loaded, inputs), tiny.logits(fm, inputs), rtol=1e-6, atol=1e-6)
-    assert (tiny.logits(loaded, inputs) - untouched).abs().max() > 0.01
-    assert str(fm_directory(model_type)) not in (tmp_path / "adapter_config.json").read_text()
+    wanted = tiny.logits(fm, inputs)
+    assert (wanted - untouched).abs().max() > 0.01
+    save_peft(fm, settings, tmp_path / "adapter", base=str(directory), task=task)
+    tiny.processor(kind).save_pretrained(tmp_path / "adapter")
+    merge(fm)
+    save_model(fm, tiny.processor(kind), tmp_path / "merged")
+    loaders = {
+        "sequence-classification": peft.AutoPeftModelForSequenceClassification,
+        "image-classification": peft.AutoPeftModel,
+    }
+    options: dict[str, Any] = {}  # none are needed where the FM's own config.json has as many labels
+    if labels != tiny.LABELS:
+        options = {"id2label": dict(enumerate(labels)), "ignore_mismatched_sizes": True}
+    for seed in (1, 2):
+        torch.manual_seed(seed)  # what is drawn anew at each load would show
+        loaded = loaders[task].from_pretrained(str(tmp_path / "adapter"), **options).eval()
+        torch.testing.assert_close(tiny.logits(loaded, inputs), wanted, rtol=1e-6, atol=1e-6)
+    merged = tiny.AUTO[task].from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(tiny.logits(merged, inputs), wanted, rtol=1e-5, atol=1e-5)
+    assert tuple(merged.config.id2label.values()) == labels
 
 
 @every_architecture

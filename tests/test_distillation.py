@@ -9,10 +9,11 @@ from conftest import ModelFactory
 from torch import Tensor, nn
 
 from fedpft.adapters import attach, extract, load
-from fedpft.architectures import ARCHITECTURES, layer_outputs
+from fedpft.architectures import ARCHITECTURES, layer_outputs, layers_of
 from fedpft.config import AdapterSection, AlignmentSection, DistillationSection, ProxySection
 from fedpft.datasets import EncodedDataset, TextDataset
 from fedpft.distillation import ffn_norms, layer_level, least_active, neuron_level
+from fedpft.errors import ModelError
 from fedpft.proxy import Selection, apply_patch, cut, patch, select
 from fedpft.subffn import sub_ffns
 
@@ -401,3 +402,16 @@ def test_ffn_norms_are_those_that_transformers_names(model_type: str, make_fm: M
     names = tiny.NAMES[model_type]
     wanted = {f"{names.layer.format(layer)}{names.norm}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")}
     assert set(ffn_norms(proxy, [1, 2])) == wanted & proxy.state_dict().keys()
+
+
+@pytest.mark.parametrize("level", ["layer", "neuron"])
+def test_distillation_that_diverges_ends_there(level: str, make_fm: ModelFactory) -> None:
+    proxy, fm, _ = pair(make_fm, "bert")
+    public = tiny.dataset("bert", 40, labelled=False)
+    wild = {"steps": 40, "learning_rate": 0.99}
+    with torch.no_grad():  # a first layer of such size overflows after a few steps of such a rate
+        for model in (proxy, fm):
+            layers_of(model)[0].output.LayerNorm.weight.fill_(1e19)
+    updated = {layer: torch.arange(K) for layer, _ in MATCHED}
+    with pytest.raises(ModelError, match=r"step \d+ of a distillation: the loss is (nan|inf)"):
+        distil(proxy, fm, public, **wild) if level == "layer" else align(proxy, fm, updated, public, **wild)

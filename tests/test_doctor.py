@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import fedpft.wire  # isort: skip  (sets gRPC's environment before grpc is imported)
 import grpc
 import pytest
+import tiny
 import yaml
 
 from fedpft import atomic, cli, doctor
@@ -68,17 +69,16 @@ def silo_yaml(kits, address):
 @pytest.fixture
 def server_yaml(kits, tmp_path):
     for name, content in {
-        "model/config.json": "{}",
         "labels.txt": "no\nyes\n",
         "public.csv": "text\none\ntwo\n",
         "test.csv": "text,label\none,yes\n",
     }.items():
-        (kits / name).parent.mkdir(exist_ok=True)
         (kits / name).write_text(content)
+    tiny.write_model("bert", kits / "model")
     values = yaml.safe_load((kits / "server/tls.yaml").read_text()) | {
         "listen": "127.0.0.1:0",
         "out": "out",
-        "model": {"path": "model", "labels": "labels.txt"},
+        "model": {"path": "model", "labels": "labels.txt", "max_tokens": 12},
         "federation": {"silos": ["north"]},
         "public_data": "public.csv",
         "test_data": "test.csv",
@@ -106,7 +106,7 @@ def verdicts(found):
 
 
 SILO = ["certificate", "key", "connection", "clock", "data", "device", "work", "disk"]
-SERVER = ["certificate", "key", "revoked", "listen", "model", "data", "device", "out", "disk"]
+SERVER = ["certificate", "key", "revoked", "listen", "labels", "model", "proxy", "data", "device", "out", "disk"]
 ANYWHERE = ["versions", "kernels"]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -105,3 +106,16 @@ def test_an_adapter_of_anything_else_is_refused(
     with pytest.raises(ModelError, match=fault):
         egress.write(tmp_path / "adapter", "adapter", adapter)
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("group", ["adapter", "patch"])
+def test_what_holds_no_numbers_is_not_written(
+    group: Literal["adapter", "patch"], value: float, egress: Egress, tmp_path: Path
+) -> None:
+    name, tensors = ("head", dict(ADAPTER)) if group == "adapter" else ("ffn.w_in@values", rows(0, 1))
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[-1] = value
+    with pytest.raises(ModelError, match=f"{name} of the {group} for the silos holds NaN or infinity"):
+        egress.write(tmp_path / group, group, tensors)
+    assert not (tmp_path / group).exists()

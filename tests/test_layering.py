@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "fedpft"
 
 ROWS: list[set[str]] = [
     {"errors", "atomic", "figures", "progress"},
-    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command", "lora", "audit"},
-    {"subffn", "models", "aggregation", "adapters"},
+    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command", "lora", "audit", "finite"},
+    {"subffn", "models", "compatibility", "aggregation", "adapters"},
     {
         "proxy",
         "distillation",
@@ -30,6 +30,7 @@ ROWS: list[set[str]] = [
 BESIDE = {
     ("atomic", "errors"),
     ("federation", "seeding"),
+    ("compatibility", "models"),
     ("distillation", "datasets"),
     ("distillation", "regression"),
     ("regression", "datasets"),

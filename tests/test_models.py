@@ -1,8 +1,10 @@
 """Loading and saving FMs: what comes back, and one clear error for each directory that cannot be used."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -11,9 +13,10 @@ import transformers
 from conftest import ModelFactory
 from safetensors.torch import load_file, save_file
 
-from fedpft.architectures import ARCHITECTURES
+from fedpft.architectures import ARCHITECTURES, head_of
+from fedpft.compatibility import make_fit
 from fedpft.errors import ModelError
-from fedpft.models import empty_model, load_model, load_processor, pad_alike, prepare, save_model
+from fedpft.models import empty_model, load_model, load_processor, prepare, save_model
 
 FM = Callable[[str], Path]
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -96,29 +99,163 @@ def test_damaged_weights_are_refused_in_one_line(damage: str, tmp_path: Path) ->
     weights.unlink()
     if damage != "gone":
         weights.write_bytes(whole[: len(whole) // 2] if damage == "cut short" else b"not a model")
-    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+    with pytest.raises(ModelError, match=r"cannot be loaded|no model\.safetensors there") as caught:
         load_model(tmp_path, "sequence-classification", tiny.LABELS, seed=0)
     assert "\n" not in str(caught.value)
 
 
-def without_a_layer_tensor(directory: Path) -> None:
+# --- what transformers would make up, leave out or do instead ---
+
+
+def config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(directory / "model.safetensors")
-    del tensors["bert.encoder.layer.2.intermediate.dense.weight"]
+    change(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def with_another_config(directory: Path) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "intermediate_size": 2 * tiny.F}))
+def without(*names: str) -> Callable[[Path], None]:
+    return lambda directory: weights(directory, lambda tensors: [tensors.pop(name) for name in names])
 
 
-@pytest.mark.parametrize("damage", [without_a_layer_tensor, with_another_config])
-def test_layer_whose_weights_are_not_there_is_not_drawn_at_random(
-    damage: Callable[[Path], None], tmp_path: Path
-) -> None:
+def spoiled(name: str, value: float) -> Callable[[Path], None]:
+    return lambda directory: weights(directory, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
+
+
+def with_file(name: str, content: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).write_text(content)
+
+
+def pickled(directory: Path) -> None:
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
+def half_copied(directory: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"bert.pooler.dense.bias": "model-00001-of-00002.safetensors"}}
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 133466304\n"
+LAYER = "bert.encoder.layer.2.intermediate.dense.weight"
+NOT_THE_FM: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "a layer's tensor is gone": (without(LAYER), [LAYER, "(64, 32)"]),
+    "a norm outside of the layers is gone": (
+        without("bert.embeddings.LayerNorm.weight"),
+        ["bert.embeddings.LayerNorm.weight"],
+    ),
+    "half of the pooler is gone": (without("bert.pooler.dense.bias"), ["bert.pooler.dense.bias"]),
+    "another FFN size": (lambda d: config(d, intermediate_size=2 * tiny.F), ["(64,)", "(128,)"]),
+    "a larger vocabulary": (
+        lambda d: config(d, vocab_size=25),
+        ["bert.embeddings.word_embeddings.weight", "(20, 32)", "(25, 32)"],
+    ),
+    "more positions": (
+        lambda d: config(d, max_position_embeddings=50),
+        ["position_embeddings", "(40, 32)", "(50, 32)"],
+    ),
+    "fewer layers than the weights": (lambda d: config(d, num_hidden_layers=3), ["bert.encoder.layer.3."]),
+    "NaN in a layer": (spoiled(LAYER, float("nan")), [LAYER, "NaN"]),
+    "infinity in an embedding": (
+        spoiled("bert.embeddings.word_embeddings.weight", float("inf")),
+        ["word_embeddings", "infinity"],
+    ),
+    "weights not fetched by git-lfs": (with_file("model.safetensors", POINTER), ["model.safetensors", "git-lfs"]),
+    "tokenizer not fetched by git-lfs": (with_file("tokenizer.json", POINTER), ["tokenizer.json", "git lfs pull"]),
+    "an adapter beside the FM": (with_file("adapter_config.json", "{}"), ["adapter_config.json"]),
+    "two sets of weights": (with_file("model.safetensors.index.json", "{}"), ["both"]),
+    "a distributed checkpoint beside it": (with_file("shard-00000-model-00001-of-00001.safetensors", ""), ["shards"]),
+    "a pickle": (pickled, ["only pytorch_model.bin", "save_pretrained"]),
+    "a shard is missing": (half_copied, ["model-00001-of-00002.safetensors"]),
+    "quantized": (lambda d: config(d, quantization_config={"quant_method": "gptq"}), ["quantization_config"]),
+    "layers of different shapes": (
+        lambda d: config(d, per_layer_config={"1": {"intermediate_size": 8}}),
+        ["per_layer_config"],
+    ),
+    "weights by another name": (lambda d: config(d, transformers_weights="x.safetensors"), ["transformers_weights"]),
+    "parts fused": (lambda d: config(d, fusion_config={"patch_embeddings": True}), ["fusion_config"]),
+    "a number that is a word": (lambda d: config(d, hidden_size="big"), ["config.json", "hidden_size"]),
+    "heads that do not divide": (lambda d: config(d, num_attention_heads=5), ["cannot be loaded"]),
+    "an activation that nobody knows": (lambda d: config(d, hidden_act="nonsense"), ["nonsense"]),
+    "config.json is a list": (with_file("config.json", "[]"), ["config.json"]),
+    "config.json is not UTF-8": (lambda d: (d / "config.json").write_bytes(b"\xff{}"), ["config.json"]),
+}
+
+
+@pytest.mark.parametrize("fault", NOT_THE_FM)
+def test_directory_that_is_not_the_fm_it_says_is_refused_in_one_line(fault: str, tmp_path: Path) -> None:
+    damage, named = NOT_THE_FM[fault]
     damage(tiny.write_model("bert", tmp_path))
-    with pytest.raises(ModelError, match=r"has no bert\.encoder\.layer\.\d\.intermediate\.dense"):
+    with pytest.raises(ModelError) as caught:
         load_model(tmp_path, "sequence-classification", tiny.LABELS, seed=0)
+    line = str(caught.value)
+    assert not [name for name in named if name not in line], line
+    assert str(tmp_path) in line
+    assert "\n" not in line
+
+
+SETTINGS_OF_ITS_LAST_USE = {
+    "problem_type": "multi_label_classification",
+    "return_dict": False,
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "chunk_size_feed_forward": 2,
+    "_attn_implementation": "flash_attention_2",
+    "attn_implementation": "flash_attention_2",
+    "quantization_config": None,
+    "auto_map": {"AutoModelForSequenceClassification": "modeling.Other", "AutoConfig": "configuration.Other"},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS_OF_ITS_LAST_USE)
+def test_what_the_last_user_wanted_of_the_fm_does_not_change_what_it_computes(
+    setting: str, fm_directory: FM, tmp_path: Path
+) -> None:
+    directory, batch = tiny.write_model("bert", tmp_path), tiny.dataset("bert", 5).batch(torch.arange(5))
+    config(directory, **{setting: SETTINGS_OF_ITS_LAST_USE[setting]})
+    found, wanted = (
+        load_model(d, "sequence-classification", tiny.LABELS, seed=0)(**batch)
+        for d in (directory, fm_directory("bert"))
+    )
+    assert torch.equal(found.logits, wanted.logits)
+    assert torch.equal(found.loss, wanted.loss)
+
+
+@every_architecture
+def test_only_the_head_may_be_missing(model_type: str, fm_directory: FM, tmp_path: Path) -> None:
+    task, row = tiny.task_of(model_type), ARCHITECTURES[model_type]
+    whole = load_file(fm_directory(model_type) / "model.safetensors")
+    shutil.copytree(fm_directory(model_type), tmp_path, dirs_exist_ok=True)
+    groups = {name.rpartition(".")[0] for name in whole}
+    for group in sorted(groups):
+        save_file(
+            {name: tensor for name, tensor in whole.items() if name.rpartition(".")[0] != group},
+            tmp_path / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        drawn_here = group.startswith(row.head) or any(f".{module}." in f"{group}." for module in row.optional)
+        if drawn_here:
+            load_model(tmp_path, task, tiny.LABELS, seed=0)
+        else:
+            with pytest.raises(ModelError, match="lack"):
+                load_model(tmp_path, task, tiny.LABELS, seed=0)
+
+
+def test_pooler_that_the_checkpoint_lacks_is_drawn_from_the_seed_and_counts_as_head(tmp_path: Path) -> None:
+    directory = tiny.without_pooler(tmp_path)
+    first, again, other = (
+        load_model(directory, "sequence-classification", tiny.LABELS, seed=seed) for seed in (1, 1, 2)
+    )
+    assert head_of(first) == ("classifier", "bert.pooler")
+    assert tiny.changed(tiny.snapshot(first), tiny.snapshot(again)) == set()
+    assert "bert.pooler.dense.weight" in tiny.changed(tiny.snapshot(first), tiny.snapshot(other))
+    whole = load_model(tiny.write_model("bert", tmp_path / "whole"), "sequence-classification", tiny.LABELS, seed=1)
+    assert head_of(whole) == ("classifier",)
 
 
 @every_architecture
@@ -197,7 +334,7 @@ def test_padding_does_not_change_what_a_causal_classifier_says(model_type: str, 
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     model = load_model(directory, "sequence-classification", tiny.LABELS, seed=0)
     processor = load_processor(directory, "sequence-classification")
-    pad_alike(model, processor)
+    make_fit(model, processor, "sequence-classification", 10)
     texts = ["the red bird", "the red bird moves the blue fish"]
     padded = model(**processor(texts, padding=True, return_tensors="pt")).logits
     alone = model(**processor(texts[:1], return_tensors="pt")).logits

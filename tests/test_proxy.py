@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -13,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedpft import adapters
-from fedpft.architectures import ARCHITECTURES, layer_outputs, layers_of
+from fedpft.architectures import ARCHITECTURES, layer_outputs, layers_of, layers_path
 from fedpft.config import AdapterSection, ProxySection
 from fedpft.errors import ModelError
 from fedpft.models import load_model, load_processor
 from fedpft.proxy import (
+    PARTS,
     Proxy,
     Selection,
     apply_patch,
+    check_finite,
     cut,
     load_proxy,
     load_selection,
@@ -196,11 +199,73 @@ def test_proxy_of_fewer_layers_computes_what_those_layers_do(model_type: str, ma
 def test_parameters_are_counted_without_the_head(make_fm: ModelFactory) -> None:
     fm = make_fm("bert")
     proxy = cut(fm, select(fm, ProxySection(neurons=K)))
-    (everything, layers), (proxy_everything, proxy_layers) = parameter_counts(fm), parameter_counts(proxy)
-    assert everything == sum(p.numel() for p in fm.bert.parameters())
-    assert layers == sum(p.numel() for p in fm.bert.encoder.parameters())
+    counts = parameter_counts(fm)
+    assert sum(counts.values()) == sum(p.numel() for p in fm.bert.parameters())
+    assert sum(counts.values()) - counts["embeddings"] == sum(p.numel() for p in fm.bert.encoder.parameters())
     dropped = 2 * (tiny.F - K) * (2 * tiny.D + 1)
-    assert (proxy_everything, proxy_layers) == (everything - dropped, layers - dropped)
+    assert parameter_counts(proxy) == counts | {"ffn": counts["ffn"] - dropped}
+
+
+@every_architecture
+def test_every_parameter_is_counted_in_its_part(model_type: str, make_fm: ModelFactory) -> None:
+    fm = make_fm(model_type)
+    ffn = {name for layer in range(tiny.L) for name in tiny.ffn_names(model_type, layer)}
+    attention = ("attn.", "attention.self.", "attention.output.dense.", "attention.q", "attention.k", "attention.v")
+    wanted = dict.fromkeys(PARTS, 0)
+    for name, parameter in fm.named_parameters():
+        if not name.startswith(ARCHITECTURES[model_type].head):
+            in_attention = any(f".{part}" in name for part in (*attention, "attention.o_proj.", "self_attn."))
+            inside = "attention" if in_attention else "ffn" if name in ffn else "norms"
+            wanted[inside if name.startswith(layers_path(fm)) else "embeddings"] += parameter.numel()
+    assert min(wanted.values()) > 0
+    assert parameter_counts(fm) == wanted
+    whole = cut(fm, select(fm, ProxySection(neurons="all")))
+    adapters.attach(whole, AdapterSection(), seed=0)
+    assert parameter_counts(whole) == wanted
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "all neurons": {"neurons": "all"},
+    "as many as there are": {"neurons": tiny.F},
+    "every layer is kept whole": {"neurons": K, "keep_layers": (0, 1, 2, -1)},
+    "all layers": {"keep": "layers", "layers": tiny.L},
+}
+
+
+@pytest.mark.parametrize("settings", WHOLE.values(), ids=WHOLE)
+def test_proxy_that_is_the_whole_fm_is_known(settings: dict[str, Any], make_fm: ModelFactory) -> None:
+    assert select(make_fm("bert"), ProxySection(**settings)).whole
+
+
+@pytest.mark.parametrize("settings", [{"neurons": tiny.F - 1}, {"keep": "layers", "layers": tiny.L - 1}])
+def test_proxy_that_lacks_something_is_not_whole(settings: dict[str, Any], make_fm: ModelFactory) -> None:
+    assert not select(make_fm("bert"), ProxySection(**settings)).whole
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bundle_that_holds_nan_is_refused_by_who_made_it_and_by_who_gets_it(
+    value: float, make_fm: ModelFactory, tmp_path: Path
+) -> None:
+    proxy, _ = bundle_of(make_fm("bert"), "bert", tmp_path, neurons=K)
+    name, ffn = next(iter(sub_ffns(proxy.model).items()))
+    ffn.w_out.data[-1, -1] = value
+    save_bundle(proxy, tmp_path)
+    for look in (lambda: check_finite(proxy.model, "it"), lambda: load_proxy(tmp_path)):
+        with pytest.raises(ModelError, match=rf"{name}\.w_out holds NaN or infinity"):
+            look()
+
+
+def test_pooler_that_was_drawn_trains_at_the_silo_too(tmp_path: Path) -> None:
+    fm = load_model(tiny.without_pooler(tmp_path / "fm"), "sequence-classification", tiny.LABELS, seed=0)
+    bundle_of(fm, "bert", tmp_path / "bundle", neurons=K)
+    received = load_proxy(tmp_path / "bundle").model
+    for model in (fm, received):
+        adapters.attach(model, AdapterSection(), seed=0)
+    ours, theirs = adapters.extract(fm), adapters.extract(received)
+    assert ours.keys() == theirs.keys()
+    for name in ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight"):
+        assert received.get_parameter(name).requires_grad
+        assert torch.equal(ours[name], theirs[name])
 
 
 # --- the bundle ---

@@ -125,3 +125,15 @@ def test_fit_uses_no_more_samples_than_it_was_given(make_fm: ModelFactory) -> No
         fit_output_projections(proxy, fm, selection.matched, public, samples=10, batch=4)
         states.append(proxy.state_dict())
     assert tiny.changed(*states) == set()
+
+
+def test_neurons_that_are_all_silent_stay_as_they_are(make_fm: ModelFactory) -> None:
+    proxy, fm, selection = pair(make_fm, "bert")
+    ffn = list(sub_ffns(proxy).values())[1]
+    ffn.activation = "relu"
+    with torch.no_grad():
+        ffn.b_in.fill_(-1e6)
+    before = ffn.w_out.clone()
+    fit_output_projections(proxy, fm, selection.matched, tiny.dataset("bert", 20, labelled=False), samples=20, batch=8)
+    assert torch.equal(ffn.w_out, before)
+    assert bool(ffn.b_out.isfinite().all())

@@ -24,6 +24,12 @@ SUMMARY: dict[str, Any] = {
         "proxy_transformer": 7_107_072,
         "adapter": 154_772,
     },
+    "holdings": {
+        "embeddings": {"model": 11_920_512, "proxy": 11_920_512},
+        "attention": {"model": 3_548_160, "proxy": 3_548_160},
+        "ffn": {"model": 7_089_408, "proxy": 3_549_696},
+        "norms": {"model": 9_216, "proxy": 9_216},
+    },
     "bytes": {"down": 236_182_345, "up": 11_143_584},
     "seconds": {"distillation": 61.4, "rounds": 214.9},
     "rounds": [
@@ -89,6 +95,7 @@ def test_the_page_shows_every_number_of_the_summary(whole: str) -> None:
         assert shown in html, shown
     assert "classifies 57.1% of the test, against 55.3% by the proxy alone and 43.1% without adapters." in html
     assert "67% of its transformer parameters" in html
+    assert "<td>FFN</td><td class=n>7089408</td><td class=n>3549696</td><td class=n>50.1%</td>" in html
 
 
 def test_text_from_the_run_is_escaped(whole: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import peft
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -233,3 +234,53 @@ def test_no_private_data_and_no_path_of_the_other_side_crosses_the_wire(
 
 def row_bytes(row: torch.Tensor) -> bytes:
     return row.contiguous().numpy().tobytes()
+
+
+def test_bert_without_pooler_is_tuned_and_loads_everywhere_with_the_same_answers(tmp_path: Path) -> None:
+    fm = tiny.without_pooler(tmp_path / "fm")
+    rows = [f"the {color} {thing} moves" for color in ("red", "green", "blue") for thing in ("bird", "fish", "tree")]
+    (tmp_path / "labels.txt").write_text("\n".join(tiny.LABELS))
+    (tmp_path / "public.csv").write_text("\n".join(["text", *rows]))
+    labelled = "\n".join(["text,label", *(f"{row},{tiny.LABELS[number % 3]}" for number, row in enumerate(rows))])
+    for name in (*SILOS, "test"):
+        (tmp_path / f"{name}.csv").write_text(labelled)
+    settings = {
+        "listen": "127.0.0.1:0",
+        "insecure_loopback": True,
+        "threads": 1,
+        "model": {"path": str(fm), "labels": str(tmp_path / "labels.txt"), "max_tokens": 12},
+        "distillation": {"steps": 1, "batch": 4},
+        "alignment": {"every_rounds": 0},
+        "training": {"rounds": 2, "batch": 4, "learning_rate": 0.01},
+        "federation": {"silos": list(SILOS)},
+        "public_data": str(tmp_path / "public.csv"),
+        "test_data": str(tmp_path / "test.csv"),
+    }
+    silos = {
+        name: {
+            "insecure_loopback": True,
+            "insecure_name": name,
+            "data": {"path": str(tmp_path / f"{name}.csv")},
+            "threads": 1,
+        }
+        for name in SILOS
+    }
+    summary = run_federation(tmp_path / "run", settings, silos)
+    out = tmp_path / "run" / "out"
+    first, last = (load_file(out / "rounds" / f"{number}" / "adapter.safetensors") for number in (0, 2))
+    pooler = next(name for name in last if name.endswith("bert.pooler.dense.weight"))
+    assert not torch.equal(first[pooler], last[pooler]), "the silos train what was drawn"
+    holdings = summary["holdings"]
+    assert holdings["attention"]["proxy"] == holdings["attention"]["model"]
+    assert holdings["ffn"]["proxy"] < holdings["ffn"]["model"]
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(fm)
+
+    inputs = tiny.batch("bert")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(out / "merged")
+    for seed in (1, 2):  # what would be drawn at random at each load
+        torch.manual_seed(seed)
+        names = {"id2label": merged.config.id2label, "label2id": merged.config.label2id}
+        loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(str(out / "adapter"), **names).eval()
+        torch.testing.assert_close(tiny.logits(loaded, inputs), tiny.logits(merged, inputs), rtol=1e-5, atol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "adapter")
+    assert tokenizer("the red bird")["input_ids"] == tiny.processor("bert")("the red bird")["input_ids"]

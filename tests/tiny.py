@@ -98,6 +98,13 @@ def write_model(model_type: str, directory: Path, *, layers: int = L, labels: in
     return directory
 
 
+def without_pooler(directory: Path) -> Path:
+    """A BERT as masked-language training leaves it: with a head of that task, without a pooler."""
+    write_model("bert", directory)
+    transformers.BertForMaskedLM.from_pretrained(directory).save_pretrained(directory)
+    return directory
+
+
 def processor(model_type: str) -> Any:
     if task_of(model_type) == "image-classification":
         return transformers.ViTImageProcessorPil(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})

@@ -2,8 +2,9 @@
 
 import json
 import logging
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,13 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from fedpft import adapters, atomic, models
-from fedpft.config import ServerConfig
+from fedpft.compatibility import check_travels, make_fit
+from fedpft.config import ProxySection, ServerConfig
 from fedpft.datasets import EncodedDataset, encode, read_label_list, read_labelled, read_unlabelled
 from fedpft.distillation import layer_level
-from fedpft.errors import ModelError
+from fedpft.errors import DataError, ModelError
 from fedpft.evaluation import Gap, measure_gap
 from fedpft.progress import progress
-from fedpft.proxy import Proxy, Selection, cut, load_proxy, load_selection, save_bundle, save_selection, select
+from fedpft.proxy import (
+    Proxy,
+    Selection,
+    check_finite,
+    cut,
+    load_proxy,
+    load_selection,
+    parameter_counts,
+    save_bundle,
+    save_selection,
+    select,
+)
+from fedpft.server.outbox import BUNDLE_SUFFIXES, sendable
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +93,12 @@ def load_owner(config: ServerConfig) -> Owner:
     if config.threads:
         torch.set_num_threads(config.threads)
     section = config.model
-    labels = read_label_list(section.labels)
+    labels = read_labels(section.labels)
     public = read_unlabelled(config.public_data, config.columns, section.task)
     tested = None
     if config.test_data is not None:
         tested = read_labelled(config.test_data, config.columns, section.task, labels)
-    model = models.load_model(section.path, section.task, labels, seed=config.seed).to(config.device)
-    processor = models.load_processor(section.path, section.task)
-    models.pad_alike(model, processor)
+    model, processor = load_fm(config, labels)
     adapters.attach(model, config.adapter, seed=config.seed)
 
     def encoded(inputs: list[str], classes: Tensor | None) -> EncodedDataset:
@@ -94,6 +106,30 @@ def load_owner(config: ServerConfig) -> Owner:
 
     test = None if tested is None else encoded(tested.inputs, tested.labels)
     return Owner(model, processor, labels, encoded(public, None), test)
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """The label list of a classification; DataError if it has but one label."""
+    labels = read_label_list(path)
+    if len(labels) < 2:
+        raise DataError(f"{path}: one label, {labels[0]!r}", "name at least two: there is nothing to tell apart")
+    return labels
+
+
+def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any]:
+    """The FM, and its tokenizer or image processor; ModelError if they are not fit for a federation."""
+    section = config.model
+    model = models.load_model(section.path, section.task, labels, seed=config.seed).to(config.device)
+    processor = models.load_processor(section.path, section.task)
+    with tempfile.TemporaryDirectory() as received:
+        check_travels(processor, section.task, Path(received))
+        if odd := sorted(path.name for path in Path(received).iterdir() if not sendable(path)):
+            raise ModelError(
+                f"{section.path}: the tokenizer or image processor has a file {odd[0]}, which no silo is sent",
+                f"save it as a tokenizer.json; what is sent are plain files: {', '.join(BUNDLE_SUFFIXES)}",
+            )
+    make_fit(model, processor, section.task, section.max_tokens)
+    return model, processor
 
 
 def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
@@ -105,6 +141,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
     record = Record()
     with record.timed("construction"):
         selection = select(owner.model, config.proxy)
+        check_holdings(selection, config.proxy)
         model = cut(owner.model, selection)
         compressed = tuple(student for student, _ in selection.matched)
         proxy = Proxy(model, owner.processor, config.model.task, owner.labels, config.model.max_tokens, compressed)
@@ -121,6 +158,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
             seed=config.seed,
             progress=report,
         )
+    check_finite(model, "the layer-level distillation")
     if config.distillation.steps or config.distillation.closed_form_samples:
         record_gap(config, owner, built, "distilled")
     save_bundle(proxy, built.bundle)
@@ -139,11 +177,35 @@ def load_built(config: ServerConfig, directory: Path) -> Built:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{directory}: not a whole proxy directory ({error})", "run fedpft build-proxy") from None
     proxy = load_proxy(directory / "bundle")
-    if proxy.labels != read_label_list(config.model.labels):
+    if proxy.labels != read_labels(config.model.labels):
         raise ModelError(f"{directory}: built for other labels than {config.model.labels}", "build the proxy again")
+    selection = load_selection(directory / "selection.safetensors")
+    check_holdings(selection, config.proxy)
     proxy.model.to(config.device)
     adapters.attach(proxy.model, config.adapter, seed=config.seed)
-    return Built(directory, proxy, load_selection(directory / "selection.safetensors"), record)
+    return Built(directory, proxy, selection, record)
+
+
+def check_holdings(selection: Selection, settings: ProxySection) -> None:
+    """Raises ModelError if the proxy has every neuron of the FM, and nobody said that it may."""
+    if selection.whole and not settings.allow_whole:
+        raise ModelError(
+            "the proxy would hold every FFN neuron of the FM, and so give all of it to the silos",
+            "lower proxy.neurons, or name fewer layers in proxy.keep_layers; proxy.allow_whole: true if it is meant",
+        )
+
+
+def holdings(model: nn.Module, proxy: nn.Module) -> dict[str, dict[str, int]]:
+    """For each part of the FM how many of its parameters there are, and how many of them the proxy holds."""
+    whole, held = parameter_counts(model), parameter_counts(proxy)
+    return {part: {"model": whole[part], "proxy": held[part]} for part in whole}
+
+
+def format_holdings(parts: Mapping[str, Mapping[str, int]]) -> str:
+    """The same in one line."""
+    model, proxy = (sum(part[side] for part in parts.values()) for side in ("model", "proxy"))
+    each = ", ".join(f"{name} {part['proxy'] / max(part['model'], 1):.0%}" for name, part in parts.items())
+    return f"the silos receive {proxy / model:.0%} of the FM's parameters, {proxy:,} of {model:,}: {each}"
 
 
 def record_gap(config: ServerConfig, owner: Owner, built: Built, stage: str) -> None:

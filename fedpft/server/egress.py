@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedpft.errors import ModelError
+from fedpft.finite import not_finite
 from fedpft.wire.tensors import Spec, TensorFile, write_tensors
 
 
@@ -27,9 +28,15 @@ class Egress:
         self._adapter = {name: Spec.of(tensor) for name, tensor in adapter.items()}
 
     def write(self, path: Path, group: Literal["adapter", "patch"], tensors: Mapping[str, Tensor]) -> None:
-        """Writes a file for the silos; ModelError, naming the tensor, if it holds what they may not get."""
+        """Writes a file for the silos; ModelError, naming the tensor, if it holds what they may not get, or NaN."""
         check = {"adapter": self.check_adapter, "patch": self.check_patch}[group]
         check(tensors)
+        if (name := not_finite(tensors)) is not None:
+            setting = {"adapter": "training.learning_rate", "patch": "alignment.learning_rate"}[group]
+            raise ModelError(
+                f"{name} of the {group} for the silos holds NaN or infinity: it was not written",
+                f"start a new run with a lower {setting}",
+            )
         write_tensors(path, {group: tensors})
 
     def check_adapter(self, tensors: Mapping[str, Tensor]) -> None:

@@ -67,13 +67,18 @@ class Outbox:
             self.bytes_down += chunk_bytes
 
 
+def sendable(path: Path) -> bool:
+    """Whether a file of a bundle may go to the silos."""
+    plain = path.is_file() and not path.is_symlink() and transfer.PLAIN_NAME.fullmatch(path.name) is not None
+    return plain and path.suffix in BUNDLE_SUFFIXES
+
+
 def _bundle_files(bundle: Path) -> list[transfer.Payload]:
     if not bundle.is_dir():
         raise ModelError(f"{bundle}: no such directory", "build the proxy first")
     paths = sorted(bundle.iterdir())
     for path in paths:
-        plain = path.is_file() and not path.is_symlink() and transfer.PLAIN_NAME.fullmatch(path.name)
-        if not plain or path.suffix not in BUNDLE_SUFFIXES:
+        if not sendable(path):
             raise ModelError(
                 f"{path} is not a file of a proxy, but everything in this directory would be sent to the silos",
                 f"leave only plain files there: {', '.join(BUNDLE_SUFFIXES)}",

@@ -14,12 +14,20 @@ import torch
 from safetensors.torch import save_file
 
 from fedpft import adapters, atomic, kernels, models
-from fedpft.config import AdapterSection, ServerConfig, dump
+from fedpft.config import ServerConfig, dump
 from fedpft.errors import CheckpointError
 from fedpft.evaluation import Metrics, evaluate, majority
-from fedpft.proxy import parameter_counts
 from fedpft.report import write_report
-from fedpft.server.construction import Built, Owner, Record, build_proxy, load_built, load_owner
+from fedpft.server.construction import (
+    Built,
+    Owner,
+    Record,
+    build_proxy,
+    format_holdings,
+    holdings,
+    load_built,
+    load_owner,
+)
 from fedpft.server.ledger import LEDGER_FILE, Ledger
 from fedpft.server.rounds import Rounds, snapshot
 from fedpft.wire.certificates import check_certificates
@@ -72,6 +80,7 @@ def run(config: ServerConfig) -> dict[str, Any]:
         # begin: whatever was wrong up to this point can be mended and tried again in the same directory.
         built = load_built(config, directory)
         built.record.seconds |= record.seconds
+        log.info("%s", format_holdings(holdings(owner.model, built.proxy.model)))
         with _opened(config) as ledger:
             _check_proxy(directory, ledger)
             return _complete(config, owner, built, ledger)
@@ -122,9 +131,11 @@ def final_metrics(owner: Owner, built: Built, batch: int) -> dict[str, Metrics]:
     }
 
 
-def save_product(owner: Owner, settings: AdapterSection, out: Path) -> None:
+def save_product(owner: Owner, config: ServerConfig, out: Path) -> None:
     """The plugged-in FM as a PEFT adapter and merged; merging comes last, because it ends the adapter's life."""
-    adapters.save_peft(owner.model, settings, out / "adapter")
+    base = config.product.base_model_name or str(config.model.path)
+    adapters.save_peft(owner.model, config.adapter, out / "adapter", base=base, task=config.model.task)
+    owner.processor.save_pretrained(out / "adapter")
     adapters.merge(owner.model)
     models.save_model(owner.model, owner.processor, out / "merged")
 
@@ -140,7 +151,7 @@ def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) 
     with built.record.timed("evaluation"):
         metrics = final_metrics(owner, built, config.evaluation.batch)
     summary = _summary(config, owner, rounds, metrics, sum(tensor.numel() for tensor in adapter.values()))
-    save_product(owner, config.adapter, config.out)
+    save_product(owner, config, config.out)
     atomic.write_text(config.out / "summary.json", json.dumps(summary, indent=1))
     curves = _curves(built, ledger.recorded("alignment"), rounds.closed)
     atomic.write_text(config.out / "curves.json", json.dumps(curves))
@@ -152,18 +163,16 @@ def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) 
 def _summary(
     config: ServerConfig, owner: Owner, rounds: Rounds, metrics: dict[str, Metrics], adapter_parameters: int
 ) -> dict[str, Any]:
-    (model, model_transformer), (proxy, proxy_transformer) = (
-        parameter_counts(m) for m in (owner.model, rounds.built.proxy.model)
-    )
+    parts = holdings(owner.model, rounds.built.proxy.model)
+    totals = {side: sum(part[side] for part in parts.values()) for side in ("model", "proxy")}
     return {
         "metrics": {row: asdict(found) for row, found in metrics.items()},
         "parameters": {
-            "model": model,
-            "proxy": proxy,
-            "model_transformer": model_transformer,
-            "proxy_transformer": proxy_transformer,
+            **totals,
+            **{f"{side}_transformer": total - parts["embeddings"][side] for side, total in totals.items()},
             "adapter": adapter_parameters,
         },
+        "holdings": parts,
         "bytes": rounds.traffic(),
         "seconds": rounds.record.seconds,
         "rounds": [closed["entry"] for closed in rounds.closed],
