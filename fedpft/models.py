@@ -88,6 +88,8 @@ def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> n
                 local_files_only=True,
                 output_loading_info=True,
             )
+        except MemoryError:
+            raise
         except Exception as error:  # of whatever kind: the directory is somebody else's, the code as well
             raise ModelError(
                 f"{path}: cannot be loaded for {task} ({_first_line(error)})",
@@ -251,6 +253,8 @@ def _drawn(path: Path, model: nn.Module, report: dict[str, Any]) -> tuple[str, .
             drawn.append(module)
             missing -= names
     head = f"{row.head}."
+    own = not any(name.startswith(head) for name in (*missing, *(name for name, *_ in report["mismatched_keys"])))
+    log.info("%s: the task head is %s", path, "the checkpoint's own" if own else "drawn from the seed")
     for name in sorted(missing):
         if not name.startswith(head):
             shape = tuple(model.state_dict()[name].shape)

@@ -14,10 +14,13 @@ import tiny
 import yaml
 from safetensors.torch import load_file, save_file
 
+from fedpft import doctor
 from fedpft.command import run_command
 from fedpft.config import load_server_config
 from fedpft.server.run import run
 from fedpft.server.service import FederationServer
+
+Fault = Callable[[dict[str, Any], Path], None]
 
 
 @pytest.fixture
@@ -162,30 +165,31 @@ def _no_proxy(settings: dict[str, Any], directory: Path) -> None:
     settings["proxy_path"] = "nowhere"
 
 
-@pytest.mark.parametrize(
-    ("fault", "code", "names"),
-    [
-        (_unsupported, 5, ["'t5'", "architectures.py"]),
-        (_no_model, 5, ["nowhere", "config.json"]),
-        (_long_texts, 5, ["max_tokens is 41", "40"]),
-        (_no_pooler_and_no_layer, 5, ["bert.encoder.layer.1.output"]),
-        (_foreign_tokens, 5, ["'ice'", "20 rows"]),
-        (_odd_vocabulary, 5, ["bpe.codes"]),
-        (_one_label, 4, ["labels.txt", "'sea'"]),
-        (_whole_fm, 5, ["every FFN neuron", "proxy.allow_whole"]),
-        (_too_many_neurons, 5, [str(tiny.F + 1), str(tiny.F)]),
-        (_no_such_layer, 5, ["keep_layers", str(tiny.L)]),
-        (_strange_label, 4, ["test.csv:3", "'see'", "'sea'"]),
-        (_empty_corpus, 4, ["public.csv", "empty"]),
-        (_latin_corpus, 4, ["public.csv:3", "UTF-8"]),
-        (_doubled_label, 4, ["labels.txt:3", "'earth'"]),
-        (_typo, 3, ["'distilation'", "'distillation'"]),
-        (_missing_certificate, 6, ["pem"]),
-        (_no_proxy, 5, ["nowhere", "build-proxy"]),
-    ],
-)
+FAULTS: list[tuple[Fault, int, list[str]]] = [
+    (_unsupported, 5, ["'t5'", "architectures.py"]),
+    (_no_model, 5, ["nowhere", "config.json"]),
+    (_long_texts, 5, ["max_tokens is 41", "40"]),
+    (_no_pooler_and_no_layer, 5, ["bert.encoder.layer.1.output"]),
+    (_foreign_tokens, 5, ["'ice'", "20 rows"]),
+    (_odd_vocabulary, 5, ["bpe.codes"]),
+    (_one_label, 4, ["labels.txt", "'sea'"]),
+    (_whole_fm, 5, ["every FFN neuron", "proxy.allow_whole"]),
+    (_too_many_neurons, 5, [str(tiny.F + 1), str(tiny.F)]),
+    (_no_such_layer, 5, ["keep_layers", str(tiny.L)]),
+    (_strange_label, 4, ["test.csv:3", "'see'", "'sea'"]),
+    (_empty_corpus, 4, ["public.csv", "empty"]),
+    (_latin_corpus, 4, ["public.csv:3", "UTF-8"]),
+    (_doubled_label, 4, ["labels.txt:3", "'earth'"]),
+    (_typo, 3, ["'distilation'", "'distillation'"]),
+    (_missing_certificate, 6, ["pem"]),
+    (_no_proxy, 5, ["nowhere", "build-proxy"]),
+]
+every_fault = pytest.mark.parametrize(("fault", "code", "names"), FAULTS)
+
+
+@every_fault
 def test_a_fault_is_named_in_one_line_and_nothing_is_written(
-    fault: Callable[[dict[str, Any], Path], None],
+    fault: Fault,
     code: int,
     names: list[str],
     settings: dict[str, Any],
@@ -197,6 +201,26 @@ def test_a_fault_is_named_in_one_line_and_nothing_is_written(
     assert found == code
     assert not [name for name in names if name not in line], line
     assert " -> " in line, "the line carries a remedy"
+    assert not (tmp_path / "out").exists()
+
+
+@every_fault
+def test_the_doctor_finds_the_same_fault(
+    fault: Fault,
+    code: int,
+    names: list[str],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(doctor, "check_operators", lambda: [])  # they take a second, and are not what is broken here
+    fault(settings, tmp_path)
+    path = tmp_path / "server.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert run_command(lambda: doctor.examine(path)) == code
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert any(all(name in line for name in names) for line in wrong), wrong
     assert not (tmp_path / "out").exists()
 
 

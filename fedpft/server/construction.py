@@ -177,8 +177,12 @@ def load_built(config: ServerConfig, directory: Path) -> Built:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{directory}: not a whole proxy directory ({error})", "run fedpft build-proxy") from None
     proxy = load_proxy(directory / "bundle")
-    if proxy.labels != read_labels(config.model.labels):
-        raise ModelError(f"{directory}: built for other labels than {config.model.labels}", "build the proxy again")
+    wanted = (config.model.task, read_labels(config.model.labels), config.model.max_tokens)
+    for what, ours, theirs in zip(
+        ("task", "labels", "max_tokens"), wanted, (proxy.task, proxy.labels, proxy.max_tokens), strict=True
+    ):
+        if ours != theirs:
+            raise ModelError(f"{directory}: built for another model.{what} than server.yaml's", "build the proxy again")
     selection = load_selection(directory / "selection.safetensors")
     check_holdings(selection, config.proxy)
     proxy.model.to(config.device)
