@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 
 from fedpft import architectures
@@ -37,6 +38,8 @@ _PROCESSORS: dict[str, Any] = {
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
+
+PRECISIONS = ("F64", "F32", "F16", "BF16")  # as safetensors calls those that weights may be stored in
 
 # What a model returns and how it goes about it, not what it computes: a config.json keeps what its last user wanted.
 _OURS = {
@@ -95,7 +98,10 @@ def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> n
                 f"{path}: cannot be loaded for {task} ({_first_line(error)})",
                 "check model.path: config.json and weights must be those of one model",
             ) from None
+    if not len(architectures.layers_of(model)):
+        raise ModelError(f"{path}: config.json says that the FM has no layers", "check model.path")
     model.drawn_modules = _drawn(path, model, report)
+    _check_precision(path, model)
     if (name := not_finite(model.state_dict())) is not None:
         raise ModelError(f"{path}: {name} holds NaN or infinity", "restore the FM's weights from where they came from")
     return prepare(model)
@@ -266,6 +272,18 @@ def _drawn(path: Path, model: nn.Module, report: dict[str, Any]) -> tuple[str, .
         if name.startswith(architectures.layers_path(model)):
             raise _other_model(path, f"the weights have {name}, for which config.json has no place")
     return tuple(drawn)
+
+
+def _check_precision(path: Path, model: nn.Module) -> None:
+    """Integers and 8-bit floats are quantized weights, which mean nothing without their scales."""
+    base = f"{model.base_model_prefix}."
+    parameters = {name.removeprefix(base) for name, _ in model.named_parameters()}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                kind = opened.get_slice(name).get_dtype()
+                if name.removeprefix(base) in parameters and kind not in PRECISIONS:
+                    raise ModelError(f"{file}: {name} is stored as {kind}", "save the FM without quantization")
 
 
 def _other_model(path: Path, fault: str) -> ModelError:

@@ -179,6 +179,11 @@ NOT_THE_FM: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "weights by another name": (lambda d: config(d, transformers_weights="x.safetensors"), ["transformers_weights"]),
     "parts fused": (lambda d: config(d, fusion_config={"patch_embeddings": True}), ["fusion_config"]),
+    "no layers": (lambda d: config(d, num_hidden_layers=0), ["no layers"]),
+    "quantized, and not saying so": (
+        lambda d: weights(d, lambda tensors: tensors.update({LAYER: (100 * tensors[LAYER]).to(torch.int8)})),
+        [LAYER, "I8"],
+    ),
     "a number that is a word": (lambda d: config(d, hidden_size="big"), ["config.json", "hidden_size"]),
     "heads that do not divide": (lambda d: config(d, num_attention_heads=5), ["cannot be loaded"]),
     "an activation that nobody knows": (lambda d: config(d, hidden_act="nonsense"), ["nonsense"]),
