@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "fedpft"
 
 ROWS: list[set[str]] = [
     {"errors", "atomic", "figures", "progress"},
-    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command", "lora", "audit"},
+    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command", "lora", "audit", "digests"},
     {"subffn", "models", "aggregation", "adapters"},
     {
         "proxy",

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from fedpft import adapters, atomic, models
 from fedpft.config import ServerConfig
 from fedpft.datasets import EncodedDataset, encode, read_label_list, read_labelled, read_unlabelled
+from fedpft.digests import Digests, differences
 from fedpft.distillation import layer_level
 from fedpft.errors import ModelError
 from fedpft.evaluation import Gap, measure_gap
 from fedpft.progress import progress
 from fedpft.proxy import Proxy, Selection, cut, load_proxy, load_selection, save_bundle, save_selection, select
+from fedpft.server.identity import Contents, check_cut_from, check_unchanged, contents, proxy_files
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +30,17 @@ GAP_SAMPLES = 16  # public samples on which proxy and FM are compared
 
 @dataclass(frozen=True)
 class Owner:
-    """What only the server has. `model` carries an untrained adapter, and so does every proxy cut from it."""
+    """What only the server has. `model` carries an untrained adapter, and so does every proxy cut from it.
+
+    contents: of the files that all of it was read from.
+    """
 
     model: nn.Module
     processor: Any
     labels: tuple[str, ...]
     public: EncodedDataset
     test: EncodedDataset | None
+    contents: Contents
 
 
 @dataclass
@@ -45,11 +51,15 @@ class Record:
         losses: of the layer-level distillation, one a step.
         gaps: (stage, gap between proxy and FM).
         seconds: by phase.
+        model: digests of the files of the FM that it was cut from; empty if an earlier version made it.
+        files: digests of the proxy directory's own other files; the same.
     """
 
     losses: list[float] = field(default_factory=list)
     gaps: list[tuple[str, Gap]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    model: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -61,12 +71,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Built:
-    """A proxy directory and what is in it: bundle/ is for the silos, the rest stays."""
+    """A proxy directory and what is in it: bundle/ is for the silos, the rest stays.
+
+    files: digests of what was read, by name.
+    """
 
     directory: Path
     proxy: Proxy
     selection: Selection
     record: Record
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def bundle(self) -> Path:
@@ -74,8 +88,9 @@ class Built:
         return self.directory / "bundle"
 
 
-def load_owner(config: ServerConfig) -> Owner:
+def load_owner(config: ServerConfig, digests: Digests) -> Owner:
     """Reads FM, labels, public and test data; every fault in them ends here, before a silo is bothered."""
+    found = contents(config, digests)
     if config.threads:
         torch.set_num_threads(config.threads)
     section = config.model
@@ -93,7 +108,9 @@ def load_owner(config: ServerConfig) -> Owner:
         return encode(inputs, classes, processor, section.task, section.max_tokens)
 
     test = None if tested is None else encoded(tested.inputs, tested.labels)
-    return Owner(model, processor, labels, encoded(public, None), test)
+    owner = Owner(model, processor, labels, encoded(public, None), test, found)
+    check_unchanged(config, found, digests)
+    return owner
 
 
 def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
@@ -102,7 +119,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
     record.json is written last: a directory without it is not whole, and :func:`load_built` refuses it.
     """
     (directory / "record.json").unlink(missing_ok=True)
-    record = Record()
+    record = Record(model=owner.contents["model.path"])
     with record.timed("construction"):
         selection = select(owner.model, config.proxy)
         model = cut(owner.model, selection)
@@ -125,25 +142,39 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
         record_gap(config, owner, built, "distilled")
     save_bundle(proxy, built.bundle)
     save_selection(selection, directory / "selection.safetensors")
+    record.files = proxy_files(directory, Digests())
     atomic.write_text(directory / "record.json", json.dumps(asdict(record)))
     log.info("proxy written to %s", directory)
     return built
 
 
-def load_built(config: ServerConfig, directory: Path) -> Built:
-    """Reads a proxy directory and attaches an untrained adapter; ModelError if it is not whole or not for this task."""
+def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Digests) -> Built:
+    """Reads a proxy directory and attaches an untrained adapter.
+
+    Raises:
+        ModelError: it is not whole, was changed since it was built, or was built from another FM or for another task.
+    """
     try:
         raw = json.loads((directory / "record.json").read_text(encoding="utf-8"))
         gaps = [(stage, Gap.from_json(gap)) for stage, gap in raw["gaps"]]
-        record = Record(raw["losses"], gaps, raw["seconds"])
+        record = Record(raw["losses"], gaps, raw["seconds"], raw.get("model", {}), raw.get("files", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{directory}: not a whole proxy directory ({error})", "run fedpft build-proxy") from None
+    check_cut_from(config, directory, record.model, owner.contents["model.path"])
+    files = proxy_files(directory, digests)
+    if record.files and (what := differences(record.files, files)):
+        raise ModelError(f"{directory}: is not as it was built: {what}", "restore it, or build the proxy again")
     proxy = load_proxy(directory / "bundle")
     if proxy.labels != read_label_list(config.model.labels):
         raise ModelError(f"{directory}: built for other labels than {config.model.labels}", "build the proxy again")
+    if proxy.task == "sequence-classification" and proxy.max_tokens != config.model.max_tokens:
+        raise ModelError(
+            f"{directory}: built for texts of {proxy.max_tokens} tokens, model.max_tokens is {config.model.max_tokens}",
+            "set model.max_tokens to the proxy's, or build the proxy again",
+        )
     proxy.model.to(config.device)
     adapters.attach(proxy.model, config.adapter, seed=config.seed)
-    return Built(directory, proxy, load_selection(directory / "selection.safetensors"), record)
+    return Built(directory, proxy, load_selection(directory / "selection.safetensors"), record, files)
 
 
 def record_gap(config: ServerConfig, owner: Owner, built: Built, stage: str) -> None:
