@@ -3,8 +3,8 @@
 A run is known by what it was given, not by where that lay. To hash an FM takes seconds, so digests can be kept in a
 JSON file, each with what the file system says of its file: size, time of change of content (mtime) and of anything
 (ctime), inode. That much is trusted. An ordinary program can give a file any mtime (`cp -p`, `rsync -t`, a restored
-backup), but not a former ctime: whatever was written or replaced is hashed again. What was written in the last seconds
-before it was hashed is not kept, since a file system's clock ticks too slowly to tell two such writes apart.
+backup), but not a former ctime: whatever was written or replaced is hashed again. Nothing is kept of a file that was
+written in the last seconds: a file system's clock may tick too slowly to tell two such writes apart.
 """
 
 import hashlib
@@ -38,28 +38,25 @@ class Digests:
         self._cache = cache
         self._files = {} if cache is None else _read(cache)
         self._asked: set[str] = set()
-        self._unsettled: set[str] = set()
 
     def of_file(self, path: Path) -> str:
         """A file's; UNREADABLE."""
         name = str(path)
+        self._asked.add(name)
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for a writer
                 return UNREADABLE
             with path.open("rb") as file:
-                signature = _signature(os.fstat(file.fileno()))
-                if name not in self._files or self._files[name][0] != signature:
-                    begun_ns = time.time_ns()
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                    if begun_ns - max(signature[1:3]) > SETTLED_NS:
-                        self._unsettled.discard(name)
-                    else:
-                        self._unsettled.add(name)
-                    self._files[name] = signature, digest  # if it is being written: hashed anew at the next look
+                signature = _signature(os.fstat(file.fileno()))  # from before: what is written meanwhile changes it
+                if name in self._files and self._files[name][0] == signature:
+                    return self._files[name][1]
+                settled = time.time_ns() - max(signature[1:3]) > SETTLED_NS
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:
             return UNREADABLE
-        self._asked.add(name)
-        return self._files[name][1]
+        if settled:
+            self._files[name] = signature, digest
+        return digest
 
     def of_files(self, paths: Iterable[Path]) -> str:
         """One for many files, in their order: another if one is another, missing or added."""
@@ -78,7 +75,7 @@ class Digests:
         """Keeps what was asked for, and nothing else, for the next process."""
         if self._cache is None:
             return
-        files = {name: self._files[name] for name in sorted(self._asked - self._unsettled)}
+        files = {name: self._files[name] for name in sorted(self._asked & self._files.keys())}
         atomic.write_text(self._cache, json.dumps({"files": files, "sha256": _seal(files)}))
 
 

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = hashlib.file_digest
 
-    def counting(file, kind):
+    def counting(file: Any, kind: str) -> Any:
         names.append(Path(file.name).name)
         return real(file, kind)
 
@@ -41,6 +43,7 @@ def test_a_digest_is_the_sha256_of_the_content(file: Path) -> None:
     assert Digests().of_file(file) == hashlib.sha256(b"weights").hexdigest()
 
 
+@pytest.mark.usefixtures("settled")
 def test_a_file_is_read_once_in_a_process(file: Path, hashed: list[str]) -> None:
     found = Digests()
     assert found.of_file(file) == found.of_file(file)
@@ -80,15 +83,28 @@ def replaced(path: Path) -> None:
 @pytest.mark.parametrize("change", [rewritten, replaced])
 @pytest.mark.parametrize("same_process", [True, False])
 def test_other_content_of_the_same_size_and_mtime_is_noticed(
-    change, same_process: bool, file: Path, tmp_path: Path
+    change: Callable[[Path], None], same_process: bool, file: Path, tmp_path: Path
 ) -> None:
     found = Digests(tmp_path / "cache.json")
     before, times = found.of_file(file), file.stat()
     found.save()
-    change(file)
+    while file.stat().st_ctime_ns == times.st_ctime_ns:  # until the file system's clock has ticked
+        change(file)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as rsync -t and a restored backup do
     assert file.stat().st_mtime_ns == times.st_mtime_ns
     assert (found if same_process else Digests(tmp_path / "cache.json")).of_file(file) != before
+
+
+def test_other_content_within_one_tick_of_the_clock_is_noticed(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "_signature", lambda status: (status.st_size, status.st_mtime_ns // 10**11, 0, 1))
+    monkeypatch.setattr(digests, "SETTLED_NS", 1 << 62)
+    found = Digests(tmp_path / "cache.json")
+    before = found.of_file(file)
+    found.save()
+    rewritten(file)
+    assert before not in (found.of_file(file), Digests(tmp_path / "cache.json").of_file(file))
 
 
 @pytest.mark.usefixtures("settled")
@@ -103,7 +119,9 @@ def test_other_content_of_the_same_size_and_mtime_is_noticed(
         lambda text: text.replace(hashlib.sha256(b"weights").hexdigest(), hashlib.sha256(b"other").hexdigest()),
     ],
 )
-def test_a_damaged_cache_is_as_good_as_none(damage, file: Path, tmp_path: Path, hashed: list[str]) -> None:
+def test_a_damaged_cache_is_as_good_as_none(
+    damage: Callable[[str], str], file: Path, tmp_path: Path, hashed: list[str]
+) -> None:
     cache = tmp_path / "cache.json"
     found = Digests(cache)
     found.of_file(file)

@@ -14,6 +14,7 @@ import yaml
 from faults import await_
 from PIL import Image
 from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
 
 from fedpft import cli
 from fedpft.config import ServerConfig, SiloConfig, load_server_config
@@ -437,8 +438,6 @@ def test_other_test_data_is_measured_with_a_warning(
 def test_an_adapter_of_an_earlier_version_is_taken_with_a_warning(
     finished: Path, fedpft: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     save_file(load_file(finished / "out" / "adapter.safetensors"), finished / "out" / "adapter.safetensors")
     for command in commands(finished):
         caplog.clear()
