@@ -1,4 +1,4 @@
-"""The run is the run that was begun: whatever it depends on is known by content, at every start and in every command."""
+"""The run is the run that was begun: what it depends on is known by content, at every start and in every command."""
 
 import json
 import os
@@ -153,6 +153,15 @@ def test_an_image_that_was_replaced_is_another_run(fm_directory: Callable[[str],
     shutil.copy2(tmp_path / "1.png", tmp_path / "3.png")
     with pytest.raises(CheckpointError, match=r"test_data .*test\.csv\): an image that it names was changed"):
         run(config_of(tmp_path, settings))
+
+
+def test_a_run_that_has_lost_its_ledger_keeps_its_proxy(begun: dict[str, Any], tmp_path: Path) -> None:
+    for path in (tmp_path / "out").glob("ledger.sqlite*"):
+        path.unlink()
+    before = (tmp_path / "out" / "proxy" / "record.json").stat()
+    with pytest.raises(CheckpointError, match="it is empty, but its run has begun"):
+        run(config_of(tmp_path, begun))
+    assert (tmp_path / "out" / "proxy" / "record.json").stat().st_ctime_ns == before.st_ctime_ns
 
 
 @pytest.mark.parametrize("edited", ["record.json", "bundle/proxy.json", "selection.safetensors", "bundle/notes.txt"])

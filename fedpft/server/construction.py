@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -154,16 +154,10 @@ def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Dig
     Raises:
         ModelError: it is not whole, was changed since it was built, or was built from another FM or for another task.
     """
-    try:
-        raw = json.loads((directory / "record.json").read_text(encoding="utf-8"))
-        gaps = [(stage, Gap.from_json(gap)) for stage, gap in raw["gaps"]]
-        record = Record(raw["losses"], gaps, raw["seconds"], raw.get("model", {}), raw.get("files", {}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{directory}: not a whole proxy directory ({error})", "run fedpft build-proxy") from None
+    record = read_record(directory)
     check_cut_from(config, directory, record.model, owner.contents["model.path"])
     files = proxy_files(directory, digests)
-    if record.files and (what := differences(record.files, files)):
-        raise ModelError(f"{directory}: is not as it was built: {what}", "restore it, or build the proxy again")
+    check_as_built(directory, record, files)
     proxy = load_proxy(directory / "bundle")
     if proxy.labels != read_label_list(config.model.labels):
         raise ModelError(f"{directory}: built for other labels than {config.model.labels}", "build the proxy again")
@@ -175,6 +169,22 @@ def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Dig
     proxy.model.to(config.device)
     adapters.attach(proxy.model, config.adapter, seed=config.seed)
     return Built(directory, proxy, load_selection(directory / "selection.safetensors"), record, files)
+
+
+def read_record(directory: Path) -> Record:
+    """A proxy directory's record.json; ModelError if there is none."""
+    try:
+        raw = json.loads((directory / "record.json").read_text(encoding="utf-8"))
+        gaps = [(stage, Gap.from_json(gap)) for stage, gap in raw["gaps"]]
+        return Record(raw["losses"], gaps, raw["seconds"], dict(raw.get("model", {})), dict(raw.get("files", {})))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{directory}: not a whole proxy directory ({error})", "run fedpft build-proxy") from None
+
+
+def check_as_built(directory: Path, record: Record, files: Mapping[str, str]) -> None:
+    """Raises ModelError if a proxy directory's files are not those that its record names, if it names any."""
+    if record.files and (what := differences(record.files, files)):
+        raise ModelError(f"{directory}: is not as it was built: {what}", "restore it, or build the proxy again")
 
 
 def record_gap(config: ServerConfig, owner: Owner, built: Built, stage: str) -> None:

@@ -33,6 +33,8 @@ BY_CONTENT = ("model.path", "model.labels", "public_data", "test_data", "proxy_p
 
 Contents = dict[str, dict[str, str]]  # key of server.yaml -> name of a file from there -> digest
 
+UNKNOWN_FM = "does not say which FM it was cut from: made by an earlier version, not checked"
+
 _METADATA = "fedpft"  # one key: safetensors writes several in any order, and a file is to be the same each time
 _IMAGES = "an image that it names"
 
@@ -63,11 +65,20 @@ def contents(config: ServerConfig, digests: Digests) -> Contents:
     section = config.model
     labels = "\n".join(read_label_list(section.labels))
     return {
-        "model.path": digests.of_directory(section.path, _is_loaded),
+        "model.path": model_files(config, digests),
         "model.labels": {"": hashlib.sha256(labels.encode()).hexdigest()},
         "public_data": _data(config, config.public_data, digests),
         "test_data": {} if config.test_data is None else _data(config, config.test_data, digests),
     }
+
+
+def model_files(config: ServerConfig, digests: Digests) -> dict[str, str]:
+    """What loading the FM can read: not what lies hidden in its directory, nor what is for people."""
+
+    def is_loaded(name: Path) -> bool:
+        return not any(part.startswith(".") for part in name.parts) and name.suffix.lower() != ".md"
+
+    return digests.of_directory(config.model.path, is_loaded)
 
 
 def difference(config: ServerConfig, before: Contents, after: Contents) -> str:
@@ -105,7 +116,7 @@ def check_cut_from(
         model: the FM's files now.
     """
     if not cut_from:
-        log.warning("%s: does not say which FM it was cut from: made by an earlier version, not checked", directory)
+        log.warning("%s: %s", directory, UNKNOWN_FM)
     elif what := differences(cut_from, model):
         raise ModelError(
             f"{directory}: was cut from another FM than {config.model.path}: {what}",
@@ -193,11 +204,6 @@ def _metadata(adapter: Path) -> Any:
         raise ModelError(
             f"{adapter}: not an adapter ({error})", "give the adapter.safetensors of a finished run"
         ) from None
-
-
-def _is_loaded(name: Path) -> bool:
-    """Whether loading can read a file of an FM's directory: not what lies hidden there, nor what is for people."""
-    return not any(part.startswith(".") for part in name.parts) and name.suffix.lower() != ".md"
 
 
 def _data(config: ServerConfig, path: Path, digests: Digests) -> dict[str, str]:

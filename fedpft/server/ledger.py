@@ -138,9 +138,7 @@ class Ledger:
             self._database.execute("PRAGMA synchronous = NORMAL")  # `sync` does what FULL would, when it is due
             if self._database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("its integrity check fails")
-            if not self._database.execute("SELECT 1 FROM sqlite_master").fetchone():
-                if (out / "rounds").exists():
-                    raise sqlite3.DatabaseError("it is empty, but its run has begun")
+            if not _has_tables(self._database, out):
                 self._begin(config, contents or {})
             begun = _begun(self._path, self._database)
             atomic.sync(out)  # the name of the log, which SQLite has made by now
@@ -279,6 +277,11 @@ class Ledger:
         return path.relative_to(self.out).as_posix()
 
 
+def has_begun(out: Path) -> bool:
+    """Whether `out` holds a run, even one that has lost its ledger."""
+    return (out / LEDGER_FILE).exists() or (out / "rounds").exists()
+
+
 def look(out: Path) -> Begun | None:
     """What the run in `out` was begun with; None if none was. No server may be running there; nothing is changed.
 
@@ -286,7 +289,7 @@ def look(out: Path) -> Begun | None:
         CheckpointError: the ledger is torn, or of another version of fedpft.
     """
     path = out / LEDGER_FILE
-    if not path.exists():
+    if not has_begun(out):
         return None
     with _explaining(path), tempfile.TemporaryDirectory() as place:
         copy = Path(place) / LEDGER_FILE  # beside what it merely reads, SQLite makes files too
@@ -294,7 +297,7 @@ def look(out: Path) -> Begun | None:
             if file.exists():
                 shutil.copyfile(file, copy.with_name(file.name))
         with contextlib.closing(sqlite3.connect(copy)) as database:
-            return _begun(path, database) if database.execute("SELECT 1 FROM sqlite_master").fetchone() else None
+            return _begun(path, database) if _has_tables(database, out) else None
 
 
 @contextlib.contextmanager
@@ -305,6 +308,14 @@ def _explaining(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{path}: cannot be read ({error})", "restore it from a backup, or start a new run in another OUT"
         ) from None
+
+
+def _has_tables(database: sqlite3.Connection, out: Path) -> bool:
+    if database.execute("SELECT 1 FROM sqlite_master").fetchone():
+        return True
+    if (out / "rounds").exists():
+        raise sqlite3.DatabaseError("it is empty, but its run has begun")
+    return False
 
 
 def _begun(path: Path, database: sqlite3.Connection) -> Begun:

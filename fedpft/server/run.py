@@ -33,7 +33,7 @@ from fedpft.server.identity import (
     proxy_digest,
     settings,
 )
-from fedpft.server.ledger import LEDGER_FILE, Ledger
+from fedpft.server.ledger import Ledger, has_begun
 from fedpft.server.rounds import Rounds, snapshot
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.channel import check_listen
@@ -68,7 +68,7 @@ def run(config: ServerConfig) -> dict[str, Any]:
     with atomic.locked(config.out, "out"):
         for torn in config.out.rglob(".*.part"):  # of writes that were killed
             torn.unlink()
-        begun = (config.out / LEDGER_FILE).exists()
+        begun = has_begun(config.out)
         directory = config.proxy_path or config.out / "proxy"
         digests = kept_digests(config)
         if begun:

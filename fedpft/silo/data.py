@@ -7,8 +7,11 @@ is noticed at the next round and takes effect at the next start. The digest stay
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedpft.config import SiloConfig
+from fedpft.datasets import image_paths
 from fedpft.digests import Digests, combined
 from fedpft.errors import DataError
+from fedpft.proxy import task_of
 
 
 class Data:
@@ -42,3 +45,15 @@ class Data:
     def _now(self) -> str:
         file = self._digests.of_file(self.path)
         return combined({"": file, "images": self._digests.of_files(self._images)}) if self._images else file
+
+
+def data_now(config: SiloConfig, bundle: Path) -> str:
+    """The digest of the data as a silo would read it now, for the task of a proxy that it has received.
+
+    Raises:
+        DataError: the data file cannot be read.
+    """
+    data = Data(config.data.path)
+    if task_of(bundle) == "image-classification":
+        data.add_images(image_paths(config.data.path, config.data.columns))
+    return data.read

@@ -118,7 +118,8 @@ class Participant:
         self.proxy = load_proxy(server.fetch_proxy(enrolment))
         task, labels = self.proxy.task, self.proxy.labels
         samples = datasets.read_labelled(config.data.path, config.data.columns, task, labels)
-        data.add_images([Path(image) for image in samples.inputs] if task == "image-classification" else [])
+        if task == "image-classification":
+            data.add_images(datasets.image_paths(config.data.path, config.data.columns))
         self.dataset = datasets.encode(
             samples.inputs, samples.labels, self.proxy.processor, task, self.proxy.max_tokens
         )
@@ -198,7 +199,7 @@ class Participant:
         return self._work.keep_update(task, groups, residual, samples=result.samples, metrics=shared)
 
     def _look_at_data(self) -> None:
-        if now := self._data.changed():
+        if (now := self._data.changed()) is not None:
             log.warning(
                 "%s: %s changed since it was read: takes effect when this silo is started again",
                 self.name,
