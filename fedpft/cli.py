@@ -27,6 +27,7 @@ from fedpft.proxy import apply_patch, cut
 from fedpft.report import format_table
 from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
 from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, kept_digests
+from fedpft.server.ledger import has_begun
 from fedpft.server.run import final_metrics, save_product
 from fedpft.server.run import run as run_server
 from fedpft.silo.explain import explain
@@ -51,8 +52,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _build_proxy(arguments: argparse.Namespace) -> None:
     config = load_server_config(arguments.config)
-    owner = load_owner(config, kept_digests(config))
-    built = build_proxy(config, owner, arguments.out or config.out / "proxy")
+    own, directory = config.out / "proxy", arguments.out or config.out / "proxy"
+    if has_begun(config.out) and directory.resolve() in (own.resolve(), (config.proxy_path or own).resolve()):
+        raise ConfigError(f"{directory}: is the proxy of the run in {config.out}", "give another directory with --out")
+    built = build_proxy(config, load_owner(config, kept_digests(config)), directory)
     print(format_gaps(built.record.gaps))
 
 

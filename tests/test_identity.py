@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fedpft import cli
 from fedpft.config import ServerConfig, SiloConfig, load_server_config
-from fedpft.errors import CheckpointError, DataError, ModelError, QuorumLost
+from fedpft.errors import CheckpointError, ConfigError, DataError, ModelError, QuorumLost
 from fedpft.server import construction, identity
 from fedpft.server.ledger import Ledger
 from fedpft.server.run import run
@@ -311,6 +311,19 @@ def test_a_proxy_of_an_earlier_version_is_taken_with_a_warning(
     path.write_text(json.dumps(record))
     begin(tmp_path, with_proxy)
     assert caplog.text.count("does not say which FM it was cut from: made by an earlier version, not checked") == 1
+
+
+@pytest.mark.parametrize("to", [[], ["--out", "{}/out/../out/proxy"]])
+def test_the_proxy_of_a_run_is_not_built_anew(
+    to: list[str], begun: dict[str, Any], tmp_path: Path, fedpft: Any
+) -> None:
+    config = config_of(tmp_path, begun | {"seed": 1})
+    before = (tmp_path / "out" / "proxy" / "record.json").read_bytes()
+    code, line = fedpft("build-proxy", "--config", tmp_path / "server.yaml", *(part.format(tmp_path) for part in to))
+    assert code == ConfigError.exit_code
+    assert f"is the proxy of the run in {config.out}" in line
+    assert (tmp_path / "out" / "proxy" / "record.json").read_bytes() == before
+    assert fedpft("build-proxy", "--config", tmp_path / "server.yaml", "--out", tmp_path / "new")[0] == 0
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
