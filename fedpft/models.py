@@ -63,6 +63,8 @@ def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> n
                 f"{path}: cannot be loaded for {task} ({_first_line(error)})", "check model.path"
             ) from None
     _check_layers(path, model, report)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # or it stays a map of its file, and changes with whatever is written there
     return prepare(model)
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fedpft import cli
 from fedpft.config import ServerConfig, SiloConfig, load_server_config
+from fedpft.digests import Digests
 from fedpft.errors import CheckpointError, ConfigError, DataError, ModelError, QuorumLost
 from fedpft.server import construction, identity
 from fedpft.server.ledger import Ledger
@@ -226,6 +227,15 @@ def test_test_data_that_is_written_to_while_it_is_loaded_is_named(
     )
     with pytest.raises(DataError, match=r"changed while it was read: test_data"):
         run(config_of(tmp_path, settings))
+
+
+def test_a_loaded_fm_stays_as_it_was_read(settings: dict[str, Any], tmp_path: Path) -> None:
+    owner = construction.load_owner(config_of(tmp_path, settings), Digests())
+    before, path = tiny.snapshot(owner.model), tmp_path / "fm" / "model.safetensors"
+    with path.open("r+b") as file:  # in place: a map of the file would show it
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(path.stat().st_size - file.tell()))
+    assert tiny.changed(before, owner.model.state_dict()) == set()
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> set[str]:
