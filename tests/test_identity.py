@@ -143,6 +143,26 @@ def test_what_loading_does_not_read_may_change(begun: dict[str, Any], tmp_path: 
     begin(tmp_path, begun)
 
 
+def test_an_fm_that_is_linked_is_known_by_what_the_link_leads_to(settings: dict[str, Any], tmp_path: Path) -> None:
+    """As the cache of a hub has it: a directory of links into another, here itself linked."""
+    shutil.move(tmp_path / "fm", tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for blob in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / blob.name).symlink_to(blob)
+    (tmp_path / "fm").symlink_to(tmp_path / "snapshot", target_is_directory=True)
+    begin(tmp_path, settings)
+    begin(tmp_path, settings)
+    flip_last_byte(tmp_path / "blobs" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was changed"):
+        run(config_of(tmp_path, settings))
+
+
+def test_a_run_may_lie_in_the_fms_directory(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["out"] = "fm/out"
+    begin(tmp_path, settings)
+    begin(tmp_path, settings)
+
+
 def test_an_image_that_was_replaced_is_another_run(fm_directory: Callable[[str], Path], tmp_path: Path) -> None:
     settings = write_inputs(tmp_path, fm_directory("vit"))
     settings["model"]["task"] = "image-classification"

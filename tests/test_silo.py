@@ -20,6 +20,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from PIL import Image
 from safetensors import SafetensorError
 
 from fedpft import adapters, audit
@@ -852,6 +853,32 @@ def test_images_are_part_of_the_data(tmp_path: Path) -> None:
     assert data.changed() is None
     image.unlink()
     assert data.changed() not in (None, change)
+
+
+def test_an_image_that_changes_between_rounds_is_noticed(
+    server: Server, make_fm: Callable[[str], torch.nn.Module], tmp_path: Path
+) -> None:
+    for name, grey in (("a.png", 0), ("b.png", 200)):
+        Image.new("RGB", (8, 8), (grey, 0, 0)).save(tmp_path / name)
+    (tmp_path / "data.csv").write_text("image,label\na.png,sea\nb.png,sky\n")
+    fm = make_fm("vit")
+    proxy = Proxy(
+        cut(fm, select(fm, ProxySection())), tiny.processor("vit"), "image-classification", tiny.LABELS, 1, ()
+    )
+    save_bundle(proxy, tmp_path / "bundle")
+    adapters.attach(proxy.model, server.settings.adapter, seed=1)
+    write_tensors(tmp_path / "start.safetensors", {"adapter": adapters.extract(proxy.model)})
+    server.proxy = [server.announce(path) for path in sorted((tmp_path / "bundle").iterdir())]
+    start = server.announce(tmp_path / "start.safetensors")
+    server.tasks = [pb.NextTaskResponse(train=pb.Train(round=round, adapter=start)) for round in (1, 2)]
+    server.mischief["OfferUpdate"] = [lambda _: Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "a.png")]
+    config = silo_config(tmp_path, server.address)
+    run(config)
+    run(config)
+    between, later = data_changes(config)
+    assert (between["round"], between["effect"]) == (2, "at the next start")
+    assert (later["samples"], later["effect"]) == (2, "from now on")
+    assert later["sha256"] == between["sha256"]
 
 
 # --- error feedback ---------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ CHANGEABLE = ("out", "listen", "tls", "insecure_loopback", "threads", "federatio
 # These are known by what they lead to; a proxy by the ledger's record of it (run.py).
 BY_CONTENT = ("model.path", "model.labels", "public_data", "test_data", "proxy_path")
 
+FOR_PEOPLE = (".md", ".yaml", ".yml", ".log")  # no file of an FM that loading reads is called so
+
 Contents = dict[str, dict[str, str]]  # key of server.yaml -> name of a file from there -> digest
 
 UNKNOWN_FM = "does not say which FM it was cut from: made by an earlier version, not checked"
@@ -73,12 +75,14 @@ def contents(config: ServerConfig, digests: Digests) -> Contents:
 
 
 def model_files(config: ServerConfig, digests: Digests) -> dict[str, str]:
-    """What loading the FM can read: not what lies hidden in its directory, nor what is for people."""
+    """What loading the FM can read: neither hidden nor for people, and not the run itself, if it lies in there."""
+    path, out = config.model.path, config.out.resolve()
 
     def is_loaded(name: Path) -> bool:
-        return not any(part.startswith(".") for part in name.parts) and name.suffix.lower() != ".md"
+        hidden = any(part.startswith(".") for part in name.parts)
+        return not hidden and name.suffix.lower() not in FOR_PEOPLE and not (path / name).resolve().is_relative_to(out)
 
-    return digests.of_directory(config.model.path, is_loaded)
+    return digests.of_directory(path, is_loaded)
 
 
 def difference(config: ServerConfig, before: Contents, after: Contents) -> str:
