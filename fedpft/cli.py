@@ -11,6 +11,7 @@ from typing import Any
 from fedpft import __version__, adapters, atomic, audit, demo, doctor
 from fedpft.command import run_command
 from fedpft.config import ServerConfig, load_server_config, load_silo_config
+from fedpft.digests import Digests
 from fedpft.errors import ConfigError
 from fedpft.evaluation import Gap, format_gaps
 from fedpft.provision import (
@@ -24,17 +25,11 @@ from fedpft.provision import (
 )
 from fedpft.proxy import apply_patch, cut
 from fedpft.report import format_table
-from fedpft.server.construction import (
-    Built,
-    Owner,
-    build_proxy,
-    format_holdings,
-    holdings,
-    load_built,
-    load_owner,
-    measure,
-)
-from fedpft.server.run import ADAPTER_FILE, PATCH_FILE, final_metrics, save_product
+from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
+from fedpft.server.holdings import format_holdings, holdings
+from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, kept_digests
+from fedpft.server.ledger import has_begun
+from fedpft.server.run import final_metrics, save_product
 from fedpft.server.run import run as run_server
 from fedpft.silo.explain import explain
 from fedpft.silo.run import run as run_silo
@@ -58,8 +53,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _build_proxy(arguments: argparse.Namespace) -> None:
     config = load_server_config(arguments.config)
-    owner = load_owner(config)
-    built = build_proxy(config, owner, arguments.out or config.out / "proxy")
+    own, directory = config.out / "proxy", arguments.out or config.out / "proxy"
+    if has_begun(config.out) and directory.resolve() in (own.resolve(), (config.proxy_path or own).resolve()):
+        raise ConfigError(f"{directory}: is the proxy of the run in {config.out}", "give another directory with --out")
+    owner = load_owner(config, kept_digests(config))
+    built = build_proxy(config, owner, directory)
     print(format_gaps(built.record.gaps))
     print(format_holdings(holdings(owner.model, built.proxy.model)))
 
@@ -79,7 +77,9 @@ def _silo(arguments: argparse.Namespace) -> None:
 def _plug_in(arguments: argparse.Namespace) -> None:
     config = load_server_config(arguments.config)
     owner, built = _owner_and_proxy(config)
-    adapters.plug_in(owner.model, adapters.read(arguments.adapter or config.out / ADAPTER_FILE), built.selection.layers)
+    path = arguments.adapter or config.out / ADAPTER_FILE
+    check_provenance(config, path, owner.contents, built.files)
+    adapters.plug_in(owner.model, adapters.read(path), built.selection.layers)
     save_product(owner, config, arguments.out)
     print(f"PEFT adapter: {arguments.out / 'adapter'}    merged model: {arguments.out / 'merged'}")
 
@@ -92,8 +92,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     if owner.test is None:
         raise ConfigError(f"{arguments.config}: no test_data", "name a labelled file there, or ask for --alignment")
-    adapter = adapters.read(arguments.adapter or config.out / ADAPTER_FILE)
-    apply_patch(built.proxy.model, adapters.read(config.out / PATCH_FILE))
+    path, patch = arguments.adapter or config.out / ADAPTER_FILE, config.out / PATCH_FILE
+    check_provenance(config, path, owner.contents, built.files, Digests().of_file(patch))
+    adapter = adapters.read(path)
+    apply_patch(built.proxy.model, adapters.read(patch))
     adapters.load(built.proxy.model, adapter)
     adapters.plug_in(owner.model, adapter, built.selection.layers)
     metrics = final_metrics(owner, built, config.evaluation.batch)
@@ -139,7 +141,9 @@ def _audit(arguments: argparse.Namespace) -> None:
 
 
 def _owner_and_proxy(config: ServerConfig) -> tuple[Owner, Built]:
-    return load_owner(config), load_built(config, config.proxy_path or config.out / "proxy")
+    digests = kept_digests(config)
+    owner = load_owner(config, digests)
+    return owner, load_built(config, owner, config.proxy_path or config.out / "proxy", digests)
 
 
 def _gaps(config: ServerConfig, owner: Owner, built: Built) -> list[tuple[str, Gap]]:

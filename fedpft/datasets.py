@@ -96,6 +96,11 @@ def read_unlabelled(path: Path, columns: ColumnsSection, task: Task) -> list[str
     ]
 
 
+def image_paths(path: Path, columns: ColumnsSection) -> list[Path]:
+    """The images that a data file names, which may be missing. Raises DataError if the file itself cannot be read."""
+    return [path.parent / value for _, (value,) in read_rows(path, [("image", columns.image)])]
+
+
 def read_label_list(path: Path) -> tuple[str, ...]:
     """Reads the server's label list: one label a line, whose order gives the class indices.
 

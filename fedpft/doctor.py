@@ -19,10 +19,25 @@ from fedpft.datafiles import read_rows
 from fedpft.datasets import read_label_list, read_labelled, read_unlabelled
 from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse, RefusedByServer
 from fedpft.kernels.check import check_operators
-from fedpft.proxy import cut, select
-from fedpft.server.construction import check_holdings, format_holdings, holdings, load_built, load_fm, read_labels
+from fedpft.proxy import cut, load_proxy, load_selection, select
+from fedpft.server.construction import check_as_built, check_made_for, load_fm, read_labels, read_record
+from fedpft.server.holdings import check_holdings, format_holdings, holdings
+from fedpft.server.identity import (
+    UNKNOWN_FM,
+    check_begun,
+    check_cut_from,
+    check_proxy,
+    contents,
+    kept_digests,
+    model_files,
+    proxy_files,
+    settings,
+)
+from fedpft.server.ledger import look
 from fedpft.server.run import VERSIONED
-from fedpft.wire.certificates import Role, exposure, read_kit, read_revoked
+from fedpft.silo.data import data_now
+from fedpft.silo.work import Work
+from fedpft.wire.certificates import Kit, Role, exposure, read_kit, read_revoked
 from fedpft.wire.channel import check_listen
 from fedpft.wire.hello import Greeting, greet, series
 
@@ -123,10 +138,14 @@ def _load(path: Path) -> ServerConfig | SiloConfig:
     return load_silo_config(path) if isinstance(raw, dict) and "server" in raw else load_server_config(path)
 
 
-def _certificate(tls: TlsSection, role: Role) -> str:
+def _certificate(tls: TlsSection, role: Role) -> Kit:
     kit = read_kit(tls, role)
     if kit.warnings:
         raise Worry("; ".join(kit.warnings))
+    return kit
+
+
+def _validity(tls: TlsSection, kit: Kit) -> str:
     return f"{tls.certificate}: {kit.name}, {kit.days_left} days left"
 
 
@@ -180,8 +199,9 @@ def _bytes(directory: Path) -> int:
 
 
 def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
+    kit = None
     if (tls := config.tls) is not None:
-        findings.check("certificate", lambda: _certificate(tls, "silo"))
+        kit = findings.check("certificate", lambda: _certificate(tls, "silo"), lambda kit: _validity(tls, kit))
         findings.check("key", lambda: _key(tls.key))
     greeting = findings.check("connection", lambda: _connection(config), lambda seen: _greeting(config, seen))
     if greeting is not None:
@@ -189,6 +209,7 @@ def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
     findings.check("data", lambda: _silo_data(config))
     findings.check("device", lambda: _device(config.device))
     findings.check("work", lambda: _writable(config.work))
+    findings.check("federation", lambda: _joined(config, config.insecure_name if kit is None else kit.name))
     # The proxy of another federation comes beside those that are there.
     findings.check("disk", lambda: _space(config.work, _bytes(config.work)))
 
@@ -223,12 +244,27 @@ def _silo_data(config: SiloConfig) -> str:
     return f"{config.data.path}: {len(rows)} labelled rows"
 
 
+def _joined(config: SiloConfig, name: str | None) -> str:
+    work = Work(config.work)
+    joined = work.joined()
+    if joined is None:
+        return f"{config.work}: none was joined yet"
+    if name is not None and joined.name not in ("", name):
+        raise Worry(f"{config.work}: is the work directory of {joined.name} -> give each silo its own `work`")
+    if joined.data not in ("", data_now(config, work.proxy_path(joined))):
+        raise Worry(
+            f"{config.data.path}: changed since this silo last began with it -> put it back, or it counts from the "
+            "next start on"
+        )
+    return f"{config.work}: goes on with the federation that it joined"
+
+
 # --- a server ---------------------------------------------------------------------------------------------------------
 
 
 def _examine_server(findings: _Findings, config: ServerConfig) -> None:
     if (tls := config.tls) is not None:
-        findings.check("certificate", lambda: _certificate(tls, "server"))
+        findings.check("certificate", lambda: _certificate(tls, "server"), lambda kit: _validity(tls, kit))
         findings.check("key", lambda: _key(tls.key))
         if (revoked := tls.revoked) is not None:
             findings.check("revoked", lambda: f"{revoked}: {len(read_revoked(revoked))} certificates")
@@ -241,6 +277,7 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
     findings.check("data", lambda: _server_data(config))
     findings.check("device", lambda: _device(config.device))
     findings.check("out", lambda: _writable(config.out))
+    findings.check("run", lambda: _run(config))
     # OUT receives the adapted FM and a proxy, which is smaller than the FM.
     findings.check("disk", lambda: _space(config.out, 2 * _bytes(config.model.path)))
 
@@ -275,13 +312,20 @@ def _model(config: ServerConfig) -> str:
 
 
 def _proxy(config: ServerConfig, fm: nn.Module) -> str:
-    if config.proxy_path is not None:
-        proxy = load_built(config, config.proxy_path).proxy.model
-    else:
+    if (path := config.proxy_path) is None:
         selection = select(fm, config.proxy)
         check_holdings(selection, config.proxy)
-        proxy = cut(fm, selection)
-    return format_holdings(holdings(fm, proxy))
+        return format_holdings(holdings(fm, cut(fm, selection)))
+    digests, record = kept_digests(config), read_record(path)
+    if record.model:
+        check_cut_from(config, path, record.model, model_files(config, digests))
+        check_as_built(path, record, proxy_files(path, digests))
+    proxy = load_proxy(path / "bundle")
+    check_made_for(config, path, proxy)
+    check_holdings(load_selection(path / "selection.safetensors"), config.proxy)
+    if not record.model:
+        raise Worry(f"{path}: {UNKNOWN_FM} -> build it again, or be sure that it was cut from {config.model.path}")
+    return f"{path}: as it was cut from {config.model.path}; {format_holdings(holdings(fm, proxy.model))}"
 
 
 def _server_data(config: ServerConfig) -> str:
@@ -292,3 +336,16 @@ def _server_data(config: ServerConfig) -> str:
         test = read_labelled(config.test_data, config.columns, task, labels)
         found += f"; {config.test_data}: {len(test.inputs)} rows"
     return found
+
+
+def _run(config: ServerConfig) -> str:
+    if _in_use(config.out):
+        return f"{config.out}: a server is running there"
+    begun = look(config.out)
+    if begun is None:
+        return f"{config.out}: none was begun yet"
+    digests = kept_digests(config)
+    begun.check_config(config.out, settings(config))
+    check_begun(config, begun.contents, contents(config, digests))
+    check_proxy(config.proxy_path or config.out / "proxy", digests, [begun.proxy] if begun.proxy else [])
+    return f"{config.out}: {'is finished' if begun.finished else 'can be gone on with'}, with these files"

@@ -98,6 +98,6 @@ class TransferCorrupt(FedPFTError):
 
 
 class CheckpointError(FedPFTError):
-    """What a run left on disk is torn, changed or of another version."""
+    """What a run left on disk, or was begun with, is torn, changed or of another version."""
 
     exit_code = 14

@@ -102,6 +102,8 @@ def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> n
         raise ModelError(f"{path}: config.json says that the FM has no layers", "check model.path")
     model.drawn_modules = _drawn(path, model, report)
     _check_precision(path, model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # or it stays a map of its file, and changes with whatever is written there
     if (name := not_finite(model.state_dict())) is not None:
         raise ModelError(f"{path}: {name} holds NaN or infinity", "restore the FM's weights from where they came from")
     return prepare(model)

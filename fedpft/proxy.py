@@ -180,6 +180,15 @@ def load_proxy(directory: Path) -> Proxy:
         ) from None
 
 
+def task_of(directory: Path) -> Task | None:
+    """The task of what :func:`save_bundle` wrote; None if it is not there yet."""
+    try:
+        task: Task = json.loads((directory / "proxy.json").read_text(encoding="utf-8"))["task"]
+    except (OSError, LookupError, TypeError, ValueError):
+        return None
+    return task
+
+
 def save_selection(selection: Selection, path: Path) -> None:
     """Writes the server's own record of what was cut from where."""
     tensors = {f"neurons.{index}": neurons.contiguous() for index, neurons in enumerate(selection.neurons)}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,11 @@ import tiny
 import yaml
 
 from fedpft import atomic, cli, doctor
-from fedpft.config import ServerTlsSection
+from fedpft.config import RoundSettings, ServerTlsSection, load_server_config, load_silo_config
+from fedpft.digests import Digests
 from fedpft.errors import (
     CertificateError,
+    CheckpointError,
     ConfigError,
     DataError,
     FedPFTError,
@@ -25,8 +28,14 @@ from fedpft.errors import (
     ServerUnreachable,
 )
 from fedpft.provision import provision, renew, revoke
+from fedpft.server import identity
 from fedpft.server.admission import Admission
+from fedpft.server.construction import build_proxy, load_owner
+from fedpft.server.ledger import Ledger
 from fedpft.server.servicer import FederationServicer
+from fedpft.silo.connection import Enrolment
+from fedpft.silo.data import Data
+from fedpft.silo.work import Work, opened
 from fedpft.wire.channel import SERVER_OPTIONS, listen
 from fedpft.wire.hello import Greeting
 from fedpft.wire.v1.federation_pb2_grpc import add_FederationServiceServicer_to_server
@@ -105,8 +114,8 @@ def verdicts(found):
     return {subject: verdict for subject, (verdict, _) in found.items()}
 
 
-SILO = ["certificate", "key", "connection", "clock", "data", "device", "work", "disk"]
-SERVER = ["certificate", "key", "revoked", "listen", "labels", "model", "proxy", "data", "device", "out", "disk"]
+SILO = ["certificate", "key", "connection", "clock", "data", "device", "work", "federation", "disk"]
+SERVER = ["certificate", "key", "revoked", "listen", "labels", "model", "proxy", "data", "device", "out", "run", "disk"]
 ANYWHERE = ["versions", "kernels"]
 
 
@@ -274,3 +283,176 @@ def test_a_servers_files_are_looked_at(examine, server_yaml, kits):
     assert verdicts(found)["revoked"] == verdicts(found)["model"] == verdicts(found)["data"] == "WRONG"
     (kits / "server/revoked.json").write_text("[]")
     assert examine(server_yaml)[0] == ModelError.exit_code
+
+
+# --- a run that was begun, a federation that was joined ---------------------------------------------------------------
+
+
+def tree(directory):
+    """What is there: names, sizes and times of change."""
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ctime_ns)
+        for path in directory.rglob("*")
+        if path.name != "lock"
+    }
+
+
+@pytest.fixture
+def begun(server_yaml):
+    """A run that was begun with the files of server.yaml, by a server that was killed."""
+    config = load_server_config(server_yaml)
+    (config.out / "proxy").mkdir(parents=True)
+    ledger = Ledger(config.out, identity.settings(config), identity.contents(config, Digests()))
+    (config.out / "proxy" / "record.json").write_text("{}")
+    ledger.record("proxy", None, identity.proxy_digest(config.out / "proxy", Digests()))
+    (config.out / "rounds").mkdir()
+    shutil.copytree(config.out, config.out.with_name("killed"))  # its log was never written back
+    ledger.close()
+    shutil.rmtree(config.out)
+    config.out.with_name("killed").rename(config.out)
+    (config.out / "ledger.sqlite-shm").unlink()
+    (config.out / "lock").touch()
+    assert (config.out / "ledger.sqlite-wal").stat().st_size > 0
+    return config.out
+
+
+def rewrite_config(directory):
+    """Other bytes that say the same: it loads, and yet is not the file that it was."""
+    path = directory / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))
+
+
+def test_a_run_that_the_files_belong_to(examine, server_yaml, begun):
+    before = tree(begun)
+    code, found = examine(server_yaml)
+    assert (code, found["run"][0]) == (0, "ok")
+    assert "can be gone on with" in found["run"][1]
+    assert tree(begun) == before, "a look changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "text"),
+    [
+        (rewrite_config, CheckpointError, "config.json was changed"),
+        (lambda d: (d / "test.csv").write_text("text,label\none,no\n"), CheckpointError, "test.csv): it was changed"),
+        (lambda d: (d / "labels.txt").write_text("yes\nno\n"), CheckpointError, "labels.txt): it was changed"),
+        (lambda d: (d / "out/proxy/record.json").unlink(), CheckpointError, "is not the proxy"),
+        (lambda d: (d / "out/ledger.sqlite-wal").write_text("torn"), CheckpointError, "ledger.sqlite: cannot be read"),
+        (
+            lambda d: (d / "server.yaml").write_text((d / "server.yaml").read_text()[:-1] + ', "seed": 3}'),
+            ConfigError,
+            "another seed",
+        ),
+    ],
+)
+def test_a_run_that_the_files_do_not_belong_to_is_named(edit, error, text, examine, server_yaml, begun):
+    edit(server_yaml.parent)
+    before = tree(begun)
+    code, found = examine(server_yaml)
+    assert code == error.exit_code
+    assert found["run"][0] == "WRONG"
+    assert text in found["run"][1]
+    assert tree(begun) == before, "a look changes nothing"
+
+
+def test_a_run_that_goes_on_is_left_alone(examine, server_yaml, begun):
+    rewrite_config(server_yaml.parent)
+    with atomic.locked(begun, "out"):
+        code, found = examine(server_yaml)
+    assert code == 0
+    assert "a server is running there" in found["run"][1]
+
+
+@pytest.fixture
+def built(server_yaml):
+    """A proxy directory that server.yaml names."""
+    values = json.loads(server_yaml.read_text()) | {"distillation": {"steps": 0, "closed_form_samples": 0}}
+    server_yaml.write_text(json.dumps(values))
+    config, directory = load_server_config(server_yaml), server_yaml.parent / "proxy"
+    build_proxy(config, load_owner(config, Digests()), directory)
+    server_yaml.write_text(json.dumps(values | {"proxy_path": "proxy"}))
+    return directory
+
+
+def test_a_proxy_that_goes_with_the_fm(examine, server_yaml, built):
+    code, found = examine(server_yaml)
+    assert (code, found["proxy"][0]) == (0, "ok")
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (rewrite_config, "was cut from another FM"),
+        (lambda d: (d / "proxy/selection.safetensors").write_text("y"), "is not as it was built"),
+        (lambda d: (d / "proxy/record.json").unlink(), "not a whole proxy directory"),
+        (lambda d: (d / "labels.txt").write_text("yes\nno\n"), "built for other labels"),
+        (
+            lambda d: (d / "server.yaml").write_text((d / "server.yaml").read_text().replace(": 12", ": 11")),
+            "built for texts of 12 tokens",
+        ),
+    ],
+)
+def test_a_proxy_that_does_not_go_with_the_fm_is_named(edit, text, examine, server_yaml, built):
+    edit(server_yaml.parent)
+    code, found = examine(server_yaml)
+    assert code == ModelError.exit_code
+    assert found["proxy"][0] == "WRONG"
+    assert text in found["proxy"][1]
+
+
+def test_a_proxy_of_an_earlier_version_worries(examine, server_yaml, built):
+    record = json.loads((built / "record.json").read_text())
+    (built / "record.json").write_text(json.dumps({key: record[key] for key in ("losses", "gaps", "seconds")}))
+    code, found = examine(server_yaml)
+    assert (code, found["proxy"][0]) == (0, "warning")
+    assert "does not say which FM" in found["proxy"][1]
+
+
+@pytest.fixture
+def joined(silo_yaml):
+    """The work directory of a silo that has begun with its data."""
+    config = load_silo_config(silo_yaml)
+    settings = RoundSettings(seed=1, adapter={}, training={}, inactive_below=0.01)
+    with opened(config.work) as work:
+        work.join(Enrolment(settings, "run", ()), "north")
+        work.note_data(Data(config.data.path).read)
+    return config.work
+
+
+def test_a_silo_that_goes_on(examine, silo_yaml, joined):
+    before = tree(joined)
+    code, found = examine(silo_yaml)
+    assert (code, found["federation"][0]) == (0, "ok")
+    assert "goes on with the federation" in found["federation"][1]
+    assert tree(joined) == before, "a look changes nothing"
+
+
+def test_data_that_changed_since_the_silo_joined_worries(examine, silo_yaml, joined):
+    (silo_yaml.parent / "data.csv").write_text("text,label\ngood,1\nbad,1\n")
+    code, found = examine(silo_yaml)
+    assert (code, found["federation"][0]) == (0, "warning")
+    assert "changed since this silo last began with it" in found["federation"][1]
+
+
+def test_an_image_that_changed_since_the_silo_joined_worries(examine, silo_yaml, joined):
+    data, image = silo_yaml.parent / "data.csv", silo_yaml.parent / "a.png"
+    data.write_text("image,label\na.png,1\n")
+    image.write_bytes(b"1")
+    work = Work(joined)
+    bundle = work.proxy_path(work.joined())
+    bundle.mkdir()
+    (bundle / "proxy.json").write_text('{"task": "image-classification"}')
+    read = Data(data)
+    read.add_images([image])
+    work.note_data(read.read)
+    assert examine(silo_yaml)[1]["federation"][0] == "ok"
+    image.write_bytes(b"2")
+    assert examine(silo_yaml)[1]["federation"][0] == "warning"
+
+
+def test_another_silos_work_directory_worries(examine, silo_yaml, joined):
+    path = joined / "federation.json"
+    path.write_text(path.read_text().replace('"north"', '"south"'))
+    code, found = examine(silo_yaml)
+    assert (code, found["federation"][0]) == (0, "warning")
+    assert "is the work directory of south" in found["federation"][1]

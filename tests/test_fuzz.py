@@ -321,13 +321,14 @@ class Box:
         (place / "bundle" / "proxy.json").write_text('{"neurons": [3, 3], "compressed": [1]}')
         self.ledger = Ledger(place / "out", {})
         self.inbox = Inbox(place / "bundle", self.ledger, training=TrainingSection(), max_norm=None)
+        self.inbox.enrolled("north", 10)
         self.start = self.ledger.adapter_path(0)
         write_tensors(self.start, {"adapter": START})
         self.inbox.open_round(1, self.start, count_inactivity=True)
         self.updates = place / "out" / "updates"
 
     def send(self, header: pb.UpdateHeader, sent: list[pb.Chunk]) -> Update:
-        return self.inbox.receive("north", header, sent, enrolled_samples=10)
+        return self.inbox.receive("north", header, sent)
 
     def files(self) -> list[str]:
         return sorted(str(path.relative_to(self.updates)) for path in self.updates.rglob("*") if path.is_file())

@@ -10,7 +10,19 @@ PACKAGE = Path(__file__).parents[1] / "fedpft"
 
 ROWS: list[set[str]] = [
     {"errors", "atomic", "figures", "progress"},
-    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command", "lora", "audit", "finite"},
+    {
+        "config",
+        "seeding",
+        "kernels",
+        "architectures",
+        "federation",
+        "datafiles",
+        "command",
+        "lora",
+        "audit",
+        "finite",
+        "digests",
+    },
     {"subffn", "models", "compatibility", "aggregation", "adapters"},
     {
         "proxy",

@@ -439,6 +439,30 @@ def test_an_invalid_update_is_refused_and_the_round_goes_on(fault, start, dial, 
         submit(north, 1, result(inactivity=COUNTS))
 
 
+def test_an_update_that_was_trained_on_more_than_the_silo_has_now_counts(start, dial, background):
+    """The data has shrunk since; the server remembers what a silo can have had, over a restart of its own too."""
+    server, address = start(federation={"silos": ("north",)})
+    before = dial(address, "north")
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    next_round(before)
+    server.close()
+    server._live.handle(SiloFailed("north", "the test is through with this server"))
+    with pytest.raises(QuorumLost):
+        outcome.result()
+    again, _ = start(listen=address, federation={"silos": ("north",)})
+    north = dial(address, "north", enrol=False)
+    north.enrol(3)
+    with pytest.raises(InvalidUpdate, match="trained on 8 samples, not on 1 to 7"):
+        submit(north, 1, result(samples=8))
+    again.close()
+
+    third, _ = start(listen=address, federation={"silos": ("north",)})
+    north.enrol(3)
+    assert submit(north, 1, result(samples=7))
+    assert [update.samples for update in third.run_round(1, count_inactivity=False)] == [7]
+
+
 def test_an_invalid_update_that_costs_the_quorum_is_named(start, dial, background, caplog):
     server, address = start()
     north, _ = dial(address, "north"), dial(address, "south")
@@ -684,6 +708,24 @@ def test_a_restart_compares_the_audit_log_with_the_ledger(start, dial, backgroun
     assert late.fields == {name: value for name, value in json.loads(line).items() if name in late.fields}
     assert late.fields.keys() == {"peer", "file", "round", "bytes", "sha256", "verdict"}
     assert caplog.text.count(f"{path} has an update of south in round 1 that the ledger has lost") == 2
+
+
+def test_the_audit_log_of_another_run_is_named(start, dial, background, tmp_path):
+    address = broken_off(start, dial, background)
+    path = tmp_path / "out/audit.jsonl"
+    path.unlink()
+    with audit.AuditLog(path) as log:
+        log.append("started", run="another")
+    with pytest.raises(CheckpointError, match=r"audit\.jsonl: is the log of another run"):
+        start(listen=address)
+
+
+def test_an_audit_log_that_is_gone_is_missed(start, dial, background, tmp_path, caplog):
+    address = broken_off(start, dial, background)
+    assert "does not say that this run was started" not in caplog.text
+    (tmp_path / "out/audit.jsonl").unlink()
+    start(listen=address)
+    assert caplog.text.count("audit.jsonl: does not say that this run was started before") == 1
 
 
 @pytest.mark.parametrize("file", ["rounds/0/adapter.safetensors", "updates"])

@@ -4,6 +4,8 @@
 
 import collections
 import errno
+import hashlib
+import json
 import logging
 import os
 import threading
@@ -18,6 +20,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from PIL import Image
 from safetensors import SafetensorError
 
 from fedpft import adapters, audit
@@ -33,6 +36,7 @@ from fedpft.config import (
 )
 from fedpft.errors import (
     CertificateError,
+    DataError,
     FedPFTError,
     InvalidUpdate,
     ModelError,
@@ -47,6 +51,7 @@ from fedpft.proxy import Proxy, cut, load_proxy, patch, save_bundle, select
 from fedpft.silo import __main__ as command
 from fedpft.silo import run as silo_run
 from fedpft.silo.connection import ServerConnection
+from fedpft.silo.data import Data
 from fedpft.silo.explain import explain
 from fedpft.silo.run import run
 from fedpft.subffn import sub_ffns
@@ -724,6 +729,156 @@ def test_a_new_federation_finds_nothing_of_the_old_one(
     left = {path.name.partition("-")[0] for path in config.work.iterdir()}
     assert left == {"lock", "audit.jsonl", "federation.json", "proxy"}
     assert record.read_bytes().startswith(before)
+
+
+# --- data that changes ------------------------------------------------------------------------------------------------
+
+FEWER = "text,label\n" + "".join(f"{text},{tiny.LABELS[0]}\n" for text in TEXTS[:4])
+
+
+def data_changes(config: SiloConfig) -> list[dict[str, Any]]:
+    return [entry.fields for entry in events(config.work) if entry.event == "data changed"]
+
+
+def writing(path: Path, content: str | None) -> MISCHIEF:
+    def write(context: grpc.ServicerContext) -> None:
+        path.unlink() if content is None else path.write_text(content)
+
+    return write
+
+
+@pytest.mark.parametrize("content", [FEWER, None])
+def test_data_that_changes_between_rounds_is_said_once_and_changes_nothing(
+    content: str | None, federation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    undisturbed, config = federation()
+    run(config)
+    server, config = federation()
+    before = hashlib.sha256(config.data.path.read_bytes()).hexdigest()
+    server.mischief["OfferUpdate"] = [writing(config.data.path, content)]
+    run(config)
+    assert contents(server) == contents(undisturbed)
+    assert caplog.text.count("changed since it was read: takes effect when this silo is started again") == 1
+    (change,) = data_changes(config)
+    assert (change["round"], change["before"], change["effect"]) == (2, before, "at the next start")
+    assert change["sha256"] == ("" if content is None else hashlib.sha256(content.encode()).hexdigest())
+
+
+def test_data_that_was_merely_touched_has_not_changed(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server, config = federation()
+    server.mischief["OfferUpdate"] = [lambda _: os.utime(config.data.path, (1, 1))]
+    run(config)
+    assert data_changes(config) == []
+    assert "changed" not in caplog.text
+
+
+def test_data_that_changed_between_two_starts_counts_from_then_on(
+    federation: Any, trainings: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    server, config = federation()
+    before = hashlib.sha256(config.data.path.read_bytes()).hexdigest()
+    run_killed_before_the_offer(config)
+    config.data.path.write_text(FEWER)
+    run(config)
+    assert trainings == [1, 2, 3]
+    assert server.asked("Enrol") == [len(TEXTS), 4]
+    assert [server.updates[round][0].samples for round in (1, 2, 3)] == [len(TEXTS), 4, 4]
+    assert caplog.text.count("from now on it trains on 4 samples") == 1
+    after = hashlib.sha256(FEWER.encode()).hexdigest()
+    assert data_changes(config) == [{"sha256": after, "before": before, "samples": 4, "effect": "from now on"}]
+    run(config)
+    assert len(data_changes(config)) == 1, "said once"
+    assert not [call for call in server.calls if after in repr(call) or before in repr(call)], "it stays here"
+
+
+def test_another_federation_has_no_former_data(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server, config = federation()
+    run(config)
+    config.data.path.write_text(FEWER)
+    server.run_id, server.tasks = "second run", []
+    run(config)
+    assert data_changes(config) == []
+
+
+def test_a_work_directory_of_an_earlier_version_is_gone_on_with(federation: Any, trainings: list[int]) -> None:
+    _, config = federation()
+    run_killed_before_the_offer(config)
+    path = config.work / "federation.json"
+    joined = json.loads(path.read_text())
+    assert joined.pop("name") == "north"
+    assert joined.pop("data")
+    path.write_text(json.dumps(joined))
+    config.data.path.write_text(FEWER)
+    run(config)
+    assert trainings == [1, 2, 3]
+    assert data_changes(config) == []
+    assert json.loads(path.read_text())["data"] == hashlib.sha256(FEWER.encode()).hexdigest()
+
+
+def test_data_that_changes_while_the_silo_starts_is_named(federation: Any) -> None:
+    server, config = federation()
+    server.mischief["Enrol"] = [writing(config.data.path, FEWER)]
+    with pytest.raises(DataError, match=r"data\.csv: changed while it was read"):
+        run(config)
+    assert server.asked("Leave")
+    assert server.updates == {}
+
+
+def test_a_silo_does_not_send_what_another_silo_trained(
+    federation: Any, trainings: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    server, config = federation(rounds=(1,))
+    run_killed_before_the_offer(config)
+    run(config.model_copy(update={"insecure_name": "south"}))
+    assert trainings == [1, 1]
+    assert len(server.asked("OfferUpdate")) == 1
+    assert "was the work directory of north" in caplog.text
+
+
+def test_images_are_part_of_the_data(tmp_path: Path) -> None:
+    path, image = tmp_path / "data.csv", tmp_path / "a.png"
+    path.write_text("image,label\na.png,1\n")
+    image.write_bytes(b"an image")
+    data = Data(path)
+    data.add_images([image])
+    data.check_read()
+    assert data.changed() is None
+    image.write_bytes(b"another!")
+    with pytest.raises(DataError, match="changed while it was read"):
+        data.check_read()
+    change = data.changed()
+    assert change not in (None, data.read)
+    assert data.changed() is None, "said once"
+    image.write_bytes(b"an image")
+    assert data.changed() is None
+    image.unlink()
+    assert data.changed() not in (None, change)
+
+
+def test_an_image_that_changes_between_rounds_is_noticed(
+    server: Server, make_fm: Callable[[str], torch.nn.Module], tmp_path: Path
+) -> None:
+    for name, grey in (("a.png", 0), ("b.png", 200)):
+        Image.new("RGB", (8, 8), (grey, 0, 0)).save(tmp_path / name)
+    (tmp_path / "data.csv").write_text("image,label\na.png,sea\nb.png,sky\n")
+    fm = make_fm("vit")
+    proxy = Proxy(
+        cut(fm, select(fm, ProxySection())), tiny.processor("vit"), "image-classification", tiny.LABELS, 1, ()
+    )
+    save_bundle(proxy, tmp_path / "bundle")
+    adapters.attach(proxy.model, server.settings.adapter, seed=1)
+    write_tensors(tmp_path / "start.safetensors", {"adapter": adapters.extract(proxy.model)})
+    server.proxy = [server.announce(path) for path in sorted((tmp_path / "bundle").iterdir())]
+    start = server.announce(tmp_path / "start.safetensors")
+    server.tasks = [pb.NextTaskResponse(train=pb.Train(round=round, adapter=start)) for round in (1, 2)]
+    server.mischief["OfferUpdate"] = [lambda _: Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "a.png")]
+    config = silo_config(tmp_path, server.address)
+    run(config)
+    run(config)
+    between, later = data_changes(config)
+    assert (between["round"], between["effect"]) == (2, "at the next start")
+    assert (later["samples"], later["effect"]) == (2, "from now on")
+    assert later["sha256"] == between["sha256"]
 
 
 # --- error feedback ---------------------------------------------------------------------------------------------------

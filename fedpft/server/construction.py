@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fedpft import adapters, atomic, models
 from fedpft.compatibility import check_travels, make_fit
-from fedpft.config import ProxySection, ServerConfig
+from fedpft.config import ServerConfig
 from fedpft.datasets import EncodedDataset, encode, read_label_list, read_labelled, read_unlabelled
+from fedpft.digests import Digests, differences
 from fedpft.distillation import layer_level
 from fedpft.errors import DataError, ModelError
 from fedpft.evaluation import Gap, measure_gap
@@ -28,11 +29,12 @@ from fedpft.proxy import (
     cut,
     load_proxy,
     load_selection,
-    parameter_counts,
     save_bundle,
     save_selection,
     select,
 )
+from fedpft.server.holdings import check_holdings
+from fedpft.server.identity import Contents, check_cut_from, check_unchanged, contents, proxy_files
 from fedpft.server.outbox import BUNDLE_SUFFIXES, sendable
 
 log = logging.getLogger(__name__)
@@ -42,13 +44,17 @@ GAP_SAMPLES = 16  # public samples on which proxy and FM are compared
 
 @dataclass(frozen=True)
 class Owner:
-    """What only the server has. `model` carries an untrained adapter, and so does every proxy cut from it."""
+    """What only the server has. `model` carries an untrained adapter, and so does every proxy cut from it.
+
+    contents: of the files that all of it was read from.
+    """
 
     model: nn.Module
     processor: Any
     labels: tuple[str, ...]
     public: EncodedDataset
     test: EncodedDataset | None
+    contents: Contents
 
 
 @dataclass
@@ -59,11 +65,15 @@ class Record:
         losses: of the layer-level distillation, one a step.
         gaps: (stage, gap between proxy and FM).
         seconds: by phase.
+        model: digests of the files of the FM that it was cut from; empty if an earlier version made it.
+        files: digests of the proxy directory's own other files; the same.
     """
 
     losses: list[float] = field(default_factory=list)
     gaps: list[tuple[str, Gap]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    model: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -75,12 +85,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Built:
-    """A proxy directory and what is in it: bundle/ is for the silos, the rest stays."""
+    """A proxy directory and what is in it: bundle/ is for the silos, the rest stays.
+
+    files: digests of what was read, by name.
+    """
 
     directory: Path
     proxy: Proxy
     selection: Selection
     record: Record
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def bundle(self) -> Path:
@@ -88,8 +102,9 @@ class Built:
         return self.directory / "bundle"
 
 
-def load_owner(config: ServerConfig) -> Owner:
+def load_owner(config: ServerConfig, digests: Digests) -> Owner:
     """Reads FM, labels, public and test data; every fault in them ends here, before a silo is bothered."""
+    found = contents(config, digests)
     if config.threads:
         torch.set_num_threads(config.threads)
     section = config.model
@@ -105,7 +120,9 @@ def load_owner(config: ServerConfig) -> Owner:
         return encode(inputs, classes, processor, section.task, section.max_tokens)
 
     test = None if tested is None else encoded(tested.inputs, tested.labels)
-    return Owner(model, processor, labels, encoded(public, None), test)
+    owner = Owner(model, processor, labels, encoded(public, None), test, found)
+    check_unchanged(config, found, digests)
+    return owner
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
@@ -138,7 +155,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
     record.json is written last: a directory without it is not whole, and :func:`load_built` refuses it.
     """
     (directory / "record.json").unlink(missing_ok=True)
-    record = Record()
+    record = Record(model=owner.contents["model.path"])
     with record.timed("construction"):
         selection = select(owner.model, config.proxy)
         check_holdings(selection, config.proxy)
@@ -163,53 +180,57 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
         record_gap(config, owner, built, "distilled")
     save_bundle(proxy, built.bundle)
     save_selection(selection, directory / "selection.safetensors")
+    record.files = proxy_files(directory, Digests())
     atomic.write_text(directory / "record.json", json.dumps(asdict(record)))
     log.info("proxy written to %s", directory)
     return built
 
 
-def load_built(config: ServerConfig, directory: Path) -> Built:
-    """Reads a proxy directory and attaches an untrained adapter; ModelError if it is not whole or not for this task."""
-    try:
-        raw = json.loads((directory / "record.json").read_text(encoding="utf-8"))
-        gaps = [(stage, Gap.from_json(gap)) for stage, gap in raw["gaps"]]
-        record = Record(raw["losses"], gaps, raw["seconds"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{directory}: not a whole proxy directory ({error})", "run fedpft build-proxy") from None
+def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Digests) -> Built:
+    """Reads a proxy directory and attaches an untrained adapter.
+
+    Raises:
+        ModelError: it is not whole, was changed since it was built, or was built from another FM or for another task.
+    """
+    record = read_record(directory)
+    check_cut_from(config, directory, record.model, owner.contents["model.path"])
+    files = proxy_files(directory, digests)
+    check_as_built(directory, record, files)
     proxy = load_proxy(directory / "bundle")
-    wanted = (config.model.task, read_labels(config.model.labels), config.model.max_tokens)
-    for what, ours, theirs in zip(
-        ("task", "labels", "max_tokens"), wanted, (proxy.task, proxy.labels, proxy.max_tokens), strict=True
-    ):
-        if ours != theirs:
-            raise ModelError(f"{directory}: built for another model.{what} than server.yaml's", "build the proxy again")
+    check_made_for(config, directory, proxy)
     selection = load_selection(directory / "selection.safetensors")
     check_holdings(selection, config.proxy)
     proxy.model.to(config.device)
     adapters.attach(proxy.model, config.adapter, seed=config.seed)
-    return Built(directory, proxy, selection, record)
+    return Built(directory, proxy, selection, record, files)
 
 
-def check_holdings(selection: Selection, settings: ProxySection) -> None:
-    """Raises ModelError if the proxy has every neuron of the FM, and nobody said that it may."""
-    if selection.whole and not settings.allow_whole:
+def check_made_for(config: ServerConfig, directory: Path, proxy: Proxy) -> None:
+    """Raises ModelError if a proxy is for another task, other labels or texts of another length."""
+    section = config.model
+    if (proxy.task, proxy.labels) != (section.task, read_labels(section.labels)):
+        raise ModelError(f"{directory}: built for other labels than {section.labels}", "build the proxy again")
+    if proxy.task == "sequence-classification" and proxy.max_tokens != section.max_tokens:
         raise ModelError(
-            "the proxy would hold every FFN neuron of the FM, and so give all of it to the silos",
-            "lower proxy.neurons, or name fewer layers in proxy.keep_layers; proxy.allow_whole: true if it is meant",
+            f"{directory}: built for texts of {proxy.max_tokens} tokens, model.max_tokens is {section.max_tokens}",
+            "set model.max_tokens to the proxy's, or build the proxy again",
         )
 
 
-def holdings(model: nn.Module, proxy: nn.Module) -> dict[str, dict[str, int]]:
-    """For each part of the FM how many of its parameters there are, and how many of them the proxy holds."""
-    whole, held = parameter_counts(model), parameter_counts(proxy)
-    return {part: {"model": whole[part], "proxy": held[part]} for part in whole}
+def read_record(directory: Path) -> Record:
+    """A proxy directory's record.json; ModelError if there is none."""
+    try:
+        raw = json.loads((directory / "record.json").read_text(encoding="utf-8"))
+        gaps = [(stage, Gap.from_json(gap)) for stage, gap in raw["gaps"]]
+        return Record(raw["losses"], gaps, raw["seconds"], dict(raw.get("model", {})), dict(raw.get("files", {})))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{directory}: not a whole proxy directory ({error})", "run fedpft build-proxy") from None
 
 
-def format_holdings(parts: Mapping[str, Mapping[str, int]]) -> str:
-    """The same in one line."""
-    model, proxy = (sum(part[side] for part in parts.values()) for side in ("model", "proxy"))
-    each = ", ".join(f"{name} {part['proxy'] / max(part['model'], 1):.0%}" for name, part in parts.items())
-    return f"the silos receive {proxy / model:.0%} of the FM's parameters, {proxy:,} of {model:,}: {each}"
+def check_as_built(directory: Path, record: Record, files: Mapping[str, str]) -> None:
+    """Raises ModelError if a proxy directory's files are not those that its record names, if it names any."""
+    if record.files and (what := differences(record.files, files)):
+        raise ModelError(f"{directory}: is not as it was built: {what}", "restore it, or build the proxy again")
 
 
 def record_gap(config: ServerConfig, owner: Owner, built: Built, stage: str) -> None:

@@ -58,6 +58,8 @@ class Inbox:
         self._neurons = compressed_neurons(bundle)
         self._training, self._max_norm = training, max_norm
         self._order: Order | None = None
+        # A silo whose data has shrunk may still offer an update that it trained before.
+        self._samples = {each["silo"]: each["samples"] for each in ledger.recorded("enrolled")}
         self._lock = threading.Lock()
         self._streams: dict[str, object] = {}  # of each silo the newest; older ones end
         self._receiving: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
@@ -76,6 +78,13 @@ class Inbox:
         """Deletes all updates: once the mean is taken, what one silo sent is nobody's to keep."""
         self._order = None
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def enrolled(self, silo: str, samples: int) -> None:
+        """A silo has so many samples now; the most that it had in this run is remembered, over restarts too."""
+        with self._lock:
+            if samples > self._samples.get(silo, 0):
+                self._samples[silo] = samples
+                self._ledger.record("enrolled", None, {"silo": silo, "samples": samples})
 
     @property
     def counts_inactivity(self) -> bool:
@@ -103,8 +112,8 @@ class Inbox:
         with self._receiving[silo], self._incoming(silo, header) as incoming:
             return incoming.offset
 
-    def receive(self, silo: str, header: UpdateHeader, chunks: Iterable[Chunk], *, enrolled_samples: int) -> Update:
-        """Receives and checks an update, which is on disk then, but does not count.
+    def receive(self, silo: str, header: UpdateHeader, chunks: Iterable[Chunk]) -> Update:
+        """Receives and checks an update of a silo that has enrolled. It is on disk then, but does not count.
 
         What has arrived of an update that stops halfway stays. A second stream of one silo ends the first, whose
         connection has most likely broken without anybody's noticing. One whose header brings its content has no chunks.
@@ -122,7 +131,7 @@ class Inbox:
         else:
             self._receive(path, silo, header, chunks)
         update = Update(silo, header.samples, dict(header.metrics), path, order.start, self._training.update_encoding)
-        _, most_samples = round_window(enrolled_samples, self._training.local_epochs, order.round - 1)
+        _, most_samples = round_window(self._samples.get(silo, 0), self._training.local_epochs, order.round - 1)
         try:
             with self._checking:
                 check_update(update, order.neurons, self._max_norm, most_samples)

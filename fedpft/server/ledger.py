@@ -5,7 +5,7 @@ its SHA-256 after it is in place, so whatever the ledger names is whole; `verifi
 used. SQLite does not notice a damaged value: each row has a seal, the SHA-256 of its values, and all are looked at when
 the ledger is opened.
 
-    run        key -> value: format, run_id, config (JSON)
+    run        key -> value: format, run_id, config and contents (JSON)
     files      name under OUT -> sha256, bytes
     rounds     a row for each time a round was begun or taken up again: silos that were there, silos that were picked
     updates    a row for each update that counts
@@ -19,12 +19,15 @@ Where the files are that it names:
     updates/round-<r>/...                   until the round is closed
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
 import secrets
+import shutil
 import sqlite3
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from fedpft import atomic
 from fedpft.errors import CheckpointError, ConfigError
 from fedpft.wire.transfer import Payload, payload
 
-FORMAT = "1"
+FORMAT = "2"
 LEDGER_FILE = "ledger.sqlite"
 SCHEMA = """
 CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL, seal TEXT NOT NULL);
@@ -86,18 +89,42 @@ class UpdateRow:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What a run was begun with, and whether it is at its end.
+
+    proxy: digest of its proxy; None if it was not entered yet.
+    """
+
+    run_id: str
+    config: dict[str, Any]
+    contents: dict[str, Any]
+    proxy: str | None
+    finished: bool
+
+    def check_config(self, out: Path, config: Mapping[str, Any]) -> None:
+        """Raises ConfigError if a run cannot go on under this configuration."""
+        if differing := _difference(self.config, json.loads(json.dumps(config))):
+            raise ConfigError(
+                f"{out}: holds a run that was begun with another {differing}",
+                "set it back to go on with that run, or give the new run another `out`",
+            )
+
+
 class Ledger:
     """Thread-safe: SQLite lets one statement in at a time, and each is a transaction.
 
     out: the run directory.
     run_id: of this run, the same after every restart.
+    contents: what the run was begun with.
     """
 
-    def __init__(self, out: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, config: Mapping[str, Any], contents: Mapping[str, Any] | None = None) -> None:
         """Opens the ledger of a run that has begun in `out`, or begins one.
 
         Args:
             config: what the run's result depends on; a run cannot go on under another.
+            contents: of the files that it depends on; whether they are the same as `self.contents` is for the caller.
 
         Raises:
             CheckpointError: the ledger is torn, or of another version of fedpft.
@@ -106,32 +133,17 @@ class Ledger:
         self.out, self._path = out, out / LEDGER_FILE
         out.mkdir(parents=True, exist_ok=True)
         self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
-        try:
+        with _explaining(self._path):
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")  # `sync` does what FULL would, when it is due
             if self._database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("its integrity check fails")
-            if not self._database.execute("SELECT 1 FROM sqlite_master").fetchone():
-                if (out / "rounds").exists():
-                    raise sqlite3.DatabaseError("it is empty, but its run has begun")
-                self._begin(config)
-            known = dict(self._database.execute("SELECT key, value FROM run"))
+            if not _has_tables(self._database, out):
+                self._begin(config, contents or {})
+            begun = _begun(self._path, self._database)
             atomic.sync(out)  # the name of the log, which SQLite has made by now
-            self._check_seals()
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"{self._path}: cannot be read ({error})", "restore it from a backup, or start a new run in another OUT"
-            ) from None
-        if known.get("format") != FORMAT or not known.keys() >= {"run_id", "config"}:
-            raise CheckpointError(
-                f"{self._path}: written by another version of fedpft", "go on with that version, or use another OUT"
-            )
-        self.run_id: str = known["run_id"]
-        if differing := _difference(json.loads(known["config"]), json.loads(json.dumps(config))):
-            raise ConfigError(
-                f"{self.out}: holds a run that was begun with another {differing}",
-                "set it back to go on with that run, or give the new run another `out`",
-            )
+        self.run_id, self.contents = begun.run_id, begun.contents
+        begun.check_config(out, config)
 
     def adapter_path(self, round: int) -> Path:
         """The adapter after a round."""
@@ -230,8 +242,9 @@ class Ledger:
         """May be called more than once."""
         self._database.close()
 
-    def _begin(self, config: Mapping[str, Any]) -> None:
-        values = {"format": FORMAT, "run_id": secrets.token_hex(16), "config": json.dumps(config)}
+    def _begin(self, config: Mapping[str, Any], contents: Mapping[str, Any]) -> None:
+        values = {"format": FORMAT, "run_id": secrets.token_hex(16)}
+        values |= {"config": json.dumps(config), "contents": json.dumps(contents)}
         with self._database:
             self._database.executescript(f"BEGIN; {SCHEMA}")
             for key, value in values.items():
@@ -252,12 +265,6 @@ class Ledger:
                 f"{self._path}: cannot be written ({error})", "make room on its disk and start the server again"
             ) from None
 
-    def _check_seals(self) -> None:
-        for table, columns in COLUMNS.items():
-            for *values, seal in self._database.execute(f"SELECT {columns}, seal FROM {table}"):
-                if seal != _seal(table, values):
-                    raise sqlite3.DatabaseError(f"a row of {table} is damaged")
-
     def _checked(self, path: Path, sha256: str) -> Payload:
         file = payload(path) if path.is_file() else None
         if file is None or file.sha256.hex() != sha256:
@@ -268,6 +275,64 @@ class Ledger:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.out).as_posix()
+
+
+def has_begun(out: Path) -> bool:
+    """Whether `out` holds a run, even one that has lost its ledger."""
+    return (out / LEDGER_FILE).exists() or (out / "rounds").exists()
+
+
+def look(out: Path) -> Begun | None:
+    """What the run in `out` was begun with; None if none was. No server may be running there; nothing is changed.
+
+    Raises:
+        CheckpointError: the ledger is torn, or of another version of fedpft.
+    """
+    path = out / LEDGER_FILE
+    if not has_begun(out):
+        return None
+    with _explaining(path), tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / LEDGER_FILE  # beside what it merely reads, SQLite makes files too
+        for file in (path, path.with_name(f"{LEDGER_FILE}-wal")):
+            if file.exists():
+                shutil.copyfile(file, copy.with_name(file.name))
+        with contextlib.closing(sqlite3.connect(copy)) as database:
+            return _begun(path, database) if _has_tables(database, out) else None
+
+
+@contextlib.contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error})", "restore it from a backup, or start a new run in another OUT"
+        ) from None
+
+
+def _has_tables(database: sqlite3.Connection, out: Path) -> bool:
+    if database.execute("SELECT 1 FROM sqlite_master").fetchone():
+        return True
+    if (out / "rounds").exists():
+        raise sqlite3.DatabaseError("it is empty, but its run has begun")
+    return False
+
+
+def _begun(path: Path, database: sqlite3.Connection) -> Begun:
+    """Looks at the whole ledger."""
+    known = dict(database.execute("SELECT key, value FROM run"))
+    for table, columns in COLUMNS.items():
+        for *values, seal in database.execute(f"SELECT {columns}, seal FROM {table}"):
+            if seal != _seal(table, values):
+                raise sqlite3.DatabaseError(f"a row of {table} is damaged")
+    if known.get("format") != FORMAT or not known.keys() >= {"run_id", "config", "contents"}:
+        raise CheckpointError(
+            f"{path}: written by another version of fedpft", "go on with that version, or use another OUT"
+        )
+    config, contents = json.loads(known["config"]), json.loads(known["contents"])
+    journal = dict(database.execute("SELECT kind, value FROM journal WHERE kind IN ('proxy', 'finished')"))
+    proxy = json.loads(journal["proxy"]) if "proxy" in journal else None
+    return Begun(known["run_id"], config, contents, proxy, "finished" in journal)
 
 
 def _update(row: Any) -> UpdateRow:

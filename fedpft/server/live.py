@@ -42,7 +42,7 @@ class LiveFederation:
         # A silo's thread is woken only when there is something for that silo: n silos would else wake n threads each.
         self._tasks: dict[str, threading.Condition] = collections.defaultdict(lambda: threading.Condition(lock))
         self._outcome: Aggregate | LoseQuorum | None = None
-        self._samples: dict[str, int] = {}
+        self._enrolled: set[str] = set()
         self._told: set[str] = set()
 
     @property
@@ -72,7 +72,7 @@ class LiveFederation:
         with self._changed:
             named, present = self._federation.silos, self._federation.present
             if silo in named:
-                self._samples[silo] = samples
+                self._enrolled.add(silo)
                 log.info("%s enrolled, %d samples; %d of %d silos", silo, samples, len(present | {silo}), len(named))
             for action in self.handle(Enrolled(silo)):
                 if isinstance(action, Refuse):
@@ -81,13 +81,8 @@ class LiveFederation:
     def check_enrolled(self, silo: str) -> None:
         """Raises NotEnrolled if the silo has not enrolled since this server started."""
         with self._changed:
-            if silo not in self._samples:
+            if silo not in self._enrolled:
                 raise NotEnrolled(f"{silo!r} has not enrolled since the server started", "enrol again")
-
-    def samples(self, silo: str) -> int:
-        """How many samples an enrolled silo said it has."""
-        with self._changed:
-            return self._samples[silo]
 
     def await_enrolment(self, timeout_seconds: float) -> None:
         """Blocks until the federation can begin; raises QuorumLost."""

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -15,27 +15,28 @@ from safetensors.torch import save_file
 
 from fedpft import adapters, atomic, kernels, models
 from fedpft.config import ServerConfig, dump
+from fedpft.digests import Digests
 from fedpft.errors import CheckpointError
 from fedpft.evaluation import Metrics, evaluate, majority
 from fedpft.report import write_report
-from fedpft.server.construction import (
-    Built,
-    Owner,
-    Record,
-    build_proxy,
-    format_holdings,
-    holdings,
-    load_built,
-    load_owner,
+from fedpft.server.construction import Built, Owner, Record, build_proxy, load_built, load_owner
+from fedpft.server.holdings import format_holdings, holdings
+from fedpft.server.identity import (
+    ADAPTER_FILE,
+    PATCH_FILE,
+    Contents,
+    check_begun,
+    check_proxy,
+    contents,
+    kept_digests,
+    provenance,
+    proxy_digest,
+    settings,
 )
-from fedpft.server.ledger import LEDGER_FILE, Ledger
+from fedpft.server.ledger import Ledger, has_begun
 from fedpft.server.rounds import Rounds, snapshot
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.channel import check_listen
-from fedpft.wire.transfer import digest, payload
-
-ADAPTER_FILE = "adapter.safetensors"
-PATCH_FILE = "patch.safetensors"
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def run(config: ServerConfig) -> dict[str, Any]:
     OUT/proxy/               the proxy directory, if the server built it
     OUT/ledger.sqlite, OUT/rounds/, OUT/patches/, OUT/audit.jsonl
                              what a restart goes on from, and what was sent to whom
+    OUT/digests.json         of FM and data, so that a restart need not read them all (fedpft/digests.py)
     OUT/patch.safetensors    what the alignments made of the compressed layers
     OUT/adapter.safetensors  the last round's adapter
     OUT/adapter/             the same as a PEFT adapter for the FM
@@ -66,58 +68,50 @@ def run(config: ServerConfig) -> dict[str, Any]:
     with atomic.locked(config.out, "out"):
         for torn in config.out.rglob(".*.part"):  # of writes that were killed
             torn.unlink()
-        begun = (config.out / LEDGER_FILE).exists()
-        if begun and (summary := _finished(config)) is not None:
-            return summary
+        begun = has_begun(config.out)
+        directory = config.proxy_path or config.out / "proxy"
+        digests = kept_digests(config)
+        if begun:
+            with _opened(config, contents(config, digests)) as ledger:
+                check_proxy(directory, digests, ledger.recorded("proxy"))
+                if ledger.recorded("finished"):
+                    return _finished(config)
         check_listen(config.listen)
         record = Record()
         with record.timed("load"):
-            owner = load_owner(config)
-        directory = config.proxy_path or config.out / "proxy"
+            owner = load_owner(config, digests)
         if not begun and config.proxy_path is None:
             build_proxy(config, owner, directory)
         # Read back even if it was built just now, so that a restart begins with the same bits. Only here does a run
         # begin: whatever was wrong up to this point can be mended and tried again in the same directory.
-        built = load_built(config, directory)
+        built = load_built(config, owner, directory, digests)
         built.record.seconds |= record.seconds
         log.info("%s", format_holdings(holdings(owner.model, built.proxy.model)))
-        with _opened(config) as ledger:
-            _check_proxy(directory, ledger)
+        with _opened(config, owner.contents) as ledger:
+            if not check_proxy(directory, digests, ledger.recorded("proxy")):
+                ledger.record("proxy", None, proxy_digest(directory, digests))
+            digests.save()
             return _complete(config, owner, built, ledger)
 
 
-def _opened(config: ServerConfig) -> AbstractContextManager[Ledger]:
-    return contextlib.closing(Ledger(config.out, _identity(config)))
+@contextlib.contextmanager
+def _opened(config: ServerConfig, found: Contents) -> Iterator[Ledger]:
+    """The ledger of the run that these files belong to; CheckpointError or ConfigError if the one in OUT is another."""
+    with contextlib.closing(Ledger(config.out, settings(config), found)) as ledger:
+        check_begun(config, ledger.contents, found)
+        yield ledger
 
 
-def _finished(config: ServerConfig) -> dict[str, Any] | None:
+def _finished(config: ServerConfig) -> dict[str, Any]:
     """The summary of a run that is finished."""
-    with _opened(config) as ledger:
-        if not ledger.recorded("finished"):
-            return None
     log.info("%s: this run is finished; a new one needs another `out`", config.out)
-    summary: dict[str, Any] = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
-    return summary
-
-
-def _identity(config: ServerConfig) -> dict[str, Any]:
-    """What a run's result depends on. Who takes part, and where, may change between a stop and going on."""
-    changeable = {"out", "listen", "tls", "insecure_loopback", "threads", "federation"}
-    return {key: value for key, value in dump(config).items() if key not in changeable} | {
-        "sample_fraction": config.federation.sample_fraction
-    }
-
-
-def _check_proxy(directory: Path, ledger: Ledger) -> None:
-    """Enters the proxy in the ledger; CheckpointError if another one stands there."""
-    found = digest(payload(path).announcement() for path in sorted(directory.rglob("*")) if path.is_file())
-    recorded = ledger.recorded("proxy")
-    if not recorded:
-        ledger.record("proxy", None, found)
-    elif recorded != [found]:
+    try:
+        summary: dict[str, Any] = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{directory}: is not the proxy that this run began with", "restore it from a backup, or start a new run"
-        )
+            f"{config.out / 'summary.json'}: cannot be read ({error})", "restore it from a backup, or start a new run"
+        ) from None
+    return summary
 
 
 def final_metrics(owner: Owner, built: Built, batch: int) -> dict[str, Metrics]:
@@ -145,9 +139,11 @@ def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) 
     rounds = Rounds(config, owner, built, ledger)
     adapter = rounds.complete()
     # What `fedpft evaluate` and `fedpft plug-in` start from, beside the proxy directory.
-    for name, tensors in ((ADAPTER_FILE, adapter), (PATCH_FILE, snapshot(built.proxy))):
-        with atomic.replacing(config.out / name) as written:
-            save_file(tensors, written)
+    with atomic.replacing(config.out / PATCH_FILE) as written:
+        save_file(snapshot(built.proxy), written)
+    made_with = provenance(config, owner.contents, built.files, Digests().of_file(config.out / PATCH_FILE))
+    with atomic.replacing(config.out / ADAPTER_FILE) as written:
+        save_file(adapter, written, metadata=made_with)
     with built.record.timed("evaluation"):
         metrics = final_metrics(owner, built, config.evaluation.batch)
     summary = _summary(config, owner, rounds, metrics, sum(tensor.numel() for tensor in adapter.values()))

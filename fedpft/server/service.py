@@ -13,6 +13,7 @@ import grpc
 from fedpft import atomic, audit
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, ServerConfig
+from fedpft.errors import CheckpointError
 from fedpft.federation import AbortRequested, Federation, FinishRequested, PatchPublished, StartRound
 from fedpft.server.admission import Admission
 from fedpft.server.inbox import Inbox
@@ -194,9 +195,25 @@ class FederationServer:
         self._farewell = frozenset(last.present)
 
     def _complete_audit(self, path: Path) -> None:
-        """Adds the lines that a process did not come to write, which was killed right after an update's row."""
+        """Adds the lines that a process did not come to write, which was killed right after an update's row.
+
+        Raises:
+            CheckpointError: the log is another run's.
+        """
         rows = {(row.round, row.silo): row for row in self._ledger.updates()}
-        told = {(e.fields["round"], e.fields["peer"]) for e in audit.read(path) if e.fields.get("verdict") == "accept"}
+        told, runs = set(), set()
+        for entry in audit.read(path):
+            if entry.event == "started":
+                runs.add(entry.fields["run"])
+            elif entry.fields.get("verdict") == "accept":
+                told.add((entry.fields["round"], entry.fields["peer"]))
+        if runs - {self._ledger.run_id}:
+            raise CheckpointError(
+                f"{path}: is the log of another run",
+                "put back the one of this run, or move this one away",
+            )
+        if not runs and self._ledger.last_round() is not None:
+            log.warning("%s: does not say that this run was started before: it is not the log that it began", path)
         for (round, silo), row in rows.items():
             if (round, silo) not in told:
                 line = {"file": "update", "round": round, "bytes": row.bytes, "sha256": row.sha256}

@@ -76,6 +76,7 @@ class FederationServicer:
                     f"install fedpft {fedpft.__version__} at the silo",
                 )
             self._live.enrol(silo, request.samples)
+            self._inbox.enrolled(silo, request.samples)
             self._audit.append("enrolled", peer=silo, samples=request.samples)
             return pb.EnrolResponse(
                 settings_json=self._settings_json,
@@ -158,7 +159,7 @@ class FederationServicer:
     def _take(self, silo: str, header: pb.UpdateHeader, chunks: Iterable[pb.Chunk]) -> pb.OfferUpdateResponse.Verdict:
         """Receives an update and, if it is the first, lets it count."""
         with self._out_of_the_round(silo, header.round):
-            update = self._inbox.receive(silo, header, chunks, enrolled_samples=self._live.samples(silo))
+            update = self._inbox.receive(silo, header, chunks)
         verdict = self._live.take(_arrival(silo, header), lambda: self._inbox.keep(update, header))
         self._inbox.sync()
         self._audit.append(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from pydantic import ValidationError
@@ -208,6 +208,10 @@ class ServerConnection:
             return True
 
         return self._call(attempt)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Adds to the audit log what happened on this side; sends nothing."""
+        self._audit.append(event, **fields)
 
     def leave(self) -> None:
         """Tells the server not to wait for this silo; a server that does not hear it will find out by itself."""

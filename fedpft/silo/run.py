@@ -12,6 +12,7 @@ from fedpft.datafiles import read_rows
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
 from fedpft.proxy import apply_patch, load_proxy
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
+from fedpft.silo.data import Data
 from fedpft.silo.work import Update, Work, opened
 from fedpft.training import train_round
 from fedpft.wire.certificates import check_certificates
@@ -32,6 +33,7 @@ def run(config: SiloConfig) -> None:
         FedPFTError: any other of docs/errors.md.
     """
     name = check_certificates(config.tls, "silo") if config.tls is not None else str(config.insecure_name)
+    data = Data(config.data.path)
     # Task and label list come with the proxy; all that can be known about the file without them is checked now.
     samples = len(read_rows(config.data.path, [("label", config.data.columns.label)]))
     if config.threads is not None:
@@ -42,9 +44,10 @@ def run(config: SiloConfig) -> None:
         with opened(config.work) as work, ServerConnection(config) as server, atomic.explaining_faults(config.work):
             enrolment = server.enrol(samples)
             log.info("%s: enrolled at %s with %d samples", name, config.server, samples)
-            work.join(enrolment)
+            work.join(enrolment, name)
             offer_again(server, work, config.share)
-            participant = Participant(name, config, work, enrolment, server)
+            participant = Participant(name, config, work, enrolment, server, data)
+            begin_with(server, work, data, samples)
             participant.take_part()
     except KeyboardInterrupt:
         place = f"in round {participant.round}" if participant and participant.round else "before its first round"
@@ -63,6 +66,15 @@ def offer_again(server: ServerConnection, work: Work, share: ShareSection) -> No
         log.info("round %d: the update of before the restart counts", update.round)
     except (RoundOver, StaleProxy, InvalidUpdate) as error:
         log.warning("round %d: the update of before the restart does not count: %s", update.round, error.message)
+
+
+def begin_with(server: ServerConnection, work: Work, data: Data, samples: int) -> None:
+    """Says it if the data is another than this silo last began with in this federation; from here on it counts."""
+    joined = work.joined()
+    if joined is not None and joined.data not in ("", data.read):
+        log.warning("%s changed since this silo last read it: from now on it trains on %d samples", data.path, samples)
+        server.record("data changed", sha256=data.read, before=joined.data, samples=samples, effect="from now on")
+    work.note_data(data.read)
 
 
 def submit(server: ServerConnection, work: Work, update: Update, *, attempt: int) -> bool:
@@ -92,23 +104,26 @@ class Participant:
     """
 
     def __init__(
-        self, name: str, config: SiloConfig, work: Work, enrolment: Enrolment, server: ServerConnection
+        self, name: str, config: SiloConfig, work: Work, enrolment: Enrolment, server: ServerConnection, data: Data
     ) -> None:
         """Fetches the proxy, unless it is there.
 
         Raises:
-            DataError: the data has a label that the server's list has not.
+            DataError: the data has a label that the server's list has not, or changed since the silo started.
             ModelError: the proxy is none.
         """
         self.name, self.config, self.settings = name, config, enrolment.settings
         self.version = self.round = 0
-        self._work, self._server = work, server
+        self._work, self._server, self._data = work, server, data
         self.proxy = load_proxy(server.fetch_proxy(enrolment))
         task, labels = self.proxy.task, self.proxy.labels
         samples = datasets.read_labelled(config.data.path, config.data.columns, task, labels)
+        if task == "image-classification":
+            data.add_images(datasets.image_paths(config.data.path, config.data.columns))
         self.dataset = datasets.encode(
             samples.inputs, samples.labels, self.proxy.processor, task, self.proxy.max_tokens
         )
+        data.check_read()
         adapters.attach(self.proxy.model, self.settings.adapter, seed=self.settings.seed)
         self.proxy.model.to(config.device)
 
@@ -135,6 +150,7 @@ class Participant:
     def do(self, task: pb.Train) -> None:
         """One round; RoundOver if it ended before this silo was through."""
         self.round = task.round
+        self._look_at_data()
         update = self._work.update(self.config.share)
         if update is None or not update.answers(task):
             update = self.train(task)
@@ -181,6 +197,17 @@ class Participant:
             groups["inactivity"] = result.inactivity
         shared: dict[str, float] = {name: result.metrics[name] for name in self.config.share.metrics}
         return self._work.keep_update(task, groups, residual, samples=result.samples, metrics=shared)
+
+    def _look_at_data(self) -> None:
+        if (now := self._data.changed()) is not None:
+            log.warning(
+                "%s: %s changed since it was read: takes effect when this silo is started again",
+                self.name,
+                self._data.path,
+            )
+            self._server.record(
+                "data changed", round=self.round, sha256=now, before=self._data.read, effect="at the next start"
+            )
 
     def _fetch(self, task: pb.Train) -> Path:
         """Brings the proxy to the round's version; returns the file of the round's adapter."""

@@ -44,11 +44,15 @@ class Joined(_Record):
     """The federation that this silo takes part in.
 
     proxy: Enrolment.proxy_digest.
+    name: of the silo; empty in what an earlier version wrote.
+    data: digest of the data that it last began with (data.py); empty before, and in what an earlier version wrote.
     """
 
     run_id: str
     proxy: str
     settings: RoundSettings
+    name: str = ""
+    data: str = ""
 
 
 class Update(_Record):
@@ -95,11 +99,16 @@ class Work:
         """Where the proxy of a federation is, or will be."""
         return self.path / f"proxy-{joined.proxy}"
 
-    def join(self, enrolment: Enrolment) -> None:
-        """Deletes what belongs to another federation than the one of the enrolment."""
+    def join(self, enrolment: Enrolment, name: str) -> None:
+        """Deletes what belongs to another federation than the one of the enrolment, or to another silo."""
         former = self.joined()
-        joined = Joined(run_id=enrolment.run_id, proxy=enrolment.proxy_digest, settings=enrolment.settings)
-        if former is None or (former.run_id, former.proxy) != (joined.run_id, joined.proxy):
+        joined = Joined(run_id=enrolment.run_id, proxy=enrolment.proxy_digest, settings=enrolment.settings, name=name)
+        if former is not None and former.name not in ("", name):
+            log.warning("%s was the work directory of %s: its last update is not sent", self.path, former.name)
+            former = None
+        if former is not None and (former.run_id, former.proxy) == (joined.run_id, joined.proxy):
+            joined = joined.model_copy(update={"data": former.data})
+        else:
             proxies = set(self.path.glob("proxy-*")) - {self.proxy_path(joined)}
             for directory in (*proxies, self.path / "incoming", self.path / "received"):
                 shutil.rmtree(directory, ignore_errors=True)
@@ -107,7 +116,13 @@ class Work:
             for path in self._residuals().values():
                 path.unlink()
         if former != joined:
-            atomic.write_text(self.path / "federation.json", joined.model_dump_json(indent=1))
+            self._write_joined(joined)
+
+    def note_data(self, digest: str) -> None:
+        """The data that this silo, which has joined, begins with."""
+        joined = self.joined()
+        if joined is not None and joined.data != digest:
+            self._write_joined(joined.model_copy(update={"data": digest}))
 
     def received(self, file: pb.File) -> tuple[Path, str]:
         """Directory and name of a file that a round needs."""
@@ -192,6 +207,9 @@ class Work:
         """What was rounded off the last update that counted, before a round; by name, float32."""
         earlier = {number: path for number, path in self._residuals().items() if number < round}
         return read_tensors(earlier[max(earlier)], "residual") if earlier else {}
+
+    def _write_joined(self, joined: Joined) -> None:
+        atomic.write_text(self.path / "federation.json", joined.model_dump_json(indent=1))
 
     def _has_inactivity(self) -> bool:
         return any(name.startswith("inactivity/") for name in TensorFile(self.update_path).specs)
