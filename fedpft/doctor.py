@@ -15,14 +15,16 @@ import yaml
 import fedpft
 from fedpft import atomic, kernels
 from fedpft.config import ServerConfig, SiloConfig, TlsSection, load_server_config, load_silo_config
-from fedpft.datafiles import read_rows
-from fedpft.datasets import read_label_list, read_labelled, read_unlabelled
-from fedpft.errors import CertificateError, ConfigError, FedPFTError, ModelError, PortInUse, RefusedByServer
+from fedpft.datasets import cut_texts, describe_cut
+from fedpft.errors import CertificateError, ConfigError, FedPFTError, ModelError, PortInUse
 from fedpft.kernels.check import check_operators
+from fedpft.models import load_processor
+from fedpft.samples import Samples, read_label_list, read_labelled, read_unlabelled
 from fedpft.server.run import VERSIONED
+from fedpft.silo import data
 from fedpft.wire.certificates import Role, exposure, read_kit, read_revoked
 from fedpft.wire.channel import check_listen
-from fedpft.wire.hello import Greeting, greet, series
+from fedpft.wire.hello import Greeting, Terms, greet
 
 T = TypeVar("T")
 
@@ -184,7 +186,7 @@ def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
     greeting = findings.check("connection", lambda: _connection(config), lambda seen: _greeting(config, seen))
     if greeting is not None:
         findings.check("clock", lambda: _clock(greeting))
-    findings.check("data", lambda: _silo_data(config))
+    findings.check("data", lambda: _silo_data(config, greeting.terms if greeting is not None else None))
     findings.check("device", lambda: _device(config.device))
     findings.check("work", lambda: _writable(config.work))
     # The proxy of another federation comes beside those that are there.
@@ -193,11 +195,7 @@ def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
 
 def _connection(config: SiloConfig) -> Greeting:
     greeting = greet(config.server, config.tls, name=config.insecure_name, timeout_seconds=CONNECT_SECONDS)
-    there, here = greeting.package_version, fedpft.__version__
-    if series(there) != series(here):
-        raise RefusedByServer(
-            f"{config.server} runs fedpft {there}, this machine {here}", f"install fedpft {there} here"
-        )
+    greeting.check_version(config.server)
     return greeting
 
 
@@ -216,9 +214,25 @@ def _clock(greeting: Greeting) -> str:
     return f"{abs(ahead):.1f} s from the server's, measured to {greeting.seconds / 2:.1f} s"
 
 
-def _silo_data(config: SiloConfig) -> str:
-    rows = read_rows(config.data.path, [("label", config.data.columns.label)])
-    return f"{config.data.path}: {len(rows)} labelled rows"
+def _silo_data(config: SiloConfig, terms: Terms | None) -> str:
+    """As `run` looks at it; without the server's answer, what can be known alone."""
+    examination = data.examine(config)
+    if terms is None:
+        if (fault := examination.fault(config.data.bad_rows, data.WAY_OUT)) is not None:
+            raise fault
+        usable = examination.rows - len(examination.faults)
+        return f"{config.data.path}: {usable} labelled rows; the server did not say which labels there are"
+    samples = data.fit(examination, config, terms)
+    found = f"{config.data.path}: {len(samples)} labelled rows of {len(terms.labels)} labels"
+    if terms.task == "sequence-classification":
+        found += f"; {data.describe_lengths(config, samples, terms)}"
+    return _unless_warned(found, samples)
+
+
+def _unless_warned(found: str, *files: Samples) -> str:
+    if warnings := [warning for samples in files for warning in samples.warnings]:
+        raise Worry("; ".join([found, *warnings]))
+    return found
 
 
 # --- a server ---------------------------------------------------------------------------------------------------------
@@ -267,10 +281,26 @@ def _model(config: ServerConfig) -> str:
 
 
 def _server_data(config: ServerConfig) -> str:
-    task, labels = config.model.task, read_label_list(config.model.labels)
-    public = read_unlabelled(config.public_data, config.columns, task)
-    found = f"{config.public_data}: {len(public)} rows"
+    section, encoding = config.model, config.encoding
+    labels = read_label_list(section.labels, encoding)
+    files = [read_unlabelled(config.public_data, config.columns, section.task, encoding)]
     if config.test_data is not None:
-        test = read_labelled(config.test_data, config.columns, task, labels)
-        found += f"; {config.test_data}: {len(test.inputs)} rows"
-    return f"{found}; {config.model.labels}: {len(labels)} labels"
+        files.append(read_labelled(config.test_data, config.columns, section.task, labels, encoding))
+    found = [f"{samples.path}: {len(samples)} rows" for samples in files] + [f"{section.labels}: {len(labels)} labels"]
+    if section.task == "sequence-classification":
+        found += _server_lengths(config, files)
+    return _unless_warned("; ".join(found), *files)
+
+
+def _server_lengths(config: ServerConfig, files: list[Samples]) -> list[str]:
+    """How many texts are cut in each file; nothing if the FM has no tokenizer, which is another check's finding."""
+    section = config.model
+    try:
+        tokenizer = load_processor(section.path, section.task)
+    except ModelError:
+        return []
+    longest = section.max_tokens
+    return [
+        describe_cut(samples.path.name, len(samples), cut_texts(samples.inputs, tokenizer, longest), longest)
+        for samples in files
+    ]

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "fedpft"
 
 ROWS: list[set[str]] = [
     {"errors", "atomic", "figures", "progress"},
-    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command", "lora", "audit"},
-    {"subffn", "models", "aggregation", "adapters"},
+    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "images", "command", "lora", "audit"},
+    {"subffn", "models", "aggregation", "adapters", "samples"},
     {
         "proxy",
         "distillation",
@@ -28,6 +28,7 @@ ROWS: list[set[str]] = [
     {"demo", "doctor", "cli"},
 ]
 BESIDE = {
+    ("images", "datafiles"),
     ("atomic", "errors"),
     ("federation", "seeding"),
     ("distillation", "datasets"),

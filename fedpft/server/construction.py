@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedpft import adapters, atomic, models
 from fedpft.config import ServerConfig
-from fedpft.datasets import EncodedDataset, encode, read_label_list, read_labelled, read_unlabelled
+from fedpft.datasets import EncodedDataset, characters_per_token, describe_cut, encode
 from fedpft.distillation import layer_level
 from fedpft.errors import ModelError
 from fedpft.evaluation import Gap, measure_gap
 from fedpft.progress import progress
 from fedpft.proxy import Proxy, Selection, cut, load_proxy, load_selection, save_bundle, save_selection, select
+from fedpft.samples import Samples, read_label_list, read_labelled, read_unlabelled
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +29,17 @@ GAP_SAMPLES = 16  # public samples on which proxy and FM are compared
 
 @dataclass(frozen=True)
 class Owner:
-    """What only the server has. `model` carries an untrained adapter, and so does every proxy cut from it."""
+    """What only the server has. `model` carries an untrained adapter, and so does every proxy cut from it.
+
+    characters_per_token: of the public texts; 0.0 for images.
+    """
 
     model: nn.Module
     processor: Any
     labels: tuple[str, ...]
     public: EncodedDataset
     test: EncodedDataset | None
+    characters_per_token: float
 
 
 @dataclass
@@ -79,21 +84,29 @@ def load_owner(config: ServerConfig) -> Owner:
     if config.threads:
         torch.set_num_threads(config.threads)
     section = config.model
-    labels = read_label_list(section.labels)
-    public = read_unlabelled(config.public_data, config.columns, section.task)
+    labels = read_label_list(section.labels, config.encoding)
+    public = read_unlabelled(config.public_data, config.columns, section.task, config.encoding)
     tested = None
     if config.test_data is not None:
-        tested = read_labelled(config.test_data, config.columns, section.task, labels)
+        tested = read_labelled(config.test_data, config.columns, section.task, labels, config.encoding)
     model = models.load_model(section.path, section.task, labels, seed=config.seed).to(config.device)
     processor = models.load_processor(section.path, section.task)
     models.pad_alike(model, processor)
     adapters.attach(model, config.adapter, seed=config.seed)
 
-    def encoded(inputs: list[str], classes: Tensor | None) -> EncodedDataset:
-        return encode(inputs, classes, processor, section.task, section.max_tokens)
+    def encoded(samples: Samples) -> EncodedDataset:
+        for warning in samples.warnings:
+            log.warning("%s", warning)
+        dataset = encode(samples, processor, section.task, section.max_tokens)
+        if dataset.cut:
+            log.warning("%s", describe_cut(samples.path, len(dataset), dataset.cut, section.max_tokens))
+        return dataset
 
-    test = None if tested is None else encoded(tested.inputs, tested.labels)
-    return Owner(model, processor, labels, encoded(public, None), test)
+    test = None if tested is None else encoded(tested)
+    length = 0.0
+    if section.task == "sequence-classification":
+        length = characters_per_token(public.inputs, processor, seed=config.seed)
+    return Owner(model, processor, labels, encoded(public), test, length)
 
 
 def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
@@ -139,7 +152,7 @@ def load_built(config: ServerConfig, directory: Path) -> Built:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{directory}: not a whole proxy directory ({error})", "run fedpft build-proxy") from None
     proxy = load_proxy(directory / "bundle")
-    if proxy.labels != read_label_list(config.model.labels):
+    if proxy.labels != read_label_list(config.model.labels, config.encoding):
         raise ModelError(f"{directory}: built for other labels than {config.model.labels}", "build the proxy again")
     proxy.model.to(config.device)
     adapters.attach(proxy.model, config.adapter, seed=config.seed)

@@ -1,4 +1,4 @@
-"""A silo's whole life: look at one's own files, enrol, fetch the proxy, train round after round, go."""
+"""A silo's whole life: look at one's own files, enrol if they fit, fetch the proxy, train round after round, go."""
 
 import logging
 from pathlib import Path
@@ -8,14 +8,16 @@ from torch import Tensor
 
 from fedpft import adapters, atomic, datasets
 from fedpft.config import ShareSection, SiloConfig
-from fedpft.datafiles import read_rows
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
 from fedpft.proxy import apply_patch, load_proxy
+from fedpft.samples import Samples
+from fedpft.silo import data
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
 from fedpft.silo.work import Update, Work, opened
 from fedpft.training import train_round
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.encoding import encode
+from fedpft.wire.hello import Terms
 from fedpft.wire.status import sanitised
 from fedpft.wire.tensors import Group, read_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -32,19 +34,18 @@ def run(config: SiloConfig) -> None:
         FedPFTError: any other of docs/errors.md.
     """
     name = check_certificates(config.tls, "silo") if config.tls is not None else str(config.insecure_name)
-    # Task and label list come with the proxy; all that can be known about the file without them is checked now.
-    samples = len(read_rows(config.data.path, [("label", config.data.columns.label)]))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     participant: Participant | None = None
     try:
+        samples, terms = data.prepare(config)
         # A fault of the disk is explained within the connection, so that the server hears that this silo leaves.
         with opened(config.work) as work, ServerConnection(config) as server, atomic.explaining_faults(config.work):
-            enrolment = server.enrol(samples)
-            log.info("%s: enrolled at %s with %d samples", name, config.server, samples)
+            enrolment = server.enrol(len(samples))
+            log.info("%s: enrolled at %s with %d samples", name, config.server, len(samples))
             work.join(enrolment)
             offer_again(server, work, config.share)
-            participant = Participant(name, config, work, enrolment, server)
+            participant = Participant(name, config, samples, terms, work, enrolment, server)
             participant.take_part()
     except KeyboardInterrupt:
         place = f"in round {participant.round}" if participant and participant.round else "before its first round"
@@ -92,23 +93,37 @@ class Participant:
     """
 
     def __init__(
-        self, name: str, config: SiloConfig, work: Work, enrolment: Enrolment, server: ServerConnection
+        self,
+        name: str,
+        config: SiloConfig,
+        samples: Samples,
+        terms: Terms,
+        work: Work,
+        enrolment: Enrolment,
+        server: ServerConnection,
     ) -> None:
         """Fetches the proxy, unless it is there.
 
+        Args:
+            samples: this silo's, as they fit `terms`.
+
         Raises:
-            DataError: the data has a label that the server's list has not.
+            DataError: the tokenizer finds no token in a text.
             ModelError: the proxy is none.
+            RefusedByServer: the proxy is for another task or other labels than the server said before.
         """
         self.name, self.config, self.settings = name, config, enrolment.settings
         self.version = self.round = 0
         self._work, self._server = work, server
         self.proxy = load_proxy(server.fetch_proxy(enrolment))
-        task, labels = self.proxy.task, self.proxy.labels
-        samples = datasets.read_labelled(config.data.path, config.data.columns, task, labels)
+        task, longest = self.proxy.task, self.proxy.max_tokens
+        if (task, self.proxy.labels) != (terms.task, terms.labels):
+            raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
         self.dataset = datasets.encode(
-            samples.inputs, samples.labels, self.proxy.processor, task, self.proxy.max_tokens
+            samples, self.proxy.processor, task, longest, bad_rows=config.data.bad_rows, way_out=data.WAY_OUT
         )
+        if self.dataset.cut:
+            log.warning("%s", datasets.describe_cut(name, len(self.dataset), self.dataset.cut, longest))
         adapters.attach(self.proxy.model, self.settings.adapter, seed=self.settings.seed)
         self.proxy.model.to(config.device)
 
@@ -179,7 +194,8 @@ class Participant:
         )
         if result.inactivity is not None:
             groups["inactivity"] = result.inactivity
-        shared: dict[str, float] = {name: result.metrics[name] for name in self.config.share.metrics}
+        metrics = result.metrics | {"skipped_rows": self.dataset.skipped, "cut_texts": self.dataset.cut}
+        shared: dict[str, float] = {name: metrics[name] for name in self.config.share.metrics}
         return self._work.keep_update(task, groups, residual, samples=result.samples, metrics=shared)
 
     def _fetch(self, task: pb.Train) -> Path:

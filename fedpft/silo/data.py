@@ -1,0 +1,70 @@
+"""A silo's own data before it enrols: looked at alone, then against what the server says; the doctor does the same."""
+
+import logging
+
+from fedpft import models
+from fedpft.config import SiloConfig
+from fedpft.datasets import cut_texts, describe_cut
+from fedpft.errors import FedPFTError, ModelError, RefusedByServer
+from fedpft.samples import Examination, Samples
+from fedpft.silo.connection import SAME_VERSION
+from fedpft.silo.work import Work
+from fedpft.wire.hello import Terms, greet
+
+log = logging.getLogger(__name__)
+
+WAY_OUT = "; or set data.bad_rows: skip in silo.yaml to go on without them"
+REPORT_SECONDS = 5.0  # for the server's labels, where rows are bad anyhow and all that is wrong should be said at once
+
+
+def examine(config: SiloConfig) -> Examination:
+    """Looks at all that can be known without the server; DataError if the file as a whole cannot be used."""
+    data = config.data
+    return Examination(data.path, data.columns, None, labelled=True, encoding=data.encoding)
+
+
+def fit(examination: Examination, config: SiloConfig, terms: Terms) -> Samples:
+    """The samples, with the server's classes; DataError, of everything that is wrong with the file."""
+    data = config.data
+    if examination.task != terms.task:  # the file has other columns, or those of both tasks
+        examination = Examination(data.path, data.columns, terms.task, labelled=True, encoding=data.encoding)
+    examination.resolve(terms.labels)
+    return examination.samples(data.bad_rows, WAY_OUT)
+
+
+def prepare(config: SiloConfig) -> tuple[Samples, Terms]:
+    """What a silo brings when it enrols, and what the server said of it; waits for a server that is away.
+
+    Raises:
+        DataError: this silo's data is not in order, or does not fit.
+        FedPFTError: what the server answered, or that it does not answer.
+    """
+    examination = examine(config)
+    fault = examination.fault(config.data.bad_rows, WAY_OUT)
+    patience = config.connect_timeout_seconds if fault is None else REPORT_SECONDS
+    try:
+        greeting = greet(config.server, config.tls, name=config.insecure_name, timeout_seconds=patience)
+        greeting.check_version(config.server)
+        if greeting.terms is None:
+            raise RefusedByServer(f"{config.server} does not say what the data must be like", SAME_VERSION)
+    except FedPFTError as error:
+        raise fault or error from None
+    samples = fit(examination, config, greeting.terms)
+    for warning in samples.warnings:
+        log.warning("%s", warning)
+    return samples, greeting.terms
+
+
+def describe_lengths(config: SiloConfig, samples: Samples, terms: Terms) -> str:
+    """How many texts will be cut: counted, if this federation's proxy is in `work`, or else estimated."""
+    joined = Work(config.work).joined()
+    try:
+        tokenizer = joined and models.load_processor(Work(config.work).proxy_path(joined), terms.task)
+    except ModelError:  # it was not received yet
+        tokenizer = None
+    if tokenizer is not None:
+        cut = cut_texts(samples.inputs, tokenizer, terms.max_tokens)
+        return describe_cut(samples.path.name, len(samples), cut, terms.max_tokens)
+    longest = terms.max_tokens * terms.characters_per_token
+    cut = sum(len(text) > longest for text in samples.inputs)
+    return f"about {describe_cut('by their characters', len(samples), cut, terms.max_tokens)}"
