@@ -33,7 +33,7 @@ class Section(BaseModel):
 def _check_encoding(encoding: str | None) -> str | None:
     if encoding is not None:
         try:
-            b"".decode(encoding)
+            b"a".decode(encoding, "replace")  # which some codecs cannot do that are for other things than files
         except (LookupError, UnicodeError):
             raise ValueError(f"{encoding!r} is no text encoding; Python's names are meant, such as cp1252") from None
     return encoding

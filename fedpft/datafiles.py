@@ -130,7 +130,7 @@ def read_text(path: Path, encoding: str | None = None) -> str:
         raise DataError(
             f"{path}:{line}: byte 0x{data[error.start]:02x} is not {codec.upper()}", NAME_THE_ENCODING
         ) from None
-    except UnicodeError as error:  # of codecs that know no position
+    except UnicodeError as error:  # punycode's, which names no byte
         raise DataError(f"{path}: is not {codec.upper()} ({one_line(error)})", NAME_THE_ENCODING) from None
     if not text.strip():
         raise DataError(f"{path}: the file is empty", "write a header line and one row a sample")

@@ -8,6 +8,7 @@ What Pillow would convert wrongly, or to a part of what the file holds, is refus
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -42,10 +43,8 @@ class Opened:
 def open_image(path: Path | str) -> Opened:
     """Reads an image, upright, in RGB; DataError if it cannot be read, or there is no rule for its kind."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(path)
-        with opened:
+        # Not by its path: of a TIFF that it can map into memory Pillow mixes up width and height if it is to be turned.
+        with open(path, "rb") as file, _opened(file) as opened:
             _check_frames(path, opened)
             depth = _depth(opened)
             scale = GREY_STEPS.get(_raw_mode(opened), 1)
@@ -54,13 +53,19 @@ def open_image(path: Path | str) -> Opened:
                 opened.info["transparency"] = key * scale
             image = ImageOps.exif_transpose(opened)
             if depth is None:
-                return Opened(_eight_bits(path, image), None)
+                return Opened(_eight_bits(path, image, opened.format), None)
             return _deep(image, depth, inverted=_is_white_zero(opened))
     except DataError:
         raise
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
         reason = one_line(error) or type(error).__name__
         raise DataError(f"image {path} cannot be read ({reason})", f"{REPLACE}; PNG, JPEG and TIFF are read") from None
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file)
 
 
 def _check_frames(path: Path | str, image: Image.Image) -> None:
@@ -108,13 +113,13 @@ def _deep(image: Image.Image, bits: int, *, inverted: bool) -> Opened:
     return Opened(Image.fromarray(grey).convert("RGB"), dim)
 
 
-def _eight_bits(path: Path | str, image: Image.Image) -> Image.Image:
+def _eight_bits(path: Path | str, image: Image.Image, kind: str | None) -> Image.Image:
     """Every mode of 8 bits or fewer; what is transparent shows the background."""
     mode, key = image.mode, image.info.get("transparency")
     if mode in ("I", "F") or mode.startswith("I;"):
         what = "floating-point numbers" if mode == "F" else "whole numbers without a known range"
-        raise DataError(f"image {path} holds {what} ({image.format}, mode {mode})", SAVE_AS_RGB)
-    if mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        raise DataError(f"image {path} holds {what} ({kind}, mode {mode})", SAVE_AS_RGB)
+    if mode == "CMYK" and kind == "JPEG" and "adobe" not in image.info:
         raise DataError(f"image {path} is a CMYK JPEG that does not say which end is ink", SAVE_AS_RGB)
     if isinstance(key, tuple) and max(key) > 255:
         raise DataError(f"image {path} has 16 bits a colour and a colour that is transparent", SAVE_AS_RGB)

@@ -343,8 +343,8 @@ def test_an_encoding_that_is_named_is_used_and_the_error_says_how_to_name_it(tmp
     assert read_labelled(path, COLUMNS, TEXT, LABELS, "cp1252").inputs == ["d\u00e9j\u00e0 vu"]
     marked = written(tmp_path, "b.csv", b"\xef\xbb\xbf" + "text\nd\u00e9j\u00e0\n".encode())
     assert read_unlabelled(marked, COLUMNS, TEXT, "cp1252").inputs == ["d\u00e9j\u00e0"], "its mark says it better"
-    with pytest.raises(DataError, match="is not IDNA"):
-        read_unlabelled(written(tmp_path, "c.csv", b"text\n\xff\xfe.\n"), COLUMNS, TEXT, "idna")
+    with pytest.raises(DataError, match="is not PUNYCODE"):
+        read_unlabelled(written(tmp_path, "c.csv", b"text,-\n"), COLUMNS, TEXT, "punycode")
 
 
 # --- bad rows ---------------------------------------------------------------------------------------------------------
