@@ -3,8 +3,6 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -266,19 +264,6 @@ def test_images_that_are_nearly_black_are_a_worry(examine, server_yaml, kits):
     assert code == 0
     assert found["data"][0] == "warning"
     assert "public.csv: 1 of 2 images of 16-bit grey use less than a quarter of their range" in found["data"][1]
-
-
-def test_names_that_the_terminal_cannot_show_end_no_command(silo_yaml):
-    odd = silo_yaml.parent / os.fsdecode(b"d\xff.csv")
-    (silo_yaml.parent / "data.csv").rename(odd)
-    values = yaml.safe_load(silo_yaml.read_text())
-    values["data"]["path"] = str(odd)
-    silo_yaml.write_text(yaml.safe_dump(values))
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    command = [sys.executable, "-m", "fedpft.cli", "doctor", "--config", str(silo_yaml)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr
-    assert "d\\udcff.csv: 2 labelled rows" in done.stdout
 
 
 def test_a_certificate_that_expires_soon_and_a_key_for_all_are_worries(examine, silo_yaml, kits):

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import io
 import json
 import shutil
 import socket
@@ -829,3 +830,10 @@ def test_a_command_ends_with_one_line_and_the_exit_code(capsys):
     assert command.run_command(fail) == DataError.exit_code
     assert command.run_command(interrupt) == 130
     assert capsys.readouterr().err.splitlines() == ["error: data.csv:3: no label -> add one", "error: interrupted"]
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_command(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert command.run_command(lambda: print("d\udcff.csv: h\u00e4", flush=True)) == 0
+    assert shown.buffer.getvalue() == b"d\\udcff.csv: h\\xe4\n"
