@@ -33,6 +33,7 @@ NAME_THE_ENCODING = (
     "name its encoding, such as cp1252 (Windows, Western Europe), in silo.yaml as data.encoding or in server.yaml as "
     "encoding; or save it as UTF-8"
 )
+UNCLOSED = "unexpected end of data"  # what the csv module says of a quote that is open at the end of the file
 SHOWN_FAULTS = 10
 SHOWN_CHARACTERS = 60
 # Format characters that are seen: signs around Arabic, Syriac and Kaithi numbers.
@@ -124,7 +125,7 @@ def read_text(path: Path, encoding: str | None = None) -> str:
         )
     codec = codec or "utf-8"
     try:
-        text = data.decode(codec).removeprefix("\ufeff")
+        text = data.decode(codec).removeprefix("\ufeff").removesuffix("\x1a")  # DOS's end of a file
     except UnicodeDecodeError as error:
         line = len(_lines(data[: error.start].decode(codec, "replace")))
         raise DataError(
@@ -256,14 +257,15 @@ def _csv_table(path: Path, text: str, kind: str, columns: _Columns) -> Table:
 
 
 def _separated(path: Path, text: str, separator: str, first_line: int, columns: _Columns) -> Table:
-    records = _records(path, text, separator, first_line)
+    faults = RowFaults(path)
+    records = _records(path, text, separator, first_line, faults)
     line, header = next(records, (first_line, []))
     try:
         found = columns.find(header)
     except _Missing as missing:
         message, remedy = missing.args
         raise DataError(f"{path}:{line}: {message}", remedy) from None
-    table = Table(tuple(found), RowFaults(path))
+    table = Table(tuple(found), faults)
     # without the empty columns that spreadsheets append
     width = 1 + max(number for number, cell in enumerate(header) if cell.strip() or number in found.values())
     for line, record in records:
@@ -278,20 +280,31 @@ def _separated(path: Path, text: str, separator: str, first_line: int, columns: 
     return table
 
 
-def _records(path: Path, text: str, separator: str, first_line: int) -> Iterator[tuple[int, list[str]]]:
-    """The records that are not blank, each with the line where it begins."""
+def _records(
+    path: Path, text: str, separator: str, first_line: int, faults: RowFaults | None = None
+) -> Iterator[tuple[int, list[str]]]:
+    """The records that are not blank, each with the line where it begins.
+
+    Args:
+        faults: takes those that are malformed within one line. Where lines may have been swallowed, by a quote that
+            does not close in its own, nobody knows which rows there are: that is a fault of the file.
+    """
     csv.field_size_limit(LONGEST_FIELD)  # of the process: the csv module knows no other
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    line = first_line
-    try:
-        for record in reader:
-            if any(cell.strip() for cell in record):
-                yield line, record
-            line = first_line + reader.line_num
-    except csv.Error as error:
-        raise DataError(
-            f"{path}:{line}: malformed row ({error})", "check the double quotes of this row: each that opens must close"
-        ) from None
+    while True:
+        line = first_line + reader.line_num
+        try:
+            record = next(reader, None)
+        except csv.Error as error:
+            message, remedy = f"malformed row ({error})", "check its double quotes: each that opens must close"
+            if faults is None or first_line + reader.line_num != line + 1 or UNCLOSED in str(error):
+                raise DataError(f"{path}:{line}: {message}", remedy) from None
+            faults.add(line, message, remedy)
+            continue
+        if record is None:
+            return
+        if any(cell.strip() for cell in record):
+            yield line, record
 
 
 # --- JSON lines -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ PRIMARY_FIRST = ("MPO",)  # the other frames are previews, depth maps and the li
 DIM_SHARE = 0.25
 WHITE_IS_ZERO = 0  # of TIFF's PhotometricInterpretation
 PHOTOMETRIC = 262
+DEEP = ";16"  # in Pillow's name for how the values stand in the file
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # of PNG's few-bit greys on the scale of 8 bits
 
 REPLACE = "replace it or remove the row"
@@ -33,7 +34,7 @@ class Opened:
     """An image as the model's image processor takes it.
 
     image: RGB, of 8 bits.
-    dim: with 16-bit grey whether its values stay below a quarter of their range; None for other images.
+    dim: of an image of more than 8 bits whether its values stay below a quarter of their range; None for others.
     """
 
     image: Image.Image
@@ -46,14 +47,14 @@ def open_image(path: Path | str) -> Opened:
         # Not by its path: of a TIFF that it can map into memory Pillow mixes up width and height if it is to be turned.
         with open(path, "rb") as file, _opened(file) as opened:
             _check_frames(path, opened)
-            depth = _depth(opened)
-            scale = GREY_STEPS.get(_raw_mode(opened), 1)
+            depth, raw = _depth(opened), _raw_mode(opened)
             opened.load()
             if isinstance(key := opened.info.get("transparency"), int) and opened.mode == "L":
-                opened.info["transparency"] = key * scale
+                opened.info["transparency"] = key * GREY_STEPS.get(raw, 1)
             image = ImageOps.exif_transpose(opened)
             if depth is None:
-                return Opened(_eight_bits(path, image, opened.format), None)
+                rgb = _eight_bits(path, image, opened.format, raw)
+                return Opened(rgb, _is_dim(image) if DEEP in raw else None)
             return _deep(image, depth, inverted=_is_white_zero(opened))
     except DataError:
         raise
@@ -98,6 +99,12 @@ def _is_white_zero(image: Image.Image) -> bool:
     return image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
 
 
+def _is_dim(image: Image.Image) -> bool:
+    """Of colours that had 16 bits in the file, from each of which Pillow takes the upper 8."""
+    highest = max(high for _, high in image.convert("RGB").getextrema())  # type: ignore[misc]
+    return highest < DIM_SHARE * 256
+
+
 def _deep(image: Image.Image, bits: int, *, inverted: bool) -> Opened:
     """Grey of more than 8 bits: 0 is black and the largest value that the bits can hold is white."""
     highest = (1 << bits) - 1
@@ -113,7 +120,7 @@ def _deep(image: Image.Image, bits: int, *, inverted: bool) -> Opened:
     return Opened(Image.fromarray(grey).convert("RGB"), dim)
 
 
-def _eight_bits(path: Path | str, image: Image.Image, kind: str | None) -> Image.Image:
+def _eight_bits(path: Path | str, image: Image.Image, kind: str | None, raw: str) -> Image.Image:
     """Every mode of 8 bits or fewer; what is transparent shows the background."""
     mode, key = image.mode, image.info.get("transparency")
     if mode in ("I", "F") or mode.startswith("I;"):
@@ -121,7 +128,7 @@ def _eight_bits(path: Path | str, image: Image.Image, kind: str | None) -> Image
         raise DataError(f"image {path} holds {what} ({kind}, mode {mode})", SAVE_AS_RGB)
     if mode == "CMYK" and kind == "JPEG" and "adobe" not in image.info:
         raise DataError(f"image {path} is a CMYK JPEG that does not say which end is ink", SAVE_AS_RGB)
-    if isinstance(key, tuple) and max(key) > 255:
+    if isinstance(key, tuple) and DEEP in raw:
         raise DataError(f"image {path} has 16 bits a colour and a colour that is transparent", SAVE_AS_RGB)
     if mode == "La":
         image = image.convert("LA")
@@ -141,6 +148,6 @@ def describe_dim(deep: int, dim: int) -> str | None:
     if not dim:
         return None
     return (
-        f"{dim} of {deep} images of 16-bit grey use less than a quarter of their range and are nearly black for the "
+        f"{dim} of {deep} images of 16 bits use less than a quarter of their range and are nearly black for the "
         "model -> if a sensor of fewer bits made them, multiply their values so that its white becomes 65535"
     )

@@ -263,7 +263,7 @@ def test_images_that_are_nearly_black_are_a_worry(examine, server_yaml, kits):
     code, found = examine(server_yaml)
     assert code == 0
     assert found["data"][0] == "warning"
-    assert "public.csv: 1 of 2 images of 16-bit grey use less than a quarter of their range" in found["data"][1]
+    assert "public.csv: 1 of 2 images of 16 bits use less than a quarter of their range" in found["data"][1]
 
 
 def test_a_certificate_that_expires_soon_and_a_key_for_all_are_worries(examine, silo_yaml, kits):

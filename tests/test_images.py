@@ -184,14 +184,15 @@ def test_a_transparent_colour_shows_the_background(tmp_path: Path) -> None:
     assert pixels(saved(grey(257, 514), tmp_path / "c.png", transparency=257)) == [WHITE, (2,) * 3]
 
 
-def png(bits: int, colour: int, row: bytes, width: int, transparent: bytes) -> bytes:
+def png(bits: int, colour: int, row: bytes, width: int, transparent: bytes | None = None) -> bytes:
     """A one-row PNG of a kind that Pillow does not write."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0)
-    parts = chunk(b"IHDR", header) + chunk(b"tRNS", transparent) + chunk(b"IDAT", zlib.compress(b"\0" + row))
+    key = b"" if transparent is None else chunk(b"tRNS", transparent)
+    parts = chunk(b"IHDR", header) + key + chunk(b"IDAT", zlib.compress(b"\0" + row))
     return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b"")
 
 
@@ -209,27 +210,38 @@ def test_a_transparent_grey_of_few_bits_is_found(bits: int, row: int, tmp_path: 
 
 def test_16_bits_a_colour_are_read_but_not_with_a_transparent_colour(tmp_path: Path) -> None:
     path, row = tmp_path / "a.png", struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 65535, 0, 65535)
-    path.write_bytes(png(16, 2, row, 2, struct.pack(">3H", 0, 0, 1)))
+    path.write_bytes(png(16, 2, row, 2))
     assert pixels(path) == [(0x12, 0x56, 0x9A), (255, 0, 255)]
-    path.write_bytes(png(16, 2, row, 2, struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)))
+    path.write_bytes(png(16, 2, row, 2, struct.pack(">3H", 0x12, 0x56, 0x9A)))
     with pytest.raises(DataError, match="16 bits a colour and a colour that is transparent"):
         open_image(path)
+
+
+@pytest.mark.parametrize(("value", "dim"), [(0x0FFF, True), (0x3FFF, True), (0x4000, False)])
+def test_16_bits_a_colour_that_are_hardly_used_are_noticed(value: int, dim: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(16, 2, struct.pack(">3H", 0, value, 0), 1))
+    assert open_image(path).dim is dim
 
 
 # --- orientation, frames, damage --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
-@pytest.mark.parametrize("deep", [False, True])
-def test_images_are_turned_upright(suffix: str, deep: bool, tmp_path: Path) -> None:
-    if deep and suffix in ("jpg", "webp"):
-        return
+@pytest.mark.parametrize(
+    ("suffix", "deep", "options"),
+    [
+        *((suffix, False, {}) for suffix in ("png", "jpg", "tiff", "webp")),
+        *((suffix, True, {}) for suffix in ("png", "tiff")),
+        ("tiff", False, {"compression": "tiff_lzw"}),
+    ],
+)
+def test_images_are_turned_upright(suffix: str, deep: bool, options: Any, tmp_path: Path) -> None:
     values = np.zeros((32, 64), np.uint16 if deep else np.uint8)
     values[:16, :16] = 65535 if deep else 255  # the upper left corner, before it is turned by a quarter to the right
     image, exif = Image.fromarray(values), Image.Exif()
     exif[ORIENTATION] = 6
     path = tmp_path / f"a.{suffix}"
-    saved(image, path, **({"tiffinfo": {ORIENTATION: 6}} if suffix == "tiff" else {"exif": exif}))
+    saved(image, path, **options, **({"tiffinfo": {ORIENTATION: 6}} if suffix == "tiff" else {"exif": exif}))
     found = np.asarray(open_image(path).image)
     assert found.shape == (64, 32, 3)
     assert found[8, 24].min() > 200

@@ -305,6 +305,7 @@ SPREADSHEETS: dict[str, tuple[str, str | bytes]] = {
     "quotes within the header": ("a.csv", 'text, "label"\n"one; two, three",sport\nnext,science\n'),
     "empty columns": ("a.csv", 'text;label;;;\n"one; two, three";sport;;;\nnext;science;;;\n;;;;\n'),
     "empty columns in some rows": ("a.csv", ' ;;\ntext;label\n"one; two, three";sport;;\nnext;science\n;;\n\n'),
+    "an end of file as DOS writes it": ("a.csv", 'text;label\r\n"one; two, three";sport\r\nnext;science\r\n\x1a'),
     "quotes everywhere": ("a.csv", '"text","label"\n"one; two, three","sport"\n"next","science"\n'),
     "JSON, old Mac line ends": (
         "a.jsonl",
@@ -397,6 +398,15 @@ def test_a_file_of_bad_rows_only_is_refused_in_any_case(tmp_path: Path) -> None:
 def test_a_fault_of_the_whole_file_is_refused_in_any_case(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         Examination(written(tmp_path, "a.csv", content), COLUMNS, None, labelled=True)
+
+
+def test_a_row_whose_quotes_are_wrong_is_one_row_unless_it_may_have_swallowed_others(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", 'text,label\na,sport\n"b" c,sport\nd,science\n"e"f,\n')
+    samples = Examination(path, COLUMNS, None, labelled=True).samples("skip")
+    assert (samples.inputs, samples.lines, samples.skipped) == (["a", "d"], [2, 4], 2)
+    for rows in ('"b,sport\nd,science\n', '"b,sport\nd,science\ne"f,sport\n', '"b,sport'):
+        with pytest.raises(DataError, match=r"a\.csv:3: malformed row"):
+            Examination(written(tmp_path, "a.csv", f"text,label\na,sport\n{rows}"), COLUMNS, None, labelled=True)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
@@ -511,5 +521,5 @@ def test_dim_16_bit_images_are_a_warning_of_the_file(tmp_path: Path) -> None:
     Image.new("L", (4, 3)).save(tmp_path / "plain.png")
     path = written(tmp_path, "a.csv", "image\ndim.png\nbright.png\nplain.png\n")
     (warning,) = read_unlabelled(path, COLUMNS, IMAGE).warnings
-    assert warning.startswith(f"{path}: 1 of 2 images of 16-bit grey use less than a quarter of their range")
+    assert warning.startswith(f"{path}: 1 of 2 images of 16 bits use less than a quarter of their range")
     assert read_unlabelled(written(tmp_path, "b.csv", "image\nbright.png\nplain.png\n"), COLUMNS, IMAGE).warnings == ()
