@@ -296,7 +296,8 @@ def _records(
         try:
             record = next(reader, None)
         except csv.Error as error:
-            message, remedy = f"malformed row ({error})", "check its double quotes: each that opens must close"
+            reason = str(error).replace("\t", "\\t")
+            message, remedy = f"malformed row ({reason})", "check its double quotes: each that opens must close"
             if faults is None or first_line + reader.line_num != line + 1 or UNCLOSED in str(error):
                 raise DataError(f"{path}:{line}: {message}", remedy) from None
             faults.add(line, message, remedy)

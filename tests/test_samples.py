@@ -127,6 +127,12 @@ FAULTS: dict[str, tuple[str, str | bytes | None, str, str]] = {
     "too many fields": ("a.csv", "text,label\na, b,sport\n", "a.csv:2: the row has 3 fields, the header 2", "quotes"),
     "open quote": ("a.csv", 'text,label\nfirst,sport\n"open,sport\n', "a.csv:3: malformed row", "quotes"),
     "text after a quote": ("a.csv", 'text,label\n"a"b,sport\n', "a.csv:2: malformed row", "quotes"),
+    "text after a quote, between tabs": (
+        "a.tsv",
+        'text\tlabel\n"a"b\tsport\n',
+        "a.tsv:2: malformed row ('\\t' expected",
+        "quotes",
+    ),
     "malformed JSON": (
         "a.jsonl",
         '{"text": "a", "label": "sport"}\n{"text": \n',
