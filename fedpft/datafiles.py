@@ -185,10 +185,10 @@ class _Columns:
         optional = {role: column for role, column in self._any_of.items() if alike(column) in names}
         if self._any_of and not optional:
             ours = " nor ".join(repr(column) for column in self._any_of.values())
-            raise _Missing(
-                f"no column {ours} among {listed(there)}",
-                f"set {' or '.join(f'columns.{role}' for role in self._any_of)} to the one that holds it",
-            )
+            remedy = f"set {' or '.join(f'columns.{role}' for role in self._any_of)} to the one that holds it"
+            for role, column in self._any_of.items():
+                remedy = closest(column, there, remedy, f" (set columns.{role})")
+            raise _Missing(f"no column {ours} among {listed(there)}", remedy)
         return {
             role: self._position(names, there, role, column) for role, column in {**self._wanted, **optional}.items()
         }

@@ -142,12 +142,6 @@ def encode(
     return dataset
 
 
-def cut_texts(texts: Sequence[str], processor: Any, max_tokens: int) -> int:
-    """How many of the texts are longer than `max_tokens` tokens."""
-    parts = (texts[start : start + TOKENIZED_AT_ONCE] for start in range(0, len(texts), TOKENIZED_AT_ONCE))
-    return sum(_longer(part, processor, max_tokens) for part in parts)
-
-
 def characters_per_token(texts: Sequence[str], processor: Any, *, seed: int) -> float:
     """Measured on a sample of the texts, so that whoever has no tokenizer can tell how long a text is."""
     chosen = [

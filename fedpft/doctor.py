@@ -15,7 +15,7 @@ import yaml
 import fedpft
 from fedpft import atomic, kernels
 from fedpft.config import ServerConfig, SiloConfig, TlsSection, load_server_config, load_silo_config
-from fedpft.datasets import cut_texts, describe_cut
+from fedpft.datasets import describe_cut, encode
 from fedpft.errors import CertificateError, ConfigError, FedPFTError, ModelError, PortInUse
 from fedpft.kernels.check import check_operators
 from fedpft.models import load_processor
@@ -301,6 +301,6 @@ def _server_lengths(config: ServerConfig, files: list[Samples]) -> list[str]:
         return []
     longest = section.max_tokens
     return [
-        describe_cut(samples.path.name, len(samples), cut_texts(samples.inputs, tokenizer, longest), longest)
+        describe_cut(samples.path.name, len(samples), encode(samples, tokenizer, section.task, longest).cut, longest)
         for samples in files
     ]

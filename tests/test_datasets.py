@@ -17,7 +17,6 @@ from fedpft.datasets import (
     EncodedDataset,
     batches,
     characters_per_token,
-    cut_texts,
     dirichlet_partition,
     encode,
     evaluation_batches,
@@ -143,7 +142,6 @@ def test_texts_that_were_cut_are_counted(at_once: int, monkeypatch: pytest.Monke
     monkeypatch.setattr("fedpft.datasets.TOKENIZED_AT_ONCE", at_once)
     texts = ["a b", "a b c", "a", "a b c d e", "a b"]  # and two special tokens each
     assert [encode(samples_of(texts), WordTokenizer(), TEXT, longest).cut for longest in (4, 5, 7)] == [2, 1, 0]
-    assert [cut_texts(texts, WordTokenizer(), longest) for longest in (4, 5, 7)] == [2, 1, 0]
 
 
 def test_characters_per_token_are_those_of_a_sample_anywhere_in_the_file() -> None:

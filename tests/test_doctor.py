@@ -242,6 +242,16 @@ def test_a_server_counts_the_texts_that_it_will_cut(examine, server_yaml, kits):
     assert "test.csv: 0 of 1 texts" in found[1]
 
 
+def test_what_only_a_tokenizer_finds_is_found_where_there_is_one(examine, server_yaml, kits):
+    tiny.processor("bert").save_pretrained(kits / "model")
+    settings = json.loads((kits / "model/tokenizer_config.json").read_text())
+    (kits / "model/tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": None}))
+    (kits / "model/config.json").write_text(json.dumps({"model_type": "bert"}))
+    code, found = examine(server_yaml)
+    assert code == ModelError.exit_code
+    assert "no padding token" in found["data"][1]
+
+
 def test_a_servers_files_may_have_an_encoding_of_their_own(examine, server_yaml, kits):
     (kits / "labels.txt").write_bytes("n\u00e9\noui\n".encode("cp1252"))
     (kits / "test.csv").write_bytes("text;label\none;n\u00e9\n".encode("cp1252"))

@@ -1,6 +1,7 @@
 """What institutions bring as data files: spreadsheets of the world, JSON lines, bad rows, labels that look the same."""
 
 import codecs
+import re
 from pathlib import Path
 
 import pytest
@@ -364,13 +365,9 @@ def test_the_first_ten_faults_are_named_together_and_all_are_counted(tmp_path: P
         read_labelled(written(tmp_path, "a.csv", MANY), COLUMNS, TEXT, LABELS)
     message = raised.value.message
     assert f"{tmp_path}/a.csv: 16 of 21 rows cannot be used" in message
-    places = ["3: the text", "4: the label", "5: label 'spurt'", "6: the row has", "8: the text", "9: the label"]
-    places += ["10: label", "11: the row", "13: the text", "14: the label"]
-    assert [
-        message.index(f"; a.csv:{place}" if number else f"a.csv:{place}") for number, place in enumerate(places)
-    ] == sorted(message.index(f"a.csv:{place}") - (2 if number else 0) for number, place in enumerate(places))
+    lines = [int(line) for line in re.findall(r"a\.csv:(\d+): (?:the|label)", message)]
+    assert lines == [3, 4, 5, 6, 8, 9, 10, 11, 13, 14]
     assert message.endswith("; and 6 faults more")
-    assert "a.csv:15" not in message
     assert "\n" not in str(raised.value)
 
 
@@ -433,6 +430,9 @@ def test_the_columns_say_what_the_samples_are(name: str, tmp_path: Path) -> None
     with pytest.raises(DataError, match="no column 'text' nor 'image' among body, label") as raised:
         found("body", "label")
     assert "columns.text or columns.image" in raised.value.remedy
+    with pytest.raises(DataError, match="no column 'text' nor 'image' among Text, label") as raised:
+        found("Text", "label")
+    assert raised.value.remedy == "did you mean 'Text'? (set columns.text)"
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

@@ -1039,6 +1039,14 @@ def test_explain_lists_every_tensor_that_is_sent(encoding: str, federation: Any,
     assert f"encoding        {encoding}: " in text
 
 
+def test_explain_counts_the_rows_that_can_be_used(with_data: Any) -> None:
+    _, config = with_data("a bird,\n")
+    with pytest.raises(DataError, match=r"data\.csv:11: the label is empty"):
+        explain(config)
+    data = config.data.model_copy(update={"bad_rows": "skip"})
+    assert f"samples         {len(TEXTS)}\n" in explain(config.model_copy(update={"data": data}))
+
+
 def test_explain_names_the_certificate(federation: Any, tmp_path: Path) -> None:
     provision(tmp_path / "kits", ["north"])
     kit = tmp_path / "kits" / "silos" / "north"

@@ -4,7 +4,7 @@ import logging
 
 from fedpft import models
 from fedpft.config import SiloConfig
-from fedpft.datasets import cut_texts, describe_cut
+from fedpft.datasets import describe_cut, encode
 from fedpft.errors import FedPFTError, ModelError, RefusedByServer
 from fedpft.samples import Examination, Samples
 from fedpft.silo.connection import SAME_VERSION
@@ -56,15 +56,20 @@ def prepare(config: SiloConfig) -> tuple[Samples, Terms]:
 
 
 def describe_lengths(config: SiloConfig, samples: Samples, terms: Terms) -> str:
-    """How many texts will be cut: counted, if this federation's proxy is in `work`, or else estimated."""
+    """How many texts will be cut: counted, if this federation's proxy is in `work`, or else estimated.
+
+    Raises:
+        DataError: the tokenizer, if it is there, finds no token in some of them.
+    """
     joined = Work(config.work).joined()
     try:
         tokenizer = joined and models.load_processor(Work(config.work).proxy_path(joined), terms.task)
     except ModelError:  # it was not received yet
         tokenizer = None
     if tokenizer is not None:
-        cut = cut_texts(samples.inputs, tokenizer, terms.max_tokens)
-        return describe_cut(samples.path.name, len(samples), cut, terms.max_tokens)
-    longest = terms.max_tokens * terms.characters_per_token
-    cut = sum(len(text) > longest for text in samples.inputs)
+        bad_rows, longest = config.data.bad_rows, terms.max_tokens
+        dataset = encode(samples, tokenizer, terms.task, longest, bad_rows=bad_rows, way_out=WAY_OUT)
+        return describe_cut(samples.path.name, len(dataset), dataset.cut, longest)
+    characters = terms.max_tokens * terms.characters_per_token
+    cut = sum(len(text) > characters for text in samples.inputs)
     return f"about {describe_cut('by their characters', len(samples), cut, terms.max_tokens)}"
