@@ -461,6 +461,7 @@ class Call:
 
 
 requests = st.one_of(
+    st.builds(pb.HelloRequest, package_version=st.sampled_from([fedpft.__version__, "", "0", "x.y\0"])),
     st.builds(
         pb.EnrolRequest,
         samples=st.sampled_from([0, 10, 2**64 - 1]),
