@@ -7,17 +7,19 @@ adapter gradients, as means over the compressed layers, on public documents that
 import argparse
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fedpft import adapters, demo_data, models
 from fedpft.config import AdapterSection, ColumnsSection, DistillationSection, ProxySection
-from fedpft.datasets import encode, read_label_list, read_unlabelled
+from fedpft.datasets import encode
 from fedpft.demo import FULL, SILOS
 from fedpft.distillation import layer_level
 from fedpft.evaluation import measure_gap
 from fedpft.proxy import cut, select
+from fedpft.samples import read_label_list, read_unlabelled
 
 HELD_OUT = 64
 TASK = "sequence-classification"
@@ -46,10 +48,12 @@ def main() -> None:
             concentration=1.0,
             seed=seed,
         )
-        texts, labels = read_unlabelled(data.public, ColumnsSection(), TASK), read_label_list(data.labels)
+        public, labels = read_unlabelled(data.public, ColumnsSection(), TASK), read_label_list(data.labels)
     processor = models.load_processor(demo_data.model_directory(), TASK)
-    seen = encode(texts[HELD_OUT:], None, processor, TASK, max_tokens)
-    held_out = encode(texts[:HELD_OUT], None, processor, TASK, max_tokens)
+    held_out, seen = (
+        encode(replace(public, inputs=public.inputs[part], lines=public.lines[part]), processor, TASK, max_tokens)
+        for part in (slice(HELD_OUT), slice(HELD_OUT, None))  # the demo's data is in random order
+    )
     model = models.load_model(demo_data.model_directory(), TASK, labels, seed=seed)
     adapters.attach(model, AdapterSection(), seed=seed)
     selection = select(model, ProxySection())

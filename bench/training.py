@@ -31,9 +31,10 @@ from fedpft import adapters, demo_data, models
 from fedpft.architectures import layers_of
 from fedpft.command import run_command
 from fedpft.config import AdapterSection, ColumnsSection, LimitsSection, ProxySection, RoundSettings, TrainingSection
-from fedpft.datasets import EncodedDataset, TextDataset, batches, encode, read_label_list, read_labelled
+from fedpft.datasets import EncodedDataset, TextDataset, batches, encode
 from fedpft.errors import FedPFTError
 from fedpft.proxy import Selection, cut, select
+from fedpft.samples import read_label_list, read_labelled
 from fedpft.seeding import derive_seed
 from fedpft.training import LocalResult, train_round
 
@@ -277,7 +278,7 @@ def _newsgroups(case: Case, processor: Any) -> EncodedDataset:
         )
         labels = read_label_list(data.labels)
         samples = read_labelled(data.silos[SILO], ColumnsSection(), TASK, labels)
-    return encode(samples.inputs, samples.labels, processor, TASK, case.max_tokens)
+    return encode(samples, processor, TASK, case.max_tokens)
 
 
 def _synthetic(case: Case) -> EncodedDataset:

@@ -247,6 +247,7 @@ def server_federation(
     from fedpft.server.ledger import Ledger
     from fedpft.server.service import FederationServer
     from fedpft.server.updates import aggregate
+    from fedpft.wire.hello import Terms
     from fedpft.wire.tensors import write_tensors
 
     config = ServerConfig(
@@ -262,7 +263,9 @@ def server_federation(
     if rounds:
         write_tensors(ledger.adapter_path(0), {"adapter": _adapter(adapter, seed=0)})
         ledger.enter_file(ledger.adapter_path(0))
-    server = FederationServer(config, Path(bundle), settings, ledger)
+    server = FederationServer(
+        config, Path(bundle), settings, ledger, Terms("sequence-classification", ("a", "b"), 64, 4.0)
+    )
     before, cpu = _forget_peak(), _cpu_seconds()
     yield server.start()
     server.wait_for_silos()

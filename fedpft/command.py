@@ -1,6 +1,7 @@
 """How every command of fedpft starts and ends: logging to stderr, one line for an error, the exit code of its class."""
 
 import contextlib
+import io
 import logging
 import signal
 import sys
@@ -24,6 +25,8 @@ def run_command(function: Callable[[], None], *, level: int = logging.INFO) -> i
 
     A FedPFTError becomes one line on stderr. Any other exception is a fault of fedpft itself and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # or a name that the terminal cannot show would end the command
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         with _terminable():

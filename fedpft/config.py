@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from fedpft.errors import ConfigError
@@ -21,12 +21,22 @@ Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
 Task = Literal["sequence-classification", "image-classification"]
+BadRows = Literal["refuse", "skip"]
 
 
 class Section(BaseModel):
     """A YAML mapping whose keys are all known; it cannot be changed after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _check_encoding(encoding: str | None) -> str | None:
+    if encoding is not None:
+        try:
+            b"a".decode(encoding, "replace")  # which some codecs cannot do that are for other things than files
+        except (LookupError, UnicodeError):
+            raise ValueError(f"{encoding!r} is no text encoding; Python's names are meant, such as cp1252") from None
+    return encoding
 
 
 class ModelSection(Section):
@@ -237,8 +247,15 @@ class ServerConfig(Endpoint):
         None, description="Labelled data file that only the server has; none: no evaluation."
     )
     columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Columns of public_data and test_data.")
+    encoding: str | None = Field(
+        None,
+        description="Encoding of public_data, test_data and model.labels, such as `cp1252`; default: UTF-8, or what a "
+        "file's byte order mark says.",
+    )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured when.")
     product: ProductSection = Field(default_factory=ProductSection, description="The tuned model.")
+
+    _known_encoding = field_validator("encoding")(_check_encoding)
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServerConfig":
@@ -276,8 +293,9 @@ class LimitsSection(Section):
 class ShareSection(Section):
     """What may leave the silo beside adapter and sample count. `fedpft silo --explain` prints all that leaves."""
 
-    metrics: tuple[Literal["train_loss", "seconds", "tokens"], ...] = Field(
-        ("train_loss", "seconds", "tokens"), description="Numbers about the training that go with an update."
+    metrics: tuple[Literal["train_loss", "seconds", "tokens", "skipped_rows", "cut_texts"], ...] = Field(
+        ("train_loss", "seconds", "tokens", "skipped_rows", "cut_texts"),
+        description="Numbers about the training and its data that go with an update.",
     )
     inactivity: bool = Field(
         True, description="Whether the server learns how often each of the proxy's neurons was inactive, if it asks."
@@ -287,8 +305,18 @@ class ShareSection(Section):
 class SiloDataSection(Section):
     """The institution's own labelled data."""
 
-    path: Path = Field(description="CSV or TSV file (UTF-8, with a header) or JSON lines.")
+    path: Path = Field(description="CSV, TSV or the like, with a header line, or JSON lines (data.md).")
     columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Which columns hold what.")
+    encoding: str | None = Field(
+        None, description="The file's encoding, such as `cp1252`; default: UTF-8, or what its byte order mark says."
+    )
+    bad_rows: BadRows = Field(
+        "refuse",
+        description="Rows that cannot be used, such as those with an empty cell: `refuse` names them and ends, `skip` "
+        "goes on without them.",
+    )
+
+    _known_encoding = field_validator("encoding")(_check_encoding)
 
 
 class SiloConfig(Endpoint):

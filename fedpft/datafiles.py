@@ -1,20 +1,109 @@
-"""Rows of CSV, TSV and JSON lines files; each fault is one DataError with file and line."""
+"""Rows of tables as spreadsheets and programs write them: CSV and its relatives, JSON lines (docs/data.md).
 
+A fault of a file as a whole is one DataError with file and line. Faults of single rows are collected in RowFaults, so
+that one reading shows all of them.
+"""
+
+import codecs
 import csv
 import difflib
 import io
 import json
-from collections.abc import Iterator, Sequence
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedpft.errors import DataError
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"}  # the likeliest first
+SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n"])"?[^\S\r\n]*(\r\n|\r|\n)', re.IGNORECASE)  # as Excel writes and reads it
 LONGEST_FIELD = 1 << 26  # characters; the csv module's own limit, 131,072, is short for a document
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+NO_TEXT = {b"PK\x03\x04": "a workbook or a ZIP archive", b"\xd0\xcf\x11\xe0": "an old workbook", b"\x1f\x8b": "gzipped"}
+SAVE_AS_CSV = "in a spreadsheet program save it as CSV UTF-8; unpack an archive"
+NAME_THE_ENCODING = (
+    "name its encoding, such as cp1252 (Windows, Western Europe), in silo.yaml as data.encoding or in server.yaml as "
+    "encoding; or save it as UTF-8"
+)
+UNCLOSED = "unexpected end of data"  # what the csv module says of a quote that is open at the end of the file
+SHOWN_FAULTS = 10
+SHOWN_CHARACTERS = 60
+# Format characters that are seen: signs around Arabic, Syriac and Kaithi numbers.
+VISIBLE_FORMATS = frozenset("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd")
+# Letters and marks that are not: joiners, fillers, variation selectors.
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+HYPHENS = str.maketrans("\u2010\u2011", "--")
 
 
-def read_text(path: Path) -> str:
-    """The file's text; raises DataError if it is missing, empty or not UTF-8."""
+class RowFaults:
+    """What is wrong with single rows of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: dict[int, list[tuple[str, str]]] = {}
+
+    def add(self, line: int, message: str, remedy: str) -> None:
+        """Notes a fault of the row that begins in a line; a row may have several."""
+        self._found.setdefault(line, []).append((message, remedy))
+
+    def __contains__(self, line: int) -> bool:
+        return line in self._found
+
+    def __len__(self) -> int:
+        """The number of rows that have a fault."""
+        return len(self._found)
+
+    def error(self, rows: int, way_out: str = "") -> DataError:
+        """All of it in one line.
+
+        Args:
+            rows: that the file has, good and bad.
+            way_out: what else can be done than to mend the rows.
+        """
+        found = [(line, *fault) for line in sorted(self._found) for fault in self._found[line]]
+        remedies = list(dict.fromkeys(remedy for *_, remedy in found))
+        if len(found) == 1:
+            ((line, message, remedy),) = found
+            return DataError(f"{self._path}:{line}: {message}", remedy + way_out)
+        shown = [f"{self._path.name}:{line}: {message}" for line, message, _ in found[:SHOWN_FAULTS]]
+        more = [f"and {len(found) - SHOWN_FAULTS} faults more"] if len(found) > SHOWN_FAULTS else []
+        return DataError(
+            f"{self._path}: {len(self)} of {rows} rows cannot be used: {'; '.join(shown + more)}",
+            "; ".join(remedies[:3]) + way_out,
+        )
+
+
+@dataclass
+class Table:
+    """The columns of a file that were asked for.
+
+    roles: which they are, the keys under `columns` in the YAML file.
+    rows: for each row the line where it begins, and its values in the order of `roles`.
+    faults: of the rows that are not among them.
+    """
+
+    roles: tuple[str, ...]
+    faults: RowFaults
+    rows: list[tuple[int, list[str]]] = field(default_factory=list)
+
+
+def read_text(path: Path, encoding: str | None = None) -> str:
+    """The file's text, without a byte order mark.
+
+    Args:
+        encoding: a codec of Python; None: UTF-8. A byte order mark says it better, and goes before it.
+
+    Raises:
+        DataError: it is missing, empty or not so encoded.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -25,107 +114,304 @@ def read_text(path: Path) -> str:
         ) from None
     if not data.strip():
         raise DataError(f"{path}: the file is empty", "write a header line and one row a sample")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+    if what := next((what for start, what in NO_TEXT.items() if data.startswith(start)), None):
+        raise DataError(f"{path}: is {what}, not text", SAVE_AS_CSV)
+    codec = next((codec for mark, codec in MARKS if data.startswith(mark)), encoding)
+    if codec is None and data[:1024].count(0) * 4 > len(data[:1024]):
+        likely = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
         raise DataError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8", "save the file with UTF-8 encoding"
+            f"{path}: has zero bytes between the letters, as UTF-16 without a byte order mark has",
+            f"set data.encoding in silo.yaml, or encoding in server.yaml, to {likely}; or save it as UTF-8",
+        )
+    codec = codec or "utf-8"
+    try:
+        text = data.decode(codec).removeprefix("\ufeff").removesuffix("\x1a")  # DOS's end of a file
+    except UnicodeDecodeError as error:
+        line = len(_lines(data[: error.start].decode(codec, "replace")))
+        raise DataError(
+            f"{path}:{line}: byte 0x{data[error.start]:02x} is not {codec.upper()}", NAME_THE_ENCODING
         ) from None
+    except UnicodeError as error:  # punycode's, which names no byte
+        raise DataError(f"{path}: is not {codec.upper()} ({one_line(error)})", NAME_THE_ENCODING) from None
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty", "write a header line and one row a sample")
+    return text
 
 
-def read_rows(path: Path, wanted: list[tuple[str, str]]) -> list[tuple[int, list[str]]]:
-    """For each row the line where it begins, and the values of the wanted columns.
+def read_rows(
+    path: Path, wanted: Mapping[str, str], *, any_of: Mapping[str, str] | None = None, encoding: str | None = None
+) -> Table:
+    """Reads the columns that are asked for.
 
     Args:
-        wanted: (role, column) pairs; the role is the key under `columns` in the YAML file.
+        wanted: role -> column; the role is the key under `columns` in the YAML file. All must be there.
+        any_of: columns of which at least one must be there; those that are come after `wanted`.
+        encoding: as of :func:`read_text`.
+
+    Raises:
+        DataError: the file as a whole cannot be used.
     """
     kind = path.suffix.lower()
-    if kind not in (*DELIMITERS, ".jsonl"):
-        raise DataError(f"{path}: unknown kind of data file {kind!r}", "use .csv, .tsv or .jsonl")
-    text = read_text(path)
-    rows = [*(_json_rows(path, text, wanted) if kind == ".jsonl" else _csv_rows(path, text, DELIMITERS[kind], wanted))]
-    if not rows:
+    if kind not in (*SEPARATORS, ".jsonl"):
+        raise DataError(f"{path}: unknown kind of data file {kind!r}", f"use .csv, .tsv or .jsonl; {SAVE_AS_CSV}")
+    text = read_text(path, encoding)
+    columns = _Columns(path, wanted, any_of or {})
+    table = _json_table(path, text, columns) if kind == ".jsonl" else _csv_table(path, text, kind, columns)
+    if not table.rows and not table.faults:
         raise DataError(f"{path}: a header but no rows", "write one row a sample")
-    return rows
+    return table
 
 
-def _csv_rows(path: Path, text: str, delimiter: str, wanted: list[tuple[str, str]]) -> Iterator[tuple[int, list[str]]]:
-    records = _csv_records(path, text, delimiter)
-    line, header = next(records)
-    positions = [_column(path, line, header, role, column) for role, column in wanted]
+class _Columns:
+    """Finds the columns that are asked for among those that a file has."""
+
+    def __init__(self, path: Path, wanted: Mapping[str, str], any_of: Mapping[str, str]) -> None:
+        self._path, self._wanted, self._any_of = path, wanted, any_of
+
+    def present(self, there: Sequence[str]) -> int:
+        """How many of the columns are there."""
+        names = {_column_name(name) for name in there}
+        return sum(alike(column) in names for column in (*self._wanted.values(), *self._any_of.values()))
+
+    def all_in(self, there: Sequence[str]) -> bool:
+        """Whether nothing is missing."""
+        names = {_column_name(name) for name in there}
+        any_of = [alike(column) in names for column in self._any_of.values()]
+        return all(alike(column) in names for column in self._wanted.values()) and (any(any_of) or not any_of)
+
+    def find(self, there: Sequence[str]) -> dict[str, int]:
+        """Role -> position; _Missing if there is no such column, or more than one."""
+        names = [_column_name(name) for name in there]
+        optional = {role: column for role, column in self._any_of.items() if alike(column) in names}
+        if self._any_of and not optional:
+            ours = " nor ".join(repr(column) for column in self._any_of.values())
+            remedy = f"set {' or '.join(f'columns.{role}' for role in self._any_of)} to the one that holds it"
+            for role, column in self._any_of.items():
+                remedy = closest(column, there, remedy, f" (set columns.{role})")
+            raise _Missing(f"no column {ours} among {listed(there)}", remedy)
+        return {
+            role: self._position(names, there, role, column) for role, column in {**self._wanted, **optional}.items()
+        }
+
+    def _position(self, names: Sequence[str], there: Sequence[str], role: str, column: str) -> int:
+        name = alike(column)
+        if name not in names:
+            raise _Missing(
+                f"no column {column!r} among {listed(there)}",
+                closest(
+                    column, there, f"set columns.{role} to the one that holds the {role}", f" (set columns.{role})"
+                ),
+            )
+        if names.count(name) > 1:
+            raise _Missing(f"column {column!r} is there twice", "rename one of the two")
+        return names.index(name)
+
+
+class _Missing(Exception):
+    """Message and remedy: of the file if it has one header, of a row if each has its own."""
+
+
+def _column_name(cell: str) -> str:
+    """A header cell without what a spreadsheet may have put around it."""
+    return alike(alike(cell).strip('"'))
+
+
+# --- separated values -------------------------------------------------------------------------------------------------
+
+
+def _csv_table(path: Path, text: str, kind: str, columns: _Columns) -> Table:
+    """Read with the separator by which the wanted columns are in the header line.
+
+    A header of one column shows no separator. Then it is the one by which most rows have one field, too.
+    """
+    separators, first_line = SEPARATORS[kind], 1
+    if said := SEPARATOR_LINE.match(text):
+        separators, first_line, text = said[1], 2, text[said.end() :]
+    faults: list[DataError] = []
+    headers: dict[str, tuple[int, list[str]]] = {}
+    for separator in separators:
+        try:
+            headers[separator] = next(_records(path, text, separator, first_line), (first_line, []))
+        except DataError as error:
+            faults.append(error)
+    if not headers:
+        raise faults[0]
+    if not text.strip(f" \r\n{SEPARATORS[kind]}"):
+        raise DataError(f"{path}: the file is empty", "write a header line and one row a sample")
+    fitting = [separator for separator, (_, header) in headers.items() if columns.all_in(header)]
+    if not fitting:
+        likeliest = max(headers, key=lambda each: (columns.present(headers[each][1]), len(headers[each][1])))
+        fitting = [likeliest]
+    tables: list[Table] = []
+    for separator in fitting:
+        try:
+            tables.append(_separated(path, text, separator, first_line, columns))
+        except DataError as error:
+            faults.append(error)
+            continue
+        if not tables[-1].faults:
+            break
+    if not tables:
+        raise faults[0]
+    return min(tables, key=lambda table: len(table.faults))
+
+
+def _separated(path: Path, text: str, separator: str, first_line: int, columns: _Columns) -> Table:
+    faults = RowFaults(path)
+    records = _records(path, text, separator, first_line, faults)
+    line, header = next(records, (first_line, []))
+    try:
+        found = columns.find(header)
+    except _Missing as missing:
+        message, remedy = missing.args
+        raise DataError(f"{path}:{line}: {message}", remedy) from None
+    table = Table(tuple(found), faults)
+    # without the empty columns that spreadsheets append
+    width = 1 + max(number for number, cell in enumerate(header) if cell.strip() or number in found.values())
     for line, record in records:
-        if len(record) != len(header):
-            raise DataError(
-                f"{path}:{line}: the row has {len(record)} fields, the header {len(header)}",
+        if len(record) < width or any(cell.strip() for cell in record[width:]):
+            table.faults.add(
+                line,
+                f"the row has {len(record)} fields, the header {width}",
                 'put fields that hold a separator or a line end between double quotes, and write " in them twice',
             )
-        yield line, [record[position] for position in positions]
+        else:
+            table.rows.append((line, [record[position] for position in found.values()]))
+    return table
 
 
-def _csv_records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The records that are not empty, each with the line where it begins."""
+def _records(
+    path: Path, text: str, separator: str, first_line: int, faults: RowFaults | None = None
+) -> Iterator[tuple[int, list[str]]]:
+    """The records that are not blank, each with the line where it begins.
+
+    Args:
+        faults: takes those that are malformed within one line. Where lines may have been swallowed, by a quote that
+            does not close in its own, nobody knows which rows there are: that is a fault of the file.
+    """
     csv.field_size_limit(LONGEST_FIELD)  # of the process: the csv module knows no other
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 1
-    try:
-        for record in reader:
-            if record:
-                yield line, record
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path}:{line}: malformed row ({error})", "check the double quotes of this row: each that opens must close"
-        ) from None
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    while True:
+        line = first_line + reader.line_num
+        try:
+            record = next(reader, None)
+        except csv.Error as error:
+            reason = str(error).replace("\t", "\\t")
+            message, remedy = f"malformed row ({reason})", "check its double quotes: each that opens must close"
+            if faults is None or first_line + reader.line_num != line + 1 or UNCLOSED in str(error):
+                raise DataError(f"{path}:{line}: {message}", remedy) from None
+            faults.add(line, message, remedy)
+            continue
+        if record is None:
+            return
+        if any(cell.strip() for cell in record):
+            yield line, record
 
 
-def _column(path: Path, line: int, there: Sequence[str], role: str, column: str) -> int:
-    if column not in there:
-        raise DataError(
-            f"{path}:{line}: no column {column!r} among {listed(there)}",
-            closest(column, there, f"set columns.{role} to the one that holds the {role}", f" (set columns.{role})"),
-        )
-    if there.count(column) > 1:
-        raise DataError(f"{path}:{line}: column {column!r} is there twice", "rename one of the two")
-    return there.index(column)
+# --- JSON lines -------------------------------------------------------------------------------------------------------
 
 
-def _json_rows(path: Path, text: str, wanted: list[tuple[str, str]]) -> Iterator[tuple[int, list[str]]]:
-    # Not splitlines(): it also splits at U+2028 and others, which may stand unescaped inside a JSON string.
-    for line, written in enumerate(text.split("\n"), 1):
+def _json_table(path: Path, text: str, columns: _Columns) -> Table:
+    table = Table((), RowFaults(path))
+    for line, written in enumerate(_lines(text), 1):
         if not written.strip():
             continue
         try:
-            row = json.loads(written)
+            row = json.loads(written, object_pairs_hook=tuple)  # pairs, so that a key that is there twice shows
         except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}:{line}: malformed JSON ({one_line(error)})", "write one JSON object on each line"
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{line}: not a JSON object", 'write {"text": ..., "label": ...} on each line')
-        values = []
-        for role, column in wanted:
-            _column(path, line, list(row), role, column)
-            value = row[column]
-            if role == "label" and isinstance(value, int) and not isinstance(value, bool):
-                value = str(value)
-            if not isinstance(value, str):
-                raise DataError(
-                    f"{path}:{line}: {column!r} is {type(value).__name__}, not a string", "write it between quotes"
+            table.faults.add(line, f"malformed JSON ({one_line(error)})", "write one JSON object on each line")
+            continue
+        if not isinstance(row, tuple):
+            table.faults.add(line, "not a JSON object", 'write {"text": ..., "label": ...} on each line')
+            continue
+        try:
+            found = columns.find([key for key, _ in row])
+            values = [_json_value(role, *row[position]) for role, position in found.items()]
+            table.roles = table.roles or tuple(found)
+            if tuple(found) != table.roles:
+                raise _Missing(
+                    f"other columns than the rows above: {listed([key for key, _ in row])}", "write the same"
                 )
-            values.append(value)
-        yield line, values
+        except _Missing as missing:
+            table.faults.add(line, *missing.args)
+        else:
+            table.rows.append((line, values))
+    return table
+
+
+def _json_value(role: str, key: str, value: object) -> str:
+    """A null is an empty cell. A label may be a whole number, also as a program that knows only decimals writes it."""
+    if value is None:
+        return ""
+    if role == "label" and isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int):
+            return str(value)
+        if value.is_integer():
+            return str(int(value))
+    if not isinstance(value, str):
+        what = "JSON object" if isinstance(value, tuple) else type(value).__name__
+        raise _Missing(f"{key!r} is {what}, not a string", "write it between quotes")
+    return value
+
+
+def _lines(text: str) -> list[str]:
+    """Split where a line ends on some system. Not splitlines(): U+2028 and others may stand inside a JSON string."""
+    return re.split(r"\r\n|\r|\n", text)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def alike(text: str) -> str:
+    """The same for texts that look the same: composed (NFC), without invisible characters, each white space one blank.
+
+    Upper and lower case look different, and so do the letters of two scripts, even where a font draws them alike.
+    """
+    if text.isascii() and text.isprintable():
+        return " ".join(text.split())
+    seen = "".join(letter for letter in text if _is_seen(letter))
+    return " ".join(unicodedata.normalize("NFC", seen).translate(HYPHENS).split())
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of it can be seen."""
+    return not any(_is_seen(letter) and not letter.isspace() for letter in text)
+
+
+def _is_seen(letter: str) -> bool:
+    """Whether a character takes room, white space included."""
+    if letter.isspace():
+        return True
+    hidden = unicodedata.category(letter) in ("Cf", "Cc") and letter not in VISIBLE_FORMATS
+    return not hidden and INVISIBLE.match(letter) is None
+
+
+def unusable(text: str) -> str | None:
+    """What in a text no tokenizer and no file could take; None if there is nothing."""
+    if "\0" in text:
+        return "a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half a character (the lone surrogate {text[error.start]!r})"
+    return None
 
 
 def closest(given: str, known: Sequence[str], otherwise: str, after: str = "") -> str:
     """A remedy for a name that is not known: the most similar of those that are, or else `otherwise`."""
-    guess = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    return f"did you mean {guess[0]!r}?{after}" if guess else otherwise
+    other_case = [name for name in known if alike(name).casefold() == alike(given).casefold()]
+    guess = other_case or difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    return f"did you mean {shown(guess[0])}?{after}" if guess else otherwise
+
+
+def shown(value: str) -> str:
+    """A value from a file for a message: on one line, printable, and not too long."""
+    return repr(value if len(value) <= SHOWN_CHARACTERS else f"{value[:SHOWN_CHARACTERS]}...")
 
 
 def listed(names: Sequence[str]) -> str:
     """The names for a message, cut after twelve."""
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return ", ".join(shown(name)[1:-1] for name in names[:12]) + (", ..." if len(names) > 12 else "")
 
 
 def one_line(error: Exception) -> str:

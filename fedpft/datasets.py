@@ -1,144 +1,31 @@
-"""Silo data and public corpora: read, check, encode, batch by length, partition.
+"""Silo data and public corpora as a model takes them: encode, batch by length, draw, partition.
 
-A data file is CSV, TSV (both UTF-8 with a header line) or JSON lines. Whatever is wrong with it is one DataError that
-names file and line, so that an institution can mend its own data without seeing anybody else's.
-
-    n  samples in a dataset
-    M  samples in one batch
-    T  tokens of the longest sample in one batch
-    C, H, W  channels, height and width of an image
+n  samples in a dataset
+M  samples in one batch
+T  tokens of the longest sample in one batch
+C, H, W  channels, height and width of an image
 """
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fedpft.config import ColumnsSection, Task
-from fedpft.datafiles import closest, listed, one_line, read_rows, read_text
+from fedpft.config import BadRows, Task
+from fedpft.datafiles import RowFaults, shown
 from fedpft.errors import DataError, ModelError
+from fedpft.images import open_image
+from fedpft.samples import Samples
 from fedpft.seeding import derive_seed
 
 TOKENIZED_AT_ONCE = 1024  # a fast tokenizer keeps offsets and more for each text: this bounds its memory
 BATCHES_IN_BUCKET = 16  # sorted by length among themselves: little padding, yet a batch's samples stay a random lot
 PARTITION_DRAWS = 1000
-UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LabelledSamples:
-    """The rows of a labelled data file.
-
-    inputs: n texts, or n image paths.
-    label_names: n labels as the file has them.
-    lines: n line numbers, where each row begins.
-    labels: (n,) int64, index of each label in the label list; None until the list is known.
-    """
-
-    path: Path
-    inputs: list[str]
-    label_names: list[str]
-    lines: list[int]
-    labels: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def resolve(self, labels: Sequence[str]) -> "LabelledSamples":
-        """The same samples with class indices; raises DataError at the first label that is not in `labels`."""
-        index = {name: number for number, name in enumerate(labels)}
-        for name, line in zip(self.label_names, self.lines, strict=True):
-            if name not in index:
-                raise DataError(
-                    f"{self.path}:{line}: label {name!r} is not in the server's label list",
-                    closest(name, labels, f"use one of its {len(labels)} labels: {listed(labels)}"),
-                )
-        return replace(self, labels=torch.tensor([index[name] for name in self.label_names], dtype=torch.int64))
-
-
-def read_labelled(path: Path, columns: ColumnsSection, task: Task, labels: Sequence[str] | None) -> LabelledSamples:
-    """Reads and checks a labelled data file.
-
-    Args:
-        path: .csv, .tsv or .jsonl.
-        columns: which columns hold what.
-        task: decides between texts and images; images must be there and readable.
-        labels: the label list; None leaves the labels unresolved, see :meth:`LabelledSamples.resolve`.
-
-    Raises:
-        DataError: naming file and line.
-    """
-    inputs, names, lines = [], [], []
-    for line, (value, name) in read_rows(path, [_input_column(columns, task), ("label", columns.label)]):
-        inputs.append(_checked_input(path, line, value, task))
-        if not name.strip():
-            raise DataError(f"{path}:{line}: the label is empty", "give the row a label, or remove the row")
-        names.append(name.strip())
-        lines.append(line)
-    samples = LabelledSamples(path, inputs, names, lines)
-    return samples if labels is None else samples.resolve(labels)
-
-
-def read_unlabelled(path: Path, columns: ColumnsSection, task: Task) -> list[str]:
-    """Reads the texts or image paths of a public corpus; a label column is not looked at. Raises as read_labelled."""
-    return [
-        _checked_input(path, line, value, task) for line, (value,) in read_rows(path, [_input_column(columns, task)])
-    ]
-
-
-def image_paths(path: Path, columns: ColumnsSection) -> list[Path]:
-    """The images that a data file names, which may be missing. Raises DataError if the file itself cannot be read."""
-    return [path.parent / value for _, (value,) in read_rows(path, [("image", columns.image)])]
-
-
-def read_label_list(path: Path) -> tuple[str, ...]:
-    """Reads the server's label list: one label a line, whose order gives the class indices.
-
-    Raises:
-        DataError: no such file, no label, an empty line between labels, or a label that is there twice.
-    """
-    labels = [line.strip() for line in read_text(path).rstrip().split("\n")]
-    seen: dict[str, int] = {}
-    for number, label in enumerate(labels, 1):
-        if not label:
-            raise DataError(f"{path}:{number}: empty line in the label list", "put one label on each line")
-        if label in seen:
-            raise DataError(f"{path}:{number}: label {label!r} is in line {seen[label]} too", "keep one of the two")
-        seen[label] = number
-    return tuple(labels)
-
-
-def _input_column(columns: ColumnsSection, task: Task) -> tuple[str, str]:
-    return ("image", columns.image) if task == "image-classification" else ("text", columns.text)
-
-
-def _checked_input(path: Path, line: int, value: str, task: Task) -> str:
-    if not value.strip():
-        what = "image path" if task == "image-classification" else "text"
-        raise DataError(f"{path}:{line}: the {what} is empty", "fill it in, or remove the row")
-    if task != "image-classification":
-        return value
-    image = path.parent / value
-    if not image.is_file():
-        raise DataError(f"{path}:{line}: no image {image}", "image paths are relative to the data file's directory")
-    try:
-        with _opened(image) as opened:
-            opened.verify()
-    except UNREADABLE_IMAGE as error:
-        raise DataError(
-            f"{path}:{line}: image {image} cannot be read ({one_line(error)})", "replace it or remove the row"
-        ) from None
-    return str(image)
+MEASURED_TEXTS = 256  # that characters_per_token looks at
+MEASURED_CHARACTERS = 4096  # of each
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
@@ -149,10 +36,14 @@ class EncodedDataset(ABC):
 
     labels: (n,) int64, or None for unlabelled samples.
     lengths: (n,) int64, what a sample costs: its tokens, or 1 for an image.
+    cut: how many of the texts are longer than the model takes, and were cut.
+    skipped: rows of the data file that were left out because something is wrong with them.
     """
 
     labels: Tensor | None
     lengths: Tensor
+    cut: int = 0
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -200,55 +91,87 @@ class ImageDataset(EncodedDataset):
         return {"pixel_values": self.pixel_values[indices]}
 
 
-def encode(inputs: Sequence[str], labels: Tensor | None, processor: Any, task: Task, max_tokens: int) -> EncodedDataset:
-    """Turns texts or image paths into what the model takes.
+def encode(
+    samples: Samples,
+    processor: Any,
+    task: Task,
+    max_tokens: int,
+    *,
+    bad_rows: BadRows = "refuse",
+    way_out: str = "",
+) -> EncodedDataset:
+    """Turns texts or images into what the model takes.
 
     Args:
-        inputs: n texts, or n image paths.
-        labels: (n,) int64, or None.
         processor: the FM's tokenizer or image processor, as transformers has them.
         max_tokens: texts are cut after this many tokens, special ones included.
+        bad_rows, way_out: as of :meth:`Examination.samples`, for texts without a token.
 
     Raises:
-        DataError: a text without a token, an image that cannot be decoded.
+        DataError: texts without a token, or an image that has changed since it was looked at.
         ModelError: a tokenizer without a padding token.
     """
     if task == "image-classification":
-        return ImageDataset(_pixel_values(inputs, processor), labels)
+        dataset: EncodedDataset = ImageDataset(_pixel_values(samples.inputs, processor), samples.labels)
+        dataset.skipped = samples.skipped
+        return dataset
     if processor.pad_token_id is None:
         raise ModelError("the tokenizer has no padding token", "set pad_token in the model's tokenizer_config.json")
-    pieces, lengths = [], []
-    for start in range(0, len(inputs), TOKENIZED_AT_ONCE):
-        texts = list(inputs[start : start + TOKENIZED_AT_ONCE])
-        for offset, ids in enumerate(processor(texts, truncation=True, max_length=max_tokens)["input_ids"]):
-            if not ids:
-                raise DataError(
-                    f"sample {start + offset + 1}: the tokenizer finds no token in {texts[offset][:40]!r}",
-                    "remove the sample",
-                )
-            pieces.append(torch.tensor(ids, dtype=torch.int32))
-            lengths.append(len(ids))
-    return TextDataset(torch.cat(pieces), torch.tensor(lengths), processor.pad_token_id, labels)
+    kept: list[int] = []
+    pieces: list[Tensor] = []
+    faults, cut = RowFaults(samples.path), 0
+    for start in range(0, len(samples), TOKENIZED_AT_ONCE):
+        texts = samples.inputs[start : start + TOKENIZED_AT_ONCE]
+        tokens = _tokens(texts, processor, max_tokens)
+        cut += _longer(
+            [text for text, ids in zip(texts, tokens, strict=True) if len(ids) >= max_tokens], processor, max_tokens
+        )
+        for number, ids in enumerate(tokens, start):
+            if ids:
+                kept.append(number)
+                pieces.append(torch.tensor(ids, dtype=torch.int32))
+            else:
+                what = f"the tokenizer finds no token in {shown(samples.inputs[number])}"
+                faults.add(samples.lines[number], what, "remove the row")
+    if faults and (bad_rows == "refuse" or not kept):
+        raise faults.error(len(samples), way_out if kept else "")
+    labels = None if samples.labels is None else samples.labels[kept]
+    lengths = torch.tensor([len(piece) for piece in pieces])
+    dataset = TextDataset(torch.cat(pieces), lengths, processor.pad_token_id, labels)
+    dataset.cut, dataset.skipped = cut, samples.skipped + len(faults)
+    return dataset
 
 
-def _opened(path: Path | str) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path)
+def characters_per_token(texts: Sequence[str], processor: Any, *, seed: int) -> float:
+    """Measured on a sample of the texts, so that whoever has no tokenizer can tell how long a text is."""
+    chosen = [
+        texts[number][:MEASURED_CHARACTERS]
+        for number in sample(len(texts), MEASURED_TEXTS, seed, "token length").tolist()
+    ]
+    tokens = _tokens(chosen, processor, MEASURED_CHARACTERS)  # a token has a character at least, hardly ever less
+    return sum(map(len, chosen)) / max(1, sum(map(len, tokens)))
+
+
+def describe_cut(name: object, samples: int, cut: int, max_tokens: int) -> str:
+    """What to say of texts that were, or will be, cut."""
+    return f"{name}: {cut} of {samples} texts are longer than {max_tokens} tokens and are cut"
+
+
+def _tokens(texts: Sequence[str], processor: Any, max_tokens: int) -> list[list[int]]:
+    found: list[list[int]] = (
+        processor(list(texts), truncation=True, max_length=max_tokens)["input_ids"] if texts else []
+    )
+    return found
+
+
+def _longer(texts: Sequence[str], processor: Any, max_tokens: int) -> int:
+    """A text was cut if it has more tokens where it may have one more."""
+    return sum(len(ids) > max_tokens for ids in _tokens(texts, processor, max_tokens + 1))
 
 
 def _pixel_values(paths: Sequence[str], processor: Any) -> Tensor:
-    values = []
-    for path in paths:
-        try:
-            with _opened(path) as opened:
-                image = opened.convert("RGB")
-        except UNREADABLE_IMAGE as error:
-            raise DataError(
-                f"image {path} cannot be read ({one_line(error)})", "replace it or remove its row"
-            ) from None
-        values.append(processor(images=image, return_tensors="pt")["pixel_values"][0].float())
-    return torch.stack(values)
+    images = (open_image(path).image for path in paths)
+    return torch.stack([processor(images=image, return_tensors="pt")["pixel_values"][0].float() for image in images])
 
 
 # --- batching ---------------------------------------------------------------------------------------------------------
@@ -295,12 +218,26 @@ def batches(dataset: EncodedDataset, *, batch: int, start: int, count: int, seed
             yield dataset.batch(lots[lot])
 
 
+def sample(count: int, samples: int | None, seed: int, purpose: str) -> Tensor:
+    """Which samples stand for all of a dataset, whatever its order: (min(count, samples),) int64, ascending.
+
+    Args:
+        count: samples that there are.
+        samples: that are wanted; None: all.
+        purpose: what for; another one draws others.
+    """
+    if samples is None or samples >= count:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "sample", purpose))
+    return torch.randperm(count, generator=generator)[:samples].sort().values
+
+
 def evaluation_batches(
-    dataset: EncodedDataset, batch: int, samples: int | None = None
+    dataset: EncodedDataset, batch: int, chosen: Tensor | None = None
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """(indices, batch) over the first `samples` samples (default: all), in order of length."""
-    lengths = dataset.lengths[:samples]
-    for indices in _split(lengths.argsort(stable=True), batch):
+    """(indices, batch) over the `chosen` samples, (m,) int64 (default: all), in order of length."""
+    chosen = torch.arange(len(dataset)) if chosen is None else chosen
+    for indices in _split(chosen[dataset.lengths[chosen].argsort(stable=True)], batch):
         yield indices, dataset.batch(indices)
 
 

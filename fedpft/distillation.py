@@ -46,7 +46,7 @@ def layer_level(
     """
     if settings.closed_form_samples:
         samples = settings.closed_form_samples
-        fit_output_projections(proxy, model, matched, public, samples=samples, batch=settings.batch)
+        fit_output_projections(proxy, model, matched, public, samples=samples, batch=settings.batch, seed=seed)
     everything: dict[int, Tensor | None] = {layer: None for layer, _ in matched}
     return _distil(
         proxy,

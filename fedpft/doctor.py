@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -15,12 +15,12 @@ from torch import nn
 import fedpft
 from fedpft import atomic, kernels
 from fedpft.config import ServerConfig, SiloConfig, TlsSection, load_server_config, load_silo_config
-from fedpft.datafiles import read_rows
-from fedpft.datasets import read_label_list, read_labelled, read_unlabelled
-from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse, RefusedByServer
+from fedpft.datasets import describe_cut, encode
+from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse
 from fedpft.kernels.check import check_operators
 from fedpft.proxy import cut, load_proxy, load_selection, select
-from fedpft.server.construction import check_as_built, check_made_for, load_fm, read_labels, read_record
+from fedpft.samples import Samples, read_label_list, read_labelled, read_unlabelled
+from fedpft.server.construction import check_as_built, check_made_for, load_fm, read_record
 from fedpft.server.holdings import check_holdings, format_holdings, holdings
 from fedpft.server.identity import (
     UNKNOWN_FM,
@@ -35,11 +35,12 @@ from fedpft.server.identity import (
 )
 from fedpft.server.ledger import look
 from fedpft.server.run import VERSIONED
-from fedpft.silo.data import data_now
+from fedpft.silo import data
+from fedpft.silo.ondisk import data_now
 from fedpft.silo.work import Work
 from fedpft.wire.certificates import Kit, Role, exposure, read_kit, read_revoked
 from fedpft.wire.channel import check_listen
-from fedpft.wire.hello import Greeting, greet, series
+from fedpft.wire.hello import Greeting, Terms, greet
 
 T = TypeVar("T")
 
@@ -206,7 +207,7 @@ def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
     greeting = findings.check("connection", lambda: _connection(config), lambda seen: _greeting(config, seen))
     if greeting is not None:
         findings.check("clock", lambda: _clock(greeting))
-    findings.check("data", lambda: _silo_data(config))
+    findings.check("data", lambda: _silo_data(config, greeting.terms if greeting is not None else None))
     findings.check("device", lambda: _device(config.device))
     findings.check("work", lambda: _writable(config.work))
     findings.check("federation", lambda: _joined(config, config.insecure_name if kit is None else kit.name))
@@ -216,11 +217,7 @@ def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
 
 def _connection(config: SiloConfig) -> Greeting:
     greeting = greet(config.server, config.tls, name=config.insecure_name, timeout_seconds=CONNECT_SECONDS)
-    there, here = greeting.package_version, fedpft.__version__
-    if series(there) != series(here):
-        raise RefusedByServer(
-            f"{config.server} runs fedpft {there}, this machine {here}", f"install fedpft {there} here"
-        )
+    greeting.check_version(config.server)
     return greeting
 
 
@@ -239,9 +236,25 @@ def _clock(greeting: Greeting) -> str:
     return f"{abs(ahead):.1f} s from the server's, measured to {greeting.seconds / 2:.1f} s"
 
 
-def _silo_data(config: SiloConfig) -> str:
-    rows = read_rows(config.data.path, [("label", config.data.columns.label)])
-    return f"{config.data.path}: {len(rows)} labelled rows"
+def _silo_data(config: SiloConfig, terms: Terms | None) -> str:
+    """As `run` looks at it; without the server's answer, what can be known alone."""
+    examination = data.examine(config)
+    if terms is None:
+        if (fault := examination.fault(config.data.bad_rows, data.WAY_OUT)) is not None:
+            raise fault
+        usable = examination.rows - len(examination.faults)
+        return f"{config.data.path}: {usable} labelled rows; the server did not say which labels there are"
+    samples = data.fit(examination, config, terms)
+    found = f"{config.data.path}: {len(samples)} labelled rows of {len(terms.labels)} labels"
+    if terms.task == "sequence-classification":
+        found += f"; {data.describe_lengths(config, samples, terms)}"
+    return _unless_warned(found, samples)
+
+
+def _unless_warned(found: str, *files: Samples) -> str:
+    if warnings := [warning for samples in files for warning in samples.warnings]:
+        raise Worry("; ".join([found, *warnings]))
+    return found
 
 
 def _joined(config: SiloConfig, name: str | None) -> str:
@@ -269,12 +282,18 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
         if (revoked := tls.revoked) is not None:
             findings.check("revoked", lambda: f"{revoked}: {len(read_revoked(revoked))} certificates")
     findings.check("listen", lambda: _listen(config))
-    labels = findings.check("labels", lambda: read_labels(config.model.labels), lambda seen: _labels(config, seen))
+    labels = findings.check(
+        "labels", lambda: read_label_list(config.model.labels, config.encoding), lambda seen: _labels(config, seen)
+    )
+    fm, processor = None, None
     if labels is not None:
-        fm = findings.check("model", lambda: load_fm(config, labels)[0], lambda _: _model(config))
-        if fm is not None:
-            findings.check("proxy", lambda: _proxy(config, fm))
-    findings.check("data", lambda: _server_data(config))
+        fm, processor = findings.check("model", lambda: load_fm(config, labels), lambda _: _model(config)) or (
+            None,
+            None,
+        )
+    if fm is not None:
+        findings.check("proxy", lambda: _proxy(config, fm))
+    findings.check("data", lambda: _server_data(config, labels, processor))
     findings.check("device", lambda: _device(config.device))
     findings.check("out", lambda: _writable(config.out))
     findings.check("run", lambda: _run(config))
@@ -328,14 +347,19 @@ def _proxy(config: ServerConfig, fm: nn.Module) -> str:
     return f"{path}: as it was cut from {config.model.path}; {format_holdings(holdings(fm, proxy.model))}"
 
 
-def _server_data(config: ServerConfig) -> str:
-    task, labels = config.model.task, read_label_list(config.model.labels)
-    public = read_unlabelled(config.public_data, config.columns, task)
-    found = f"{config.public_data}: {len(public)} rows"
-    if config.test_data is not None:
-        test = read_labelled(config.test_data, config.columns, task, labels)
-        found += f"; {config.test_data}: {len(test.inputs)} rows"
-    return found
+def _server_data(config: ServerConfig, labels: tuple[str, ...] | None, processor: Any) -> str:
+    """As far as label list and tokenizer are in order, which are other checks' findings."""
+    section, encoding = config.model, config.encoding
+    files = [read_unlabelled(config.public_data, config.columns, section.task, encoding)]
+    if config.test_data is not None and labels is not None:
+        files.append(read_labelled(config.test_data, config.columns, section.task, labels, encoding))
+    found = [f"{samples.path}: {len(samples)} rows" for samples in files]
+    if section.task == "sequence-classification" and processor is not None:
+        longest = section.max_tokens
+        for samples in files:
+            cut = encode(samples, processor, section.task, longest).cut
+            found.append(describe_cut(samples.path.name, len(samples), cut, longest))
+    return _unless_warned("; ".join(found), *files)
 
 
 def _run(config: ServerConfig) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpft import kernels
 from fedpft.architectures import layer_outputs, layers_path
-from fedpft.datasets import EncodedDataset, evaluation_batches
+from fedpft.datasets import EncodedDataset, evaluation_batches, sample
 from fedpft.seeding import derive_seed
 
 
@@ -24,16 +24,17 @@ class Metrics:
     macro_f1: float
 
 
-def evaluate(model: nn.Module, dataset: EncodedDataset, batch: int, samples: int | None = None) -> Metrics:
-    """Accuracy and macro-F1 of a classifier over the first `samples` samples (default: all)."""
+def evaluate(model: nn.Module, dataset: EncodedDataset, batch: int, chosen: Tensor | None = None) -> Metrics:
+    """Accuracy and macro-F1 of a classifier over the `chosen` samples, (m,) int64 (default: all)."""
     assert dataset.labels is not None
     device = next(model.parameters()).device
-    predicted = torch.empty(len(dataset.labels[:samples]), dtype=torch.int64)
+    predicted = torch.empty(len(dataset), dtype=torch.int64)
     with torch.no_grad():
-        for indices, inputs in evaluation_batches(dataset, batch, samples):
+        for indices, inputs in evaluation_batches(dataset, batch, chosen):
             inputs = {name: value.to(device) for name, value in inputs.items() if name != "labels"}
             predicted[indices] = model(**inputs).logits.argmax(dim=-1).cpu()
-    return score(predicted, dataset.labels[:samples])
+    seen = slice(None) if chosen is None else chosen
+    return score(predicted[seen], dataset.labels[seen])
 
 
 def majority(dataset: EncodedDataset) -> Metrics:
@@ -80,12 +81,12 @@ def measure_gap(
     samples: int,
     seed: int,
 ) -> Gap:
-    """Compares proxy and FM, both with the same adapter, on the first `samples` public samples.
+    """Compares proxy and FM, both with the same adapter, on `samples` public samples, drawn with the seed.
 
     The gradient is that of the cross-entropy to labels drawn uniformly: public text has none, and the FM's own
     predictions would say nothing while the head is untrained.
     """
-    indices = torch.arange(min(samples, len(public)))
+    indices = sample(len(public), samples, seed, "gap")
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in public.batch(indices).items() if name != "labels"}
     mask = inputs["attention_mask"].flatten().bool() if "attention_mask" in inputs else None

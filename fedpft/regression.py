@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpft.architectures import architecture_of, layer_outputs, layers_of
-from fedpft.datasets import EncodedDataset, evaluation_batches
+from fedpft.datasets import EncodedDataset, evaluation_batches, sample
 from fedpft.subffn import SubFFN
 
 RIDGE = 1e-3  # r, in units of the mean square of a neuron's value; regression on fewer tokens than neurons stays sane
@@ -32,16 +32,18 @@ def fit_output_projections(
     *,
     samples: int,
     batch: int,
+    seed: int,
 ) -> None:
     """Refits the output projection and bias of every compressed layer, in place, from the first layer to the last.
 
     Args:
         proxy, model: student and teacher.
         matched: (proxy layer, FM layer) pairs, in the order of the layers.
-        public: unlabelled samples, of which the first `samples` are used, `batch` at a time.
+        public: unlabelled samples, of which `samples` are drawn with the seed, and used `batch` at a time.
     """
     row = architecture_of(proxy)
     device = next(proxy.parameters()).device
+    chosen = sample(len(public), samples, seed, "closed form")
     for student, teacher in matched:
         layer = layers_of(proxy)[student]
         ffn = layer.get_submodule(row.ffn)
@@ -49,13 +51,13 @@ def fit_output_projections(
         scale = layer.get_parameter(row.scale).detach() if row.scale is not None else 1.0
         equations = _NormalEquations(ffn.neurons, ffn.w_out.shape[1], device)
         with torch.no_grad():
-            for _, inputs in evaluation_batches(public, batch, samples):
+            for _, inputs in evaluation_batches(public, batch, chosen):
                 inputs = {name: value.to(device) for name, value in inputs.items()}
                 mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
                 x, ours = _stream(proxy, student, inputs)
                 _, theirs = _stream(model, teacher, inputs)
-                chosen = slice(None) if mask is None else mask
-                equations.add(ffn.values(x[chosen]).flatten(0, -2), ((theirs - ours) / scale)[chosen].flatten(0, -2))
+                real = slice(None) if mask is None else mask
+                equations.add(ffn.values(x[real]).flatten(0, -2), ((theirs - ours) / scale)[real].flatten(0, -2))
             weights, bias = equations.solve(with_bias=ffn.b_out is not None)
             ffn.w_out.add_(weights)
             if ffn.b_out is not None:

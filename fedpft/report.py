@@ -38,6 +38,7 @@ HOLDINGS = {
     "ffn": "FFN",
     "norms": "norms, and what else is in the layers",
 }
+SERVER_DATA = {"public": "public data", "test": "test data"}
 BYTES = {"down": "server to silos", "up": "silos to server"}
 
 
@@ -73,6 +74,14 @@ def _metric_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         (name, f"{metrics[name]['accuracy']:.4f}", f"{metrics[name]['macro_f1']:.4f}", MEANINGS.get(name, ""))
         for name in names
     ]
+
+
+def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The server's files and each silo's, as far as it shares that; of a silo the samples of a round."""
+    told = {SERVER_DATA.get(name, name): {"skipped_rows": 0} | found for name, found in data.get("server", {}).items()}
+    told |= {f"silo {name}, a round": found for name, found in sorted(data.get("silos", {}).items())}
+    keys = ("samples", "skipped_rows", "cut_texts")
+    return [(name, *(_count(found[key]) if key in found else "-" for key in keys)) for name, found in told.items()]
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
@@ -160,6 +169,7 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
                 for entry in summary.get("rounds", [])
             ],
         ),
+        _table("Data", ["whose", "samples#", "skipped rows#", "texts cut#"], _data_rows(summary.get("data", {}))),
         _table(
             "Parameters",
             ["part", "parameters#", "share of the FM#"],

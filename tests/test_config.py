@@ -130,6 +130,9 @@ WRONG = [
     ("proxy.neurons", "some", ": proxy.neurons: input should be a valid integer"),
     ("proxy.neurons", 0, ": proxy.neurons: input should be greater than or equal to 1, got 0"),
     ("proxy.keep", "layers", ": proxy.layers is needed with proxy.keep: layers"),
+    ("encoding", "latin-99", ": encoding: 'latin-99' is no text encoding; Python's names are meant, such as cp1252"),
+    ("encoding", "rot13", ": encoding: 'rot13' is no text encoding"),
+    ("encoding", 1252, ": encoding: input should be a valid string, got 1252"),
     ("model.path", 7, ": model.path: input is not a valid path"),
 ]
 
@@ -137,6 +140,22 @@ WRONG = [
 @pytest.mark.parametrize(("key", "value", "text"), WRONG)
 def test_a_wrong_value_is_named_with_its_meaning(tmp_path: Path, key: str, value: Any, text: str) -> None:
     assert text in fault(tmp_path, changed(SERVER, {key: value}))
+
+
+@pytest.mark.parametrize("encoding", ["undefined", "idna", "base64", ""])
+def test_a_silos_encoding_must_be_one_of_text_files(encoding: str, tmp_path: Path) -> None:
+    text = fault(tmp_path, changed(SILO, {"data.encoding": encoding}), load_silo_config)
+    assert ": data.encoding: " in text
+    assert "is no text encoding" in text
+
+
+def test_a_silo_names_its_encoding_and_what_to_do_with_bad_rows(tmp_path: Path) -> None:
+    data = {"data.encoding": "Windows-1252", "data.bad_rows": "skip"}
+    config = load_silo_config(written(tmp_path, changed(SILO, data)))
+    assert (config.data.encoding, config.data.bad_rows) == ("Windows-1252", "skip")
+    assert "input should be 'refuse' or 'skip'" in fault(
+        tmp_path, changed(SILO, {"data.bad_rows": "drop"}), load_silo_config
+    )
 
 
 def test_bad_yaml_is_named_with_its_line(tmp_path: Path) -> None:

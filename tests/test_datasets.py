@@ -1,5 +1,6 @@
-"""Reading, encoding, batching and partitioning of silo data."""
+"""Encoding, batching, drawing and partitioning of silo data. Reading: test_samples.py, test_images.py."""
 
+import dataclasses
 import itertools
 import random
 from pathlib import Path
@@ -11,25 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedpft.config import ColumnsSection, Task
+from fedpft.config import Task
 from fedpft.datasets import (
     EncodedDataset,
     batches,
+    characters_per_token,
     dirichlet_partition,
     encode,
     evaluation_batches,
-    read_label_list,
-    read_labelled,
-    read_unlabelled,
     round_window,
+    sample,
     training_order,
 )
 from fedpft.errors import DataError, ModelError
+from fedpft.samples import Samples
 
-COLUMNS = ColumnsSection()
 TEXT: Task = "sequence-classification"
 IMAGE: Task = "image-classification"
-LABELS = ("sport", "science")
 
 
 class WordTokenizer:
@@ -51,214 +50,41 @@ class PixelScaler:
         return {"pixel_values": (pixels / 255)[None]}
 
 
-def written(directory: Path, name: str, content: str | bytes) -> Path:
-    path = directory / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
+def samples_of(inputs: list[str], labels: torch.Tensor | None = None, *, first_line: int = 2) -> Samples:
+    lines = list(range(first_line, first_line + len(inputs)))
+    return Samples(Path("a.csv"), inputs, lines, [], labels)
 
 
 def texts_of(lengths: list[int]) -> EncodedDataset:
     """A dataset whose sample i has label i and `lengths[i]` words."""
-    return encode([" ".join(["w"] * n) for n in lengths], torch.arange(len(lengths)), WordTokenizer(), TEXT, 10_000)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.csv", 'text,label\nfirst,sport\n\n"second, with\na line end and ""quotes""",science\n'),
-        ("a.tsv", 'label\ttext\nsport\tfirst\nscience\t"second, with\na line end and ""quotes"""\n'),
-        (
-            "a.jsonl",
-            '{"text": "first", "label": "sport"}\n'
-            '{"label": "science", "text": "second, with\\na line end and \\"quotes\\"", "more": 1}\n',
-        ),
-    ],
-)
-def test_every_format_gives_the_same_samples(tmp_path: Path, name: str, content: str) -> None:
-    samples = read_labelled(written(tmp_path, name, content), COLUMNS, TEXT, LABELS)
-    assert samples.inputs == ["first", 'second, with\na line end and "quotes"']
-    assert samples.labels is not None
-    assert samples.labels.tolist() == [0, 1]
-    assert samples.labels.dtype == torch.int64
-    assert len(samples) == 2
-
-
-def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.csv", b"\xef\xbb\xbftext,label\r\nfirst,sport\r\nsecond,science\r\n")
-    samples = read_labelled(path, COLUMNS, TEXT, LABELS)
-    assert samples.inputs == ["first", "second"]
-    assert samples.lines == [2, 3]
-
-
-def test_labels_may_be_resolved_later(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.csv", "text,label\nfirst,sport\nsecond,science\n")
-    samples = read_labelled(path, COLUMNS, TEXT, None)
-    assert samples.labels is None
-    resolved = samples.resolve(("science", "sport")).labels
-    assert resolved is not None
-    assert resolved.tolist() == [1, 0]
-
-
-def test_a_label_may_be_a_number_in_json(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.jsonl", '{"text": "first", "label": 7}\n')
-    assert read_labelled(path, COLUMNS, TEXT, ["7"]).label_names == ["7"]
-
-
-def test_columns_are_found_by_their_configured_names(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.csv", "id,topic,body\n1,sport,first\n")
-    assert read_labelled(path, ColumnsSection(text="body", label="topic"), TEXT, LABELS).inputs == ["first"]
-
-
-def test_unlabelled_data_needs_no_label_column(tmp_path: Path) -> None:
-    assert read_unlabelled(written(tmp_path, "a.csv", "text\nfirst\nsecond\n"), COLUMNS, TEXT) == ["first", "second"]
-
-
-def test_a_field_may_be_longer_than_the_csv_modules_limit(tmp_path: Path) -> None:
-    path = written(tmp_path, "a.csv", f"text\n{'x' * 200_000}\n")
-    assert len(read_unlabelled(path, COLUMNS, TEXT)[0]) == 200_000
-
-
-FAULTS: dict[str, tuple[str, str | bytes | None, str, str]] = {
-    "missing file": ("a.csv", None, "a.csv: no such file", "path"),
-    "empty file": ("a.csv", "", "a.csv: the file is empty", "header"),
-    "blank file": ("a.csv", "\n \n", "a.csv: the file is empty", "header"),
-    "no rows": ("a.csv", "text,label\n", "a.csv: a header but no rows", "row"),
-    "unknown suffix": ("a.xlsx", "text,label\n", "a.xlsx: unknown kind of data file '.xlsx'", ".csv"),
-    "not UTF-8": ("a.csv", b"text,label\nfirst,sport\ncaf\xe9,sport\n", "a.csv:3: byte 0xe9 is not UTF-8", "UTF-8"),
-    "missing column": (
-        "a.csv",
-        "txt,label\nfirst,sport\n",
-        "a.csv:1: no column 'text' among txt, label",
-        "did you mean 'txt'? (set columns.text)",
-    ),
-    "missing column, nothing like it": (
-        "a.csv",
-        "text,b\nfirst,sport\n",
-        "a.csv:1: no column 'label' among text, b",
-        "set columns.label to",
-    ),
-    "column twice": ("a.csv", "text,label,text\na,sport,b\n", "a.csv:1: column 'text' is there twice", "rename"),
-    "empty text": ("a.csv", 'text,label\nfirst,sport\n"  ",sport\n', "a.csv:3: the text is empty", "remove"),
-    "empty label": ("a.csv", "text,label\nfirst,\n", "a.csv:2: the label is empty", "label"),
-    "unknown label": (
-        "a.csv",
-        'text,label\n"two\nlines",sport\nnext,sciense\n',
-        "a.csv:4: label 'sciense' is not in the server's label list",
-        "did you mean 'science'?",
-    ),
-    "unknown label, nothing like it": (
-        "a.csv",
-        "text,label\nfirst,zzz\n",
-        "a.csv:2: label 'zzz'",
-        "use one of its 2 labels: sport, science",
-    ),
-    "too few fields": ("a.csv", "text,label\nfirst\n", "a.csv:2: the row has 1 fields, the header 2", "quotes"),
-    "too many fields": ("a.csv", "text,label\na, b,sport\n", "a.csv:2: the row has 3 fields, the header 2", "quotes"),
-    "open quote": ("a.csv", 'text,label\nfirst,sport\n"open,sport\n', "a.csv:3: malformed row", "quotes"),
-    "text after a quote": ("a.csv", 'text,label\n"a"b,sport\n', "a.csv:2: malformed row", "quotes"),
-    "malformed JSON": (
-        "a.jsonl",
-        '{"text": "a", "label": "sport"}\n{"text": \n',
-        "a.jsonl:2: malformed JSON",
-        "one JSON object",
-    ),
-    "JSON that is no object": ("a.jsonl", "[1]\n", "a.jsonl:1: not a JSON object", '{"text"'),
-    "JSON without the key": (
-        "a.jsonl",
-        '{"text": "a", "label": "sport"}\n\n{"text": "a", "lable": "sport"}\n',
-        "a.jsonl:3: no column 'label' among text, lable",
-        "did you mean 'lable'?",
-    ),
-    "JSON text that is a number": ("a.jsonl", '{"text": 1, "label": "sport"}\n', "a.jsonl:1: 'text' is int", "quotes"),
-    "JSON label that is true": ("a.jsonl", '{"text": "a", "label": true}\n', "a.jsonl:1: 'label' is bool", "quotes"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_bad_data_is_one_line_with_place_and_remedy(tmp_path: Path, fault: str) -> None:
-    name, content, message, remedy = FAULTS[fault]
-    path = tmp_path / name if content is None else written(tmp_path, name, content)
-    with pytest.raises(DataError) as raised:
-        read_labelled(path, COLUMNS, TEXT, LABELS)
-    assert f"{tmp_path}/{message}" in raised.value.message
-    assert remedy in raised.value.remedy
-    assert "\n" not in str(raised.value)
-
-
-def test_a_directory_is_no_data_file(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").mkdir()
-    with pytest.raises(DataError, match="cannot be read"):
-        read_unlabelled(tmp_path / "a.csv", COLUMNS, TEXT)
-
-
-def test_the_label_list_keeps_its_order(tmp_path: Path) -> None:
-    assert read_label_list(written(tmp_path, "labels.txt", "b\na\r\nc d\n\n")) == ("b", "a", "c d")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("", "the file is empty"), ("a\n\nb\n", ":2: empty line"), ("a\nb\na\n", ":3: label 'a' is in line 1 too")],
-)
-def test_a_bad_label_list_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        read_label_list(written(tmp_path, "labels.txt", content))
-
-
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-def image_file(directory: Path, name: str, value: int) -> Path:
-    path = directory / name
-    Image.new("L", (4, 3), value).save(path)
-    return path
-
-
-def test_images_are_found_beside_the_data_file_and_encoded(tmp_path: Path) -> None:
-    image_file(tmp_path, "dark.png", 0)
-    image_file(tmp_path, "light.png", 255)
-    path = written(tmp_path, "a.csv", "image,label\ndark.png,sport\nlight.png,science\n")
-    samples = read_labelled(path, COLUMNS, IMAGE, LABELS)
-    dataset = encode(samples.inputs, samples.labels, PixelScaler(), IMAGE, 64)
-    batch = dataset.batch(torch.tensor([1, 0]))
-    assert batch["pixel_values"].shape == (2, 3, 3, 4)
-    assert batch["pixel_values"].dtype == torch.float32
-    assert batch["pixel_values"].mean(dim=(1, 2, 3)).tolist() == [1.0, 0.0]
-    assert batch["labels"].tolist() == [1, 0]
-
-
-def test_a_missing_image_is_named_with_its_line(tmp_path: Path) -> None:
-    image_file(tmp_path, "dark.png", 0)
-    path = written(tmp_path, "a.csv", "image,label\ndark.png,sport\ngone.png,sport\n")
-    with pytest.raises(DataError, match=r"a\.csv:3: no image .*gone\.png"):
-        read_labelled(path, COLUMNS, IMAGE, LABELS)
-
-
-@pytest.mark.parametrize("damage", ["cut", "text"])
-def test_an_unreadable_image_is_named_with_its_line(tmp_path: Path, damage: str) -> None:
-    whole = image_file(tmp_path, "a.png", 9).read_bytes()
-    written(tmp_path, "a.png", whole[: len(whole) // 2] if damage == "cut" else b"no image at all")
-    path = written(tmp_path, "a.csv", "image\na.png\n")
-    with pytest.raises(DataError, match=r"a\.csv:2: image .*a\.png cannot be read") as raised:
-        read_unlabelled(path, COLUMNS, IMAGE)
-    assert "\n" not in str(raised.value)
-
-
-def test_an_image_that_only_fails_to_decode_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.jpg"
-    Image.effect_noise((64, 64), 50).save(path)
-    path.write_bytes(path.read_bytes()[:900])
-    with pytest.raises(DataError, match=r"image .*a\.jpg cannot be read"):
-        encode([str(path)], None, PixelScaler(), IMAGE, 64)
+    samples = samples_of([" ".join(["w"] * n) for n in lengths], torch.arange(len(lengths)))
+    return encode(samples, WordTokenizer(), TEXT, 10_000)
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
 
+def test_images_are_encoded_in_order(tmp_path: Path) -> None:
+    for name, value in (("dark.png", 0), ("light.png", 255)):
+        Image.new("L", (4, 3), value).save(tmp_path / name)
+    samples = samples_of([str(tmp_path / name) for name in ("dark.png", "light.png")], torch.tensor([0, 1]))
+    dataset = encode(dataclasses.replace(samples, skipped=2), PixelScaler(), IMAGE, 64)
+    batch = dataset.batch(torch.tensor([1, 0]))
+    assert batch["pixel_values"].shape == (2, 3, 3, 4)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["pixel_values"].mean(dim=(1, 2, 3)).tolist() == [1.0, 0.0]
+    assert batch["labels"].tolist() == [1, 0]
+    assert dataset.skipped == 2
+
+
+def test_an_image_that_changed_after_it_was_looked_at_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image any more")
+    with pytest.raises(DataError, match=r"image .*a\.png cannot be read"):
+        encode(samples_of([str(tmp_path / "a.png")]), PixelScaler(), IMAGE, 64)
+
+
 def test_a_batch_is_padded_to_its_own_longest_text() -> None:
-    dataset = encode(["a", "bb ccc dd", "ee f"], torch.tensor([2, 0, 1]), WordTokenizer(), TEXT, 4)
+    dataset = encode(samples_of(["a", "bb ccc dd", "ee f"], torch.tensor([2, 0, 1])), WordTokenizer(), TEXT, 4)
     batch = dataset.batch(torch.tensor([2, 0]))
     assert batch["input_ids"].tolist() == [[101, 2, 1, 102], [101, 1, 102, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
@@ -269,7 +95,7 @@ def test_a_batch_is_padded_to_its_own_longest_text() -> None:
 
 
 def test_unlabelled_batches_have_no_labels() -> None:
-    assert encode(["a"], None, WordTokenizer(), TEXT, 4).batch(torch.tensor([0])).keys() == {
+    assert encode(samples_of(["a"]), WordTokenizer(), TEXT, 4).batch(torch.tensor([0])).keys() == {
         "input_ids",
         "attention_mask",
     }
@@ -284,16 +110,44 @@ def test_a_tokenizer_without_padding_is_refused() -> None:
     tokenizer = WordTokenizer()
     tokenizer.pad_token_id = None
     with pytest.raises(ModelError, match="no padding token"):
-        encode(["a"], None, tokenizer, TEXT, 4)
+        encode(samples_of(["a"]), tokenizer, TEXT, 4)
 
 
-def test_a_text_without_tokens_is_refused() -> None:
-    class Empty(WordTokenizer):
-        def __call__(self, texts: list[str], truncation: bool, max_length: int) -> dict[str, Any]:
-            return {"input_ids": [[1], []]}
+class TildeIsNothing(WordTokenizer):
+    def __call__(self, texts: list[str], truncation: bool, max_length: int) -> dict[str, Any]:
+        found = super().__call__(texts, truncation, max_length)["input_ids"]
+        return {"input_ids": [[] if text == "~" else ids for text, ids in zip(texts, found, strict=True)]}
 
-    with pytest.raises(DataError, match="sample 2: the tokenizer finds no token in '~'"):
-        encode(["a", "~"], None, Empty(), TEXT, 4)
+
+def test_every_text_without_tokens_is_named() -> None:
+    with pytest.raises(
+        DataError, match=r"a\.csv: 2 of 3 rows .* a\.csv:3: the tokenizer finds no token in '~'; a\.csv:4"
+    ):
+        encode(samples_of(["a", "~", "~"]), TildeIsNothing(), TEXT, 4)
+
+
+def test_texts_without_tokens_are_left_out_where_bad_rows_are() -> None:
+    samples = dataclasses.replace(samples_of(["~", "a", "bb"], torch.tensor([0, 1, 2])), skipped=4)
+    dataset = encode(samples, TildeIsNothing(), TEXT, 4, bad_rows="skip")
+    assert dataset.labels is not None
+    assert dataset.labels.tolist() == [1, 2]
+    assert dataset.batch(torch.tensor([1]))["input_ids"].tolist() == [[101, 2, 102]]
+    assert dataset.skipped == 5
+    with pytest.raises(DataError, match="2 of 2 rows cannot be used"):
+        encode(samples_of(["~", "~"]), TildeIsNothing(), TEXT, 4, bad_rows="skip")
+
+
+@pytest.mark.parametrize("at_once", [2, 100])
+def test_texts_that_were_cut_are_counted(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedpft.datasets.TOKENIZED_AT_ONCE", at_once)
+    texts = ["a b", "a b c", "a", "a b c d e", "a b"]  # and two special tokens each
+    assert [encode(samples_of(texts), WordTokenizer(), TEXT, longest).cut for longest in (4, 5, 7)] == [2, 1, 0]
+
+
+def test_characters_per_token_are_those_of_a_sample_anywhere_in_the_file() -> None:
+    assert characters_per_token(["aaaa bbbb"] * 3, WordTokenizer(), seed=0) == 9 / 4
+    mixed = ["a"] * 1000 + ["a" * 300] * 1000
+    assert 30 < characters_per_token(mixed, WordTokenizer(), seed=0) < 70  # of three tokens each
 
 
 # --- batching ---------------------------------------------------------------------------------------------------------
@@ -362,11 +216,23 @@ def test_evaluation_sees_each_sample_once_and_shortest_first() -> None:
     made = list(evaluation_batches(dataset, 2))
     assert torch.cat([indices for indices, _ in made]).tolist() == [1, 3, 2, 4, 0]
     assert all(torch.equal(batch["labels"], indices) for indices, batch in made)
-    assert sorted(torch.cat([indices for indices, _ in evaluation_batches(dataset, 2, samples=3)]).tolist()) == [
-        0,
-        1,
-        2,
-    ]
+    some = torch.cat([indices for indices, _ in evaluation_batches(dataset, 2, torch.tensor([0, 2, 3]))])
+    assert some.tolist() == [3, 2, 0]
+
+
+def test_a_sample_is_the_same_for_one_seed_and_purpose_and_takes_from_everywhere() -> None:
+    drawn = sample(1000, 100, 0, "test")
+    assert torch.equal(drawn, sample(1000, 100, 0, "test"))
+    assert not torch.equal(drawn, sample(1000, 100, 1, "test"))
+    assert not torch.equal(drawn, sample(1000, 100, 0, "gap"))
+    assert len(set(drawn.tolist())) == 100
+    assert drawn.tolist() == sorted(drawn.tolist())
+    assert all(len(drawn[(drawn >= part) & (drawn < part + 250)]) > 10 for part in (0, 250, 500, 750))
+
+
+@pytest.mark.parametrize("wanted", [None, 5, 6])
+def test_a_sample_of_all_is_all_in_order(wanted: int | None) -> None:
+    assert sample(5, wanted, 0, "test").tolist() == [0, 1, 2, 3, 4]
 
 
 # --- partitioning -----------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import pytest
 
 from fedpft import demo_data
 from fedpft.config import ColumnsSection
-from fedpft.datasets import read_label_list, read_labelled, read_unlabelled
 from fedpft.demo_data import DemoData, prepare, prepare_digits
 from fedpft.errors import DataError
+from fedpft.samples import read_label_list, read_labelled, read_unlabelled
 
 COLUMNS = ColumnsSection()
 HEADER = "Category\tText\nd\tstring\nclass\t\n\n"
@@ -55,7 +55,7 @@ def test_every_party_gets_what_it_should(tmp_path: Path, corpus: Path) -> None:
     assert labels == ("acq", "earn")
     of_silos = [read_labelled(path, COLUMNS, "sequence-classification", labels).inputs for path in data.silos.values()]
     test = read_labelled(data.test, COLUMNS, "sequence-classification", labels).inputs
-    public = read_unlabelled(data.public, COLUMNS, "sequence-classification")
+    public = read_unlabelled(data.public, COLUMNS, "sequence-classification").inputs
     assert (sum(map(len, of_silos)), len(test), len(public)) == (30, 20, 25)
     assert all(of_silos)
     everything = [*sum(of_silos, []), *test, *public]  # noqa: RUF017
@@ -140,7 +140,7 @@ def test_digits_become_image_files(tmp_path: Path) -> None:
     assert labels == tuple("0123456789")
     silos = [read_labelled(path, COLUMNS, "image-classification", labels) for path in data.silos.values()]
     test = read_labelled(data.test, COLUMNS, "image-classification", labels)
-    public = read_unlabelled(data.public, COLUMNS, "image-classification")
+    public = read_unlabelled(data.public, COLUMNS, "image-classification").inputs
     numbers = [Path(image).name for image in [*sum((s.inputs for s in silos), []), *test.inputs, *public]]  # noqa: RUF017
     assert len(set(numbers)) == len(numbers) == 62
     for name, samples in zip(data.silos, silos, strict=True):

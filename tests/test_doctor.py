@@ -9,12 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fedpft.wire  # isort: skip  (sets gRPC's environment before grpc is imported)
 import grpc
+import numpy as np
 import pytest
 import tiny
 import yaml
+from PIL import Image
 
 from fedpft import atomic, cli, doctor
-from fedpft.config import RoundSettings, ServerTlsSection, load_server_config, load_silo_config
+from fedpft.config import (
+    AdapterSection,
+    RoundSettings,
+    ServerTlsSection,
+    TrainingSection,
+    load_server_config,
+    load_silo_config,
+)
 from fedpft.digests import Digests
 from fedpft.errors import (
     CertificateError,
@@ -34,11 +43,13 @@ from fedpft.server.construction import build_proxy, load_owner
 from fedpft.server.ledger import Ledger
 from fedpft.server.servicer import FederationServicer
 from fedpft.silo.connection import Enrolment
-from fedpft.silo.data import Data
-from fedpft.silo.work import Work, opened
+from fedpft.silo.ondisk import DataOnDisk
+from fedpft.silo.work import Joined, Work, opened
 from fedpft.wire.channel import SERVER_OPTIONS, listen
-from fedpft.wire.hello import Greeting
+from fedpft.wire.hello import Greeting, Terms
 from fedpft.wire.v1.federation_pb2_grpc import add_FederationServiceServicer_to_server
+
+TERMS = Terms("sequence-classification", ("0", "1"), max_tokens=8, characters_per_token=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +69,7 @@ def address(kits):
     kit = kits / "server"
     files = {name: kit / f"{name}.pem" for name in ("ca", "certificate", "key")}
     section = ServerTlsSection(**files, revoked=kit / "revoked.json")
-    servicer = FederationServicer(None, None, None, None, "", "", Admission(section, lambda silo, reason: None))
+    servicer = FederationServicer(None, None, None, None, "", "", Admission(section, lambda silo, reason: None), TERMS)
     server = grpc.server(ThreadPoolExecutor(1), options=SERVER_OPTIONS)
     add_FederationServiceServicer_to_server(servicer, server)
     port = listen(server, "127.0.0.1:0", section)
@@ -185,6 +196,96 @@ def test_the_data_alone(examine, silo_yaml):
     code, found = examine(silo_yaml)
     assert code == DataError.exit_code
     assert "data.csv:2" in found["data"][1]
+
+
+def test_all_that_is_wrong_with_a_silos_data_is_found_with_the_servers_labels(examine, silo_yaml):
+    (silo_yaml.parent / "data.csv").write_text("text;label\ngood;1\n;0\nbad;\nworse;2\nworst\n")
+    code, found = examine(silo_yaml)
+    assert code == DataError.exit_code
+    assert "4 of 5 rows" in found["data"][1]
+    for fault in (
+        ":3: the text is empty",
+        ":4: the label is empty",
+        ":5: label '2' is not",
+        ":6: the row has 1 fields",
+    ):
+        assert f"data.csv{fault}" in found["data"][1]
+
+
+def test_without_the_server_the_data_is_looked_at_alone(examine, silo_yaml, address, monkeypatch):
+    monkeypatch.setattr(doctor, "CONNECT_SECONDS", 0.2)
+    silo_yaml.write_text(silo_yaml.read_text().replace(address, "127.0.0.1:1"))
+    assert "2 labelled rows; the server did not say which labels there are" in examine(silo_yaml)[1]["data"][1]
+    (silo_yaml.parent / "data.csv").write_text("text;label\n;1\n")
+    assert ":2: the text is empty" in examine(silo_yaml)[1]["data"][1]
+
+
+def test_bad_rows_that_are_skipped_are_a_worry(examine, silo_yaml):
+    (silo_yaml.parent / "data.csv").write_text("text,label\ngood,1\n,1\nbad,7\n")
+    values = yaml.safe_load(silo_yaml.read_text())
+    values["data"]["bad_rows"] = "skip"
+    silo_yaml.write_text(yaml.safe_dump(values))
+    code, found = examine(silo_yaml)
+    assert code == 0
+    assert found["data"][0] == "warning"
+    assert "1 labelled rows of 2 labels" in found["data"][1]
+    assert "skipped: " in found["data"][1]
+    assert "2 of 3 rows" in found["data"][1]
+
+
+def test_how_many_texts_will_be_cut_is_estimated_and_counted_once_the_tokenizer_is_there(examine, silo_yaml):
+    (silo_yaml.parent / "data.csv").write_text(f"text,label\n{'bird ' * 7},1\n{'b' * 30},1\nbad,0\n")
+    found = examine(silo_yaml)[1]["data"][1]
+    assert "about by their characters: 2 of 3 texts are longer than 8 tokens and are cut" in found
+    work = Work(silo_yaml.parent / "work")
+    work.path.mkdir()
+    settings = RoundSettings(seed=0, adapter=AdapterSection(), training=TrainingSection(), inactive_below=0.0)
+    joined = Joined(run_id="run", proxy="0123", settings=settings)
+    (work.path / "federation.json").write_text(joined.model_dump_json())
+    tiny.write_model("bert", work.proxy_path(joined))
+    assert "data.csv: 1 of 3 texts are longer than 8 tokens and are cut" in examine(silo_yaml)[1]["data"][1]
+
+
+def test_a_server_counts_the_texts_that_it_will_cut(examine, server_yaml, kits):
+    (kits / "public.csv").write_text(f"text\n{'bird ' * 11}\n{'bird ' * 10}\n")
+    found = examine(server_yaml)[1]["data"]
+    assert found[0] == "ok"
+    assert "public.csv: 1 of 2 texts are longer than 12 tokens and are cut" in found[1]
+    assert "test.csv: 0 of 1 texts" in found[1]
+
+
+def test_what_only_a_tokenizer_finds_is_found_where_there_is_one(examine, server_yaml, kits):
+    settings = json.loads((kits / "model/tokenizer_config.json").read_text())
+    (kits / "model/tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": None}))
+    code, found = examine(server_yaml)
+    assert code == ModelError.exit_code
+    assert "no padding token" in found["model"][1]
+
+
+def test_a_servers_files_may_have_an_encoding_of_their_own(examine, server_yaml, kits):
+    (kits / "labels.txt").write_bytes("n\u00e9\noui\n".encode("cp1252"))
+    (kits / "test.csv").write_bytes("text;label\none;n\u00e9\n".encode("cp1252"))
+    code, found = examine(server_yaml)
+    assert code == DataError.exit_code
+    assert "labels.txt:1: byte 0xe9 is not UTF-8 -> name its encoding" in found["labels"][1]
+    server_yaml.write_text(json.dumps(json.loads(server_yaml.read_text()) | {"encoding": "cp1252"}))
+    assert examine(server_yaml)[1]["data"][0] == "ok"
+
+
+def test_images_that_are_nearly_black_are_a_worry(examine, server_yaml, kits):
+    for name, value in (("dim", 4095), ("bright", 65535)):
+        Image.fromarray(np.full((2, 2), value, np.uint16)).save(kits / f"{name}.png")
+    (kits / "public.csv").write_text("image\ndim.png\nbright.png\n")
+    (kits / "test.csv").write_text("image,label\nbright.png,yes\n")
+    values = json.loads(server_yaml.read_text())
+    values["model"]["task"] = "image-classification"
+    shutil.rmtree(kits / "model")
+    tiny.write_model("vit", kits / "model")
+    server_yaml.write_text(json.dumps(values))
+    code, found = examine(server_yaml)
+    assert code == 0
+    assert found["data"][0] == "warning"
+    assert "public.csv: 1 of 2 images of 16 bits use less than a quarter of their range" in found["data"][1]
 
 
 def test_a_certificate_that_expires_soon_and_a_key_for_all_are_worries(examine, silo_yaml, kits):
@@ -415,7 +516,7 @@ def joined(silo_yaml):
     settings = RoundSettings(seed=1, adapter={}, training={}, inactive_below=0.01)
     with opened(config.work) as work:
         work.join(Enrolment(settings, "run", ()), "north")
-        work.note_data(Data(config.data.path).read)
+        work.note_data(DataOnDisk(config.data.path).read)
     return config.work
 
 
@@ -442,7 +543,7 @@ def test_an_image_that_changed_since_the_silo_joined_worries(examine, silo_yaml,
     bundle = work.proxy_path(work.joined())
     bundle.mkdir()
     (bundle / "proxy.json").write_text('{"task": "image-classification"}')
-    read = Data(data)
+    read = DataOnDisk(data)
     read.add_images([image])
     work.note_data(read.read)
     assert examine(silo_yaml)[1]["federation"][0] == "ok"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fedpft.adapters import attach, extract, load
 from fedpft.architectures import ARCHITECTURES
 from fedpft.config import AdapterSection, ProxySection
-from fedpft.datasets import EncodedDataset
+from fedpft.datasets import sample
 from fedpft.evaluation import Gap, evaluate, format_gaps, majority, measure_gap, score
 from fedpft.proxy import Selection, cut, select
 from fedpft.seeding import derive_seed
@@ -34,17 +34,17 @@ def test_score_is_scikit_learns(pairs: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["bert", "llama", "vit"])
-@pytest.mark.parametrize("samples", [None, 7])
+@pytest.mark.parametrize("chosen", [None, [1, 2, 4, 8, 16, 17, 19]])
 def test_evaluation_is_that_of_the_samples_one_by_one(
-    model_type: str, samples: int | None, make_fm: ModelFactory
+    model_type: str, chosen: list[int] | None, make_fm: ModelFactory
 ) -> None:
     fm, data = make_fm(model_type), tiny.dataset(model_type, 20)
     assert data.labels is not None
-    count = samples or 20
-    predicted = [int(tiny.logits(fm, data._inputs(torch.tensor([index]))).argmax()) for index in range(count)]
-    labels = data.labels[:count].tolist()
+    each = chosen or range(20)
+    predicted = [int(tiny.logits(fm, data._inputs(torch.tensor([index]))).argmax()) for index in each]
+    labels = data.labels[torch.tensor(each)].tolist()
     assert len(set(predicted)) > 1
-    found = evaluate(fm, data, 6, samples)
+    found = evaluate(fm, data, 6, None if chosen is None else torch.tensor(chosen))
     assert found.accuracy == pytest.approx(accuracy_score(labels, predicted))
     assert found.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro"))
 
@@ -83,11 +83,10 @@ def hidden_error_by_hand(
     return errors
 
 
-def lora_gradient_by_hand(
-    model: nn.Module, model_type: str, layer: int, public: EncodedDataset, samples: int
-) -> Tensor:
+def lora_gradient_by_hand(model: nn.Module, model_type: str, layer: int, inputs: dict[str, Tensor]) -> Tensor:
+    samples = len(next(iter(inputs.values())))
     labels = torch.randint(3, (samples,), generator=torch.Generator().manual_seed(derive_seed(0, "gap labels")))
-    loss = F.cross_entropy(model(**public._inputs(torch.arange(samples))).logits, labels)
+    loss = F.cross_entropy(model(**inputs).logits, labels)
     prefix = tiny.NAMES[model_type].layer.format(layer)
     parameters = [p for n, p in model.named_parameters() if n.startswith(prefix) and ".lora_" in n]
     assert parameters
@@ -109,11 +108,13 @@ def test_gap_is_its_definition(model_type: str, make_fm: ModelFactory) -> None:
     proxy, fm, selection = adapted_pair(make_fm, model_type, neurons=8)
     public = tiny.dataset(model_type, 9)  # labels are there and play no part
     gap = measure_gap(proxy, fm, selection.matched, public, samples=6, seed=0)
-    inputs = public._inputs(torch.arange(6))
+    chosen = sample(9, 6, 0, "gap")
+    assert chosen.tolist() != list(range(6)), "the first stand for nobody"
+    inputs = public._inputs(chosen)
     assert gap.hidden_error == pytest.approx(hidden_error_by_hand(proxy, fm, MATCHED, inputs), rel=1e-4)
     assert min(gap.hidden_error) > 1e-3
     for layer, cosine in zip(gap.layers, gap.gradient_cosine, strict=True):
-        ours, theirs = (lora_gradient_by_hand(m, model_type, layer, public, 6) for m in (proxy, fm))
+        ours, theirs = (lora_gradient_by_hand(m, model_type, layer, inputs) for m in (proxy, fm))
         assert cosine == pytest.approx(float(ours @ theirs / ours.norm() / theirs.norm()), abs=1e-4)
         assert cosine < 0.999
 
@@ -122,12 +123,11 @@ def test_gap_of_a_proxy_with_fewer_layers_compares_matched_layers(make_fm: Model
     proxy, fm, selection = adapted_pair(make_fm, "bert", keep="layers", layers=3)
     public = tiny.dataset("bert", 6, labelled=False)
     gap = measure_gap(proxy, fm, selection.matched, public, samples=6, seed=0)
+    inputs = public.batch(torch.arange(6))
     assert gap.layers == (1,)
-    assert gap.hidden_error == pytest.approx(
-        hidden_error_by_hand(proxy, fm, ((1, 2),), public.batch(torch.arange(6))), rel=1e-4
-    )
-    ours = lora_gradient_by_hand(proxy, "bert", 1, public, 6)
-    theirs = lora_gradient_by_hand(fm, "bert", 2, public, 6)
+    assert gap.hidden_error == pytest.approx(hidden_error_by_hand(proxy, fm, ((1, 2),), inputs), rel=1e-4)
+    ours = lora_gradient_by_hand(proxy, "bert", 1, inputs)
+    theirs = lora_gradient_by_hand(fm, "bert", 2, inputs)
     assert gap.gradient_cosine == pytest.approx([float(F.cosine_similarity(ours, theirs, dim=0))], abs=1e-4)
 
 

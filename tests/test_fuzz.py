@@ -38,6 +38,7 @@ from fedpft.server.updates import Update, aggregate, check_update
 from fedpft.wire import transfer
 from fedpft.wire.channel import SILO_KEY
 from fedpft.wire.encoding import ENCODINGS, Encoding, encode
+from fedpft.wire.hello import Terms
 from fedpft.wire.status import CODES
 from fedpft.wire.tensors import LARGEST_HEADER_BYTES, TensorFile, check_groups, read_tensors, write_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -461,6 +462,7 @@ class Call:
 
 
 requests = st.one_of(
+    st.builds(pb.HelloRequest, package_version=st.sampled_from([fedpft.__version__, "", "0", "x.y\0"])),
     st.builds(
         pb.EnrolRequest,
         samples=st.sampled_from([0, 10, 2**64 - 1]),
@@ -492,6 +494,7 @@ def sending(header: pb.UpdateHeader) -> list[pb.SendUpdateRequest]:
     return [pb.SendUpdateRequest(update=header), *sent]
 
 
+TERMS = Terms("sequence-classification", ("0", "1"), max_tokens=8, characters_per_token=2.0)
 COUNTING = sending(header_of(UPDATE))
 
 
@@ -506,7 +509,7 @@ def test_no_call_ends_in_a_fault_of_the_server(made: list[Any]) -> None:
         log = AuditLog(Path(place) / "audit.jsonl")
         outbox = Outbox(Path(place) / "bundle", lambda *_: None)
         outbox.put_adapter(transfer.payload(box.start))
-        servicer = FederationServicer(live, box.inbox, outbox, log, "{}", "run", Admission(None, live.fail))
+        servicer = FederationServicer(live, box.inbox, outbox, log, "{}", "run", Admission(None, live.fail), TERMS)
         live.enrol("north", 10)
         live.handle(RoundRequested(1))
         for request in made:
@@ -515,6 +518,8 @@ def test_no_call_ends_in_a_fault_of_the_server(made: list[Any]) -> None:
             call: Any = Call()
             with contextlib.suppress(Ended):
                 match request:
+                    case pb.HelloRequest():
+                        servicer.Hello(request, call)
                     case pb.EnrolRequest():
                         servicer.Enrol(request, call)
                     case pb.NextTaskRequest():

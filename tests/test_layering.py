@@ -17,13 +17,14 @@ ROWS: list[set[str]] = [
         "architectures",
         "federation",
         "datafiles",
+        "images",
         "command",
         "lora",
         "audit",
         "finite",
         "digests",
     },
-    {"subffn", "models", "compatibility", "aggregation", "adapters"},
+    {"subffn", "models", "compatibility", "aggregation", "adapters", "samples"},
     {
         "proxy",
         "distillation",
@@ -40,6 +41,7 @@ ROWS: list[set[str]] = [
     {"demo", "doctor", "cli"},
 ]
 BESIDE = {
+    ("images", "datafiles"),
     ("atomic", "errors"),
     ("federation", "seeding"),
     ("compatibility", "models"),

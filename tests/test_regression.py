@@ -11,6 +11,7 @@ from fedpft import regression
 from fedpft.adapters import attach
 from fedpft.architectures import ARCHITECTURES, layers_of
 from fedpft.config import AdapterSection, ProxySection
+from fedpft.datasets import TextDataset, sample
 from fedpft.proxy import Selection, cut, select
 from fedpft.regression import fit_output_projections
 from fedpft.subffn import sub_ffns
@@ -65,7 +66,7 @@ def test_fit_is_the_least_squares_solution(
     wanted = ffn.w_out.detach() + solution[:K]
     bias = None if ffn.b_out is None else ffn.b_out.detach() + solution[K]
 
-    fit_output_projections(proxy, fm, ((1, 1),), public, samples=40, batch=7)
+    fit_output_projections(proxy, fm, ((1, 1),), public, samples=40, batch=7, seed=0)
     torch.testing.assert_close(ffn.w_out.detach().double(), wanted, rtol=1e-3, atol=1e-3)
     if bias is not None:
         torch.testing.assert_close(ffn.b_out.detach().double(), bias, rtol=1e-3, atol=1e-3)
@@ -82,7 +83,7 @@ def test_fit_brings_the_residual_streams_together(model_type: str, make_fm: Mode
 
     before = error(1), error(2)
     public = tiny.dataset(model_type, 200, labelled=False)
-    fit_output_projections(proxy, fm, selection.matched, public, samples=200, batch=50)
+    fit_output_projections(proxy, fm, selection.matched, public, samples=200, batch=50, seed=0)
     assert error(1) < 0.95 * before[0]
     assert error(2) < 0.95 * before[1]
 
@@ -94,7 +95,7 @@ def test_fit_changes_output_projections_and_biases_of_compressed_layers_only(
     proxy, fm, selection = pair(make_fm, model_type)
     before, fm_before = tiny.snapshot(proxy), tiny.snapshot(fm)
     flags = {name: parameter.requires_grad for name, parameter in proxy.named_parameters()}
-    fit_output_projections(proxy, fm, selection.matched, tiny.dataset(model_type, 20), samples=20, batch=8)
+    fit_output_projections(proxy, fm, selection.matched, tiny.dataset(model_type, 20), samples=20, batch=8, seed=0)
     ffns = list(sub_ffns(proxy).items())[1:3]
     wanted = {f"{path}.{name}" for path, ffn in ffns for name in ("w_out", "b_out") if getattr(ffn, name) is not None}
     assert tiny.changed(before, proxy.state_dict()) == wanted
@@ -105,24 +106,23 @@ def test_fit_changes_output_projections_and_biases_of_compressed_layers_only(
 def test_fit_on_fewer_tokens_than_neurons_stays_sane(make_fm: ModelFactory) -> None:
     proxy, fm, selection = pair(make_fm, "bert")
     before = tiny.snapshot(proxy)
-    fit_output_projections(proxy, fm, selection.matched, tiny.dataset("bert", 1), samples=1, batch=1)
+    fit_output_projections(proxy, fm, selection.matched, tiny.dataset("bert", 1), samples=1, batch=1, seed=0)
     for path in list(sub_ffns(proxy))[1:3]:
         weights = proxy.state_dict()[f"{path}.w_out"]
         assert bool(torch.isfinite(weights).all())
         assert weights.norm() < 3 * before[f"{path}.w_out"].norm()
 
 
-def test_fit_uses_no_more_samples_than_it_was_given(make_fm: ModelFactory) -> None:
+def test_fit_uses_a_sample_of_all_and_nothing_else(make_fm: ModelFactory) -> None:
+    every, chosen = tiny.dataset("gpt2", 30, labelled=False), sample(30, 10, 0, "closed form")
+    assert int(chosen.max()) >= 10, "the first stand for nobody"
+    batch = every.batch(chosen)
+    lengths = batch["attention_mask"].sum(dim=1)
+    drawn = TextDataset(batch["input_ids"][batch["attention_mask"].bool()].int(), lengths, tiny.PADDING, None)
     states = []
-    for size in (10, 30):
+    for public in (every, drawn):
         proxy, fm, selection = pair(make_fm, "gpt2")
-        public = tiny.dataset("gpt2", 10, labelled=False)
-        if size == 30:  # the first 10 samples, and 20 others
-            more = tiny.dataset("gpt2", 20, labelled=False, seed=5)
-            public.tokens = torch.cat([public.tokens, more.tokens])
-            public.lengths = torch.cat([public.lengths, more.lengths])
-            public.starts = public.lengths.cumsum(0) - public.lengths
-        fit_output_projections(proxy, fm, selection.matched, public, samples=10, batch=4)
+        fit_output_projections(proxy, fm, selection.matched, public, samples=10, batch=4, seed=0)
         states.append(proxy.state_dict())
     assert tiny.changed(*states) == set()
 

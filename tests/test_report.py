@@ -30,6 +30,10 @@ SUMMARY: dict[str, Any] = {
         "ffn": {"model": 7_089_408, "proxy": 3_549_696},
         "norms": {"model": 9_216, "proxy": 9_216},
     },
+    "data": {
+        "server": {"public": {"samples": 4000, "cut_texts": 31}, "test": {"samples": 900, "cut_texts": 0}},
+        "silos": {"south": {"samples": 1234}, "<north>": {"samples": 77, "skipped_rows": 3, "cut_texts": 5}},
+    },
     "bytes": {"down": 236_182_345, "up": 11_143_584},
     "seconds": {"distillation": 61.4, "rounds": 214.9},
     "rounds": [
@@ -177,6 +181,17 @@ def test_one_stage_and_one_step_are_drawn(tmp_path: Path) -> None:
         "rounds": [{"round": 1, "proxy": 0.2}],
     }
     assert len(drawings(page(tmp_path, SUMMARY, curves))) == 3
+
+
+def test_the_data_of_the_server_and_of_each_silo_is_counted_as_far_as_it_is_shared(whole: str) -> None:
+    section = whole[whole.index("<h2>Data</h2>") :]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(<td.*?)</tr>", section)[:4]]
+    assert rows == [
+        ["public data", "4\u2009000", "0", "31"],
+        ["test data", "900", "0", "0"],
+        ["silo &lt;north&gt;, a round", "77", "3", "5"],
+        ["silo south, a round", "1\u2009234", "-", "-"],
+    ]
 
 
 def test_a_run_without_evaluation_has_a_page(tmp_path: Path) -> None:

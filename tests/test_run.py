@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from fedpft import adapters, datasets, demo_data, models
 from fedpft.architectures import layers_of
-from fedpft.config import LimitsSection, RoundSettings
+from fedpft.config import ColumnsSection, LimitsSection, RoundSettings
 from fedpft.demo import run_federation
 from fedpft.proxy import load_proxy, load_selection
+from fedpft.samples import read_labelled
 from fedpft.subffn import projections
 from fedpft.training import train_round
 
@@ -86,10 +87,8 @@ def test_federation_of_one_silo_equals_local_training_bit_for_bit(digits: Digits
     run_federation(tmp_path, settings, {"north": silo_settings(digits, "north")})
 
     proxy = load_proxy(tmp_path / "out" / "proxy" / "bundle")
-    samples = datasets.read_labelled(
-        digits[1].silos["north"], datasets.ColumnsSection(), "image-classification", proxy.labels
-    )
-    dataset = datasets.encode(samples.inputs, samples.labels, proxy.processor, "image-classification", 1)
+    samples = read_labelled(digits[1].silos["north"], ColumnsSection(), "image-classification", proxy.labels)
+    dataset = datasets.encode(samples, proxy.processor, "image-classification", 1)
     rounds = RoundSettings(seed=3, adapter=settings["adapter"], training=settings["training"], inactive_below=0.01)
     adapters.attach(proxy.model, rounds.adapter, seed=3)
     threads = torch.get_num_threads()
@@ -171,6 +170,13 @@ def test_tiny_vit_federation_beats_the_majority_and_fills_the_summary(captured: 
     assert last["alignment_loss"] is None
     parameters = summary["parameters"]
     assert parameters["proxy_transformer"] < parameters["model_transformer"]
+    assert summary["data"]["server"] == {
+        "public": {"samples": 64, "cut_texts": 0},
+        "test": {"samples": 100, "cut_texts": 0},
+    }
+    for told in (summary["data"]["silos"][name] for name in SILOS):
+        assert told["samples"] > 0
+        assert (told["skipped_rows"], told["cut_texts"]) == (0, 0)
     assert summary["bytes"]["down"] > 4 * parameters["proxy"] * len(SILOS)
     assert summary["bytes"]["up"] > 4 * parameters["adapter"] * len(SILOS) * 2
     assert {"construction", "distillation", "rounds", "alignment", "evaluation"} <= summary["seconds"].keys()

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import io
 import json
 import shutil
 import socket
@@ -48,11 +49,13 @@ from fedpft.silo.connection import ServerConnection
 from fedpft.silo.run import run
 from fedpft.training import LocalResult
 from fedpft.wire import transfer
+from fedpft.wire.hello import Terms, greet
 from fedpft.wire.tensors import read_tensors, write_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
 
 SETTINGS = RoundSettings(seed=0, adapter=AdapterSection(), training=TrainingSection(), inactive_below=0.01)
 ADAPTER = {"lora_A": torch.ones(2, 3), "head": torch.zeros(4, dtype=torch.bfloat16)}
+TERMS = Terms("sequence-classification", ("1", "2"), 64, 4.0)
 COUNTS = {"1": torch.tensor([0, 3, 5]), "1.tokens": torch.tensor(5)}
 LONG_SECONDS = 60.0  # no test waits so long unless it fails
 
@@ -99,7 +102,7 @@ def start(tmp_path, bundle):
 
         def started(section=None, **changes):
             config = server_config(tmp_path, section, **changes)
-            server = FederationServer(config, bundle, SETTINGS, Ledger(config.out, {}))
+            server = FederationServer(config, bundle, SETTINGS, Ledger(config.out, {}), TERMS)
             stack.callback(server.close)
             return server, server.start()
 
@@ -299,6 +302,15 @@ def test_another_version_of_the_package_is_refused(start, dial):
     silo = dial(address, "north", enrol=False)
     with pytest.raises(RefusedByServer, match=r"north runs fedpft 99\.1\.0, the server"):
         silo._ask(silo._stub.Enrol, pb.EnrolRequest(samples=1, package_version="99.1.0"))
+
+
+def test_hello_says_what_the_data_must_be_like_and_refuses_another_version(start, dial):
+    server, address = start()
+    assert greet(address, None, name="north", timeout_seconds=LONG_SECONDS).terms == TERMS
+    assert not server._live._federation.present, "it is free"
+    silo = dial(address, "north", enrol=False)
+    with pytest.raises(RefusedByServer, match=r"north runs fedpft 99\.1\.0, the server"):
+        silo._ask(silo._stub.Hello, pb.HelloRequest(package_version="99.1.0"))
 
 
 def write_kit(directory, files):
@@ -860,3 +872,10 @@ def test_a_command_ends_with_one_line_and_the_exit_code(capsys):
     assert command.run_command(fail) == DataError.exit_code
     assert command.run_command(interrupt) == 130
     assert capsys.readouterr().err.splitlines() == ["error: data.csv:3: no label -> add one", "error: interrupted"]
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_command(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert command.run_command(lambda: print("d\udcff.csv: h\u00e4", flush=True)) == 0
+    assert shown.buffer.getvalue() == b"d\\udcff.csv: h\\xe4\n"

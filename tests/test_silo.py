@@ -49,10 +49,11 @@ from fedpft.errors import (
 from fedpft.provision import provision
 from fedpft.proxy import Proxy, cut, load_proxy, patch, save_bundle, select
 from fedpft.silo import __main__ as command
+from fedpft.silo import data as silo_data
 from fedpft.silo import run as silo_run
 from fedpft.silo.connection import ServerConnection
-from fedpft.silo.data import Data
 from fedpft.silo.explain import explain
+from fedpft.silo.ondisk import DataOnDisk
 from fedpft.silo.run import run
 from fedpft.subffn import sub_ffns
 from fedpft.wire import channel, transfer
@@ -96,6 +97,7 @@ class Server(FederationServiceServicer):
         self.bend: list[Callable[[Iterator[pb.Chunk]], Iterator[pb.Chunk]]] = []
         self.parts: dict[bytes, bytes] = collections.defaultdict(bytes)
         self.updates: dict[int, tuple[pb.UpdateHeader, bytes]] = {}
+        self.labels, self.task = list(tiny.LABELS), "sequence-classification"
         self.address = ""
 
     def announce(self, path: Path) -> pb.File:
@@ -105,6 +107,12 @@ class Server(FederationServiceServicer):
 
     def asked(self, rpc: str) -> list[Any]:
         return [what for name, what in self.calls if name == rpc]
+
+    def Hello(self, request: pb.HelloRequest, context: grpc.ServicerContext) -> pb.HelloResponse:
+        if self.mischief["Hello"]:
+            self.mischief["Hello"].pop(0)(context)
+        terms = {"task": self.task, "labels": self.labels, "max_tokens": 12, "characters_per_token": 4.0}
+        return pb.HelloResponse(package_version=request.package_version, **terms)
 
     def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolResponse:
         self._begin("Enrol", request.samples, context)
@@ -623,7 +631,7 @@ def test_a_silo_takes_part_until_the_end(federation: Any, trainings: list[int], 
     assert [header.proxy_version for header, _ in server.updates.values()] == [0, 1, 2]
     header = server.updates[3][0]
     assert header.samples == len(TEXTS)
-    assert set(header.metrics) == {"train_loss", "seconds", "tokens"}
+    assert set(header.metrics) == {"train_loss", "seconds", "tokens", "skipped_rows", "cut_texts"}
     groups = {name.partition("/")[0] for name in TensorFile(tensors(server, 3, tmp_path)).specs}
     assert groups == {"adapter", "inactivity"}
     assert not server.asked("Leave")
@@ -839,7 +847,7 @@ def test_images_are_part_of_the_data(tmp_path: Path) -> None:
     path, image = tmp_path / "data.csv", tmp_path / "a.png"
     path.write_text("image,label\na.png,1\n")
     image.write_bytes(b"an image")
-    data = Data(path)
+    data = DataOnDisk(path)
     data.add_images([image])
     data.check_read()
     assert data.changed() is None
@@ -868,6 +876,7 @@ def test_an_image_that_changes_between_rounds_is_noticed(
     save_bundle(proxy, tmp_path / "bundle")
     adapters.attach(proxy.model, server.settings.adapter, seed=1)
     write_tensors(tmp_path / "start.safetensors", {"adapter": adapters.extract(proxy.model)})
+    server.task = "image-classification"
     server.proxy = [server.announce(path) for path in sorted((tmp_path / "bundle").iterdir())]
     start = server.announce(tmp_path / "start.safetensors")
     server.tasks = [pb.NextTaskResponse(train=pb.Train(round=round, adapter=start)) for round in (1, 2)]
@@ -1023,6 +1032,136 @@ def test_a_stopped_silo_says_that_it_can_go_on(
     assert not server.asked("Leave")
 
 
+# --- data that does not fit -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_data(federation: Any, tmp_path: Path) -> Callable[..., Made]:
+    """A federation, and a silo whose data file holds these rows beside the good ones."""
+
+    def made(rows: str, rounds: tuple[int, ...] = (1,), **settings: Any) -> Made:
+        server, config = federation(rounds=rounds)
+        with (tmp_path / "data.csv").open("a", encoding="utf-8") as file:
+            file.write(rows)
+        data = SiloDataSection(path=tmp_path / "data.csv", **settings)
+        return server, config.model_copy(update={"data": data})
+
+    return made
+
+
+def test_all_faults_of_the_data_are_named_before_the_server_hears_of_the_silo(with_data: Any) -> None:
+    server, config = with_data("a bird,\n\u200b,earth\na fish,fire\na tree\n")
+    with pytest.raises(DataError) as raised:
+        run(config)
+    message = raised.value.message
+    assert "4 of 13 rows cannot be used: data.csv:11: the label is empty; data.csv:12: the text is empty; " in message
+    assert "data.csv:13: label 'fire' is not in the server's label list; data.csv:14: the row has 1 fields" in message
+    assert "bad_rows: skip" in raised.value.remedy
+    assert not server.calls
+
+
+def test_faults_that_are_known_without_the_server_are_named_when_it_is_away(
+    with_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(silo_data, "REPORT_SECONDS", 0.05)
+    _, config = with_data("a bird,\na fish,fire\n")
+    with pytest.raises(DataError, match=r"data\.csv:11: the label is empty -> "):
+        run(config.model_copy(update={"server": "127.0.0.1:1"}))
+
+
+def test_a_fault_of_the_whole_file_needs_no_server(with_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(silo_data, "greet", killed)
+    _, config = with_data('"a bird,earth\n', bad_rows="skip")
+    with pytest.raises(DataError, match=r"data\.csv:11: malformed row"):
+        run(config)
+
+
+def test_a_silo_waits_for_a_server_that_is_away_before_it_enrols(federation: Any) -> None:
+    server, config = federation(rounds=(1,))
+    server.mischief["Hello"] = [away, away]
+    run(config)
+    assert not server.mischief["Hello"]
+    assert list(server.updates) == [1]
+
+
+def test_bad_rows_are_left_out_on_request_and_counted(with_data: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    server, config = with_data("a bird,\na fish,fire\n", bad_rows="skip")
+    run(config)
+    assert server.asked("Enrol") == [len(TEXTS)]
+    header = server.updates[1][0]
+    assert header.samples == len(TEXTS)
+    assert header.metrics["skipped_rows"] == 2
+    assert "skipped: " in caplog.text
+    assert "2 of 11 rows" in caplog.text
+
+
+def test_texts_that_are_cut_are_counted(with_data: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    long = " ".join(["bird"] * 11)  # and two special tokens: one more than 12
+    server, config = with_data(f"{long},earth\n{long[:-5]},earth\n")
+    run(config)
+    assert server.updates[1][0].metrics["cut_texts"] == 1
+    assert "north: 1 of 11 texts are longer than 12 tokens and are cut" in caplog.text
+
+
+def test_what_is_counted_of_the_data_is_only_told_if_it_is_shared(with_data: Any) -> None:
+    server, config = with_data("a bird,\n", bad_rows="skip")
+    run(config.model_copy(update={"share": ShareSection(metrics=("cut_texts",))}))
+    assert dict(server.updates[1][0].metrics) == {"cut_texts": 0.0}
+
+
+def test_another_task_than_the_datas_is_named_before_enrolment(federation: Any) -> None:
+    server, config = federation()
+    server.task = "image-classification"
+    with pytest.raises(DataError, match=r"data\.csv:1: no column 'image' among text, label"):
+        run(config)
+    assert not server.calls
+
+
+def test_a_file_that_fits_both_tasks_is_read_for_the_servers(federation: Any, tmp_path: Path) -> None:
+    server, config = federation(rounds=(1,))
+    (tmp_path / "data.csv").write_text("image,text,label\nx.png,the bird,earth\ny.png,,sea\nz.png,a tree,sky\n")
+    with pytest.raises(DataError, match=r"data\.csv:3: the text is empty"):
+        run(config)
+    server.task = "image-classification"
+    with pytest.raises(DataError, match=r"3 of 3 rows .*data\.csv:2: no image"):
+        run(config)
+    assert not server.calls
+
+
+def test_a_server_that_does_not_say_what_it_wants_is_of_another_version(federation: Any) -> None:
+    server, config = federation()
+    server.task = ""
+    with pytest.raises(RefusedByServer, match="does not say what the data must be like"):
+        run(config)
+
+
+def test_a_proxy_for_other_labels_than_were_named_is_not_trained(federation: Any, trainings: list[int]) -> None:
+    server, config = federation()
+    server.labels = [*reversed(tiny.LABELS)]
+    with pytest.raises(RefusedByServer, match="other labels than the server named before"):
+        run(config)
+    assert server.asked("Leave")
+    assert not trainings
+
+
+@pytest.mark.parametrize(
+    "row", ['{"text": "\\ud800", "label": "\\udfff"}', '{"\\ud800": "\\u0000", "label": NaN}', "{}", "NaN"]
+)
+def test_odd_json_ends_in_one_line(
+    row: str, federation: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, config = federation()
+    (tmp_path / "data.jsonl").write_text(f'{{"text": "a bird", "label": "sea"}}\n{row}\n')
+    values = {"server": config.server, "insecure_loopback": True, "insecure_name": "north"}
+    (tmp_path / "silo.yaml").write_text(yaml.safe_dump({**values, "data": {"path": "data.jsonl"}}))
+    assert command.main(["--config", str(tmp_path / "silo.yaml")]) == DataError.exit_code
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "data.jsonl:2: " in line
+    assert not server.calls
+
+
 # --- explain ----------------------------------------------------------------------------------------------------------
 
 
@@ -1034,7 +1173,7 @@ def test_explain_says_what_is_known_before_anything_was_received(federation: Any
     assert f"samples         {len(TEXTS)}\n" in text
     assert "No proxy was received yet" in text
     assert str(config.work / "audit.jsonl") in text
-    assert "metrics         train_loss, seconds, tokens\n" in text
+    assert "metrics         train_loss, seconds, tokens, skipped_rows, cut_texts\n" in text
     assert not server.calls
     assert not config.work.exists()
 
@@ -1053,6 +1192,14 @@ def test_explain_lists_every_tensor_that_is_sent(encoding: str, federation: Any,
         assert [line for line in lines if line.startswith(f"{name} ") and line.endswith(f" {size} bytes")], name
     assert text.count(" bytes\n") == len(sizes)
     assert f"encoding        {encoding}: " in text
+
+
+def test_explain_counts_the_rows_that_can_be_used(with_data: Any) -> None:
+    _, config = with_data("a bird,\n")
+    with pytest.raises(DataError, match=r"data\.csv:11: the label is empty"):
+        explain(config)
+    data = config.data.model_copy(update={"bad_rows": "skip"})
+    assert f"samples         {len(TEXTS)}\n" in explain(config.model_copy(update={"data": data}))
 
 
 def test_explain_names_the_certificate(federation: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fedpft.server.admission import Admission
 from fedpft.server.servicer import FederationServicer
 from fedpft.wire.certificates import Revocations, check_certificates, read_kit
 from fedpft.wire.channel import SERVER_OPTIONS, dial, listen
-from fedpft.wire.hello import greet
+from fedpft.wire.hello import Terms, greet
 from fedpft.wire.v1.federation_pb2_grpc import add_FederationServiceServicer_to_server
 
 LONG_SECONDS = 60.0  # no test waits so long unless it fails
@@ -39,13 +39,16 @@ def kits(tmp_path):
     return tmp_path / "kits"
 
 
+TERMS = Terms("sequence-classification", ("0", "1"), max_tokens=8, characters_per_token=2.0)
+
+
 class Doorkeeper(FederationServicer):
     """The server's RPCs without a federation behind them; remembers whom it let in, and whom no round waits for."""
 
     def __init__(self, section):
         self.seen, self.failed = [], []
         self.admission = Admission(section, lambda silo, reason: self.failed.append((silo, reason)))
-        super().__init__(None, None, None, None, "", "", self.admission)
+        super().__init__(None, None, None, None, "", "", self.admission, TERMS)
 
     def Hello(self, request, context):  # noqa: N802
         answer = super().Hello(request, context)

@@ -146,6 +146,9 @@ def test_a_wrong_tensor_is_refused_by_name(encoding: Encoding, change: Any, faul
         ({"samples": 11}, "trained on 11 samples, not on 1 to 10"),
         ({"metrics": {"train_loss": float("nan")}}, "'train_loss' is nan"),
         ({"metrics": {"patients": 3.0}}, "metric 'patients' is unknown"),
+        ({"metrics": {"cut_texts": -1.0}}, "metric 'cut_texts' is -1.0, no count"),
+        ({"metrics": {"skipped_rows": 0.5}}, "metric 'skipped_rows' is 0.5, no count"),
+        ({"metrics": {"skipped_rows": 1e300}}, "metric 'skipped_rows' is 1e\\+300, no count"),
     ],
 )
 def test_a_wrong_number_is_refused(wrong: dict[str, Any], fault: str, make: Maker) -> None:

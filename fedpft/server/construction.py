@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedpft import adapters, atomic, models
 from fedpft.compatibility import check_travels, make_fit
 from fedpft.config import ServerConfig
-from fedpft.datasets import EncodedDataset, encode, read_label_list, read_labelled, read_unlabelled
+from fedpft.datasets import EncodedDataset, characters_per_token, describe_cut, encode
 from fedpft.digests import Digests, differences
 from fedpft.distillation import layer_level
-from fedpft.errors import DataError, ModelError
+from fedpft.errors import ModelError
 from fedpft.evaluation import Gap, measure_gap
 from fedpft.progress import progress
 from fedpft.proxy import (
@@ -33,6 +33,7 @@ from fedpft.proxy import (
     save_selection,
     select,
 )
+from fedpft.samples import Samples, read_label_list, read_labelled, read_unlabelled
 from fedpft.server.holdings import check_holdings
 from fedpft.server.identity import Contents, check_cut_from, check_unchanged, contents, proxy_files
 from fedpft.server.outbox import BUNDLE_SUFFIXES, sendable
@@ -47,6 +48,7 @@ class Owner:
     """What only the server has. `model` carries an untrained adapter, and so does every proxy cut from it.
 
     contents: of the files that all of it was read from.
+    characters_per_token: of the public texts; 0.0 for images.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Owner:
     public: EncodedDataset
     test: EncodedDataset | None
     contents: Contents
+    characters_per_token: float
 
 
 @dataclass
@@ -108,29 +111,29 @@ def load_owner(config: ServerConfig, digests: Digests) -> Owner:
     if config.threads:
         torch.set_num_threads(config.threads)
     section = config.model
-    labels = read_labels(section.labels)
-    public = read_unlabelled(config.public_data, config.columns, section.task)
+    labels = read_label_list(section.labels, config.encoding)
+    public = read_unlabelled(config.public_data, config.columns, section.task, config.encoding)
     tested = None
     if config.test_data is not None:
-        tested = read_labelled(config.test_data, config.columns, section.task, labels)
+        tested = read_labelled(config.test_data, config.columns, section.task, labels, config.encoding)
     model, processor = load_fm(config, labels)
     adapters.attach(model, config.adapter, seed=config.seed)
 
-    def encoded(inputs: list[str], classes: Tensor | None) -> EncodedDataset:
-        return encode(inputs, classes, processor, section.task, section.max_tokens)
+    def encoded(samples: Samples) -> EncodedDataset:
+        for warning in samples.warnings:
+            log.warning("%s", warning)
+        dataset = encode(samples, processor, section.task, section.max_tokens)
+        if dataset.cut:
+            log.warning("%s", describe_cut(samples.path, len(dataset), dataset.cut, section.max_tokens))
+        return dataset
 
-    test = None if tested is None else encoded(tested.inputs, tested.labels)
-    owner = Owner(model, processor, labels, encoded(public, None), test, found)
+    test = None if tested is None else encoded(tested)
+    length = 0.0
+    if section.task == "sequence-classification":
+        length = characters_per_token(public.inputs, processor, seed=config.seed)
+    owner = Owner(model, processor, labels, encoded(public), test, found, length)
     check_unchanged(config, found, digests)
     return owner
-
-
-def read_labels(path: Path) -> tuple[str, ...]:
-    """The label list of a classification; DataError if it has but one label."""
-    labels = read_label_list(path)
-    if len(labels) < 2:
-        raise DataError(f"{path}: one label, {labels[0]!r}", "name at least two: there is nothing to tell apart")
-    return labels
 
 
 def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any]:
@@ -208,7 +211,7 @@ def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Dig
 def check_made_for(config: ServerConfig, directory: Path, proxy: Proxy) -> None:
     """Raises ModelError if a proxy is for another task, other labels or texts of another length."""
     section = config.model
-    if (proxy.task, proxy.labels) != (section.task, read_labels(section.labels)):
+    if (proxy.task, proxy.labels) != (section.task, read_label_list(section.labels, config.encoding)):
         raise ModelError(f"{directory}: built for other labels than {section.labels}", "build the proxy again")
     if proxy.task == "sequence-classification" and proxy.max_tokens != section.max_tokens:
         raise ModelError(

@@ -14,9 +14,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fedpft.config import ServerConfig, dump
-from fedpft.datasets import image_paths, read_label_list
 from fedpft.digests import Digests, combined, differences
 from fedpft.errors import CheckpointError, DataError, ModelError
+from fedpft.samples import image_paths, read_label_list
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def contents(config: ServerConfig, digests: Digests) -> Contents:
         DataError: the label list, or a data file that names images, cannot be read.
     """
     section = config.model
-    labels = "\n".join(read_label_list(section.labels))
+    labels = "\n".join(read_label_list(section.labels, config.encoding))
     return {
         "model.path": model_files(config, digests),
         "model.labels": {"": hashlib.sha256(labels.encode()).hexdigest()},
@@ -213,5 +213,5 @@ def _metadata(adapter: Path) -> Any:
 def _data(config: ServerConfig, path: Path, digests: Digests) -> dict[str, str]:
     found = {"": digests.of_file(path)}
     if config.model.task == "image-classification":
-        found[_IMAGES] = digests.of_files(image_paths(path, config.columns))
+        found[_IMAGES] = digests.of_files(image_paths(path, config.columns, config.encoding))
     return found

@@ -24,6 +24,7 @@ from torch import Tensor
 from fedpft import adapters
 from fedpft.adapters import Adapter
 from fedpft.config import RoundSettings, ServerConfig
+from fedpft.datasets import sample
 from fedpft.distillation import ffn_norms, least_active, neuron_level
 from fedpft.errors import QuorumLost
 from fedpft.evaluation import Gap, evaluate
@@ -33,8 +34,9 @@ from fedpft.server.construction import Built, Owner, record_gap
 from fedpft.server.egress import Egress
 from fedpft.server.ledger import Ledger
 from fedpft.server.service import FederationServer
-from fedpft.server.updates import Update, aggregate
+from fedpft.server.updates import COUNTS, Update, aggregate
 from fedpft.subffn import sub_ffns
+from fedpft.wire.hello import Terms
 from fedpft.wire.tensors import read_tensors
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,9 @@ class Rounds:
         self._earlier = self.closed[-1]["bytes"] if self.closed else {"down": 0, "up": 0}
         self._egress = Egress(built.bundle, adapters.extract(built.proxy.model))
         self._restore()
-        self._server = FederationServer(config, built.bundle, settings, ledger)
+        proxy = built.proxy
+        terms = Terms(proxy.task, proxy.labels, proxy.max_tokens, owner.characters_per_token)
+        self._server = FederationServer(config, built.bundle, settings, ledger, terms)
 
     def complete(self) -> Adapter:
         """Runs what is left of the rounds, and tells the silos that it is over; returns the last adapter.
@@ -136,7 +140,13 @@ class Rounds:
             "alignment_loss": alignment_loss,
             "silos": len(updates),
         }
-        closed = {"entry": entry, "accuracy": accuracy, "seconds": self.record.seconds, "bytes": self.traffic()}
+        closed = {
+            "entry": entry,
+            "accuracy": accuracy,
+            "data": {update.silo: _told(update) for update in updates},
+            "seconds": self.record.seconds,
+            "bytes": self.traffic(),
+        }
         self.ledger.record("round", number, closed)
         self.closed.append(closed)
         self._server.close_round()
@@ -193,11 +203,13 @@ class Rounds:
         if test is None or not section.every_rounds or number % section.every_rounds:
             return None
         models = {"proxy": self.built.proxy.model, "plugged_in": self.owner.model}
+        chosen = sample(len(test), section.samples_per_round, self.config.seed, "test")  # the same in every round
         with self.record.timed("evaluation"):
-            return {
-                name: evaluate(model, test, section.batch, section.samples_per_round).accuracy
-                for name, model in models.items()
-            }
+            return {name: evaluate(model, test, section.batch, chosen).accuracy for name, model in models.items()}
+
+    def silos_data(self) -> dict[str, dict[str, int]]:
+        """What each silo told of its data with its last update: samples of that round, and COUNTS if it shares them."""
+        return {silo: told for closed in self.closed for silo, told in closed["data"].items()}
 
     def traffic(self) -> dict[str, int]:
         """Payload bytes of the run; what a killed process moved since its last closed round is not in it."""
@@ -219,3 +231,7 @@ def _train_loss(updates: Sequence[Update]) -> float | None:
     shared = [update for update in updates if "train_loss" in update.metrics]
     total = sum(update.metrics["train_loss"] * update.samples for update in shared)
     return total / sum(update.samples for update in shared) if shared else None
+
+
+def _told(update: Update) -> dict[str, int]:
+    return {"samples": update.samples} | {name: int(update.metrics[name]) for name in COUNTS & update.metrics.keys()}

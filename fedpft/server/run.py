@@ -169,6 +169,7 @@ def _summary(
             "adapter": adapter_parameters,
         },
         "holdings": parts,
+        "data": {"server": _server_data(owner), "silos": rounds.silos_data()},
         "bytes": rounds.traffic(),
         "seconds": rounds.record.seconds,
         "rounds": [closed["entry"] for closed in rounds.closed],
@@ -181,6 +182,11 @@ def _summary(
         "seed": config.seed,
         "config": dump(config),
     }
+
+
+def _server_data(owner: Owner) -> dict[str, dict[str, int]]:
+    sets = {"public": owner.public, "test": owner.test}
+    return {name: {"samples": len(each), "cut_texts": each.cut} for name, each in sets.items() if each is not None}
 
 
 def _curves(built: Built, alignments: list[dict[str, Any]], closed_rounds: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from fedpft.server.outbox import Outbox
 from fedpft.server.servicer import FederationServicer, ReadyFrames
 from fedpft.server.updates import Update
 from fedpft.wire.channel import SERVER_OPTIONS, listen
+from fedpft.wire.hello import Terms
 from fedpft.wire.transfer import Payload
 from fedpft.wire.v1.federation_pb2_grpc import add_FederationServiceServicer_to_server
 
@@ -42,11 +43,14 @@ class FederationServer:
     on with: a round that was open stays open, and takes updates as soon as the server listens.
     """
 
-    def __init__(self, config: ServerConfig, bundle: Path, settings: RoundSettings, ledger: Ledger) -> None:
+    def __init__(
+        self, config: ServerConfig, bundle: Path, settings: RoundSettings, ledger: Ledger, terms: Terms
+    ) -> None:
         """Args:
             bundle: directory of the proxy's files, every one of which is sent to every silo.
             settings: sent to every silo.
             ledger: of the run; the caller enters adapters and patches, this class rounds and updates.
+            terms: what the silos' data must be like.
 
         Raises:
             ModelError: the bundle is not one.
@@ -78,6 +82,7 @@ class FederationServer:
             settings.model_dump_json(),
             ledger.run_id,
             Admission(config.tls, self._live.fail),
+            terms,
         )
         threads = ThreadPoolExecutor(2 * len(section.silos) + 4, thread_name_prefix="rpc")
         self._server = grpc.server(threads, interceptors=[ReadyFrames()], options=SERVER_OPTIONS)

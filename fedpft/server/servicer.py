@@ -20,7 +20,7 @@ from fedpft.server.inbox import Inbox
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
 from fedpft.wire.channel import Watchdog
-from fedpft.wire.hello import series
+from fedpft.wire.hello import Terms, series
 from fedpft.wire.status import answering, sanitised
 from fedpft.wire.transfer import AGAIN, serialised
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -56,25 +56,30 @@ class FederationServicer:
         settings_json: str,
         run_id: str,
         admission: Admission,
+        terms: Terms,
     ) -> None:
         self._live, self._inbox, self._outbox, self._audit = live, inbox, outbox, audit
         self._settings_json, self._run_id = settings_json, run_id
-        self._sender = admission.sender
+        self._sender, self._terms = admission.sender, terms
 
     def Hello(self, request: pb.HelloRequest, context: grpc.ServicerContext) -> pb.HelloResponse:
         with answering(context):
-            self._sender(context)
-            return pb.HelloResponse(package_version=fedpft.__version__, time_ms=time.time_ns() // 1_000_000)
+            silo, terms = self._sender(context), self._terms
+            if request.package_version:  # without it nobody means to take part
+                _check_version(silo, request.package_version)
+            return pb.HelloResponse(
+                package_version=fedpft.__version__,
+                time_ms=time.time_ns() // 1_000_000,
+                task=terms.task,
+                labels=terms.labels,
+                max_tokens=terms.max_tokens,
+                characters_per_token=terms.characters_per_token,
+            )
 
     def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolResponse:
         with answering(context):
             silo = self._sender(context)
-            if series(request.package_version) != series(fedpft.__version__):
-                log.warning("%s: refused: it runs fedpft %s", silo, sanitised(request.package_version))
-                raise RefusedByServer(
-                    f"{silo} runs fedpft {request.package_version}, the server {fedpft.__version__}",
-                    f"install fedpft {fedpft.__version__} at the silo",
-                )
+            _check_version(silo, request.package_version)
             self._live.enrol(silo, request.samples)
             self._inbox.enrolled(silo, request.samples)
             self._audit.append("enrolled", peer=silo, samples=request.samples)
@@ -203,6 +208,15 @@ class FederationServicer:
         silo = self._sender(context)
         self._live.check_enrolled(silo)
         return silo
+
+
+def _check_version(silo: str, version: str) -> None:
+    if series(version) != series(fedpft.__version__):
+        log.warning("%s: refused: it runs fedpft %s", silo, sanitised(version))
+        raise RefusedByServer(
+            f"{silo} runs fedpft {version}, the server {fedpft.__version__}",
+            f"install fedpft {fedpft.__version__} at the silo",
+        )
 
 
 def _arrival(silo: str, header: pb.UpdateHeader) -> UpdateArrived:

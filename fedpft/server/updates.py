@@ -21,7 +21,8 @@ from fedpft.finite import is_finite
 from fedpft.wire.encoding import ENCODINGS, Encoding, decode, layout
 from fedpft.wire.tensors import Spec, TensorFile
 
-METRICS = frozenset({"train_loss", "seconds", "tokens"})
+COUNTS = frozenset({"skipped_rows", "cut_texts"})  # of the silo's data: the same in every round
+METRICS = COUNTS | {"train_loss", "seconds", "tokens"}
 LARGEST_COUNT = 1 << 48  # of samples or tokens: whatever is summed over silos stays far from the end of int64
 HEADER_BYTES = 1 << 20  # of an update's file, beside ENTRY_BYTES
 ENTRY_BYTES = 512  # for the name and the place of a tensor
@@ -161,6 +162,8 @@ def _check_numbers(update: Update, most_samples: int) -> None:
     for name, value in update.metrics.items():
         if not math.isfinite(value):
             raise InvalidUpdate(f"{silo}: metric {name!r} is {value}", _DIVERGED)
+        if name in COUNTS and not (0 <= value <= LARGEST_COUNT and value.is_integer()):
+            raise InvalidUpdate(f"{silo}: metric {name!r} is {value}, no count", _REMEDY)
 
 
 def _check_specs(update: Update, wanted: Mapping[str, Spec]) -> None:

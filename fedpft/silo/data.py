@@ -1,59 +1,75 @@
-"""The institution's data as this process read it, and whether it is that still.
+"""A silo's own data before it enrols: looked at alone, then against what the server says; the doctor does the same."""
 
-What a process read at its start is what it trains on, all its life. A change of the file, or of an image that it names,
-is noticed at the next round and takes effect at the next start. The digest stays here: it is not sent.
-"""
+import logging
 
-from collections.abc import Sequence
-from pathlib import Path
-
+from fedpft import models
 from fedpft.config import SiloConfig
-from fedpft.datasets import image_paths
-from fedpft.digests import Digests, combined
-from fedpft.errors import DataError
-from fedpft.proxy import task_of
+from fedpft.datasets import describe_cut, encode
+from fedpft.errors import FedPFTError, ModelError, RefusedByServer
+from fedpft.samples import Examination, Samples
+from fedpft.silo.connection import SAME_VERSION
+from fedpft.silo.work import Work
+from fedpft.wire.hello import Terms, greet
+
+log = logging.getLogger(__name__)
+
+WAY_OUT = "; or set data.bad_rows: skip in silo.yaml to go on without them"
+REPORT_SECONDS = 5.0  # for the server's labels, where rows are bad anyhow and all that is wrong should be said at once
 
 
-class Data:
-    """The data file and its images by their content, first looked at when this is made, before they are read.
-
-    read: their digest then; a data file's without images is its SHA-256.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._images: Sequence[Path] = ()
-        self._digests = Digests()
-        self.read = self._seen = self._now()
-
-    def add_images(self, images: Sequence[Path]) -> None:
-        """The images that the file names, before they are decoded; DataError if the file was changed in between."""
-        self.check_read()
-        self._images = images
-        self.read = self._seen = self._now()
-
-    def check_read(self) -> None:
-        """After reading: raises DataError if it was changed in the meantime."""
-        if self._now() != self.read:
-            raise DataError(f"{self.path}: changed while it was read", "start the silo again when nothing writes there")
-
-    def changed(self) -> str | None:
-        """The digest now, if it is neither what was read nor what the last look found."""
-        last, self._seen = self._seen, self._now()
-        return None if self._seen in (self.read, last) else self._seen
-
-    def _now(self) -> str:
-        file = self._digests.of_file(self.path)
-        return combined({"": file, "images": self._digests.of_files(self._images)}) if self._images else file
+def examine(config: SiloConfig) -> Examination:
+    """Looks at all that can be known without the server; DataError if the file as a whole cannot be used."""
+    data = config.data
+    return Examination(data.path, data.columns, None, labelled=True, encoding=data.encoding)
 
 
-def data_now(config: SiloConfig, bundle: Path) -> str:
-    """The digest of the data as a silo would read it now, for the task of a proxy that it has received.
+def fit(examination: Examination, config: SiloConfig, terms: Terms) -> Samples:
+    """The samples, with the server's classes; DataError, of everything that is wrong with the file."""
+    data = config.data
+    if examination.task != terms.task:  # the file has other columns, or those of both tasks
+        examination = Examination(data.path, data.columns, terms.task, labelled=True, encoding=data.encoding)
+    examination.resolve(terms.labels)
+    return examination.samples(data.bad_rows, WAY_OUT)
+
+
+def prepare(config: SiloConfig) -> tuple[Samples, Terms]:
+    """What a silo brings when it enrols, and what the server said of it; waits for a server that is away.
 
     Raises:
-        DataError: the data file cannot be read.
+        DataError: this silo's data is not in order, or does not fit.
+        FedPFTError: what the server answered, or that it does not answer.
     """
-    data = Data(config.data.path)
-    if task_of(bundle) == "image-classification":
-        data.add_images(image_paths(config.data.path, config.data.columns))
-    return data.read
+    examination = examine(config)
+    fault = examination.fault(config.data.bad_rows, WAY_OUT)
+    patience = config.connect_timeout_seconds if fault is None else REPORT_SECONDS
+    try:
+        greeting = greet(config.server, config.tls, name=config.insecure_name, timeout_seconds=patience)
+        greeting.check_version(config.server)
+        if greeting.terms is None:
+            raise RefusedByServer(f"{config.server} does not say what the data must be like", SAME_VERSION)
+    except FedPFTError as error:
+        raise fault or error from None
+    samples = fit(examination, config, greeting.terms)
+    for warning in samples.warnings:
+        log.warning("%s", warning)
+    return samples, greeting.terms
+
+
+def describe_lengths(config: SiloConfig, samples: Samples, terms: Terms) -> str:
+    """How many texts will be cut: counted, if this federation's proxy is in `work`, or else estimated.
+
+    Raises:
+        DataError: the tokenizer, if it is there, finds no token in some of them.
+    """
+    joined = Work(config.work).joined()
+    try:
+        tokenizer = joined and models.load_processor(Work(config.work).proxy_path(joined), terms.task)
+    except ModelError:  # it was not received yet
+        tokenizer = None
+    if tokenizer is not None:
+        bad_rows, longest = config.data.bad_rows, terms.max_tokens
+        dataset = encode(samples, tokenizer, terms.task, longest, bad_rows=bad_rows, way_out=WAY_OUT)
+        return describe_cut(samples.path.name, len(dataset), dataset.cut, longest)
+    characters = terms.max_tokens * terms.characters_per_token
+    cut = sum(len(text) > characters for text in samples.inputs)
+    return f"about {describe_cut('by their characters', len(samples), cut, terms.max_tokens)}"

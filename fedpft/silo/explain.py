@@ -6,9 +6,9 @@ from pathlib import Path
 import fedpft
 from fedpft import adapters
 from fedpft.config import AdapterSection, SiloConfig
-from fedpft.datafiles import read_rows
 from fedpft.errors import ModelError
 from fedpft.proxy import Proxy, load_proxy
+from fedpft.silo.data import WAY_OUT, examine
 from fedpft.silo.work import Joined, Work
 from fedpft.subffn import sub_ffns
 from fedpft.wire.certificates import check_certificates
@@ -30,14 +30,20 @@ def explain(config: SiloConfig) -> str:
     Raises:
         CertificateError, DataError: as `run` would.
     """
+    examination = examine(config)
+    if (fault := examination.fault(config.data.bad_rows, WAY_OUT)) is not None:
+        raise fault
     work = Work(config.work)
     joined = work.joined()
     proxy = None if joined is None else _received(work.proxy_path(joined))
     sections = {
         "To whom": _peer(config),
+        "Before it enrols": [
+            _row("question", "what the data must be like; nothing goes with it but the version below")
+        ],
         "On enrolment, and again whenever the server or this silo was restarted": [
-            _row("samples", f"{len(read_rows(config.data.path, [('label', config.data.columns.label)]))}"),
-            _row("", f"how many rows {config.data.path} has"),
+            _row("samples", f"{examination.rows - len(examination.faults)}"),
+            _row("", f"how many rows of {config.data.path} can be used"),
             _row("version", f"{fedpft.__version__}, of fedpft"),
         ],
         "In each round that the server picks this silo for": [
@@ -45,6 +51,9 @@ def explain(config: SiloConfig) -> str:
             _row("", "The adapter is made from the data: whoever studies it can learn something of them."),
             _row("samples", "how many of the samples the round's training went through"),
             _row("metrics", ", ".join(config.share.metrics) or "none"),
+            _row(
+                "", "skipped_rows: how many rows were left out; cut_texts: how many texts were too long for the model"
+            ),
             *_inactivity(config.share.inactivity, proxy),
         ],
         "When it ends with an error": [_row("notice", "that it leaves; the reason stays here")],

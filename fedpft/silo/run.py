@@ -1,4 +1,4 @@
-"""A silo's whole life: look at one's own files, enrol, fetch the proxy, train round after round, go."""
+"""A silo's whole life: look at one's own files, enrol if they fit, fetch the proxy, train round after round, go."""
 
 import logging
 from pathlib import Path
@@ -8,15 +8,17 @@ from torch import Tensor
 
 from fedpft import adapters, atomic, datasets
 from fedpft.config import ShareSection, SiloConfig
-from fedpft.datafiles import read_rows
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
 from fedpft.proxy import apply_patch, load_proxy
+from fedpft.samples import Samples, image_paths
+from fedpft.silo import data
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
-from fedpft.silo.data import Data
+from fedpft.silo.ondisk import DataOnDisk
 from fedpft.silo.work import Update, Work, opened
 from fedpft.training import train_round
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.encoding import encode
+from fedpft.wire.hello import Terms
 from fedpft.wire.status import sanitised
 from fedpft.wire.tensors import Group, read_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -33,21 +35,20 @@ def run(config: SiloConfig) -> None:
         FedPFTError: any other of docs/errors.md.
     """
     name = check_certificates(config.tls, "silo") if config.tls is not None else str(config.insecure_name)
-    data = Data(config.data.path)
-    # Task and label list come with the proxy; all that can be known about the file without them is checked now.
-    samples = len(read_rows(config.data.path, [("label", config.data.columns.label)]))
+    on_disk = DataOnDisk(config.data.path)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     participant: Participant | None = None
     try:
+        samples, terms = data.prepare(config)
         # A fault of the disk is explained within the connection, so that the server hears that this silo leaves.
         with opened(config.work) as work, ServerConnection(config) as server, atomic.explaining_faults(config.work):
-            enrolment = server.enrol(samples)
-            log.info("%s: enrolled at %s with %d samples", name, config.server, samples)
+            enrolment = server.enrol(len(samples))
+            log.info("%s: enrolled at %s with %d samples", name, config.server, len(samples))
             work.join(enrolment, name)
             offer_again(server, work, config.share)
-            participant = Participant(name, config, work, enrolment, server, data)
-            begin_with(server, work, data, samples)
+            participant = Participant(name, config, samples, terms, on_disk, work, enrolment, server)
+            begin_with(server, work, on_disk, len(samples))
             participant.take_part()
     except KeyboardInterrupt:
         place = f"in round {participant.round}" if participant and participant.round else "before its first round"
@@ -68,7 +69,7 @@ def offer_again(server: ServerConnection, work: Work, share: ShareSection) -> No
         log.warning("round %d: the update of before the restart does not count: %s", update.round, error.message)
 
 
-def begin_with(server: ServerConnection, work: Work, data: Data, samples: int) -> None:
+def begin_with(server: ServerConnection, work: Work, data: DataOnDisk, samples: int) -> None:
     """Says it if the data is another than this silo last began with in this federation; from here on it counts."""
     joined = work.joined()
     if joined is not None and joined.data not in ("", data.read):
@@ -104,26 +105,41 @@ class Participant:
     """
 
     def __init__(
-        self, name: str, config: SiloConfig, work: Work, enrolment: Enrolment, server: ServerConnection, data: Data
+        self,
+        name: str,
+        config: SiloConfig,
+        samples: Samples,
+        terms: Terms,
+        on_disk: DataOnDisk,
+        work: Work,
+        enrolment: Enrolment,
+        server: ServerConnection,
     ) -> None:
         """Fetches the proxy, unless it is there.
 
+        Args:
+            samples: this silo's, as they fit `terms`.
+
         Raises:
-            DataError: the data has a label that the server's list has not, or changed since the silo started.
+            DataError: the tokenizer finds no token in a text, or the data changed since the silo started.
             ModelError: the proxy is none.
+            RefusedByServer: the proxy is for another task or other labels than the server said before.
         """
         self.name, self.config, self.settings = name, config, enrolment.settings
         self.version = self.round = 0
-        self._work, self._server, self._data = work, server, data
+        self._work, self._server, self._on_disk = work, server, on_disk
         self.proxy = load_proxy(server.fetch_proxy(enrolment))
-        task, labels = self.proxy.task, self.proxy.labels
-        samples = datasets.read_labelled(config.data.path, config.data.columns, task, labels)
+        task, longest = self.proxy.task, self.proxy.max_tokens
+        if (task, self.proxy.labels) != (terms.task, terms.labels):
+            raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
         if task == "image-classification":
-            data.add_images(datasets.image_paths(config.data.path, config.data.columns))
+            on_disk.add_images(image_paths(config.data.path, config.data.columns, config.data.encoding))
         self.dataset = datasets.encode(
-            samples.inputs, samples.labels, self.proxy.processor, task, self.proxy.max_tokens
+            samples, self.proxy.processor, task, longest, bad_rows=config.data.bad_rows, way_out=data.WAY_OUT
         )
-        data.check_read()
+        on_disk.check_read()
+        if self.dataset.cut:
+            log.warning("%s", datasets.describe_cut(name, len(self.dataset), self.dataset.cut, longest))
         adapters.attach(self.proxy.model, self.settings.adapter, seed=self.settings.seed)
         self.proxy.model.to(config.device)
 
@@ -195,18 +211,19 @@ class Participant:
         )
         if result.inactivity is not None:
             groups["inactivity"] = result.inactivity
-        shared: dict[str, float] = {name: result.metrics[name] for name in self.config.share.metrics}
+        metrics = result.metrics | {"skipped_rows": self.dataset.skipped, "cut_texts": self.dataset.cut}
+        shared: dict[str, float] = {name: metrics[name] for name in self.config.share.metrics}
         return self._work.keep_update(task, groups, residual, samples=result.samples, metrics=shared)
 
     def _look_at_data(self) -> None:
-        if (now := self._data.changed()) is not None:
+        if (now := self._on_disk.changed()) is not None:
             log.warning(
                 "%s: %s changed since it was read: takes effect when this silo is started again",
                 self.name,
-                self._data.path,
+                self._on_disk.path,
             )
             self._server.record(
-                "data changed", round=self.round, sha256=now, before=self._data.read, effect="at the next start"
+                "data changed", round=self.round, sha256=now, before=self._on_disk.read, effect="at the next start"
             )
 
     def _fetch(self, task: pb.Train) -> Path:

@@ -1,9 +1,12 @@
-"""A look at the server from outside: does it answer, what does it run, what does its clock show? Nothing changes."""
+"""A look at the server from outside: what does it run, what must data be like, what does its clock show?"""
 
 import time
 from dataclasses import dataclass
+from typing import cast, get_args
 
-from fedpft.config import TlsSection
+import fedpft
+from fedpft.config import Task, TlsSection
+from fedpft.errors import RefusedByServer
 from fedpft.wire.channel import SILO_KEY, dial, persist
 from fedpft.wire.v1 import federation_pb2 as pb
 from fedpft.wire.v1.federation_pb2_grpc import FederationServiceStub
@@ -14,16 +17,41 @@ def series(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
+ANSWER_SECONDS = 30.0  # longest wait for one answer
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a silo's data must be like.
+
+    max_tokens: texts are cut after so many.
+    characters_per_token: of the server's public texts; 0.0 where samples are images.
+    """
+
+    task: Task
+    labels: tuple[str, ...]
+    max_tokens: int
+    characters_per_token: float
+
+
 @dataclass(frozen=True)
 class Greeting:
     """What the server answered.
 
     clock_ahead_seconds: of this machine's clock; known to half of `seconds`, the time that the answer took.
+    terms: None if the server is of a version that does not say.
     """
 
     package_version: str
     clock_ahead_seconds: float
     seconds: float
+    terms: Terms | None = None
+
+    def check_version(self, address: str) -> None:
+        """Raises RefusedByServer if the two sides do not fit together."""
+        there, here = self.package_version, fedpft.__version__
+        if series(there) != series(here):
+            raise RefusedByServer(f"{address} runs fedpft {there}, this machine {here}", f"install fedpft {there} here")
 
 
 def greet(address: str, tls: TlsSection | None, *, name: str | None, timeout_seconds: float) -> Greeting:
@@ -31,7 +59,7 @@ def greet(address: str, tls: TlsSection | None, *, name: str | None, timeout_sec
 
     Args:
         name: the silo's, where there is no certificate to carry it.
-        timeout_seconds: longest wait for an answer, and longest time to try in.
+        timeout_seconds: longest time to try in.
 
     Raises:
         ServerUnreachable, CertificateError: with the reason.
@@ -43,9 +71,17 @@ def greet(address: str, tls: TlsSection | None, *, name: str | None, timeout_sec
 
         def ask() -> Greeting:
             asked = time.time()
-            answer = stub.Hello(pb.HelloRequest(), metadata=metadata, timeout=timeout_seconds)
+            request = pb.HelloRequest(package_version=fedpft.__version__)
+            answer = stub.Hello(request, metadata=metadata, timeout=min(timeout_seconds, ANSWER_SECONDS))
             answered = time.time()
             ahead = answer.time_ms / 1000 - (asked + answered) / 2
-            return Greeting(answer.package_version, ahead, answered - asked)
+            return Greeting(answer.package_version, ahead, answered - asked, _terms(answer))
 
         return persist(lambda _: ask(), address, tls, timeout_seconds=timeout_seconds)
+
+
+def _terms(answer: pb.HelloResponse) -> Terms | None:
+    if answer.task not in get_args(Task):
+        return None
+    task = cast(Task, answer.task)
+    return Terms(task, tuple(answer.labels), answer.max_tokens, answer.characters_per_token)

@@ -30,16 +30,26 @@ class Chunk(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., check: _Optional[bytes] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("package_version",)
+    PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    package_version: str
+    def __init__(self, package_version: _Optional[str] = ...) -> None: ...
 
 class HelloResponse(_message.Message):
-    __slots__ = ("package_version", "time_ms")
+    __slots__ = ("package_version", "time_ms", "task", "labels", "max_tokens", "characters_per_token")
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TIME_MS_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHARACTERS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     package_version: str
     time_ms: int
-    def __init__(self, package_version: _Optional[str] = ..., time_ms: _Optional[int] = ...) -> None: ...
+    task: str
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    max_tokens: int
+    characters_per_token: float
+    def __init__(self, package_version: _Optional[str] = ..., time_ms: _Optional[int] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_tokens: _Optional[int] = ..., characters_per_token: _Optional[float] = ...) -> None: ...
 
 class EnrolRequest(_message.Message):
     __slots__ = ("samples", "package_version")

@@ -75,7 +75,9 @@ class FederationServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Hello(self, request, context):
-        """Who answers here? Needs no enrolment and changes nothing: for `fedpft doctor`.
+        """Who answers here, and what must a silo's data be like? Needs no enrolment and changes nothing: a silo asks before
+        it enrols, and so does `fedpft doctor`.
+        PERMISSION_DENIED: the silo runs another version of fedpft.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,153 @@
+"""A file into the RGB image that a model sees, by one rule for each kind of image; docs/data.md has them in words.
+
+What Pillow would convert wrongly, or to a part of what the file holds, is refused by name.
+
+    H, W  height and width of an image
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fedpft.datafiles import one_line
+from fedpft.errors import DataError
+
+BACKGROUND = (255, 255, 255, 255)  # what shows through where an image is transparent
+DEEP_FORMATS = ("PNG", "TIFF", "JPEG2000", "PPM")  # whose 16-bit grey is known to be unsigned, from black to white
+PRIMARY_FIRST = ("MPO",)  # the other frames are previews, depth maps and the like
+DIM_SHARE = 0.25
+WHITE_IS_ZERO = 0  # of TIFF's PhotometricInterpretation
+PHOTOMETRIC = 262
+DEEP = ";16"  # in Pillow's name for how the values stand in the file
+GREY_STEPS = {"L;2": 85, "L;4": 17}  # of PNG's few-bit greys on the scale of 8 bits
+
+REPLACE = "replace it or remove the row"
+SAVE_AS_RGB = "save it as PNG or TIFF of 8 bits a colour, grey or RGB"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An image as the model's image processor takes it.
+
+    image: RGB, of 8 bits.
+    dim: of an image of more than 8 bits whether its values stay below a quarter of their range; None for others.
+    """
+
+    image: Image.Image
+    dim: bool | None
+
+
+def open_image(path: Path | str) -> Opened:
+    """Reads an image, upright, in RGB; DataError if it cannot be read, or there is no rule for its kind."""
+    try:
+        # Not by its path: of a TIFF that it can map into memory Pillow mixes up width and height if it is to be turned.
+        with open(path, "rb") as file, _opened(file) as opened:
+            _check_frames(path, opened)
+            depth, raw = _depth(opened), _raw_mode(opened)
+            opened.load()
+            if isinstance(key := opened.info.get("transparency"), int) and opened.mode == "L":
+                opened.info["transparency"] = key * GREY_STEPS.get(raw, 1)
+            image = ImageOps.exif_transpose(opened)
+            if depth is None:
+                rgb = _eight_bits(path, image, opened.format, raw)
+                return Opened(rgb, _is_dim(image) if DEEP in raw else None)
+            return _deep(image, depth, inverted=_is_white_zero(opened))
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
+        reason = one_line(error) or type(error).__name__
+        raise DataError(f"image {path} cannot be read ({reason})", f"{REPLACE}; PNG, JPEG and TIFF are read") from None
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file)
+
+
+def _check_frames(path: Path | str, image: Image.Image) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in PRIMARY_FIRST:
+        raise DataError(
+            f"image {path} holds {frames} frames, pages or layers, and a sample is one image",
+            "save those that are samples as files of their own, or all of them flattened into one",
+        )
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How the values stand in the file, as Pillow calls it; empty where it does not say."""
+    tile = getattr(image, "tile", None)
+    arguments = tile[0][3] if tile else None
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments or "")
+
+
+def _depth(image: Image.Image) -> int | None:
+    """Bits of a grey image that has more than 8; None for any other. To be asked before the image is loaded."""
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # so Pillow opens their 16 bits, PNG's until version 10
+        return 16
+    if image.mode.startswith("I;16") and image.format in DEEP_FORMATS:
+        return 12 if _raw_mode(image) == "I;12" else 16
+    return None
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    """Pillow turns such TIFFs of up to 8 bits, but not those of 16."""
+    return image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
+
+
+def _is_dim(image: Image.Image) -> bool:
+    """Of colours that had 16 bits in the file, from each of which Pillow takes the upper 8."""
+    highest = max(high for _, high in image.convert("RGB").getextrema())  # type: ignore[misc]
+    return highest < DIM_SHARE * 256
+
+
+def _deep(image: Image.Image, bits: int, *, inverted: bool) -> Opened:
+    """Grey of more than 8 bits: 0 is black and the largest value that the bits can hold is white."""
+    highest = (1 << bits) - 1
+    values = np.asarray(image).astype(np.uint32)
+    key = image.info.get("transparency")
+    clear = values == key if isinstance(key, int) else None
+    dim = bool(values.max() < DIM_SHARE * highest)
+    if inverted:
+        values = highest - values
+    grey = ((values * 255 + highest // 2) // highest).astype(np.uint8)
+    if clear is not None:
+        grey[clear] = BACKGROUND[0]
+    return Opened(Image.fromarray(grey).convert("RGB"), dim)
+
+
+def _eight_bits(path: Path | str, image: Image.Image, kind: str | None, raw: str) -> Image.Image:
+    """Every mode of 8 bits or fewer; what is transparent shows the background."""
+    mode, key = image.mode, image.info.get("transparency")
+    if mode in ("I", "F") or mode.startswith("I;"):
+        what = "floating-point numbers" if mode == "F" else "whole numbers without a known range"
+        raise DataError(f"image {path} holds {what} ({kind}, mode {mode})", SAVE_AS_RGB)
+    if mode == "CMYK" and kind == "JPEG" and "adobe" not in image.info:
+        raise DataError(f"image {path} is a CMYK JPEG that does not say which end is ink", SAVE_AS_RGB)
+    if isinstance(key, tuple) and DEEP in raw:
+        raise DataError(f"image {path} has 16 bits a colour and a colour that is transparent", SAVE_AS_RGB)
+    if mode == "La":
+        image = image.convert("LA")
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or key is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+    return image.convert("RGB")
+
+
+def describe_dim(deep: int, dim: int) -> str | None:
+    """A warning about the 16-bit images of one set of files; None if there is nothing to say.
+
+    Args:
+        deep: how many of them there are.
+        dim: how many of those are :attr:`Opened.dim`.
+    """
+    if not dim:
+        return None
+    return (
+        f"{dim} of {deep} images of 16 bits use less than a quarter of their range and are nearly black for the "
+        "model -> if a sensor of fewer bits made them, multiply their values so that its white becomes 65535"
+    )
