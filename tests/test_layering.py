@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fedpft"
 
 ROWS: list[set[str]] = [
-    {"errors", "atomic", "figures", "progress"},
+    {"errors", "faults", "atomic", "figures", "progress"},
     {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command", "lora", "audit"},
     {"subffn", "models", "aggregation", "adapters"},
     {
@@ -28,7 +28,9 @@ ROWS: list[set[str]] = [
     {"demo", "doctor", "cli"},
 ]
 BESIDE = {
+    ("faults", "errors"),
     ("atomic", "errors"),
+    ("atomic", "faults"),
     ("federation", "seeding"),
     ("distillation", "datasets"),
     ("distillation", "regression"),
@@ -52,9 +54,10 @@ ONLY_IN: dict[str, set[str]] = {
 NEVER_IN = {
     "federation": {"torch", "numpy", "time", "datetime", "threading", "asyncio", "random", "os", "pathlib"},
     "command": {"torch", "grpc", "transformers"},
+    "faults": {"torch", "grpc", "transformers"},
     "audit": {"torch", "grpc"},
 }
-ONLY_ROOMS = {"audit": {"errors"}, "command": {"errors"}, "federation": {"errors", "seeding"}, "kernels": {"errors"}}
+ONLY_ROOMS = {"audit": {"errors"}, "command": {"errors", "faults"}, "federation": {"errors", "seeding"}, "kernels": {"errors"}}
 
 Import = tuple[str, int, str]  # file, line, dotted name of what is imported
 

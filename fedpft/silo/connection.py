@@ -14,9 +14,10 @@ import grpc
 from pydantic import ValidationError
 
 import fedpft
+from fedpft import faults
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, SiloConfig
-from fedpft.errors import FedPFTError, NotEnrolled, RefusedByServer
+from fedpft.errors import NotEnrolled, RefusedByServer
 from fedpft.wire import transfer
 from fedpft.wire.channel import IDLE_SECONDS, SILO_KEY, Progress, Watchdog, dial, pauses, persist
 from fedpft.wire.tensors import TensorFile
@@ -222,10 +223,11 @@ class ServerConnection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, FedPFTError):  # a silo that was merely stopped comes back, and stays expected
-            self.leave()
-        self._channel.close()
-        self._audit.close()
+        with faults.tidying("the connection"):
+            if isinstance(error, Exception):  # a silo that was merely stopped comes back, and stays expected
+                self.leave()
+            self._channel.close()
+            self._audit.close()
 
     def _ask(self, rpc: Callable[..., Answer], request: object) -> Answer:
         return self._call(lambda _: rpc(request, metadata=self._metadata, timeout=REPLY_SECONDS))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedpft import adapters, atomic, datasets
+from fedpft import adapters, datasets, faults
 from fedpft.config import ShareSection, SiloConfig
 from fedpft.datafiles import read_rows
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
@@ -38,8 +38,8 @@ def run(config: SiloConfig) -> None:
         torch.set_num_threads(config.threads)
     participant: Participant | None = None
     try:
-        # A fault of the disk is explained within the connection, so that the server hears that this silo leaves.
-        with opened(config.work) as work, ServerConnection(config) as server, atomic.explaining_faults(config.work):
+        # Faults are explained within the connection too: what is said to the server then comes after it.
+        with opened(config.work) as work, ServerConnection(config) as server, faults.explaining(config.work, "work"):
             enrolment = server.enrol(samples)
             log.info("%s: enrolled at %s with %d samples", name, config.server, samples)
             work.join(enrolment)
