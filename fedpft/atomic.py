@@ -91,7 +91,9 @@ def try_out(directory: Path, key: str) -> None:
     Raises:
         ConfigError: it cannot be written to, or its file system cannot lock, rename or sync.
     """
-    tried = directory / f".tried-{secrets.token_hex(4)}.part"  # as what a killed process leaves: swept at the next start
+    tried = (
+        directory / f".tried-{secrets.token_hex(4)}.part"
+    )  # as what a killed process leaves: swept at the next start
     try:
         with _writing(directory, key):
             with tried.open("w") as file:

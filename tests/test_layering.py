@@ -57,7 +57,12 @@ NEVER_IN = {
     "faults": {"torch", "grpc", "transformers"},
     "audit": {"torch", "grpc"},
 }
-ONLY_ROOMS = {"audit": {"errors"}, "command": {"errors", "faults"}, "federation": {"errors", "seeding"}, "kernels": {"errors"}}
+ONLY_ROOMS = {
+    "audit": {"errors"},
+    "command": {"errors", "faults"},
+    "federation": {"errors", "seeding"},
+    "kernels": {"errors"},
+}
 
 Import = tuple[str, int, str]  # file, line, dotted name of what is imported
 

@@ -164,9 +164,9 @@ class Ledger:
         return self._checked(path, sha256)
 
     def begin_round(self, row: RoundRow) -> None:
-        """A round begins, or begins anew."""
+        """A round begins, or begins anew, or goes on with other silos than it began with."""
         silos, present = json.dumps(row.silos), json.dumps(row.present)
-        self._write("rounds", row.round, row.attempt, silos, present, int(row.count_inactivity), _now())
+        self._write("rounds", row.round, row.attempt, silos, present, int(row.count_inactivity), _now(), replace=True)
 
     def last_round(self) -> RoundRow | None:
         """The round that was begun last."""

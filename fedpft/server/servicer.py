@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 
 import fedpft
-from fedpft import federation
+from fedpft import faults, federation
 from fedpft.audit import AuditLog
-from fedpft.errors import InvalidUpdate, RefusedByServer, TransferCorrupt
+from fedpft.errors import CheckpointError, InvalidUpdate, RefusedByServer, ServerUnreachable, TransferCorrupt
 from fedpft.federation import UpdateArrived
-from fedpft.server.admission import Admission
+from fedpft.server.admission import Admission, place_of
 from fedpft.server.inbox import Inbox
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
@@ -62,12 +62,12 @@ class FederationServicer:
         self._sender = admission.sender
 
     def Hello(self, request: pb.HelloRequest, context: grpc.ServicerContext) -> pb.HelloResponse:
-        with answering(context):
+        with self._answering(context):
             self._sender(context)
             return pb.HelloResponse(package_version=fedpft.__version__, time_ms=time.time_ns() // 1_000_000)
 
     def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolResponse:
-        with answering(context):
+        with self._answering(context):
             silo = self._sender(context)
             if series(request.package_version) != series(fedpft.__version__):
                 log.warning("%s: refused: it runs fedpft %s", silo, sanitised(request.package_version))
@@ -75,7 +75,11 @@ class FederationServicer:
                     f"{silo} runs fedpft {request.package_version}, the server {fedpft.__version__}",
                     f"install fedpft {fedpft.__version__} at the silo",
                 )
-            self._live.enrol(silo, request.samples)
+            try:
+                self._live.enrol(silo, request.samples, place_of(context))
+            except RefusedByServer as error:
+                self._audit.append("refused", peer=silo, reason=error.message)
+                raise
             self._audit.append("enrolled", peer=silo, samples=request.samples)
             return pb.EnrolResponse(
                 settings_json=self._settings_json,
@@ -84,7 +88,7 @@ class FederationServicer:
             )
 
     def NextTask(self, request: pb.NextTaskRequest, context: grpc.ServicerContext) -> pb.NextTaskResponse:
-        with answering(context):
+        with self._answering(context):
             silo = self._enrolled(context)
             context.add_callback(lambda: self._live.wake(silo))
             task = self._live.await_task(silo, POLL_SECONDS, context.is_active)
@@ -101,7 +105,7 @@ class FederationServicer:
                     return pb.NextTaskResponse(aborted=pb.Aborted(reason=sanitised(reason)))
 
     def FetchFile(self, request: pb.FetchFileRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-        with answering(context):
+        with self._answering(context):
             silo = self._enrolled(context)
             watchdog = Watchdog()
             with watchdog.guarding(context):
@@ -110,7 +114,7 @@ class FederationServicer:
                     yield frame
 
     def OfferUpdate(self, request: pb.OfferUpdateRequest, context: grpc.ServicerContext) -> pb.OfferUpdateResponse:
-        with answering(context):
+        with self._answering(context):
             silo, header = self._enrolled(context), request.update
             match self._live.judge(_arrival(silo, header)):
                 case federation.Accept() if header.file.content:
@@ -128,7 +132,7 @@ class FederationServicer:
                     raise error
 
     def SendUpdate(self, parts: Iterator[pb.SendUpdateRequest], context: grpc.ServicerContext) -> pb.SendUpdateResponse:
-        with answering(context):
+        with self._answering(context):
             silo, first = self._enrolled(context), next(parts, None)
             if first is None or first.WhichOneof("part") != "update":
                 raise TransferCorrupt("an update began without its header", AGAIN)
@@ -151,7 +155,7 @@ class FederationServicer:
             return pb.SendUpdateResponse()
 
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
-        with answering(context):
+        with self._answering(context):
             self._live.fail(self._enrolled(context), "it left; its own log says why")
             return pb.LeaveResponse()
 
@@ -177,6 +181,19 @@ class FederationServicer:
         return VERDICTS[type(verdict)]
 
     @contextlib.contextmanager
+    def _answering(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """As `answering`; a fault of the server's own files ends the server, and no silo for it."""
+        with answering(context):
+            try:
+                yield
+            except (CheckpointError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in faults.DISK_FAULTS:
+                    raise
+                log.error("the server ends: %s", error)
+                self._live.break_off(error)
+                raise ServerUnreachable("the server cannot use its own files", "its operator mends them") from None
+
+    @contextlib.contextmanager
     def _out_of_the_round(self, silo: str, round: int) -> Iterator[None]:
         """A silo whose update cannot be used is not waited for."""
         try:
@@ -200,7 +217,7 @@ class FederationServicer:
 
     def _enrolled(self, context: grpc.ServicerContext) -> str:
         silo = self._sender(context)
-        self._live.check_enrolled(silo)
+        self._live.check_enrolled(silo, place_of(context))
         return silo
 
 
