@@ -20,7 +20,7 @@ from fedpft.evaluation import Metrics, evaluate, majority
 from fedpft.proxy import parameter_counts
 from fedpft.report import write_report
 from fedpft.server.construction import Built, Owner, Record, build_proxy, load_built, load_owner
-from fedpft.server.ledger import LEDGER_FILE, Ledger
+from fedpft.server.ledger import LEDGER_FILE, Ledger, try_out
 from fedpft.server.rounds import Rounds, snapshot
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.channel import check_listen
@@ -61,6 +61,7 @@ def run(config: ServerConfig) -> dict[str, Any]:
         begun = (config.out / LEDGER_FILE).exists()
         if begun and (summary := _finished(config)) is not None:
             return summary
+        try_out(config.out)
         check_listen(config.listen)
         record = Record()
         with record.timed("load"):
