@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -13,12 +12,14 @@ import torch
 import yaml
 
 import fedpft
-from fedpft import atomic, kernels
+from fedpft import atomic, faults, kernels
 from fedpft.config import ServerConfig, SiloConfig, TlsSection, load_server_config, load_silo_config
 from fedpft.datafiles import read_rows
 from fedpft.datasets import read_label_list, read_labelled, read_unlabelled
 from fedpft.errors import CertificateError, ConfigError, FedPFTError, ModelError, PortInUse, RefusedByServer
 from fedpft.kernels.check import check_operators
+from fedpft.machine import check_device
+from fedpft.server import ledger
 from fedpft.server.run import VERSIONED
 from fedpft.wire.certificates import Role, exposure, read_kit, read_revoked
 from fedpft.wire.channel import check_listen
@@ -76,9 +77,9 @@ class _Findings:
             seen = look()
         except Worry as worry:
             print(f"warning  {subject:14}{worry}", flush=True)
-        except FedPFTError as error:
-            print(f"WRONG    {subject:14}{error}", flush=True)
-            self._wrong.append(error)
+        except Exception as error:
+            self._wrong.append(faults.explained(error))
+            print(f"WRONG    {subject:14}{' '.join(str(self._wrong[-1]).split())}", flush=True)
         else:
             print(f"ok       {subject:14}{text(seen)}", flush=True)
             return seen
@@ -116,7 +117,7 @@ def _kernels() -> str:
 def _load(path: Path) -> ServerConfig | SiloConfig:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         raw = None  # what is wrong is said below
     return load_silo_config(path) if isinstance(raw, dict) and "server" in raw else load_server_config(path)
 
@@ -138,36 +139,19 @@ def _key(path: Path) -> str:
     return f"{path}: for its owner only"
 
 
-def _device(name: str) -> str:
-    try:
-        torch.ones(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ConfigError(
-            f"device: {name}: {str(error).splitlines()[0]}", "use `device: cpu`, or mend the GPU"
-        ) from None
-    return name
-
-
-def _writable(directory: Path) -> str:
-    place = _existing(directory)
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{place}: cannot be written to ({error.strerror})", "let this user write there") from None
+def _writable(directory: Path, key: str) -> str:
+    place = atomic.standing(directory, key)
+    atomic.try_out(place, key)
+    if key == "out":
+        ledger.try_out(place)
     return f"{directory}: can be {'written to' if place == directory else 'made'}"
 
 
-def _space(directory: Path, wanted: int) -> str:
-    free, wanted = shutil.disk_usage(_existing(directory)).free, max(wanted, FREE_BYTES)
+def _space(directory: Path, key: str, wanted: int) -> str:
+    free, wanted = shutil.disk_usage(atomic.standing(directory, key)).free, max(wanted, FREE_BYTES)
     if free < wanted:
         raise Worry(f"{directory}: {free / GIB:.1f} GiB free, {wanted / GIB:.1f} may be needed -> make room")
     return f"{directory}: {free / GIB:.1f} GiB free, {wanted / GIB:.1f} are enough"
-
-
-def _existing(path: Path) -> Path:
-    """The path itself or the nearest directory above it that is there."""
-    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def _bytes(directory: Path) -> int:
@@ -185,10 +169,10 @@ def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
     if greeting is not None:
         findings.check("clock", lambda: _clock(greeting))
     findings.check("data", lambda: _silo_data(config))
-    findings.check("device", lambda: _device(config.device))
-    findings.check("work", lambda: _writable(config.work))
+    findings.check("device", lambda: check_device(config.device))
+    findings.check("work", lambda: _writable(config.work, "work"))
     # The proxy of another federation comes beside those that are there.
-    findings.check("disk", lambda: _space(config.work, _bytes(config.work)))
+    findings.check("disk", lambda: _space(config.work, "work", _bytes(config.work)))
 
 
 def _connection(config: SiloConfig) -> Greeting:
@@ -233,10 +217,10 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
     findings.check("listen", lambda: _listen(config))
     findings.check("model", lambda: _model(config))
     findings.check("data", lambda: _server_data(config))
-    findings.check("device", lambda: _device(config.device))
-    findings.check("out", lambda: _writable(config.out))
+    findings.check("device", lambda: check_device(config.device))
+    findings.check("out", lambda: _writable(config.out, "out"))
     # OUT receives the adapted FM and a proxy, which is smaller than the FM.
-    findings.check("disk", lambda: _space(config.out, 2 * _bytes(config.model.path)))
+    findings.check("disk", lambda: _space(config.out, "out", 2 * _bytes(config.model.path)))
 
 
 def _listen(config: ServerConfig) -> str:

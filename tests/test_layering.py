@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "fedpft"
 
 ROWS: list[set[str]] = [
     {"errors", "faults", "atomic", "figures", "progress"},
-    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command", "lora", "audit"},
+    {"config", "seeding", "kernels", "architectures", "federation", "datafiles", "command", "lora", "audit", "machine"},
     {"subffn", "models", "aggregation", "adapters"},
     {
         "proxy",
@@ -59,6 +59,7 @@ NEVER_IN = {
 }
 ONLY_ROOMS = {
     "audit": {"errors"},
+    "machine": {"errors", "faults"},
     "command": {"errors", "faults"},
     "federation": {"errors", "seeding"},
     "kernels": {"errors"},

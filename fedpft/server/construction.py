@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fedpft import adapters, atomic, models
+from fedpft import adapters, atomic, machine, models
 from fedpft.config import ServerConfig
 from fedpft.datasets import EncodedDataset, encode, read_label_list, read_labelled, read_unlabelled
 from fedpft.distillation import layer_level
@@ -76,8 +75,7 @@ class Built:
 
 def load_owner(config: ServerConfig) -> Owner:
     """Reads FM, labels, public and test data; every fault in them ends here, before a silo is bothered."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    machine.prepare(config.device, config.threads)
     section = config.model
     labels = read_label_list(section.labels)
     public = read_unlabelled(config.public_data, config.columns, section.task)

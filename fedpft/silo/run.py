@@ -3,10 +3,9 @@
 import logging
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from fedpft import adapters, datasets, faults
+from fedpft import adapters, datasets, faults, machine
 from fedpft.config import ShareSection, SiloConfig
 from fedpft.datafiles import read_rows
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
@@ -31,11 +30,10 @@ def run(config: SiloConfig) -> None:
         RefusedByServer: the server does not want this silo, or broke the federation off.
         FedPFTError: any other of docs/errors.md.
     """
+    machine.prepare(config.device, config.threads)
     name = check_certificates(config.tls, "silo") if config.tls is not None else str(config.insecure_name)
     # Task and label list come with the proxy; all that can be known about the file without them is checked now.
     samples = len(read_rows(config.data.path, [("label", config.data.columns.label)]))
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     participant: Participant | None = None
     try:
         # Faults are explained within the connection too: what is said to the server then comes after it.
