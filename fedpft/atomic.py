@@ -39,31 +39,47 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(directory: Path, key: str) -> Iterator[None]:
-    """Makes a directory and keeps other processes that ask for it out; the lock ends with the process.
-
-    A directory that was made here, and into which nothing else was put, is removed again. What the body raises that is
-    no FedPFTError becomes one (:func:`fedpft.faults.explained`).
-
-    Args:
-        key: what the directory is called in the process's YAML file.
+    """As :func:`made`, and keeps other processes that ask for it out; the lock ends with the process.
 
     Raises:
         ConfigError: another process has it, it cannot be written to, or its file system lacks what is needed.
     """
-    place = standing(directory, key)
+    with made(directory, key):
+        with _writing(directory, key):
+            file = (directory / "lock").open("w")
+        with file:
+            try:
+                _lock(file, directory, key)
+                yield
+            finally:
+                with faults.tidying(directory):
+                    if [path.name for path in directory.iterdir()] == ["lock"]:
+                        (directory / "lock").unlink()
+
+
+@contextlib.contextmanager
+def made(directory: Path, key: str) -> Iterator[Path]:
+    """Makes a directory and tries it out; one into which nothing was put is removed again, if it was made here.
+
+    What the body raises that is no FedPFTError becomes one (:func:`fedpft.faults.explained`).
+
+    Args:
+        key: what the directory is called in the process's YAML file, or on its command line.
+
+    Raises:
+        ConfigError: it cannot be written to, or its file system lacks what is needed.
+    """
+    new = standing(directory, key) != directory
     with _writing(directory, key):
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / "lock").open("w")
-    with file:
-        try:
-            _lock(file, directory, key)
-            with faults.explaining(directory, key):
-                try_out(directory, key)
-                yield
-        finally:
+    try:
+        with faults.explaining(directory, key):
+            try_out(directory, key)
+            yield directory
+    finally:
+        if new:
             with faults.tidying(directory):
-                if place != directory and [path.name for path in directory.iterdir()] == ["lock"]:
-                    (directory / "lock").unlink()
+                if not any(directory.iterdir()):
                     directory.rmdir()
 
 

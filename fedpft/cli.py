@@ -42,15 +42,16 @@ def main() -> int:
 
 def _demo(arguments: argparse.Namespace) -> None:
     scale = demo.QUICK if arguments.quick else demo.FULL
-    summary = demo.run_demo(arguments.out, scale=scale, seed=arguments.seed, compare=arguments.compare)
+    with atomic.made(arguments.out, "--out") as directory:
+        summary = demo.run_demo(directory, scale=scale, seed=arguments.seed, compare=arguments.compare)
     print(format_table(summary))
     print(f"\nreport: {arguments.out / 'report.html'}    numbers: {arguments.out / 'summary.json'}")
 
 
 def _build_proxy(arguments: argparse.Namespace) -> None:
     config = load_server_config(arguments.config)
-    built = build_proxy(config, load_owner(config), arguments.out or config.out / "proxy")
-    print(format_gaps(built.record.gaps))
+    with atomic.made(arguments.out or config.out / "proxy", "--out" if arguments.out else "out") as directory:
+        print(format_gaps(build_proxy(config, load_owner(config), directory).record.gaps))
 
 
 def _server(arguments: argparse.Namespace) -> None:
@@ -67,9 +68,11 @@ def _silo(arguments: argparse.Namespace) -> None:
 
 def _plug_in(arguments: argparse.Namespace) -> None:
     config = load_server_config(arguments.config)
-    owner, built = _owner_and_proxy(config)
-    adapters.plug_in(owner.model, adapters.read(arguments.adapter or config.out / ADAPTER_FILE), built.selection.layers)
-    save_product(owner, config.adapter, arguments.out)
+    with atomic.made(arguments.out, "--out") as directory:
+        owner, built = _owner_and_proxy(config)
+        adapter = adapters.read(arguments.adapter or config.out / ADAPTER_FILE)
+        adapters.plug_in(owner.model, adapter, built.selection.layers)
+        save_product(owner, config.adapter, directory)
     print(f"PEFT adapter: {arguments.out / 'adapter'}    merged model: {arguments.out / 'merged'}")
 
 

@@ -103,6 +103,16 @@ def test_the_demo_refuses_a_directory_that_is_not_its_own(tmp_path: Path) -> Non
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_the_demo_may_be_given_a_mounted_directory(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    (out / "summary.json").write_text("{}")
+    before = out.stat().st_ino
+    demo._clear(out)
+    assert out.stat().st_ino == before, "what is mounted cannot be removed"
+    assert list(out.iterdir()) == []
+
+
 def test_every_compared_row_changes_the_products_configuration() -> None:
     rows = demo.rows(4, compare=True)
     assert {row.partition("/")[0] for row in rows} == {
