@@ -14,7 +14,6 @@ Lines are handed to the operating system one by one and not forced to disk: a ki
 that loses power may lose the last.
 """
 
-import contextlib
 import datetime
 import hashlib
 import json
@@ -139,8 +138,10 @@ class AuditLog:
         except OSError as error:
             fault = str(error.strerror)
         if fault is not None:
-            with contextlib.suppress(OSError):  # what is left of the line is cut off at the next start
+            try:
                 os.ftruncate(self._file, before)
+            except OSError:
+                self.close()  # no line may follow on a piece of one; the next start cuts it off
             raise CheckpointError(
                 f"{self._path}: cannot be written ({fault})", "make room on the disk; nothing goes out unrecorded"
             )

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,15 @@ def test_what_breaks_in_a_product_is_explained_where_it_is_written(
     monkeypatch.setattr("sys.argv", ["x", "plug-in", "--config", str(tmp_path / "server.yaml"), "--out", str(tmp_path)])
     assert cli.main() == 1
     assert f"error: {tmp_path}: no space left on device -> make room there" in capsys.readouterr().err
+
+
+def test_a_file_system_that_cannot_keep_a_ledger_is_found_before_the_fm_is_loaded(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda _, **options: connect(":memory:", **options))
+    monkeypatch.setattr("fedpft.server.run.load_owner", lambda _: pytest.fail("it loads the FM first"))
+    code, line = outcome(settings, tmp_path, capsys)
+    assert code == 3
+    assert "lacks what SQLite needs" in line
+    assert not (tmp_path / "out").exists()

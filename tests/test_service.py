@@ -2,11 +2,13 @@
 
 import contextlib
 import datetime
+import errno
 import json
 import shutil
 import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -335,6 +337,23 @@ def test_of_two_copies_of_a_work_directory_the_older_process_is_told(start, dial
     dial(address, "north", work=tmp_path / "copy")
     with pytest.raises(RefusedByServer, match="with a copy of this work directory"):
         original.next_task()
+
+
+def test_a_refused_update_that_cannot_be_deleted_is_refused_all_the_same(start, dial, background, monkeypatch):
+    server, address = start(federation={"silos": ("north",)})
+    north = dial(address, "north")
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    next_round(north)
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(InvalidUpdate):
+        submit(north, 1, result(float("nan")))
+    with pytest.raises(QuorumLost):
+        outcome.result()
 
 
 def test_the_server_ends_when_it_cannot_keep_an_update_and_its_silo_tries_again(start, dial, background, monkeypatch):
@@ -701,7 +720,8 @@ def test_with_a_lower_quorum_a_lost_round_goes_on_at_once_after_a_restart(
     outcome = background(again.run_round, 1, count_inactivity=False)
     if failure == "it left":
         assert submit(south, next_round(south).round, result(3.0))
-    assert [update.silo for update in outcome.result()] == ["north", "south"][:left], "and not after another deadline"
+    updates = outcome.result(LONG_SECONDS / 2)  # and not after another deadline
+    assert [update.silo for update in updates] == ["north", "south"][:left]
 
 
 @pytest.mark.parametrize("failure", ["it left", "the deadline"])
@@ -717,7 +737,7 @@ def test_a_silo_that_was_not_picked_takes_over_and_does_so_after_a_restart(
     outcome = background(run_round, server, 1)
     assert next_round(silos[first]).round == 1
     silos[first].leave() if failure == "it left" else server._live.handle(DeadlinePassed(1))
-    assert waiting.result().train.round == 1, "it is woken"
+    assert waiting.result(servicer.POLL_SECONDS / 2).train.round == 1, "it is woken, and need not ask again"
     assert server._ledger.last_round().silos == (second,)
     monkeypatch.setattr(service, "CLOSING_SECONDS", 0.0)
     server.close()
