@@ -81,11 +81,16 @@ class AuditLog:
         """Goes on with an existing log, of which only the last line is looked at, or begins one.
 
         Raises:
-            CheckpointError: the last line is not one that this class wrote.
+            CheckpointError: it cannot be opened, or the last line is not one that this class wrote.
         """
         self._path, self._lock = path, threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be opened ({error.strerror})", "let this user write there; nothing goes out unrecorded"
+            ) from None
         try:
             self._number, self._head, torn = self._resume()
         except BaseException:
@@ -133,7 +138,10 @@ class AuditLog:
         except OSError as error:
             fault = str(error.strerror)
         if fault is not None:
-            os.ftruncate(self._file, before)
+            try:
+                os.ftruncate(self._file, before)
+            except OSError:
+                self.close()  # no line may follow on a piece of one; the next start cuts it off
             raise CheckpointError(
                 f"{self._path}: cannot be written ({fault})", "make room on the disk; nothing goes out unrecorded"
             )

@@ -46,20 +46,22 @@ def main() -> int:
 
 def _demo(arguments: argparse.Namespace) -> None:
     scale = demo.QUICK if arguments.quick else demo.FULL
-    summary = demo.run_demo(arguments.out, scale=scale, seed=arguments.seed, compare=arguments.compare)
+    with atomic.made(arguments.out, "--out") as directory:
+        summary = demo.run_demo(directory, scale=scale, seed=arguments.seed, compare=arguments.compare)
     print(format_table(summary))
     print(f"\nreport: {arguments.out / 'report.html'}    numbers: {arguments.out / 'summary.json'}")
 
 
 def _build_proxy(arguments: argparse.Namespace) -> None:
     config = load_server_config(arguments.config)
-    own, directory = config.out / "proxy", arguments.out or config.out / "proxy"
-    if has_begun(config.out) and directory.resolve() in (own.resolve(), (config.proxy_path or own).resolve()):
-        raise ConfigError(f"{directory}: is the proxy of the run in {config.out}", "give another directory with --out")
-    owner = load_owner(config, kept_digests(config))
-    built = build_proxy(config, owner, directory)
-    print(format_gaps(built.record.gaps))
-    print(format_holdings(holdings(owner.model, built.proxy.model)))
+    own, wanted = config.out / "proxy", arguments.out or config.out / "proxy"
+    if has_begun(config.out) and wanted.resolve() in (own.resolve(), (config.proxy_path or own).resolve()):
+        raise ConfigError(f"{wanted}: is the proxy of the run in {config.out}", "give another directory with --out")
+    with atomic.made(wanted, "--out" if arguments.out else "out") as directory:
+        owner = load_owner(config, kept_digests(config))
+        built = build_proxy(config, owner, directory)
+        print(format_gaps(built.record.gaps))
+        print(format_holdings(holdings(owner.model, built.proxy.model)))
 
 
 def _server(arguments: argparse.Namespace) -> None:
@@ -76,11 +78,12 @@ def _silo(arguments: argparse.Namespace) -> None:
 
 def _plug_in(arguments: argparse.Namespace) -> None:
     config = load_server_config(arguments.config)
-    owner, built = _owner_and_proxy(config)
-    path = arguments.adapter or config.out / ADAPTER_FILE
-    check_provenance(config, path, owner.contents, built.files)
-    adapters.plug_in(owner.model, adapters.read(path), built.selection.layers)
-    save_product(owner, config, arguments.out)
+    with atomic.made(arguments.out, "--out") as directory:
+        owner, built = _owner_and_proxy(config)
+        path = arguments.adapter or config.out / ADAPTER_FILE
+        check_provenance(config, path, owner.contents, built.files)
+        adapters.plug_in(owner.model, adapters.read(path), built.selection.layers)
+        save_product(owner, config, directory)
     print(f"PEFT adapter: {arguments.out / 'adapter'}    merged model: {arguments.out / 'merged'}")
 
 

@@ -3,16 +3,18 @@
 import contextlib
 import io
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from fedpft.errors import FedPFTError
+from fedpft import faults
 
 # as a shell reports a command ended by a signal
 INTERRUPTED = 130
+NOBODY_READS = 141
 TERMINATED = 143
 
 
@@ -23,7 +25,8 @@ class Terminated(KeyboardInterrupt):
 def run_command(function: Callable[[], None], *, level: int = logging.INFO) -> int:
     """Runs a command and returns its exit code (docs/errors.md).
 
-    A FedPFTError becomes one line on stderr. Any other exception is a fault of fedpft itself and keeps its traceback.
+    An error becomes one line on stderr; the traceback of one that fedpft did not foresee goes to a file, which the line
+    names.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # or a name that the terminal cannot show would end the command
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -31,9 +34,14 @@ def run_command(function: Callable[[], None], *, level: int = logging.INFO) -> i
     try:
         with _terminable():
             function()
-    except FedPFTError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        return NOBODY_READS
+    except Exception as error:
+        told = faults.explained(error)
+        print(f"error: {' '.join(str(told).split())}", file=sys.stderr)
+        return told.exit_code
     except Terminated:
         print("error: terminated", file=sys.stderr)
         return TERMINATED

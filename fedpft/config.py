@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from fedpft.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
+LARGEST = 1_000_000_000  # of any number of things, or of seconds
+MOST_THREADS = 1024
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
 Task = Literal["sequence-classification", "image-classification"]
@@ -28,6 +30,17 @@ class Section(BaseModel):
     """A YAML mapping whose keys are all known; it cannot be changed after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _within_reason(cls, value: Any, info: ValidationInfo) -> Any:
+        """What Python can read, but torch, a clock or a file system could not use later."""
+        name = str(info.field_name)
+        if name != "seed" and (type(value) is int or name.endswith("_seconds")) and value and value > LARGEST:
+            raise ValueError(f"must be at most {LARGEST}")
+        if isinstance(value, Path) and "\0" in str(value):
+            raise ValueError("holds a NUL, which no path can")
+        return value
 
 
 def _check_encoding(encoding: str | None) -> str | None:
@@ -215,6 +228,10 @@ class Endpoint(Section):
 
     def _check_transport(self, address: str) -> None:
         host, _, port = address.rpartition(":")
+        try:
+            host.strip("[]").encode("idna")
+        except UnicodeError:
+            raise ValueError(f"{host} cannot be the name of a host") from None
         if int(port) > 65535:
             raise ValueError(f"there is no port {port}: the last is 65535")
         if self.insecure_loopback and host not in ("127.0.0.1", "[::1]", "localhost"):
@@ -231,7 +248,7 @@ class ServerConfig(Endpoint):
     out: Path = Field(description="Run directory: proxy, adapters, summary.json, report.html.")
     listen: Address = Field(description="host:port to listen on; port 0 takes a free one and writes it to OUT/address.")
     device: str = Field("cpu", description="Torch device for distillation and evaluation.")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores.")
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads of torch; default: all cores.")
     model: ModelSection = Field(description="The foundation model.")
     proxy: ProxySection = Field(default_factory=ProxySection, description="How the proxy is cut.")
     proxy_path: Path | None = Field(
@@ -327,7 +344,7 @@ class SiloConfig(Endpoint):
     data: SiloDataSection = Field(description="The silo's data; it never leaves.")
     work: Path = Field(Path("work"), description="Directory for the proxy received and the last adapter sent.")
     device: str = Field("cpu", description="Torch device for training.")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores.")
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads of torch; default: all cores.")
     connect_timeout_seconds: float = Field(
         3600.0, gt=0.0, description="How long to try to reach a server that does not answer, each time anew."
     )
@@ -337,6 +354,8 @@ class SiloConfig(Endpoint):
     @model_validator(mode="after")
     def _consistent(self) -> "SiloConfig":
         self._check_transport(self.server)
+        if self.server.endswith(":0"):
+            raise ValueError("there is no port 0 to connect to: name the server's, which it writes to OUT/address")
         if self.insecure_loopback != (self.insecure_name is not None):
             raise ValueError("insecure_name goes with insecure_loopback, and only with it")
         return self
@@ -368,7 +387,7 @@ def _load(path: Path, kind: type[AnyConfig]) -> AnyConfig:
         raise ConfigError(f"{path}: no such file", "give the path of a YAML file with --config") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})", "make it a readable UTF-8 file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two of dates and depths that cannot be
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
@@ -452,6 +471,7 @@ def reference() -> str:
         [
             "# Configuration\n",
             "Two YAML files, both checked on start: an unknown key is an error that says what was probably meant.",
+            f"No number of things or seconds may be above {LARGEST}.",
             "This page is printed by `python -m fedpft.config`; `examples/three_silos/` is a complete working set.\n",
             *_describe("## `server.yaml`", ServerConfig),
             *_describe("## `silo.yaml`", SiloConfig),

@@ -107,7 +107,7 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, 
         ConfigError: OUT holds something else than an earlier demo.
         FedPFTError: a server or silo process failed; its log is named.
     """
-    out = out.resolve()  # the YAML files are written below it, and their relative paths would start there
+    out = out.absolute()  # the YAML files are written below it, and their relative paths would start there
     _clear(out)
     data = demo_data.prepare(
         out / "data",
@@ -245,11 +245,14 @@ def _merged(settings: Settings, changes: Settings) -> Settings:
 
 
 def _clear(out: Path) -> None:
-    """Removes an earlier demo, and nothing else."""
+    """Makes OUT, or removes an earlier demo from it, and nothing else; it may be a mounted directory."""
     ours = {"data", "kits", "rows", "summary.json", "report.html"}
-    if out.exists():
-        if not out.is_dir() or (strange := {path.name for path in out.iterdir()} - ours):
-            what = f"holds {sorted(strange)[0]!r}, which is no demo's" if out.is_dir() else "is not a directory"
-            raise ConfigError(f"{out}: {what}", "give an empty or a new directory with --out")
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    atomic.standing(out, "--out")
+    out.mkdir(parents=True, exist_ok=True)
+    found = {path.name: path for path in out.iterdir() if not path.name.startswith("traceback-")}
+    if strange := found.keys() - ours:
+        raise ConfigError(
+            f"{out}: holds {min(strange)!r}, which is no demo's", "give an empty or a new directory with --out"
+        )
+    for path in found.values():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -2,7 +2,6 @@
 
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -13,13 +12,15 @@ import yaml
 from torch import nn
 
 import fedpft
-from fedpft import atomic, kernels
+from fedpft import atomic, faults, kernels
 from fedpft.config import ServerConfig, SiloConfig, TlsSection, load_server_config, load_silo_config
 from fedpft.datasets import describe_cut, encode
 from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse
 from fedpft.kernels.check import check_operators
+from fedpft.machine import check_device
 from fedpft.proxy import cut, load_proxy, load_selection, select
 from fedpft.samples import Samples, read_label_list, read_labelled, read_unlabelled
+from fedpft.server import ledger
 from fedpft.server.construction import check_as_built, check_made_for, load_fm, read_record
 from fedpft.server.holdings import check_holdings, format_holdings, holdings
 from fedpft.server.identity import (
@@ -33,7 +34,6 @@ from fedpft.server.identity import (
     proxy_files,
     settings,
 )
-from fedpft.server.ledger import look
 from fedpft.server.run import VERSIONED
 from fedpft.silo import data
 from fedpft.silo.ondisk import data_now
@@ -94,9 +94,9 @@ class _Findings:
             seen = look()
         except Worry as worry:
             print(f"warning  {subject:14}{worry}", flush=True)
-        except FedPFTError as error:
-            print(f"WRONG    {subject:14}{error}", flush=True)
-            self._wrong.append(error)
+        except Exception as error:
+            self._wrong.append(faults.explained(error))
+            print(f"WRONG    {subject:14}{' '.join(str(self._wrong[-1]).split())}", flush=True)
         else:
             print(f"ok       {subject:14}{text(seen)}", flush=True)
             return seen
@@ -134,7 +134,7 @@ def _kernels() -> str:
 def _load(path: Path) -> ServerConfig | SiloConfig:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         raw = None  # what is wrong is said below
     return load_silo_config(path) if isinstance(raw, dict) and "server" in raw else load_server_config(path)
 
@@ -160,36 +160,19 @@ def _key(path: Path) -> str:
     return f"{path}: for its owner only"
 
 
-def _device(name: str) -> str:
-    try:
-        torch.ones(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ConfigError(
-            f"device: {name}: {str(error).splitlines()[0]}", "use `device: cpu`, or mend the GPU"
-        ) from None
-    return name
-
-
-def _writable(directory: Path) -> str:
-    place = _existing(directory)
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{place}: cannot be written to ({error.strerror})", "let this user write there") from None
+def _writable(directory: Path, key: str) -> str:
+    place = atomic.standing(directory, key)
+    atomic.try_out(place, key)
+    if key == "out":
+        ledger.try_out(place)
     return f"{directory}: can be {'written to' if place == directory else 'made'}"
 
 
-def _space(directory: Path, wanted: int) -> str:
-    free, wanted = shutil.disk_usage(_existing(directory)).free, max(wanted, FREE_BYTES)
+def _space(directory: Path, key: str, wanted: int) -> str:
+    free, wanted = shutil.disk_usage(atomic.standing(directory, key)).free, max(wanted, FREE_BYTES)
     if free < wanted:
         raise Worry(f"{directory}: {free / GIB:.1f} GiB free, {wanted / GIB:.1f} may be needed -> make room")
     return f"{directory}: {free / GIB:.1f} GiB free, {wanted / GIB:.1f} are enough"
-
-
-def _existing(path: Path) -> Path:
-    """The path itself or the nearest directory above it that is there."""
-    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def _bytes(directory: Path) -> int:
@@ -208,11 +191,11 @@ def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
     if greeting is not None:
         findings.check("clock", lambda: _clock(greeting))
     findings.check("data", lambda: _silo_data(config, greeting.terms if greeting is not None else None))
-    findings.check("device", lambda: _device(config.device))
-    findings.check("work", lambda: _writable(config.work))
+    findings.check("device", lambda: check_device(config.device))
+    findings.check("work", lambda: _writable(config.work, "work"))
     findings.check("federation", lambda: _joined(config, config.insecure_name if kit is None else kit.name))
     # The proxy of another federation comes beside those that are there.
-    findings.check("disk", lambda: _space(config.work, _bytes(config.work)))
+    findings.check("disk", lambda: _space(config.work, "work", _bytes(config.work)))
 
 
 def _connection(config: SiloConfig) -> Greeting:
@@ -286,19 +269,18 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
         "labels", lambda: read_label_list(config.model.labels, config.encoding), lambda seen: _labels(config, seen)
     )
     fm, processor = None, None
-    if labels is not None:
-        fm, processor = findings.check("model", lambda: load_fm(config, labels), lambda _: _model(config)) or (
-            None,
-            None,
-        )
+    if labels is not None and (
+        loaded := findings.check("model", lambda: load_fm(config, labels), lambda _: _model(config))
+    ):
+        fm, processor = loaded
     if fm is not None:
         findings.check("proxy", lambda: _proxy(config, fm))
     findings.check("data", lambda: _server_data(config, labels, processor))
-    findings.check("device", lambda: _device(config.device))
-    findings.check("out", lambda: _writable(config.out))
+    findings.check("device", lambda: check_device(config.device))
+    findings.check("out", lambda: _writable(config.out, "out"))
     findings.check("run", lambda: _run(config))
     # OUT receives the adapted FM and a proxy, which is smaller than the FM.
-    findings.check("disk", lambda: _space(config.out, 2 * _bytes(config.model.path)))
+    findings.check("disk", lambda: _space(config.out, "out", 2 * _bytes(config.model.path)))
 
 
 def _listen(config: ServerConfig) -> str:
@@ -365,7 +347,7 @@ def _server_data(config: ServerConfig, labels: tuple[str, ...] | None, processor
 def _run(config: ServerConfig) -> str:
     if _in_use(config.out):
         return f"{config.out}: a server is running there"
-    begun = look(config.out)
+    begun = ledger.look(config.out)
     if begun is None:
         return f"{config.out}: none was begun yet"
     digests = kept_digests(config)

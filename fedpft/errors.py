@@ -101,3 +101,15 @@ class CheckpointError(FedPFTError):
     """What a run left on disk, or was begun with, is torn, changed or of another version."""
 
     exit_code = 14
+
+
+class InternalFault(FedPFTError):
+    """An exception that fedpft did not foresee; its traceback is in the file that is named."""
+
+    exit_code = 15
+
+
+class OutOfMemory(FedPFTError):
+    """This machine, or its GPU, has too little memory for what was asked of it."""
+
+    exit_code = 16

@@ -6,6 +6,8 @@
 
 A silo is *present* from its enrolment until it fails or misses a deadline; it is present again as soon as it is heard
 of again. Each round picks among the silos that are present. Of each silo a round counts at most one update, the first.
+Where fewer are left than the quorum, silos that are present and were not picked take the place of those that failed, in
+the order of their draws; the quorum is lost when there are none.
 """
 
 import enum
@@ -113,6 +115,20 @@ class StartRound:
 
 
 @dataclass(frozen=True)
+class Substitute:
+    """Others train in place of silos that failed.
+
+    silos: all those that the round now waits for, or counts already.
+    new: those among them that were not in the round before.
+    """
+
+    round: int
+    attempt: int
+    silos: tuple[str, ...]
+    new: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Accept:
     """The update counts."""
 
@@ -150,7 +166,7 @@ class LoseQuorum:
 
 
 Verdict = Accept | Duplicate | Refuse
-Action = Begin | StartRound | Verdict | Aggregate | LoseQuorum
+Action = Begin | StartRound | Substitute | Verdict | Aggregate | LoseQuorum
 
 # --- what a silo should do --------------------------------------------------------------------------------------------
 
@@ -199,6 +215,7 @@ class Federation:
     present: silos that can be picked.
     pending, accepted: of the round in progress, the silos waited for and those whose update counts.
     failed: silo -> reason, of the round in progress.
+    absent: silos that a resumed round can do without, unless they are heard of again.
     proxy_version: 0 for the proxy as first sent, one more for each patch.
     """
 
@@ -221,6 +238,7 @@ class Federation:
         self.pending: set[str] = set()
         self.accepted: set[str] = set()
         self.failed: dict[str, str] = {}
+        self.absent: set[str] = set()
         self.counted: dict[int, frozenset[str]] = {}
         self._quorum = 0
         self._resumed = False
@@ -234,6 +252,7 @@ class Federation:
         counted: Mapping[int, Collection[str]],
         proxy_version: int,
         aggregated: bool,
+        lost: Collection[str] = (),
     ) -> None:
         """Takes up a run where a former process left it, before any event. Silos that are no longer named are gone.
 
@@ -244,6 +263,8 @@ class Federation:
             proxy_version: patches that were published.
             aggregated: whether the last round is over. If not, it goes on now, without enrolment: updates are taken
                 at once, and its end is announced as soon as it is requested.
+            lost: the silos for want of which the last round lost its quorum. If the others make a quorum by now, they
+                are waited for only once they are heard of.
         """
         self.proxy_version = proxy_version
         self.counted = {round: frozenset(silos) for round, silos in counted.items()}
@@ -256,6 +277,10 @@ class Federation:
         self.accepted = set(self.counted.pop(self.round, ()))
         self.pending = set(picked - self.accepted)
         self._quorum = self.min_silos or max(len(picked), 1)
+        if len(self.accepted | self.pending.difference(lost)) >= self._quorum:
+            self.absent = self.pending.intersection(lost)
+            self.pending -= self.absent
+            self.present -= self.absent
         self.phase, self._resumed = Phase.TRAINING, True
 
     def handle(self, event: Event) -> list[Action]:
@@ -345,13 +370,18 @@ class Federation:
         the choice by no more than that silo.
         """
         count = max(math.ceil(self.sample_fraction * len(self.present)), self.min_silos or 1)
-        drawn = sorted(self.present, key=lambda silo: (derive_seed(self.seed, "silos of a round", round, silo), silo))
-        return tuple(sorted(drawn[:count]))
+        return tuple(sorted(self._drawn(round)[:count]))
+
+    def _drawn(self, round: int) -> list[str]:
+        return sorted(self.present, key=lambda silo: (derive_seed(self.seed, "silos of a round", round, silo), silo))
 
     def _enrol(self, silo: str) -> list[Action]:
         if silo not in self.silos:
             return [Refuse(silo, _unknown(silo))]
         self.present.add(silo)
+        if self.phase is Phase.TRAINING and silo in self.absent:
+            self.absent.discard(silo)
+            self.pending.add(silo)
         return self._begin() if self.phase is Phase.ENROLLING and self.present >= self.expected else []
 
     def _close_enrolment(self) -> list[Action]:
@@ -365,7 +395,7 @@ class Federation:
             LoseQuorum(
                 QuorumLost(
                     f"{len(self.present)} of the {needed} silos needed have enrolled; missing: {missing}",
-                    "start the missing silos, or lower federation.min_silos",
+                    _remedy("start the missing silos", len(self.present)),
                 )
             )
         ]
@@ -380,7 +410,7 @@ class Federation:
             return [StartRound(round, self.attempt, tuple(sorted(self.pending))), *self._settle()]
         if self.phase is not Phase.IDLE or round <= max(self.counted, default=0):
             raise ValueError(f"round {round} cannot start: {self.phase.name.lower()}, last round {self.round}")
-        self.round, self.attempt, self.accepted, self.failed = round, 0, set(), {}
+        self.round, self.attempt, self.accepted, self.failed, self.absent = round, 0, set(), {}, set()
         self.pending = set(self.pick(round))
         self._quorum = self.min_silos or max(len(self.pending), 1)
         if len(self.pending) < self._quorum:
@@ -412,8 +442,14 @@ class Federation:
         """Ends the round if it is decided and the algorithm has asked for it."""
         if self._resumed:
             return []
-        if len(self.accepted) + len(self.pending) < self._quorum:
-            return [self._lose_quorum()]
+        if missing := max(self._quorum - len(self.accepted) - len(self.pending), 0):
+            out = self.accepted | self.pending | self.failed.keys()
+            new = [silo for silo in self._drawn(self.round) if silo not in out][:missing]
+            if len(new) < missing:
+                return [self._lose_quorum()]
+            self.pending.update(new)
+            silos = tuple(sorted(self.accepted | self.pending))
+            return [Substitute(self.round, self.attempt, silos, tuple(sorted(new)))]
         if self.pending:
             return []
         self.phase = Phase.IDLE
@@ -422,14 +458,22 @@ class Federation:
 
     def _lose_quorum(self) -> LoseQuorum:
         self.phase = Phase.IDLE
-        self.pending = set()
+        left = len(self.accepted) + len(self.pending)
+        self.failed |= dict.fromkeys(self.absent, "not heard of since the restart")
+        self.pending, self.absent = set(), set()
         missing = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(self.failed.items()))
         return LoseQuorum(
             QuorumLost(
                 f"round {self.round} needs {self._quorum} updates and cannot get them ({missing})",
-                "mend these silos, or lower federation.min_silos",
+                _remedy("mend these silos", left),
             )
         )
+
+
+def _remedy(mend: str, left: int) -> str:
+    """What to do about a lost quorum. left: how many silos could do without the others."""
+    others = f", or set federation.min_silos to {left} to go on without them" if left else ""
+    return f"{mend}{others}, and start the server again: it goes on from where it was"
 
 
 def _unknown(silo: str) -> RefusedByServer:

@@ -15,7 +15,7 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
-from fedpft import architectures
+from fedpft import architectures, faults
 from fedpft.config import Task
 from fedpft.errors import ModelError
 from fedpft.finite import not_finite
@@ -91,9 +91,9 @@ def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> n
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except MemoryError:
-            raise
         except Exception as error:  # of whatever kind: the directory is somebody else's, the code as well
+            if faults.is_out_of_memory(error):
+                raise
             raise ModelError(
                 f"{path}: cannot be loaded for {task} ({_first_line(error)})",
                 "check model.path: config.json and weights must be those of one model",

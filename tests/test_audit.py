@@ -185,6 +185,26 @@ def test_a_full_disk_is_an_error_and_leaves_no_piece_of_a_line(tmp_path: Path, m
     assert verify(path).entries == 2
 
 
+def test_a_piece_of_a_line_that_stays_is_the_last_and_is_cut_off_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    path, real = tmp_path / "log", os.write
+    log = AuditLog(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, line: real(file, line[:20]))
+        patch.setattr(os, "ftruncate", fail)
+        with pytest.raises(CheckpointError, match="disk is full"):
+            log.append("x")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        log.append("x")
+    with AuditLog(path) as log:
+        log.append("x")
+    assert [entry.event for entry in audit.read(path)] == ["cut off", "x"]
+
+
 def test_fields_cannot_take_the_place_of_the_chain(tmp_path: Path) -> None:
     with AuditLog(tmp_path / "log") as log:
         with pytest.raises(ValueError, match="'hash'"):

@@ -2,9 +2,12 @@
 and nothing written. The silos' side is in test_service.py, files and YAML are in test_datasets.py and test_config.py.
 """
 
+import errno
 import json
+import os
 import shutil
 import socket
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import tiny
 import yaml
 from safetensors.torch import load_file, save_file
 
-from fedpft import doctor
+from fedpft import cli, doctor
 from fedpft.command import run_command
 from fedpft.config import load_server_config
 from fedpft.server.run import run
@@ -232,4 +235,59 @@ def test_a_taken_port_is_found_before_the_proxy_is_built(
         code, line = outcome(settings, tmp_path, capsys)
     assert code == 11
     assert settings["listen"] in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("way", ["file", "link"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plug-in", "--config", "server.yaml"],
+        ["build-proxy", "--config", "server.yaml"],
+        ["provision", "--silos", "north"],
+        ["demo", "--quick"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_place_that_is_no_directory_is_found_before_there_is_anything_to_write(
+    command: list[str],
+    way: str,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "server.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    (tmp_path / "there").write_text("") if way == "file" else (tmp_path / "there").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fedpft", *command, "--out", "there"])
+    monkeypatch.setattr(cli, "load_owner", lambda _: pytest.fail("it loads the FM first"))
+    assert cli.main() == 3
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "there: is " in line
+    assert "change `--out`" in line
+
+
+def test_what_breaks_in_a_product_is_explained_where_it_is_written(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "server.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    monkeypatch.setattr(cli, "load_owner", fail)
+    monkeypatch.setattr("sys.argv", ["x", "plug-in", "--config", str(tmp_path / "server.yaml"), "--out", str(tmp_path)])
+    assert cli.main() == 1
+    assert f"error: {tmp_path}: no space left on device -> make room there" in capsys.readouterr().err
+
+
+def test_a_file_system_that_cannot_keep_a_ledger_is_found_before_the_fm_is_loaded(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda _, **options: connect(":memory:", **options))
+    monkeypatch.setattr("fedpft.server.run.load_owner", lambda *_: pytest.fail("it loads the FM first"))
+    code, line = outcome(settings, tmp_path, capsys)
+    assert code == 3
+    assert "lacks what SQLite needs" in line
     assert not (tmp_path / "out").exists()

@@ -133,6 +133,11 @@ WRONG = [
     ("encoding", "latin-99", ": encoding: 'latin-99' is no text encoding; Python's names are meant, such as cp1252"),
     ("encoding", "rot13", ": encoding: 'rot13' is no text encoding"),
     ("encoding", 1252, ": encoding: input should be a valid string, got 1252"),
+    ("listen", "a..b:70", "a..b cannot be the name of a host"),
+    ("out", "a\0b", ": out: holds a NUL, which no path can, got"),
+    ("threads", 100_000, ": threads: input should be less than or equal to 1024"),
+    ("evaluation", {"batch": 10**30}, ": evaluation.batch: must be at most 1000000000, got"),
+    ("federation.round_deadline_seconds", 1e300, ": federation.round_deadline_seconds: must be at most 1000000000"),
     ("model.path", 7, ": model.path: input is not a valid path"),
 ]
 
@@ -161,6 +166,11 @@ def test_a_silo_names_its_encoding_and_what_to_do_with_bad_rows(tmp_path: Path) 
 def test_bad_yaml_is_named_with_its_line(tmp_path: Path) -> None:
     assert fault(tmp_path, "out: run\nlisten: 'open\n").startswith(":3: ")
     assert fault(tmp_path, "out: run\n\tlisten: a\n").startswith(":2: ")
+
+
+@pytest.mark.parametrize("text", ["seed: 2024-13-45\n", "seed: " + "[" * 10_000, "seed: " + "9" * 5_000])
+def test_yaml_with_a_value_that_cannot_be_is_refused(tmp_path: Path, text: str) -> None:
+    assert fault(tmp_path, text).startswith(": not YAML")
 
 
 @pytest.mark.parametrize("text", ["", "just words", "- a\n- b\n"])
@@ -199,6 +209,10 @@ def test_a_silo_is_held_to_the_same_rule(tmp_path: Path) -> None:
     assert "insecure_loopback is for loopback" in fault(tmp_path, changed(SILO, changes), load_silo_config)
     local = changed(SILO, {**changes, "server": "127.0.0.1:7000"})
     assert load_silo_config(written(tmp_path, local)).insecure_name == "north"
+
+
+def test_a_silo_cannot_dial_port_0(tmp_path: Path) -> None:
+    assert "no port 0 to connect to" in fault(tmp_path, changed(SILO, {"server": "fm.org:0"}), load_silo_config)
 
 
 @pytest.mark.parametrize("changes", [{"tls": None}, {"insecure_loopback": True, "listen": "127.0.0.1:0"}])

@@ -39,7 +39,7 @@ def test_the_demo_prints_a_table_and_writes_what_it_promises(finished: tuple[Pat
     out, printed = finished
     summary = summary_of(out)
     assert summary.keys() == {
-        "metrics", "parameters", "data", "bytes", "seconds", "rounds", "versions", "seed", "config",
+        "metrics", "parameters", "data", "holdings", "bytes", "seconds", "rounds", "versions", "seed", "config",
     }  # fmt: skip
     assert summary["metrics"].keys() == {"majority", "head_only", "proxy", "plugged_in"}
     for row, metrics in summary["metrics"].items():
@@ -101,6 +101,18 @@ def test_the_demo_refuses_a_directory_that_is_not_its_own(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"thesis\.tex"):
         demo.run_demo(tmp_path, scale=demo.QUICK, seed=0, compare=False)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_the_demo_may_be_given_a_mounted_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[Path] = []
+    rmtree = demo.shutil.rmtree  # type: ignore[attr-defined]
+    monkeypatch.setattr("shutil.rmtree", lambda path: (removed.append(path), rmtree(path)))
+    out = tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    (out / "summary.json").write_text("{}")
+    demo._clear(out)
+    assert removed == [out / "data"], "what is mounted cannot be removed"
+    assert list(out.iterdir()) == []
 
 
 def test_every_compared_row_changes_the_products_configuration() -> None:

@@ -1,9 +1,11 @@
 """`fedpft doctor`: what is in order, what worries and what is wrong, line by line, and the exit code."""
 
+import errno
 import json
 import os
 import shutil
 import socket
+import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,6 +33,7 @@ from fedpft.errors import (
     ConfigError,
     DataError,
     FedPFTError,
+    InternalFault,
     ModelError,
     PortInUse,
     RefusedByServer,
@@ -345,21 +348,67 @@ def test_a_full_disk_worries(examine, silo_yaml, monkeypatch):
 
 
 def test_a_directory_that_cannot_be_written_to_is_named(examine, silo_yaml, server_yaml, monkeypatch):
-    def refuse(dir):
+    def refuse(*_):
         raise PermissionError(13, os.strerror(13))
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     for path, subject in ((silo_yaml, "work"), (server_yaml, "out")):
         code, found = examine(path)
         assert code == ConfigError.exit_code
         assert "cannot be written to (Permission denied)" in found[subject][1]
 
 
-def test_a_device_that_is_not_there_is_named(examine, silo_yaml):
-    silo_yaml.write_text(silo_yaml.read_text() + "\ndevice: nonsense\n")
+def test_a_file_system_that_cannot_do_what_is_needed_is_named(examine, silo_yaml, server_yaml, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    for path, subject in ((silo_yaml, "work"), (server_yaml, "out")):
+        code, found = examine(path)
+        assert code == ConfigError.exit_code
+        assert "lacks what is needed to lock and sync" in found[subject][1]
+
+
+def test_a_file_system_on_which_no_ledger_can_be_kept_is_named(examine, server_yaml, monkeypatch):
+    connect = sqlite3.connect
+
+    class WithoutSharedMemory(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if "journal_mode" in statement:
+                raise sqlite3.OperationalError("disk I/O error")
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr("sqlite3.connect", lambda *a, **k: connect(*a, **k, factory=WithoutSharedMemory))
+    code, found = examine(server_yaml)
+    assert code == ConfigError.exit_code
+    assert "lacks what SQLite needs (disk I/O error) -> give `out` a directory on a local disk" in found["out"][1]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_place_for_work_that_is_no_directory_is_named(kind, examine, silo_yaml):
+    work = silo_yaml.parent / "work"
+    work.write_text("") if kind == "file" else work.symlink_to("nowhere")
     code, found = examine(silo_yaml)
     assert code == ConfigError.exit_code
-    assert "device: nonsense" in found["device"][1]
+    assert ("is not a directory" if kind == "file" else "is a link to nowhere") in found["work"][1]
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "mps", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device, examine, silo_yaml):
+    silo_yaml.write_text(silo_yaml.read_text() + f"\ndevice: {device}\n")
+    code, found = examine(silo_yaml)
+    assert code == ConfigError.exit_code
+    assert f"device: {device}: " in found["device"][1]
+    assert "set `device` to one of this machine's: cpu" in found["device"][1]
+
+
+def test_a_check_that_fails_itself_does_not_stop_the_others(examine, silo_yaml, monkeypatch):
+    monkeypatch.setattr("fedpft.silo.data.examine", lambda *_: {}["a cell"])
+    code, found = examine(silo_yaml)
+    assert code == InternalFault.exit_code
+    assert "KeyError" in found["data"][1]
+    assert "a cell" not in found["data"][1]
+    assert verdicts(found)["disk"] == "ok"
 
 
 def test_a_taken_port_is_wrong_unless_the_server_itself_has_it(examine, server_yaml):

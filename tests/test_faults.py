@@ -849,7 +849,7 @@ def test_damage_under_tls_breaks_the_connection_and_nothing_else(
         running.server.release()
         north.await_halt()
         assert link.up.flipped.is_set()
-        assert running.links["south"].down.flipped.is_set()
+        assert running.links["south"].down.flipped.wait(PATIENCE), "south may start later than north enrols"
         link.flip(down=2_000_000)
         north.halt_at(r"^after replace .*/update.json")
         north.release()

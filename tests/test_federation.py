@@ -26,6 +26,7 @@ from fedpft.federation import (
     RoundRequested,
     SiloFailed,
     StartRound,
+    Substitute,
     Train,
     UpdateArrived,
     Wait,
@@ -184,6 +185,98 @@ def test_a_quorum_out_of_reach_is_lost_before_the_deadline():
     assert isinstance(action, LoseQuorum)
 
 
+@pytest.mark.parametrize("event", [SiloFailed("{}", "NaN", 1), SiloFailed("{}", "it left"), DeadlinePassed(1)])
+def test_a_silo_that_was_not_picked_takes_the_place_of_one_that_failed(event):
+    federation = begun(silos=MANY, sample_fraction=0.25)
+    drawn = federation._drawn(1)
+    (started,) = federation.handle(RoundRequested(1))
+    for silo in drawn[1:5]:
+        federation.handle(UpdateArrived(silo, 1, 0))
+    if isinstance(event, SiloFailed):
+        event = SiloFailed(drawn[0], event.reason, event.round)
+    silos = tuple(sorted(drawn[1:6]))
+    assert federation.handle(event) == [Substitute(1, 0, silos, (drawn[5],))], "the next in the order of the draws"
+    assert federation.task(drawn[5]) == Train(1, 0)
+    assert type(refusal(federation.handle(UpdateArrived(drawn[0], 1, 0)))) is RoundOver
+    assert federation.handle(UpdateArrived(drawn[5], 1, 0)) == [Accept(drawn[5]), Aggregate(1, silos)]
+    assert drawn[0] in started.silos
+
+
+def test_nobody_takes_the_place_of_a_silo_that_the_quorum_can_do_without():
+    federation = begun(silos=MANY, sample_fraction=0.25, min_silos=4)
+    first, *others = federation.pick(1)
+    federation.handle(RoundRequested(1))
+    assert federation.handle(SiloFailed(first, "it left")) == []
+    assert federation.pending == set(others)
+    (substitute,) = federation.handle(SiloFailed(others[0], "it left"))
+    assert len(substitute.silos) == 4
+    assert len(substitute.new) == 1
+
+
+def test_a_silo_that_failed_takes_nobodys_place():
+    federation = begun(sample_fraction=0.3)
+    first, second, third = federation._drawn(1)
+    federation.handle(RoundRequested(1))
+    assert federation.handle(SiloFailed(first, "it left")) == [Substitute(1, 0, (second,), (second,))]
+    federation.handle(Enrolled(first))
+    federation.handle(SiloFailed(third, "it left"))
+    (lost,) = federation.handle(DeadlinePassed(1))
+    assert isinstance(lost, LoseQuorum), "one has failed in this round, one is not there"
+    assert first in lost.error.message
+    assert second in lost.error.message
+
+
+def test_a_lost_quorum_says_with_how_many_the_round_can_go_on():
+    federation = training()
+    federation.handle(UpdateArrived("south", 1, 0))
+    (lost,) = federation.handle(SiloFailed("north", "it left"))
+    assert "set federation.min_silos to 2 to go on without them" in lost.error.remedy
+    alone = training(silos=("north",))
+    (lost,) = alone.handle(SiloFailed("north", "it left"))
+    assert "min_silos" not in lost.error.remedy, "nobody is left"
+
+
+def resumed(lost, min_silos):
+    federation = Federation(SILOS, min_silos=min_silos, sample_fraction=1.0, seed=0)
+    federation.resume(
+        StartRound(1, 1, SILOS),
+        present=SILOS,
+        counted={1: ["south"]},
+        proxy_version=0,
+        aggregated=False,
+        lost=lost,
+    )
+    return federation
+
+
+def test_with_a_lower_quorum_a_resumed_round_goes_on_without_the_silos_that_it_had_lost():
+    federation = resumed(["north"], min_silos=2)
+    assert federation.handle(RoundRequested(1)) == [StartRound(1, 1, ("east",))]
+    assert federation.handle(UpdateArrived("east", 1, 0)) == [Accept("east"), Aggregate(1, ("east", "south"))]
+    assert resumed(["north", "east"], min_silos=1).handle(RoundRequested(1))[1] == Aggregate(1, ("south",))
+
+
+def test_a_silo_that_was_lost_and_mended_is_waited_for_again():
+    federation = resumed(["north"], min_silos=2)
+    federation.handle(Enrolled("north"))
+    assert federation.task("north") == Train(1, 1)
+    federation.handle(RoundRequested(1))
+    assert federation.handle(UpdateArrived("east", 1, 0)) == [Accept("east")]
+    assert federation.handle(UpdateArrived("north", 1, 0))[-1] == Aggregate(1, SILOS)
+
+
+def test_a_silo_that_stayed_away_is_named_when_the_quorum_is_lost_again():
+    federation = resumed(["north"], min_silos=2)
+    federation.handle(RoundRequested(1))
+    (lost,) = federation.handle(SiloFailed("east", "it left"))
+    assert "north: not heard of since the restart" in lost.error.message
+    assert federation.failed.keys() == {"north", "east"}
+
+
+def test_without_a_lower_quorum_a_resumed_round_waits_for_the_silos_that_it_had_lost():
+    assert resumed(["north"], min_silos=None).handle(RoundRequested(1)) == [StartRound(1, 1, ("east", "north"))]
+
+
 def test_a_round_without_enough_silos_does_not_start():
     federation = begun(min_silos=2)
     federation.handle(SiloFailed("north", "it left"))
@@ -311,7 +404,7 @@ class AnyOrder(RuleBasedStateMachine):
     def start(self, min_silos, fraction, seed, enrolled):
         self.federation = Federation(SILOS, min_silos=min_silos, sample_fraction=fraction, seed=seed)
         self.round, self.picked, self.counted, self.open = 0, (), [], False
-        self.versions, self.attempt, self.begun = 0, 0, None
+        self.versions, self.attempt, self.begun, self.quorum, self.lost = 0, 0, None, 0, frozenset()
         self.history = {}
         for silo in enrolled:
             self.handle(Enrolled(silo))
@@ -327,8 +420,19 @@ class AnyOrder(RuleBasedStateMachine):
                     if not attempt:
                         assert silos
                         self.begun = (action, frozenset(self.federation.present))
-                        self.picked, self.counted = silos, []
+                        self.picked, self.counted, self.lost = silos, [], frozenset()
+                        self.quorum = self.federation.min_silos or len(silos)
                     self.open = True
+                case Substitute(round, attempt, silos, new):
+                    assert self.open
+                    assert (round, attempt) == (self.round, self.attempt)
+                    assert new
+                    assert not set(new) & set(self.picked), "a silo is picked once in a round"
+                    assert set(new) <= self.federation.present
+                    assert set(self.counted) <= set(silos) <= {*self.picked, *new}
+                    assert len(silos) == self.quorum, "as many as are needed"
+                    self.picked += new
+                    self.begun = (StartRound(round, attempt, silos), frozenset(self.federation.present))
                 case Accept(silo):
                     assert self.open
                     assert silo in self.picked
@@ -338,9 +442,15 @@ class AnyOrder(RuleBasedStateMachine):
                     assert self.open
                     assert round == self.round
                     assert silos == tuple(sorted(self.counted)), "exactly the accepted updates count"
-                    assert len(silos) >= (self.federation.min_silos or len(self.picked))
+                    assert len(silos) >= self.quorum
                     self.open, self.history[round] = False, silos
                 case LoseQuorum():
+                    if self.open:
+                        spare = self.federation.present - set(self.picked)
+                        hopes = set(self.picked) - self.federation.failed.keys()
+                        assert not self.federation.absent
+                        assert len(hopes | spare) < self.quorum, "a quorum that can be met is not given up"
+                        self.lost = frozenset(self.federation.failed)
                     self.open = False
         return actions
 
@@ -384,9 +494,10 @@ class AnyOrder(RuleBasedStateMachine):
     @in_phase(Phase.TRAINING)
     @rule(behind=st.integers(0, 1))
     def pass_deadline(self, behind):
+        waited_for = frozenset(self.federation.pending)
         self.handle(DeadlinePassed(self.round - behind))
         if behind == 0:
-            assert not self.open, "no round outlives its deadline"
+            assert not waited_for & self.federation.pending, "no silo outlives the deadline; others take its place"
 
     @in_phase(Phase.IDLE)
     @rule()
@@ -399,7 +510,8 @@ class AnyOrder(RuleBasedStateMachine):
     def restart(self, data):
         """A new process, which knows what is on disk: rounds as they were begun, updates that count, patches."""
         old = self.federation
-        self.federation = Federation(SILOS, min_silos=old.min_silos, sample_fraction=old.sample_fraction, seed=old.seed)
+        min_silos = data.draw(st.sampled_from([old.min_silos, 1])) if self.lost else old.min_silos
+        self.federation = Federation(SILOS, min_silos=min_silos, sample_fraction=old.sample_fraction, seed=old.seed)
         begun, present = self.begun
         aggregated = begun.round in self.history
         self.round, self.attempt, self.open = begun.round, self.attempt + 1, False
@@ -409,6 +521,7 @@ class AnyOrder(RuleBasedStateMachine):
             counted=self.history | ({} if aggregated else {begun.round: self.counted}),
             proxy_version=self.versions,
             aggregated=aggregated,
+            lost=self.lost,
         )
         for silo in self.counted:
             assert self.federation.judge(UpdateArrived(silo, self.round, self.versions)) == Duplicate(silo)
@@ -418,12 +531,16 @@ class AnyOrder(RuleBasedStateMachine):
                 self.handle(Enrolled(silo))
             assert self.federation.phase is Phase.IDLE, "those that were there are all that is waited for"
             return
+        self.picked, self.quorum = begun.silos, min_silos or len(begun.silos)
+        absent = self.federation.absent
+        assert absent <= self.lost
+        assert not absent or len(set(begun.silos) - absent) >= self.quorum, "only whom the quorum can do without"
         for silo in sorted(self.federation.pending):
             if data.draw(st.booleans()):  # comes in before the algorithm asks for the round
                 assert self.federation.handle(UpdateArrived(silo, self.round, self.versions)) == [Accept(silo)]
                 self.counted.append(silo)
         assert self.handle(RoundRequested(self.round))[0] == StartRound(
-            self.round, self.attempt, tuple(sorted(set(begun.silos) - set(self.counted)))
+            self.round, self.attempt, tuple(sorted(set(begun.silos) - set(self.counted) - absent))
         )
 
     @invariant()
@@ -433,7 +550,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert federation.present <= federation.silos
         assert federation.proxy_version == self.versions
         if self.open:
-            groups = [federation.pending, federation.accepted, federation.failed.keys()]
+            groups = [federation.pending, federation.accepted, federation.failed.keys(), federation.absent]
             assert sorted(silo for group in groups for silo in group) == sorted(self.picked), "each silo is in one"
             assert federation.pending, "an open round waits for somebody"
             assert federation.pending <= federation.present

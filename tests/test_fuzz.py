@@ -5,6 +5,7 @@ What such a search found is kept as a test of its own. The long search is `pytes
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -31,12 +32,12 @@ from fedpft.federation import Federation, RoundRequested
 from fedpft.server.admission import Admission
 from fedpft.server.inbox import Inbox
 from fedpft.server.ledger import Ledger
-from fedpft.server.live import LiveFederation
+from fedpft.server.live import LiveFederation, Place
 from fedpft.server.outbox import Outbox
 from fedpft.server.servicer import FederationServicer
 from fedpft.server.updates import Update, aggregate, check_update
 from fedpft.wire import transfer
-from fedpft.wire.channel import SILO_KEY
+from fedpft.wire.channel import SILO_KEY, WORK_KEY
 from fedpft.wire.encoding import ENCODINGS, Encoding, encode
 from fedpft.wire.hello import Terms
 from fedpft.wire.status import CODES
@@ -438,11 +439,12 @@ class Ended(Exception):
 class Call:
     """gRPC's side of a call."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: bytes) -> None:
         self.code: grpc.StatusCode | None = None
+        self.place = place
 
-    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return ((SILO_KEY, "north"),)
+    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return ((SILO_KEY, "north"), (WORK_KEY, self.place))
 
     def abort(self, code: grpc.StatusCode, details: str) -> None:
         self.code = code
@@ -498,10 +500,14 @@ TERMS = Terms("sequence-classification", ("0", "1"), max_tokens=8, characters_pe
 COUNTING = sending(header_of(UPDATE))
 
 
-@example([COUNTING, COUNTING, sending(header_of(UPDATE, samples=0))])
+HERE = b"here"
+callers = st.lists(st.sampled_from([HERE, HERE, b"", b"elsewhere" * 4, b"here" * 1000]), max_size=4)
+
+
+@example([COUNTING, COUNTING, sending(header_of(UPDATE, samples=0))], [])
 @search(60)
-@given(st.lists(requests, max_size=8))
-def test_no_call_ends_in_a_fault_of_the_server(made: list[Any]) -> None:
+@given(st.lists(requests, max_size=8), callers)
+def test_no_call_ends_in_a_fault_of_the_server(made: list[Any], places: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedpft.server.servicer.POLL_SECONDS", 0.0)
         box = Box(Path(place))
@@ -510,12 +516,12 @@ def test_no_call_ends_in_a_fault_of_the_server(made: list[Any]) -> None:
         outbox = Outbox(Path(place) / "bundle", lambda *_: None)
         outbox.put_adapter(transfer.payload(box.start))
         servicer = FederationServicer(live, box.inbox, outbox, log, "{}", "run", Admission(None, live.fail), TERMS)
-        live.enrol("north", 10)
+        live.enrol("north", 10, Place(HERE, b""))
         live.handle(RoundRequested(1))
-        for request in made:
+        for request, place_of_call in itertools.zip_longest(made, places[: len(made)], fillvalue=HERE):
             if isinstance(request, pb.FetchFileRequest) and request.sha256 == b"the adapter's":
                 request = pb.FetchFileRequest(sha256=outbox.adapter.sha256, offset=request.offset)
-            call: Any = Call()
+            call: Any = Call(place_of_call)
             with contextlib.suppress(Ended):
                 match request:
                     case pb.HelloRequest():
@@ -533,11 +539,12 @@ def test_no_call_ends_in_a_fault_of_the_server(made: list[Any]) -> None:
                     case _:
                         servicer.SendUpdate(iter(request), call)
             assert call.code is None or call.code in CODES.values()
+            assert live._broken is None, "no call ends the server"
         counted = box.inbox.updates(1, box.start)
         assert [update.path.read_bytes() for update in counted] in ([], [UPDATE])
         assert len([name for name in box.files() if name.startswith("round-1/")]) == len(counted)
         assert all(bool(torch.isfinite(tensor).all()) for tensor in (aggregate(counted) if counted else {}).values())
-        if COUNTING in made[:1]:
+        if COUNTING in made[:1] and places[:1] in ([], [HERE]):
             assert [update.samples for update in counted] == [3]
         log.close()
         assert verify(Path(place) / "audit.jsonl").entries >= len(counted)

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fedpft"
 
 ROWS: list[set[str]] = [
-    {"errors", "atomic", "figures", "progress"},
+    {"errors", "faults", "atomic", "figures", "progress"},
     {
         "config",
         "seeding",
@@ -23,6 +23,7 @@ ROWS: list[set[str]] = [
         "audit",
         "finite",
         "digests",
+        "machine",
     },
     {"subffn", "models", "compatibility", "aggregation", "adapters", "samples"},
     {
@@ -42,7 +43,9 @@ ROWS: list[set[str]] = [
 ]
 BESIDE = {
     ("images", "datafiles"),
+    ("faults", "errors"),
     ("atomic", "errors"),
+    ("atomic", "faults"),
     ("federation", "seeding"),
     ("compatibility", "models"),
     ("distillation", "datasets"),
@@ -67,9 +70,16 @@ ONLY_IN: dict[str, set[str]] = {
 NEVER_IN = {
     "federation": {"torch", "numpy", "time", "datetime", "threading", "asyncio", "random", "os", "pathlib"},
     "command": {"torch", "grpc", "transformers"},
+    "faults": {"torch", "grpc", "transformers"},
     "audit": {"torch", "grpc"},
 }
-ONLY_ROOMS = {"audit": {"errors"}, "command": {"errors"}, "federation": {"errors", "seeding"}, "kernels": {"errors"}}
+ONLY_ROOMS = {
+    "audit": {"errors"},
+    "machine": {"errors", "faults"},
+    "command": {"errors", "faults"},
+    "federation": {"errors", "seeding"},
+    "kernels": {"errors"},
+}
 
 Import = tuple[str, int, str]  # file, line, dotted name of what is imported
 

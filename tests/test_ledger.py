@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedpft.errors import CheckpointError, ConfigError
-from fedpft.server.ledger import LEDGER_FILE, Ledger, RoundRow, UpdateRow
+from fedpft.server.ledger import LEDGER_FILE, Ledger, RoundRow, UpdateRow, try_out
 
 CONFIG = {"seed": 0, "training": {"rounds": 6, "batch": 32}, "silos": ["north", "south"]}
 ROUND = RoundRow(1, 1, ("north",), ("north", "south"), True)
@@ -332,3 +332,105 @@ def test_a_full_disk_is_named(ledger: Ledger) -> None:
     with pytest.raises(CheckpointError, match=r"ledger\.sqlite: cannot be written .*full") as caught:
         ledger.record("kind", None, "x" * 1_000_000)
     assert "make room" in caught.value.remedy
+
+
+# --- what SQLite says -------------------------------------------------------------------------------------------------
+
+
+class Failing(sqlite3.Connection):
+    """Says something when a statement comes that has a word in it."""
+
+    word, error = "", sqlite3.OperationalError("")
+
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        if self.word and self.word in statement:
+            raise self.error
+        return super().execute(statement, *values)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Failing]]:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **k, factory=Failing))
+    yield Failing
+    Failing.word = ""
+
+
+SAID = [
+    ("database or disk is full", "make room"),
+    ("attempt to write a readonly database", "make it writable"),
+    ("unable to open database file", "make it readable and writable"),
+    ("disk I/O error", "local disk"),
+    ("locking protocol", "local disk"),
+    ("database is locked", "stop whatever else has it open"),
+    ("database disk image is malformed", "restore it from a backup"),
+]
+
+
+@pytest.mark.parametrize(("text", "remedy"), SAID)
+@pytest.mark.parametrize("word", ["SELECT", "INSERT", "PRAGMA"])
+def test_what_sqlite_says_is_one_line_with_its_remedy(
+    word: str, text: str, remedy: str, failing: type[Failing], tmp_path: Path
+) -> None:
+    opened = Ledger(tmp_path / "out", CONFIG)
+    calls: list[Any] = [
+        lambda: opened.begin_round(ROUND),
+        lambda: opened.enter_update(update("north")),
+        lambda: opened.record("round", 1, {}),
+        lambda: opened.last_round(),
+        lambda: opened.updates(),
+        lambda: opened.update(1, "north"),
+        lambda: opened.recorded("round"),
+        lambda: opened.entered(opened.adapter_path(1)),
+        lambda: Ledger(tmp_path / "out", CONFIG),
+    ]
+    wanted = {"INSERT": calls[:3], "SELECT": calls[3:], "PRAGMA": calls[-1:]}[word]
+    failing.word = word
+    for kind in (sqlite3.OperationalError, sqlite3.DatabaseError):
+        failing.error = kind(text)
+        for call in wanted:
+            with pytest.raises(CheckpointError, match=text) as caught:
+                call()
+            assert remedy in caught.value.remedy
+    failing.word = ""
+    opened.close()
+
+
+def test_a_log_that_is_gone_is_named(ledger: Ledger) -> None:
+    (ledger.out / f"{LEDGER_FILE}-wal").unlink()
+    with pytest.raises(CheckpointError, match="wal: is gone"):
+        ledger.sync()
+
+
+def test_a_ledger_that_cannot_be_closed_hides_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck:
+        def close(self) -> None:
+            raise sqlite3.OperationalError("unable to close due to unfinalized statements")
+
+    database = ledger._database
+    monkeypatch.setattr(ledger, "_database", Stuck())
+    ledger.close()
+    database.close()
+
+
+@pytest.mark.parametrize("text", ["locking protocol", "disk I/O error"])
+def test_a_file_system_that_lacks_what_a_ledger_needs_is_found_before_there_is_one(
+    text: str, failing: type[Failing], tmp_path: Path
+) -> None:
+    failing.word, failing.error = "journal_mode", sqlite3.OperationalError(text)
+    with pytest.raises(ConfigError, match=f"lacks what SQLite needs .{text}") as caught:
+        try_out(tmp_path)
+    assert caught.value.remedy == "give `out` a directory on a local disk"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_a_write_ahead_log_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda _, **options: connect(":memory:", **options))  # has none either
+    with pytest.raises(ConfigError, match="no write-ahead log"):
+        try_out(tmp_path)
+
+
+def test_where_a_ledger_can_be_kept_nothing_is_left_of_the_trial(tmp_path: Path) -> None:
+    try_out(tmp_path)
+    assert list(tmp_path.iterdir()) == []

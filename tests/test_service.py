@@ -2,12 +2,14 @@
 
 import contextlib
 import datetime
+import errno
 import io
 import json
 import shutil
 import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +41,7 @@ from fedpft.errors import (
     ServerUnreachable,
     StaleProxy,
 )
-from fedpft.federation import EnrolmentDeadlinePassed, SiloFailed
+from fedpft.federation import DeadlinePassed, EnrolmentDeadlinePassed, SiloFailed
 from fedpft.provision import Authority, provision, revoke
 from fedpft.server import service, servicer
 from fedpft.server.ledger import Ledger
@@ -197,6 +199,11 @@ def next_round(connection):
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 
+def rows(tmp_path):
+    (tmp_path / "data.csv").write_text("text,label\ngood,1\n")
+    return SiloDataSection(path=tmp_path / "data.csv")
+
+
 def take_part(connection, value):
     """A silo without a model: what it does in each round is to send `value`. Returns what it saw."""
     enrolment = connection.enrol(int(value))
@@ -276,6 +283,97 @@ def test_a_silo_that_starts_again_goes_on_with_its_round(start, dial, background
     assert next_round(again).round == 1
     assert submit(again, 1, result())
     assert [update.silo for update in outcome.result()] == ["north"]
+
+
+# --- one process for a silo -------------------------------------------------------------------------------------------
+
+
+def test_the_same_kit_from_another_work_directory_is_refused_and_the_first_notices_nothing(
+    start, dial, background, tmp_path
+):
+    server, address = start(federation={"silos": ("north",)})
+    first = dial(address, "north")
+    polling = background(first.next_task)
+    for _ in range(2):
+        with pytest.raises(RefusedByServer, match="north takes part already, from another work directory") as caught:
+            run(silo_config(tmp_path, address, "north", work=tmp_path / "second", data=rows(tmp_path)))
+        assert "stop one of the two" in caught.value.remedy
+    assert server._inbox._samples["north"] == 7, "the second's are not the first's"
+    assert server._live._federation.present == {"north"}, "though the second said that it leaves"
+    refused = [entry.fields for entry in audit.read(tmp_path / "out/audit.jsonl") if entry.event == "refused"]
+    assert refused == [{"peer": "north", "reason": "north takes part already, from another work directory"}] * 2
+    outcome = background(run_round, server, 1)
+    assert submit(first, polling.result().train.round, result())
+    assert len(outcome.result()) == 1
+
+
+def test_a_silo_moves_to_another_work_directory_once_the_first_has_left(start, dial, tmp_path):
+    server, address = start(federation={"silos": ("north",)})
+    first = dial(address, "north")
+    first.leave()
+    dial(address, "north", work=tmp_path / "second").enrol(9)
+    assert server._inbox._samples["north"] == 9
+    for call in (first.next_task, lambda: submit(first, 1, result())):
+        with pytest.raises(
+            RefusedByServer, match="another process takes part as north now, with another work"
+        ) as caught:
+            call()
+        assert "stop one of the two" in caught.value.remedy
+    first.leave()
+    assert server._live._federation.present == {"north"}, "only the one that takes part can leave"
+
+
+def test_a_process_that_starts_again_in_its_work_directory_takes_over_at_once(start, dial, background):
+    server, address = start(federation={"silos": ("north",)})
+    killed = dial(address, "north")
+    outcome = background(run_round, server, 1)
+    next_round(killed)
+    again = dial(address, "north")
+    assert submit(again, next_round(again).round, result())
+    assert len(outcome.result()) == 1
+
+
+def test_of_two_copies_of_a_work_directory_the_older_process_is_told(start, dial, tmp_path):
+    _, address = start(federation={"silos": ("north",)})
+    original = dial(address, "north")
+    shutil.copytree(tmp_path / "work-north", tmp_path / "copy")
+    dial(address, "north", work=tmp_path / "copy")
+    with pytest.raises(RefusedByServer, match="with a copy of this work directory"):
+        original.next_task()
+
+
+def test_a_refused_update_that_cannot_be_deleted_is_refused_all_the_same(start, dial, background, monkeypatch):
+    server, address = start(federation={"silos": ("north",)})
+    north = dial(address, "north")
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    next_round(north)
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(InvalidUpdate):
+        submit(north, 1, result(float("nan")))
+    with pytest.raises(QuorumLost):
+        outcome.result()
+
+
+def test_the_server_ends_when_it_cannot_keep_an_update_and_its_silo_tries_again(start, dial, background, monkeypatch):
+    server, address = start(federation={"silos": ("north",)})
+    north = dial(address, "north", connect_timeout_seconds=0.2)
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    next_round(north)
+
+    def full(_):
+        raise CheckpointError("ledger.sqlite: cannot be written (database or disk is full)", "make room")
+
+    monkeypatch.setattr(server._ledger, "enter_update", full)
+    with pytest.raises(ServerUnreachable, match="the server cannot use its own files"):
+        submit(north, 1, result())
+    with pytest.raises(CheckpointError, match="disk is full"):
+        outcome.result()
 
 
 # --- who may come in --------------------------------------------------------------------------------------------------
@@ -630,6 +728,68 @@ def test_silos_that_stay_silent_lose_the_quorum_by_name(start, dial):
     with pytest.raises(QuorumLost, match="missing: south"):
         server.wait_for_silos()
     dial(address, "south")
+    with pytest.raises(QuorumLost, match=r"north: no update before the deadline; south: no update"):
+        run_round(server, 1)
+
+
+@pytest.mark.parametrize("failure", ["it left", "the deadline"])
+def test_with_a_lower_quorum_a_lost_round_goes_on_at_once_after_a_restart(
+    failure, start, dial, background, monkeypatch, tmp_path
+):
+    silos = {"silos": ("north", "south", "west")}
+    server, address = start(federation=silos)
+    north, south, west = (dial(address, name) for name in silos["silos"])
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    next_round(north)
+    assert submit(north, 1, result(2.0))
+    west.leave() if failure == "it left" else server._live.handle(DeadlinePassed(1))
+    with pytest.raises(QuorumLost, match=f"west: .*{failure}") as caught:
+        outcome.result()
+    left = 2 if failure == "it left" else 1
+    assert f"set federation.min_silos to {left} to go on without them" in caught.value.remedy
+    assert "start the server again: it goes on from where it was" in caught.value.remedy
+    monkeypatch.setattr(service, "CLOSING_SECONDS", 0.0)
+    server.close()
+
+    again, _ = start(listen=address, federation={**silos, "min_silos": left})
+    outcome = background(again.run_round, 1, count_inactivity=False)
+    if failure == "it left":
+        assert submit(south, next_round(south).round, result(3.0))
+    updates = outcome.result(LONG_SECONDS / 2)  # and not after another deadline
+    assert [update.silo for update in updates] == ["north", "south"][:left]
+
+
+@pytest.mark.parametrize("failure", ["it left", "the deadline"])
+def test_a_silo_that_was_not_picked_takes_over_and_does_so_after_a_restart(
+    failure, start, dial, background, monkeypatch
+):
+    server, address = start(federation={"sample_fraction": 0.5})
+    silos = {name: dial(address, name) for name in ("north", "south")}
+    server.wait_for_silos()
+    (first,) = server._live._federation.pick(1)
+    (second,) = silos.keys() - {first}
+    waiting = background(silos[second].next_task)
+    outcome = background(run_round, server, 1)
+    assert next_round(silos[first]).round == 1
+    silos[first].leave() if failure == "it left" else server._live.handle(DeadlinePassed(1))
+    assert waiting.result(servicer.POLL_SECONDS / 2).train.round == 1, "it is woken, and need not ask again"
+    assert server._ledger.last_round().silos == (second,)
+    monkeypatch.setattr(service, "CLOSING_SECONDS", 0.0)
+    server.close()
+    server._live.handle(SiloFailed(second, "the test is through with this server"))
+    with pytest.raises(QuorumLost):
+        outcome.result()
+
+    again, _ = start(listen=address, federation={"sample_fraction": 0.5})
+    outcome = background(again.run_round, 1, count_inactivity=False)
+    assert submit(silos[second], next_round(silos[second]).round, result())
+    assert [update.silo for update in outcome.result()] == [second]
+
+
+def test_the_deadline_begins_anew_for_silos_that_take_the_place_of_others(start, dial):
+    server, address = start(federation={"sample_fraction": 0.5, "round_deadline_seconds": 0.2})
+    dial(address, "north"), dial(address, "south")
     with pytest.raises(QuorumLost, match=r"north: no update before the deadline; south: no update"):
         run_round(server, 1)
 

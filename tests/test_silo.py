@@ -521,13 +521,28 @@ def test_a_refused_update_is_not_offered_again(
     assert not server.asked("SendUpdate")
 
 
-@pytest.mark.parametrize("end", [ModelError("x", "y"), KeyboardInterrupt(), SystemExit()])
+@pytest.mark.parametrize("end", [ModelError("x", "y"), ValueError(), KeyboardInterrupt(), SystemExit()])
 def test_only_a_silo_with_an_error_leaves(end: BaseException, server: Server, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     connection = ServerConnection(silo_config(tmp_path, server.address))
     connection.enrol(7)
     connection.__exit__(type(end), end, None)
-    assert bool(server.asked("Leave")) == isinstance(end, FedPFTError)
+    assert bool(server.asked("Leave")) == isinstance(end, Exception)
+
+
+def test_what_fails_when_a_silo_leaves_does_not_hide_why_it_left(
+    connection: ServerConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ValueError("Cannot invoke RPC on closed channel!")
+
+    def work() -> None:
+        with connection:
+            raise ModelError("x", "y")
+
+    monkeypatch.setattr(connection, "leave", fail)
+    with pytest.raises(ModelError):
+        work()
 
 
 # --- whole silos ------------------------------------------------------------------------------------------------------
@@ -735,7 +750,7 @@ def test_a_new_federation_finds_nothing_of_the_old_one(
     assert trainings == [1]
     assert len(server.asked("OfferUpdate")) == 1
     left = {path.name.partition("-")[0] for path in config.work.iterdir()}
-    assert left == {"lock", "audit.jsonl", "federation.json", "proxy"}
+    assert left == {"lock", "id", "audit.jsonl", "federation.json", "proxy"}
     assert record.read_bytes().startswith(before)
 
 

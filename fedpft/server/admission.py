@@ -6,8 +6,15 @@ import grpc
 
 from fedpft.config import ServerTlsSection
 from fedpft.errors import CertificateError
+from fedpft.server.live import Place
 from fedpft.wire.certificates import Revocations
-from fedpft.wire.channel import SILO_KEY
+from fedpft.wire.channel import ID_BYTES, SILO_KEY, WORK_KEY
+
+
+def place_of(context: grpc.ServicerContext) -> Place:
+    """Where the caller says that it runs."""
+    said = next((bytes(value) for key, value in context.invocation_metadata() if key == WORK_KEY), b"")
+    return Place(said[:ID_BYTES], said[ID_BYTES:])
 
 
 class Admission:

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from fedpft import adapters, atomic, models
+from fedpft import adapters, atomic, machine, models
 from fedpft.compatibility import check_travels, make_fit
 from fedpft.config import ServerConfig
 from fedpft.datasets import EncodedDataset, characters_per_token, describe_cut, encode
@@ -107,9 +106,8 @@ class Built:
 
 def load_owner(config: ServerConfig, digests: Digests) -> Owner:
     """Reads FM, labels, public and test data; every fault in them ends here, before a silo is bothered."""
+    machine.prepare(config.device, config.threads)
     found = contents(config, digests)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     section = config.model
     labels = read_label_list(section.labels, config.encoding)
     public = read_unlabelled(config.public_data, config.columns, section.task, config.encoding)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpft import atomic
+from fedpft import atomic, faults
 from fedpft.config import TrainingSection
 from fedpft.datasets import round_window
 from fedpft.errors import FedPFTError, InvalidUpdate, RoundOver, TransferCorrupt
@@ -136,7 +136,8 @@ class Inbox:
             with self._checking:
                 check_update(update, order.neurons, self._max_norm, most_samples)
         except FedPFTError:
-            path.unlink()
+            with faults.tidying(path):
+                path.unlink()
             raise
         return update
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpft import atomic
+from fedpft import atomic, faults
 from fedpft.errors import CheckpointError, ConfigError
 from fedpft.wire.transfer import Payload, payload
 
@@ -54,6 +54,18 @@ CREATE TABLE journal (
     number INTEGER PRIMARY KEY, kind TEXT NOT NULL, round INTEGER, value TEXT NOT NULL, seal TEXT NOT NULL
 );
 """
+ROOM = "make room on its disk and start the server again"
+LOCAL = "put `out` on a local disk, and look after that disk"
+RESTORE = "restore it from a backup, or start a new run in another OUT"
+REMEDIES = {
+    "disk is full": ROOM,
+    "readonly": "make it writable, and its directory, and start the server again",
+    "unable to open": "make it readable and writable, and its directory, and start the server again",
+    "disk I/O": LOCAL,
+    "locking protocol": LOCAL,
+    "write-ahead log": LOCAL,
+    "is locked": "stop whatever else has it open, and start the server again",
+}
 UPDATE = "round, silo, attempt, file, sha256, bytes, samples, metrics"
 COLUMNS = {  # what a row's seal covers
     "run": "key, value",
@@ -132,10 +144,8 @@ class Ledger:
         """
         self.out, self._path = out, out / LEDGER_FILE
         out.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
-        with _explaining(self._path):
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = NORMAL")  # `sync` does what FULL would, when it is due
+        with _explaining(self._path, "read"):
+            self._database = _connect(self._path)
             if self._database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("its integrity check fails")
             if not _has_tables(self._database, out):
@@ -164,7 +174,7 @@ class Ledger:
 
     def entered(self, path: Path) -> bool:
         """Whether the file was entered."""
-        return self._database.execute("SELECT 1 FROM files WHERE name = ?", (self._name(path),)).fetchone() is not None
+        return bool(self._rows("SELECT 1 FROM files WHERE name = ?", self._name(path)))
 
     def verified(self, path: Path) -> Payload:
         """An entered file, which is as it was then.
@@ -172,22 +182,23 @@ class Ledger:
         Raises:
             CheckpointError: it is missing or changed.
         """
-        (sha256,) = self._database.execute("SELECT sha256 FROM files WHERE name = ?", (self._name(path),)).fetchone()
+        ((sha256,),) = self._rows("SELECT sha256 FROM files WHERE name = ?", self._name(path))
         return self._checked(path, sha256)
 
     def begin_round(self, row: RoundRow) -> None:
-        """A round begins, or begins anew."""
+        """A round begins, or begins anew, or goes on with other silos than it began with."""
         silos, present = json.dumps(row.silos), json.dumps(row.present)
-        self._write("rounds", row.round, row.attempt, silos, present, int(row.count_inactivity), _now())
+        self._write("rounds", row.round, row.attempt, silos, present, int(row.count_inactivity), _now(), replace=True)
 
     def last_round(self) -> RoundRow | None:
         """The round that was begun last."""
-        row = self._database.execute(
+        rows = self._rows(
             "SELECT round, attempt, silos, present, count_inactivity FROM rounds "
             "ORDER BY round DESC, attempt DESC LIMIT 1"
-        ).fetchone()
-        if row is None:
+        )
+        if not rows:
             return None
+        (row,) = rows
         return RoundRow(row[0], row[1], tuple(json.loads(row[2])), tuple(json.loads(row[3])), bool(row[4]))
 
     def enter_update(self, row: UpdateRow) -> None:
@@ -211,19 +222,23 @@ class Ledger:
 
     def sync(self) -> None:
         """Forces to disk what was entered so far."""
-        atomic.sync(self._path.with_name(f"{LEDGER_FILE}-wal"))
+        log = self._path.with_name(f"{LEDGER_FILE}-wal")
+        try:
+            atomic.sync(log)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{log}: is gone", _remedy(error)) from None
 
     def updates(self, round: int | None = None) -> list[UpdateRow]:
         """The updates that a round counts, or any (None), in the order of rounds and of the silos' names."""
         only, values = ("", ()) if round is None else ("WHERE round = ?", (round,))
-        rows = self._database.execute(f"SELECT {UPDATE} FROM updates {only} ORDER BY round, silo", values)
-        return [_update(row) for row in rows]
+        return [
+            _update(row) for row in self._rows(f"SELECT {UPDATE} FROM updates {only} ORDER BY round, silo", *values)
+        ]
 
     def update(self, round: int, silo: str) -> UpdateRow | None:
         """The update of a silo that a round counts."""
         query = f"SELECT {UPDATE} FROM updates WHERE round = ? AND silo = ?"
-        row = self._database.execute(query, (round, silo)).fetchone()
-        return None if row is None else _update(row)
+        return next((_update(row) for row in self._rows(query, round, silo)), None)
 
     def verified_update(self, row: UpdateRow) -> Path:
         """The file of an update of a round that is not closed; CheckpointError if it is missing or changed."""
@@ -235,12 +250,13 @@ class Ledger:
 
     def recorded(self, kind: str) -> list[Any]:
         """The journal's values of a kind, in order."""
-        rows = self._database.execute("SELECT value FROM journal WHERE kind = ? ORDER BY number", (kind,))
+        rows = self._rows("SELECT value FROM journal WHERE kind = ? ORDER BY number", kind)
         return [json.loads(value) for (value,) in rows]
 
     def close(self) -> None:
         """May be called more than once."""
-        self._database.close()
+        with faults.tidying(self._path):
+            self._database.close()
 
     def _begin(self, config: Mapping[str, Any], contents: Mapping[str, Any]) -> None:
         values = {"format": FORMAT, "run_id": secrets.token_hex(16)}
@@ -258,12 +274,12 @@ class Ledger:
 
     def _insert(self, table: str, *values: str | int | None, replace: bool = False) -> None:
         insert = f"INSERT {'OR REPLACE ' if replace else ''}INTO {table} ({COLUMNS[table]}, seal)"
-        try:
+        with _explaining(self._path, "written"):
             self._database.execute(f"{insert} VALUES ({'?, ' * len(values)}?)", (*values, _seal(table, values)))
-        except sqlite3.OperationalError as error:
-            raise CheckpointError(
-                f"{self._path}: cannot be written ({error})", "make room on its disk and start the server again"
-            ) from None
+
+    def _rows(self, query: str, *values: str | int) -> list[Any]:
+        with _explaining(self._path, "read"):
+            return self._database.execute(query, values).fetchall()
 
     def _checked(self, path: Path, sha256: str) -> Payload:
         file = payload(path) if path.is_file() else None
@@ -291,7 +307,7 @@ def look(out: Path) -> Begun | None:
     path = out / LEDGER_FILE
     if not has_begun(out):
         return None
-    with _explaining(path), tempfile.TemporaryDirectory() as place:
+    with _explaining(path, "read"), tempfile.TemporaryDirectory() as place:
         copy = Path(place) / LEDGER_FILE  # beside what it merely reads, SQLite makes files too
         for file in (path, path.with_name(f"{LEDGER_FILE}-wal")):
             if file.exists():
@@ -300,14 +316,54 @@ def look(out: Path) -> Begun | None:
             return _begun(path, database) if _has_tables(database, out) else None
 
 
+def try_out(directory: Path) -> None:
+    """Keeps a ledger for a moment in a directory that is there, and leaves nothing.
+
+    Raises:
+        ConfigError: its file system lacks what SQLite needs.
+    """
+    path = directory / ".tried.sqlite"
+    try:
+        with contextlib.closing(_connect(path)) as database:
+            database.execute("CREATE TABLE IF NOT EXISTS tried (value)")
+    except sqlite3.Error as error:
+        if _remedy(error) == ROOM:
+            raise CheckpointError(f"{directory}: {error}", ROOM) from None
+        raise ConfigError(
+            f"{directory}: its file system lacks what SQLite needs ({error})", "give `out` a directory on a local disk"
+        ) from None
+    finally:
+        with faults.tidying(path):
+            for suffix in ("", "-wal", "-shm", "-journal"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    try:
+        if database.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+            raise sqlite3.OperationalError("no write-ahead log")
+        database.execute("PRAGMA synchronous = NORMAL")  # `sync` does what FULL would, when it is due
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
 @contextlib.contextmanager
-def _explaining(path: Path) -> Iterator[None]:
+def _explaining(path: Path, what: str) -> Iterator[None]:
+    """what: "read" or "written"."""
     try:
         yield
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error})", "restore it from a backup, or start a new run in another OUT"
-        ) from None
+    except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
+        raise  # of this code's own making
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be {what} ({error})", _remedy(error)) from None
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about a fault of SQLite, by its text."""
+    return next((remedy for text, remedy in REMEDIES.items() if text in str(error)), RESTORE)
 
 
 def _has_tables(database: sqlite3.Connection, out: Path) -> bool:

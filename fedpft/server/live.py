@@ -4,8 +4,9 @@ import collections
 import logging
 import threading
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
-from fedpft.errors import NotEnrolled, QuorumLost
+from fedpft.errors import NotEnrolled, QuorumLost, RefusedByServer
 from fedpft.federation import (
     Accept,
     Action,
@@ -23,6 +24,7 @@ from fedpft.federation import (
     RoundRequested,
     SiloFailed,
     StartRound,
+    Substitute,
     Task,
     UpdateArrived,
     Verdict,
@@ -30,6 +32,14 @@ from fedpft.federation import (
 )
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a silo runs, in numbers that its process made up: `work` is the same as long as its work directory is."""
+
+    work: bytes
+    process: bytes
 
 
 class LiveFederation:
@@ -42,7 +52,10 @@ class LiveFederation:
         # A silo's thread is woken only when there is something for that silo: n silos would else wake n threads each.
         self._tasks: dict[str, threading.Condition] = collections.defaultdict(lambda: threading.Condition(lock))
         self._outcome: Aggregate | LoseQuorum | None = None
-        self._enrolled: set[str] = set()
+        self._picked: Callable[[StartRound | Substitute, Collection[str]], None] = lambda action, present: None
+        self._substitutions = 0
+        self._broken: Exception | None = None
+        self._places: dict[str, Place] = {}
         self._told: set[str] = set()
 
     @property
@@ -55,60 +68,116 @@ class LiveFederation:
         with self._changed:
             before = self._federation.phase
             actions = self._federation.handle(event)
+            substitutions = self._substitutions
             for action in actions:
                 _log(action)
                 if isinstance(action, Aggregate | LoseQuorum):
                     self._outcome = action
-            # Everybody waits for another phase, but for the farewell: that waits for silos to go.
-            if self._federation.phase is not before or before is Phase.OVER:
+                if isinstance(action, Substitute):
+                    self._substitutions += 1
+                if isinstance(action, Substitute) or (isinstance(action, StartRound) and not action.attempt):
+                    self._picked(action, self._federation.present)
+            # Everybody waits for another phase, but for the farewell, which waits for silos to go, and for those who
+            # are to take another's place.
+            news = self._federation.phase is not before or self._substitutions != substitutions
+            if news or before is Phase.OVER:
                 self._changed.notify_all()
                 for silo, waiting in self._tasks.items():
                     if self._federation.task(silo) != Wait():
                         waiting.notify_all()
             return actions
 
-    def enrol(self, silo: str, samples: int) -> None:
-        """Raises RefusedByServer if the federation has no such silo."""
+    def enrol(self, silo: str, samples: int, place: Place) -> None:
+        """Takes a silo in; another process in the same work directory takes its former one's place.
+
+        Raises:
+            RefusedByServer: the federation has no such silo, or it takes part from another work directory.
+        """
         with self._changed:
             named, present = self._federation.silos, self._federation.present
+            known = self._places.get(silo, place)
+            if silo in present and known.work != place.work:
+                raise RefusedByServer(
+                    f"{silo} takes part already, from another work directory",
+                    "stop one of the two, or start this one with the other's `work`; if that is lost for good, this "
+                    "one is let in when the other has missed a deadline, or the server was started again",
+                )
             if silo in named:
-                self._enrolled.add(silo)
+                self._places[silo] = place
                 log.info("%s enrolled, %d samples; %d of %d silos", silo, samples, len(present | {silo}), len(named))
             for action in self.handle(Enrolled(silo)):
                 if isinstance(action, Refuse):
                     raise action.error
 
-    def check_enrolled(self, silo: str) -> None:
-        """Raises NotEnrolled if the silo has not enrolled since this server started."""
+    def check_enrolled(self, silo: str, place: Place) -> None:
+        """Whether the caller is the process that speaks for the silo.
+
+        Raises:
+            NotEnrolled: the silo has not enrolled since this server started.
+            RefusedByServer: another process of the same name has enrolled meanwhile.
+        """
         with self._changed:
-            if silo not in self._enrolled:
+            if silo not in self._places:
                 raise NotEnrolled(f"{silo!r} has not enrolled since the server started", "enrol again")
+            if place != self._places[silo]:
+                a_copy = "a copy of this" if place.work == self._places[silo].work else "another"
+                raise RefusedByServer(
+                    f"another process takes part as {silo} now, with {a_copy} work directory",
+                    "stop one of the two: each kit is for one process, in one work directory",
+                )
 
     def await_enrolment(self, timeout_seconds: float) -> None:
         """Blocks until the federation can begin; raises QuorumLost."""
         with self._changed:
-            if self._changed.wait_for(lambda: self._federation.phase is not Phase.ENROLLING, timeout_seconds):
+            begun = self._changed.wait_for(
+                lambda: self._broken is not None or self._federation.phase is not Phase.ENROLLING, timeout_seconds
+            )
+            self._check_whole()
+            if begun:
                 return
             for action in self.handle(EnrolmentDeadlinePassed()):
                 if isinstance(action, LoseQuorum):
                     raise action.error
 
     def await_round(
-        self, round: int, timeout_seconds: float, started: Callable[[StartRound, Collection[str]], None]
+        self,
+        round: int,
+        timeout_seconds: float,
+        picked: Callable[[StartRound | Substitute, Collection[str]], None],
     ) -> tuple[str, ...]:
         """Runs a round, or goes on with a resumed one; returns the silos whose updates count, or raises QuorumLost.
 
         Args:
-            started: called before any silo hears of the round, with the silos that were there; not for a resumed one.
+            timeout_seconds: from the beginning, or from when silos took the place of others.
+            picked: called, with the silos that are there, before any silo hears that it was picked; not for those of a
+                resumed round.
+
+        Raises:
+            Exception: that :meth:`break_off` was called with.
         """
         with self._changed:
-            self._outcome, resumed = None, self._federation.phase is Phase.TRAINING
-            for action in self.handle(RoundRequested(round)):
-                if isinstance(action, StartRound) and not resumed:
-                    started(action, self._federation.present)
-            if not self._changed.wait_for(lambda: self._outcome is not None, timeout_seconds):
+            self._outcome, self._picked = None, picked
+            self.handle(RoundRequested(round))
+            while self._outcome is None:
+                if self._await_news(timeout_seconds):
+                    continue
+                before = self._substitutions
                 self.handle(DeadlinePassed(round))
+                if self._substitutions == before:
+                    break
             return _silos(self._outcome)
+
+    def break_off(self, error: Exception) -> None:
+        """Ends what the algorithm's thread waits for, now or next, with an error of this process's own."""
+        with self._changed:
+            self._broken = self._broken or error
+            self._changed.notify_all()
+
+    @property
+    def failed(self) -> list[str]:
+        """The silos that the present round has lost, by name."""
+        with self._changed:
+            return sorted(self._federation.failed)
 
     def await_task(self, silo: str, timeout_seconds: float, listening: Callable[[], bool]) -> Task:
         """Blocks until the silo has something to do, or no longer listens, or the time is over."""
@@ -154,6 +223,17 @@ class LiveFederation:
         with self._changed:
             self._changed.wait_for(lambda: self._federation.present.union(expected) <= self._told, timeout_seconds)
 
+    def _await_news(self, timeout_seconds: float) -> bool:
+        """Blocks until the round is over or silos take the place of others; False if the time is over before."""
+        before = self._substitutions
+        self._changed.wait_for(lambda: self._outcome or self._broken or self._substitutions != before, timeout_seconds)
+        self._check_whole()
+        return self._outcome is not None or self._substitutions != before
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+
 
 def _silos(outcome: Aggregate | LoseQuorum | None) -> tuple[str, ...]:
     match outcome:
@@ -172,6 +252,8 @@ def _log(action: Action) -> None:
         case StartRound(round, attempt, silos):
             again = f", attempt {attempt}" if attempt else ""
             log.info("round %d%s: waiting for %s", round, again, ", ".join(silos) or "nobody")
+        case Substitute(round, _, silos, new):
+            log.warning("round %d: too few are left; %s will train too", round, ", ".join(new))
         case Accept(silo):
             log.info("%s: update accepted", silo)
         case Duplicate(silo):

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedpft import adapters
+from fedpft import adapters, faults
 from fedpft.adapters import Adapter
 from fedpft.config import RoundSettings, ServerConfig
 from fedpft.datasets import sample
@@ -71,9 +71,16 @@ class Rounds:
         Raises:
             KeyboardInterrupt, QuorumLost: the silos are not told, because the run can be gone on with.
         """
-        total = self.config.training.rounds
         try:
             self._server.start()
+            self._run(self.config.training.rounds)
+        finally:
+            with faults.tidying("the server's port"):
+                self._server.close()
+        return self._adapter(self.config.training.rounds)
+
+    def _run(self, total: int) -> None:
+        try:
             if len(self.closed) < total:
                 with self.record.timed("enrolment"):
                     self._server.wait_for_silos()
@@ -87,11 +94,9 @@ class Rounds:
             )
             raise
         except BaseException as error:
-            self._server.abort(f"the server stopped: {type(error).__name__}")
+            with faults.tidying("the silos' farewell"):
+                self._server.abort(f"the server stopped: {type(error).__name__}")
             raise
-        finally:
-            self._server.close()
-        return self._adapter(total)
 
     def _restore(self) -> None:
         """Brings proxy and FM to where the ledger says they were."""

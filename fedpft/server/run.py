@@ -33,7 +33,7 @@ from fedpft.server.identity import (
     proxy_digest,
     settings,
 )
-from fedpft.server.ledger import Ledger, has_begun
+from fedpft.server.ledger import Ledger, has_begun, try_out
 from fedpft.server.rounds import Rounds, snapshot
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.channel import check_listen
@@ -76,6 +76,7 @@ def run(config: ServerConfig) -> dict[str, Any]:
                 check_proxy(directory, digests, ledger.recorded("proxy"))
                 if ledger.recorded("finished"):
                     return _finished(config)
+        try_out(config.out)
         check_listen(config.listen)
         record = Record()
         with record.timed("load"):

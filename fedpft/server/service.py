@@ -13,8 +13,8 @@ import grpc
 from fedpft import atomic, audit
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, ServerConfig
-from fedpft.errors import CheckpointError
-from fedpft.federation import AbortRequested, Federation, FinishRequested, PatchPublished, StartRound
+from fedpft.errors import CheckpointError, QuorumLost
+from fedpft.federation import AbortRequested, Federation, FinishRequested, PatchPublished, StartRound, Substitute
 from fedpft.server.admission import Admission
 from fedpft.server.inbox import Inbox
 from fedpft.server.ledger import Ledger, RoundRow
@@ -126,7 +126,11 @@ class FederationServer:
         if round != self._open:
             self._open_round(round, count_inactivity=count_inactivity)
         deadline = self._config.federation.round_deadline_seconds
-        self._live.await_round(round, deadline, self._enter_round)
+        try:
+            self._live.await_round(round, deadline, self._enter_round)
+        except QuorumLost:
+            self._ledger.record("lost", round, {"round": round, "silos": self._live.failed})
+            raise
         _trim_heap()
         return self.updates(round)
 
@@ -196,6 +200,9 @@ class FederationServer:
             counted=counted,
             proxy_version=version,
             aggregated=aggregated,
+            lost=[
+                silo for each in self._ledger.recorded("lost") if each["round"] == last.round for silo in each["silos"]
+            ],
         )
         self._farewell = frozenset(last.present)
 
@@ -232,12 +239,12 @@ class FederationServer:
         self._inbox.open_round(round, start.path, count_inactivity=count_inactivity)
         self._open = round
 
-    def _enter_round(self, start: StartRound, present: Collection[str]) -> None:
+    def _enter_round(self, picked: StartRound | Substitute, present: Collection[str]) -> None:
         self._ledger.begin_round(
             RoundRow(
-                start.round,
-                start.attempt,
-                start.silos,
+                picked.round,
+                picked.attempt,
+                picked.silos,
                 tuple(sorted(present)),
                 count_inactivity=self._inbox.counts_inactivity,
             )

@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 
 import fedpft
-from fedpft import federation
+from fedpft import faults, federation
 from fedpft.audit import AuditLog
-from fedpft.errors import InvalidUpdate, RefusedByServer, TransferCorrupt
+from fedpft.errors import CheckpointError, InvalidUpdate, RefusedByServer, ServerUnreachable, TransferCorrupt
 from fedpft.federation import UpdateArrived
-from fedpft.server.admission import Admission
+from fedpft.server.admission import Admission, place_of
 from fedpft.server.inbox import Inbox
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
@@ -63,7 +63,7 @@ class FederationServicer:
         self._sender, self._terms = admission.sender, terms
 
     def Hello(self, request: pb.HelloRequest, context: grpc.ServicerContext) -> pb.HelloResponse:
-        with answering(context):
+        with self._answering(context):
             silo, terms = self._sender(context), self._terms
             if request.package_version:  # without it nobody means to take part
                 _check_version(silo, request.package_version)
@@ -77,10 +77,14 @@ class FederationServicer:
             )
 
     def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolResponse:
-        with answering(context):
+        with self._answering(context):
             silo = self._sender(context)
             _check_version(silo, request.package_version)
-            self._live.enrol(silo, request.samples)
+            try:
+                self._live.enrol(silo, request.samples, place_of(context))
+            except RefusedByServer as error:
+                self._audit.append("refused", peer=silo, reason=error.message)
+                raise
             self._inbox.enrolled(silo, request.samples)
             self._audit.append("enrolled", peer=silo, samples=request.samples)
             return pb.EnrolResponse(
@@ -90,7 +94,7 @@ class FederationServicer:
             )
 
     def NextTask(self, request: pb.NextTaskRequest, context: grpc.ServicerContext) -> pb.NextTaskResponse:
-        with answering(context):
+        with self._answering(context):
             silo = self._enrolled(context)
             context.add_callback(lambda: self._live.wake(silo))
             task = self._live.await_task(silo, POLL_SECONDS, context.is_active)
@@ -107,7 +111,7 @@ class FederationServicer:
                     return pb.NextTaskResponse(aborted=pb.Aborted(reason=sanitised(reason)))
 
     def FetchFile(self, request: pb.FetchFileRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-        with answering(context):
+        with self._answering(context):
             silo = self._enrolled(context)
             watchdog = Watchdog()
             with watchdog.guarding(context):
@@ -116,7 +120,7 @@ class FederationServicer:
                     yield frame
 
     def OfferUpdate(self, request: pb.OfferUpdateRequest, context: grpc.ServicerContext) -> pb.OfferUpdateResponse:
-        with answering(context):
+        with self._answering(context):
             silo, header = self._enrolled(context), request.update
             match self._live.judge(_arrival(silo, header)):
                 case federation.Accept() if header.file.content:
@@ -134,7 +138,7 @@ class FederationServicer:
                     raise error
 
     def SendUpdate(self, parts: Iterator[pb.SendUpdateRequest], context: grpc.ServicerContext) -> pb.SendUpdateResponse:
-        with answering(context):
+        with self._answering(context):
             silo, first = self._enrolled(context), next(parts, None)
             if first is None or first.WhichOneof("part") != "update":
                 raise TransferCorrupt("an update began without its header", AGAIN)
@@ -157,7 +161,7 @@ class FederationServicer:
             return pb.SendUpdateResponse()
 
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
-        with answering(context):
+        with self._answering(context):
             self._live.fail(self._enrolled(context), "it left; its own log says why")
             return pb.LeaveResponse()
 
@@ -183,6 +187,19 @@ class FederationServicer:
         return VERDICTS[type(verdict)]
 
     @contextlib.contextmanager
+    def _answering(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """As `answering`; a fault of the server's own files ends the server, and no silo for it."""
+        with answering(context):
+            try:
+                yield
+            except (CheckpointError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in faults.DISK_FAULTS:
+                    raise
+                log.error("the server ends: %s", error)
+                self._live.break_off(error)
+                raise ServerUnreachable("the server cannot use its own files", "its operator mends them") from None
+
+    @contextlib.contextmanager
     def _out_of_the_round(self, silo: str, round: int) -> Iterator[None]:
         """A silo whose update cannot be used is not waited for."""
         try:
@@ -206,7 +223,7 @@ class FederationServicer:
 
     def _enrolled(self, context: grpc.ServicerContext) -> str:
         silo = self._sender(context)
-        self._live.check_enrolled(silo)
+        self._live.check_enrolled(silo, place_of(context))
         return silo
 
 

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,22 @@ import grpc
 from pydantic import ValidationError
 
 import fedpft
+from fedpft import atomic, faults
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, SiloConfig
-from fedpft.errors import FedPFTError, NotEnrolled, RefusedByServer
+from fedpft.errors import NotEnrolled, RefusedByServer
 from fedpft.wire import transfer
-from fedpft.wire.channel import IDLE_SECONDS, SILO_KEY, Progress, Watchdog, dial, pauses, persist
+from fedpft.wire.channel import (
+    ID_BYTES,
+    IDLE_SECONDS,
+    SILO_KEY,
+    WORK_KEY,
+    Progress,
+    Watchdog,
+    dial,
+    pauses,
+    persist,
+)
 from fedpft.wire.tensors import TensorFile
 from fedpft.wire.v1 import federation_pb2 as pb
 from fedpft.wire.v1.federation_pb2_grpc import FederationServiceStub
@@ -70,7 +82,10 @@ class ServerConnection:
         self._stub.SendUpdate = self._channel.stream_unary(
             SEND_UPDATE, transfer.serialised, pb.SendUpdateResponse.FromString
         )
-        self._metadata = () if config.insecure_name is None else ((SILO_KEY, config.insecure_name),)
+        place = _work_id(config.work) + secrets.token_bytes(ID_BYTES)
+        self._metadata: tuple[tuple[str, str | bytes], ...] = ((WORK_KEY, place),)
+        if config.insecure_name is not None:
+            self._metadata += ((SILO_KEY, config.insecure_name),)
         self._samples = 0
         self._run_id: str | None = None
 
@@ -226,10 +241,11 @@ class ServerConnection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, FedPFTError):  # a silo that was merely stopped comes back, and stays expected
-            self.leave()
-        self._channel.close()
-        self._audit.close()
+        with faults.tidying("the connection"):
+            if isinstance(error, Exception):  # a silo that was merely stopped comes back, and stays expected
+                self.leave()
+            self._channel.close()
+            self._audit.close()
 
     def _ask(self, rpc: Callable[..., Answer], request: object) -> Answer:
         return self._call(lambda _: rpc(request, metadata=self._metadata, timeout=REPLY_SECONDS))
@@ -266,3 +282,14 @@ class ServerConnection:
             tensors=dict(groups),
             metrics=sorted(update.metrics),
         )
+
+
+def _work_id(work: Path) -> bytes:
+    """Tells this work directory from others; made up once."""
+    path = work / "id"
+    known = path.read_bytes() if path.exists() else b""
+    if len(known) != ID_BYTES:
+        known = secrets.token_bytes(ID_BYTES)
+        with atomic.replacing(path) as written:
+            written.write_bytes(known)
+    return known

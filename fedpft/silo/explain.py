@@ -46,6 +46,10 @@ def explain(config: SiloConfig) -> str:
             _row("", f"how many rows of {config.data.path} can be used"),
             _row("version", f"{fedpft.__version__}, of fedpft"),
         ],
+        "With each call": [
+            _row("two numbers", "made up at random: one kept in the work directory, one of the process; by them the"),
+            _row("", "server knows two processes with the same kit apart"),
+        ],
         "In each round that the server picks this silo for": [
             *_adapter(joined, proxy),
             _row("", "The adapter is made from the data: whoever studies it can learn something of them."),

@@ -3,10 +3,9 @@
 import logging
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from fedpft import adapters, atomic, datasets
+from fedpft import adapters, datasets, faults, machine
 from fedpft.config import ShareSection, SiloConfig
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
 from fedpft.proxy import apply_patch, load_proxy
@@ -34,15 +33,14 @@ def run(config: SiloConfig) -> None:
         RefusedByServer: the server does not want this silo, or broke the federation off.
         FedPFTError: any other of docs/errors.md.
     """
+    machine.prepare(config.device, config.threads)
     name = check_certificates(config.tls, "silo") if config.tls is not None else str(config.insecure_name)
     on_disk = DataOnDisk(config.data.path)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     participant: Participant | None = None
     try:
         samples, terms = data.prepare(config)
-        # A fault of the disk is explained within the connection, so that the server hears that this silo leaves.
-        with opened(config.work) as work, ServerConnection(config) as server, atomic.explaining_faults(config.work):
+        # Faults are explained within the connection too: what is said to the server then comes after it.
+        with opened(config.work) as work, ServerConnection(config) as server, faults.explaining(config.work, "work"):
             enrolment = server.enrol(len(samples))
             log.info("%s: enrolled at %s with %d samples", name, config.server, len(samples))
             work.join(enrolment, name)

@@ -1,6 +1,7 @@
 """What a silo keeps on disk, so that it can be stopped or killed at any point: the directory `work` of silo.yaml.
 
     lock                            held while a silo runs here
+    id                              made up at random, by which the server tells one work directory from another
     audit.jsonl                     what left and what arrived (fedpft/audit.py); never deleted
     federation.json                 which federation the following belongs to, and its settings
     proxy-<digest>/                 the proxy as it was when the federation began
@@ -91,7 +92,7 @@ class Work:
 
     def joined(self) -> Joined | None:
         """The federation that the files here belong to; None if there is none."""
-        with contextlib.suppress(FileNotFoundError, ValidationError, UnicodeDecodeError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValidationError, UnicodeDecodeError):
             return Joined.model_validate_json((self.path / "federation.json").read_text(encoding="utf-8"))
         return None
 

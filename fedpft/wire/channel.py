@@ -63,6 +63,8 @@ SERVER_OPTIONS = [
 ]
 
 SILO_KEY = "fedpft-silo"  # metadata: a silo's name where there is no certificate to carry it
+WORK_KEY = "fedpft-work-bin"  # metadata: two numbers of ID_BYTES made up for a silo's work directory and its process
+ID_BYTES = 16
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 10.0

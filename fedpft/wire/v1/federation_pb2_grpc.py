@@ -85,7 +85,8 @@ class FederationServiceServicer:
 
     def Enrol(self, request, context):
         """Says that this silo is here. May be called again: after a restart of either side it must be.
-        PERMISSION_DENIED: the silo is not named in the federation, was shut out, or runs another version of fedpft.
+        PERMISSION_DENIED: the silo is not named in the federation, was shut out, runs another version of fedpft, or takes
+        part from another work directory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

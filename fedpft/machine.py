@@ -1,0 +1,50 @@
+"""What a process takes of its machine, looked at before it needs it: the torch device, the CPU's threads."""
+
+import torch
+
+from fedpft import faults
+from fedpft.errors import ConfigError, OutOfMemory
+
+LONGEST_REASON = 150  # characters of what torch says
+
+
+def prepare(device: str, threads: int | None) -> None:
+    """To be called before anything else is done: what the YAML file asks of this machine is there, and is set.
+
+    Args:
+        device: torch's name of it.
+        threads: of torch on the CPU; None: as many as it takes by itself.
+
+    Raises:
+        ConfigError, OutOfMemory: as of :func:`check_device`.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    check_device(device)
+
+
+def check_device(name: str) -> str:
+    """Computes something on a torch device; returns its name.
+
+    Raises:
+        ConfigError: there is no such device on this machine, or it computes nothing, such as `meta`.
+        OutOfMemory: it has no memory left.
+    """
+    try:
+        ones = torch.ones(2, 2, device=name)
+        wrong = None if (ones @ ones).sum().item() == 8.0 else "it computes something else than the CPU"
+    except Exception as error:  # of torch RuntimeError, AssertionError, NotImplementedError or ModuleNotFoundError
+        if faults.is_out_of_memory(error):
+            raise OutOfMemory(
+                f"device: {name}: out of memory", f"end what else uses it, or set `device` to one of {_devices()}"
+            ) from None
+        wrong = (str(error).splitlines() or [type(error).__name__])[0][:LONGEST_REASON]
+    if wrong is not None:
+        raise ConfigError(f"device: {name}: {wrong}", f"set `device` to one of this machine's: {_devices()}")
+    return name
+
+
+def _devices() -> str:
+    """Those that torch finds here."""
+    there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    return ", ".join(there + ["mps"] * torch.backends.mps.is_available())
