@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.measure import commit
 from fedpft.command import run_command
-from fedpft.demo import FULL, run_demo
+from fedpft.demo.run import FULL, run_demo
 
 ORDER = (
     "full_model",

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
-from fedpft import adapters, demo_data, models
 from fedpft.config import AdapterSection, ColumnsSection, DistillationSection, ProxySection
-from fedpft.datasets import encode
-from fedpft.demo import FULL, SILOS
-from fedpft.distillation import layer_level
+from fedpft.data.batches import encode
+from fedpft.data.samples import read_label_list, read_unlabelled
+from fedpft.demo import corpora
+from fedpft.demo.run import FULL, SILOS
 from fedpft.evaluation import measure_gap
-from fedpft.proxy import cut, select
-from fedpft.samples import read_label_list, read_unlabelled
+from fedpft.model import adapters, loading
+from fedpft.proxy.bundle import cut, select
+from fedpft.proxy.distillation import layer_level
 
 HELD_OUT = 64
 TASK = "sequence-classification"
@@ -38,7 +39,7 @@ def main() -> None:
     seed = parser.parse_args().seed
     settings, max_tokens = FULL.settings["distillation"], FULL.settings["model"]["max_tokens"]
     with tempfile.TemporaryDirectory() as directory:
-        data = demo_data.prepare(
+        data = corpora.prepare(
             Path(directory),
             corpus=FULL.corpus,
             silos=SILOS,
@@ -49,12 +50,12 @@ def main() -> None:
             seed=seed,
         )
         public, labels = read_unlabelled(data.public, ColumnsSection(), TASK), read_label_list(data.labels)
-    processor = models.load_processor(demo_data.model_directory(), TASK)
+    processor = loading.load_processor(corpora.model_directory(), TASK)
     held_out, seen = (
         encode(replace(public, inputs=public.inputs[part], lines=public.lines[part]), processor, TASK, max_tokens)
         for part in (slice(HELD_OUT), slice(HELD_OUT, None))  # the demo's data is in random order
     )
-    model = models.load_model(demo_data.model_directory(), TASK, labels, seed=seed)
+    model = loading.load_model(corpora.model_directory(), TASK, labels, seed=seed)
     adapters.attach(model, AdapterSection(), seed=seed)
     selection = select(model, ProxySection())
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, settings {settings}\n")

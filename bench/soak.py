@@ -63,7 +63,7 @@ def prepare(root: Path, silos: Sequence[str], rounds: int, seed: int) -> tuple[R
     import torch
     import transformers
 
-    from fedpft import demo_data
+    from fedpft.demo import corpora
     from fedpft.provision import provision
 
     torch.manual_seed(seed)
@@ -78,7 +78,7 @@ def prepare(root: Path, silos: Sequence[str], rounds: int, seed: int) -> tuple[R
     )
     transformers.ViTForImageClassification(model).save_pretrained(root / "model")
     transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(root / "model")
-    data = demo_data.prepare_digits(
+    data = corpora.prepare_digits(
         root / "data",
         silos=silos,
         images=1600,

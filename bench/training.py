@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bench.measure import Run, Times, peak_bytes, provenance
-from fedpft import adapters, demo_data, models
-from fedpft.architectures import layers_of
 from fedpft.command import run_command
 from fedpft.config import AdapterSection, ColumnsSection, LimitsSection, ProxySection, RoundSettings, TrainingSection
-from fedpft.datasets import EncodedDataset, TextDataset, batches, encode
+from fedpft.data.batches import EncodedDataset, TextDataset, batches, encode
+from fedpft.data.samples import read_label_list, read_labelled
+from fedpft.demo import corpora
 from fedpft.errors import FedPFTError
-from fedpft.proxy import Selection, cut, select
-from fedpft.samples import read_label_list, read_labelled
+from fedpft.model import adapters, loading
+from fedpft.model.architectures import layers_of
+from fedpft.proxy.bundle import Selection, cut, select
 from fedpft.seeding import derive_seed
 from fedpft.training import LocalResult, train_round
 
@@ -77,9 +78,9 @@ class Silo:
 
     def __init__(self, case: Case, dropout: bool, device: str) -> None:
         self.case, self.dropout, self.device = case, dropout, device
-        self.processor = models.load_processor(demo_data.model_directory(), TASK)
+        self.processor = loading.load_processor(corpora.model_directory(), TASK)
         self.dataset = _newsgroups(case, self.processor) if case.model == "MiniLM" else _synthetic(case)
-        self.fm = models.load_model(_model_directory(case.model), TASK, LABELS, seed=SEED)
+        self.fm = loading.load_model(_model_directory(case.model), TASK, LABELS, seed=SEED)
         self.selection: Selection = select(self.fm, ProxySection())
         self.compressed = [layer for layer, _ in self.selection.matched]
         self.settings = RoundSettings(
@@ -266,7 +267,7 @@ def _synchronize(device: str) -> None:
 
 def _newsgroups(case: Case, processor: Any) -> EncodedDataset:
     with tempfile.TemporaryDirectory() as directory:
-        data = demo_data.prepare(
+        data = corpora.prepare(
             Path(directory),
             corpus="20newsgroups",
             silos=[SILO],
@@ -293,7 +294,7 @@ def _synthetic(case: Case) -> EncodedDataset:
 @cache
 def _model_directory(model: str) -> Path:
     if model == "MiniLM":
-        return demo_data.model_directory()
+        return corpora.model_directory()
     directory = Path(tempfile.mkdtemp(prefix="fedpft-bench-"))
     torch.manual_seed(SEED)
     transformers.BertForSequenceClassification(transformers.BertConfig()).save_pretrained(directory)

@@ -8,12 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedpft import __version__, adapters, atomic, audit, demo, doctor
+from fedpft import __version__, atomic, audit, doctor
 from fedpft.command import run_command
 from fedpft.config import ServerConfig, load_server_config, load_silo_config
+from fedpft.demo import run
 from fedpft.digests import Digests
 from fedpft.errors import ConfigError
 from fedpft.evaluation import Gap, format_gaps
+from fedpft.model import adapters
 from fedpft.provision import (
     DEFAULT_DAYS,
     DEFAULT_PORT,
@@ -23,8 +25,8 @@ from fedpft.provision import (
     replace_authority,
     revoke,
 )
-from fedpft.proxy import apply_patch, cut
-from fedpft.report import format_table
+from fedpft.proxy.bundle import apply_patch, cut
+from fedpft.report.page import format_table
 from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
 from fedpft.server.holdings import format_holdings, holdings
 from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, kept_digests
@@ -45,9 +47,9 @@ def main() -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    scale = demo.QUICK if arguments.quick else demo.FULL
+    scale = run.QUICK if arguments.quick else run.FULL
     with atomic.made(arguments.out, "--out") as directory:
-        summary = demo.run_demo(directory, scale=scale, seed=arguments.seed, compare=arguments.compare)
+        summary = run.run_demo(directory, scale=scale, seed=arguments.seed, compare=arguments.compare)
     print(format_table(summary))
     print(f"\nreport: {arguments.out / 'report.html'}    numbers: {arguments.out / 'summary.json'}")
 

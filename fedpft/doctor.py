@@ -14,12 +14,12 @@ from torch import nn
 import fedpft
 from fedpft import atomic, faults, kernels
 from fedpft.config import ServerConfig, SiloConfig, TlsSection, load_server_config, load_silo_config
-from fedpft.datasets import describe_cut, encode
+from fedpft.data.batches import describe_cut, encode
+from fedpft.data.samples import Samples, read_label_list, read_labelled, read_unlabelled
 from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse
 from fedpft.kernels.check import check_operators
 from fedpft.machine import check_device
-from fedpft.proxy import cut, load_proxy, load_selection, select
-from fedpft.samples import Samples, read_label_list, read_labelled, read_unlabelled
+from fedpft.proxy.bundle import cut, load_proxy, load_selection, select
 from fedpft.server import ledger
 from fedpft.server.construction import check_as_built, check_made_for, load_fm, read_record
 from fedpft.server.holdings import check_holdings, format_holdings, holdings

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpft import kernels
-from fedpft.architectures import layer_outputs, layers_path
-from fedpft.datasets import EncodedDataset, evaluation_batches, sample
+from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
+from fedpft.model.architectures import layer_outputs, layers_path
 from fedpft.seeding import derive_seed
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedpft import adapters
-from fedpft.architectures import in_head
 from fedpft.config import LimitsSection, RoundSettings, TrainingSection
-from fedpft.datasets import EncodedDataset, batches, round_window
+from fedpft.data.batches import EncodedDataset, batches, round_window
 from fedpft.errors import DataError
+from fedpft.model import adapters
+from fedpft.model.architectures import in_head
+from fedpft.model.subffn import InactivityCounter, SubFFN, sub_ffns
 from fedpft.seeding import derive_seed
-from fedpft.subffn import InactivityCounter, SubFFN, sub_ffns
 
 
 @dataclass(frozen=True)

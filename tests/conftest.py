@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch import nn
 
-from fedpft.models import load_model
+from fedpft.model.loading import load_model
 
 if TYPE_CHECKING:
     from emulation import Emulator

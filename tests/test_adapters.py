@@ -12,12 +12,12 @@ from conftest import ModelFactory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedpft.adapters import Adapter, attach, check, extract, frozen_state, load, merge, plug_in, read, save_peft
-from fedpft.architectures import ARCHITECTURES, layers_of
 from fedpft.config import AdapterSection, ProxySection
 from fedpft.errors import InvalidUpdate, ModelError
-from fedpft.models import load_model, save_model
-from fedpft.proxy import cut, select
+from fedpft.model.adapters import Adapter, attach, check, extract, frozen_state, load, merge, plug_in, read, save_peft
+from fedpft.model.architectures import ARCHITECTURES, layers_of
+from fedpft.model.loading import load_model, save_model
+from fedpft.proxy.bundle import cut, select
 
 FM = Callable[[str], Path]
 RANK = 2

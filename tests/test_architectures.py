@@ -7,7 +7,9 @@ from conftest import ModelFactory
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedpft.architectures import (
+from fedpft.config import ProxySection
+from fedpft.errors import ModelError
+from fedpft.model.architectures import (
     ACTIVATION_NAMES,
     ARCHITECTURES,
     activation_of,
@@ -16,10 +18,8 @@ from fedpft.architectures import (
     layers_of,
     row,
 )
-from fedpft.config import ProxySection
-from fedpft.errors import ModelError
-from fedpft.proxy import cut, select
-from fedpft.subffn import projections, sub_ffns
+from fedpft.model.subffn import projections, sub_ffns
+from fedpft.proxy.bundle import cut, select
 
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 

@@ -1,5 +1,5 @@
 """What the owner's side does with input that cannot be right: one line that names place and remedy, an exit code,
-and nothing written. The silos' side is in test_service.py, files and YAML are in test_datasets.py and test_config.py.
+and nothing written. The silos' side is in test_service.py, files and YAML are in test_batches.py and test_config.py.
 """
 
 import errno

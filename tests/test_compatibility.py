@@ -12,9 +12,9 @@ import transformers
 from conftest import ModelFactory
 from torch import nn
 
-from fedpft.architectures import ARCHITECTURES, longest_input
-from fedpft.compatibility import check_travels, make_fit
 from fedpft.errors import ModelError
+from fedpft.model.architectures import ARCHITECTURES, longest_input
+from fedpft.model.compatibility import check_travels, make_fit
 
 TEXT, IMAGE = "sequence-classification", "image-classification"
 POSITIONS = 40  # of the tiny text models

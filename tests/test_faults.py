@@ -35,7 +35,7 @@ from faults import PATIENCE, Deployment, Link, Party, await_
 from fedpft import audit
 from fedpft.errors import CheckpointError, ConfigError
 from fedpft.provision import provision
-from fedpft.proxy import apply_patch, load_proxy
+from fedpft.proxy.bundle import apply_patch, load_proxy
 from fedpft.wire.tensors import read_tensors
 
 SILOS = ("north", "south")

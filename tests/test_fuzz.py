@@ -26,7 +26,7 @@ import fedpft
 import fedpft.wire
 from fedpft.audit import AuditLog, verify
 from fedpft.config import AdapterSection, RoundSettings, TrainingSection
-from fedpft.datasets import round_window
+from fedpft.data.batches import round_window
 from fedpft.errors import InvalidUpdate, RoundOver, TransferCorrupt
 from fedpft.federation import Federation, RoundRequested
 from fedpft.server.admission import Admission

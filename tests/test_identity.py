@@ -226,14 +226,14 @@ def test_a_ledger_of_an_earlier_version_is_refused_by_name(
 def test_a_file_that_is_written_to_while_it_is_loaded_is_named(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = construction.models.load_model
+    load = construction.loading.load_model
 
     def loading(*arguments: Any, **named: Any) -> Any:
         loaded = load(*arguments, **named)
         flip_last_byte(tmp_path / "fm" / "model.safetensors")
         return loaded
 
-    monkeypatch.setattr(construction.models, "load_model", loading)
+    monkeypatch.setattr(construction.loading, "load_model", loading)
     with pytest.raises(ModelError, match=r"changed while it was read: model\.path .*model\.safetensors was changed"):
         run(config_of(tmp_path, settings))
     assert not (tmp_path / "out").exists()

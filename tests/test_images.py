@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedpft.data.images import open_image
 from fedpft.errors import DataError
-from fedpft.images import open_image
 
 WHITE, BLACK, RED, GREEN = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 255, 0)
 ORIENTATION, PHOTOMETRIC = 274, 262

@@ -9,62 +9,38 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fedpft"
 
 ROWS: list[set[str]] = [
-    {"errors", "faults", "atomic", "figures", "progress"},
-    {
-        "config",
-        "seeding",
-        "kernels",
-        "architectures",
-        "federation",
-        "datafiles",
-        "images",
-        "command",
-        "lora",
-        "audit",
-        "finite",
-        "digests",
-        "machine",
-    },
-    {"subffn", "models", "compatibility", "aggregation", "adapters", "samples"},
-    {
-        "proxy",
-        "distillation",
-        "regression",
-        "datasets",
-        "training",
-        "checkpoint",
-        "evaluation",
-        "demo_data",
-        "report",
-    },
-    {"wire"},
+    {"errors", "faults", "atomic", "progress"},
+    {"config", "seeding", "command", "audit", "finite", "digests", "machine"},
+    {"kernels", "federation", "aggregation", "data"},
+    {"model"},
+    {"proxy", "training", "evaluation"},
+    {"report", "wire"},
     {"server", "silo", "provision"},
     {"demo", "doctor", "cli"},
 ]
 BESIDE = {
-    ("images", "datafiles"),
     ("faults", "errors"),
     ("atomic", "errors"),
     ("atomic", "faults"),
-    ("federation", "seeding"),
-    ("compatibility", "models"),
-    ("distillation", "datasets"),
-    ("distillation", "regression"),
-    ("regression", "datasets"),
-    ("training", "datasets"),
-    ("evaluation", "datasets"),
-    ("demo_data", "datasets"),
     ("cli", "demo"),
     ("cli", "doctor"),
 }
+# The files of a room, each of which imports of its own room only files that stand before it.
+ORDER = {
+    "data": ("rows", "images", "samples", "batches"),
+    "model": ("architectures", "lora", "subffn", "loading", "compatibility", "adapters"),
+    "proxy": ("closed_form", "distillation", "bundle"),
+    "report": ("figures", "page"),
+    "demo": ("corpora", "run"),
+}
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 
-# Rooms that some packages are kept to, and packages that some rooms are kept from.
+# Rooms, or files of one, that some packages are kept to, and packages that some rooms are kept from.
 ONLY_IN: dict[str, set[str]] = {
-    "transformers": {"models"},
-    "peft": {"adapters"},
+    "transformers": {"model/loading"},
+    "peft": {"model/adapters"},
     "grpc": {"wire", "server", "silo"},
-    "matplotlib": {"figures"},
+    "matplotlib": {"report/figures"},
     "orangecontrib": set(),  # AGPL: the demo reads its data files, no code is imported
 }
 NEVER_IN = {
@@ -85,7 +61,10 @@ Import = tuple[str, int, str]  # file, line, dotted name of what is imported
 
 
 def imports_of(path: Path, root: Path) -> Iterator[Import]:
-    """Every import of a file, those inside functions too; `from fedpft import x` counts as fedpft.x."""
+    """Every import of a file, those inside functions too; `from fedpft import x` counts as fedpft.x.
+
+    So does `from fedpft.room import x` for a room of ORDER.
+    """
     package = ("fedpft", *path.relative_to(root).parent.parts)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -93,7 +72,8 @@ def imports_of(path: Path, root: Path) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            names = [f"{module}.{alias.name}" for alias in node.names] if module == "fedpft" else [module]
+            whole = module in ("fedpft", *(f"fedpft.{room}" for room in ORDER))
+            names = [f"{module}.{alias.name}" for alias in node.names] if whole else [module]
         else:
             continue
         for name in names:
@@ -129,6 +109,19 @@ def test_rooms_import_only_rooms_above_them() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("room", ORDER)
+def test_files_of_a_room_import_only_those_before_them(room: str) -> None:
+    order = ORDER[room]
+    assert {path.stem for path in (PACKAGE / room).glob("*.py")} == {*order, "__init__"}
+    wrong = []
+    for importer, (file, line, name) in IMPORTS:
+        of, _, other = name.removeprefix("fedpft.").partition(".")
+        mine = order[: order.index(Path(file).stem)] if importer == room and Path(file).stem in order else ()
+        if importer == room == of and other.partition(".")[0] not in mine:
+            wrong.append(f"{file}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_package_itself_imports_nothing() -> None:
     assert [found for room, found in IMPORTS if room == "__init__"] == []
 
@@ -144,7 +137,7 @@ def test_a_package_is_kept_to_its_rooms(package: str) -> None:
     wrong = [
         f"{file}:{line}"
         for room, (file, line, name) in IMPORTS
-        if name.split(".")[0] == package and room not in ONLY_IN[package]
+        if name.split(".")[0] == package and not {room, file[len("fedpft/") : -len(".py")]} & ONLY_IN[package]
     ]
     assert not wrong, f"{package} is imported in {wrong}"
 
@@ -169,9 +162,16 @@ def test_the_walk_sees_every_form_of_import(tmp_path: Path) -> None:
         "from ..demo import c\nfrom .. import proxy\ndef f():\n    import grpc.aio as g\n"
     )
     names = [name for _, _, name in imports_of(path, tmp_path / "fedpft")]
-    assert names[:6] == ["fedpft.silo", "fedpft.server", "fedpft.cli", "fedpft.wire", "fedpft.demo", "fedpft.proxy"]
+    assert names[:6] == [
+        "fedpft.silo",
+        "fedpft.server",
+        "fedpft.cli",
+        "fedpft.wire",
+        "fedpft.demo.c",
+        "fedpft.proxy",
+    ]
     assert names[6] == "grpc.aio"
     assert not allowed("wire", "server")
     assert not allowed("training", "proxy")
-    assert allowed("training", "datasets")
+    assert allowed("training", "data")
     assert allowed("server", "wire")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedpft.lora import lora_linear
+from fedpft.model.lora import lora_linear
 
 # N tokens, D input features, E output features, R rank; N * D is no multiple of 4
 N, D, E, R = 7, 5, 6, 2

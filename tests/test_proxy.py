@@ -13,12 +13,13 @@ from conftest import ModelFactory
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft import adapters
-from fedpft.architectures import ARCHITECTURES, layer_outputs, layers_of, layers_path
 from fedpft.config import AdapterSection, ProxySection
 from fedpft.errors import ModelError
-from fedpft.models import load_model, load_processor
-from fedpft.proxy import (
+from fedpft.model import adapters
+from fedpft.model.architectures import ARCHITECTURES, layer_outputs, layers_of, layers_path
+from fedpft.model.loading import load_model, load_processor
+from fedpft.model.subffn import sub_ffns
+from fedpft.proxy.bundle import (
     PARTS,
     Proxy,
     Selection,
@@ -35,7 +36,6 @@ from fedpft.proxy import (
     save_selection,
     select,
 )
-from fedpft.subffn import sub_ffns
 
 FM = Callable[[str], Path]
 K = 24

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedpft.report import MEANINGS, format_table, write_report
+from fedpft.report.page import MEANINGS, format_table, write_report
 
 SUMMARY: dict[str, Any] = {
     "metrics": {

@@ -16,17 +16,19 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from fedpft import adapters, datasets, demo_data, models
-from fedpft.architectures import layers_of
 from fedpft.config import ColumnsSection, LimitsSection, RoundSettings
-from fedpft.demo import run_federation
-from fedpft.proxy import load_proxy, load_selection
-from fedpft.samples import read_labelled
-from fedpft.subffn import projections
+from fedpft.data import batches
+from fedpft.data.samples import read_labelled
+from fedpft.demo import corpora
+from fedpft.demo.run import run_federation
+from fedpft.model import adapters, loading
+from fedpft.model.architectures import layers_of
+from fedpft.model.subffn import projections
+from fedpft.proxy.bundle import load_proxy, load_selection
 from fedpft.training import train_round
 
 SILOS = ("north", "south")
-Digits = tuple[Path, demo_data.DemoData]
+Digits = tuple[Path, corpora.DemoData]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     transformers.ViTForImageClassification(config).save_pretrained(root / "model")
     processor = transformers.ViTImageProcessor(size={"height": 8, "width": 8})
     processor.save_pretrained(root / "model")
-    data = demo_data.prepare_digits(
+    data = corpora.prepare_digits(
         root / "data", silos=SILOS, images=500, test_images=100, public_images=64, concentration=1.0, seed=0
     )
     return root / "model", data
@@ -88,7 +90,7 @@ def test_federation_of_one_silo_equals_local_training_bit_for_bit(digits: Digits
 
     proxy = load_proxy(tmp_path / "out" / "proxy" / "bundle")
     samples = read_labelled(digits[1].silos["north"], ColumnsSection(), "image-classification", proxy.labels)
-    dataset = datasets.encode(samples, proxy.processor, "image-classification", 1)
+    dataset = batches.encode(samples, proxy.processor, "image-classification", 1)
     rounds = RoundSettings(seed=3, adapter=settings["adapter"], training=settings["training"], inactive_below=0.01)
     adapters.attach(proxy.model, rounds.adapter, seed=3)
     threads = torch.get_num_threads()
@@ -186,7 +188,7 @@ def test_both_forms_of_the_product_give_the_same_logits(captured: tuple[Path, by
     out, images = captured[0] / "out", torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     merged = transformers.AutoModelForImageClassification.from_pretrained(out / "merged").eval()
     labels = tuple(str(digit) for digit in range(10))
-    model = models.load_model(digits[0], "image-classification", labels, seed=3)
+    model = loading.load_model(digits[0], "image-classification", labels, seed=3)
     with_adapter = peft.PeftModel.from_pretrained(model, out / "adapter").eval()
     torch.testing.assert_close(merged(images).logits, with_adapter(pixel_values=images).logits, rtol=1e-4, atol=1e-5)
     assert merged.config.id2label[3] == "3"
@@ -204,7 +206,7 @@ def test_no_dropped_neuron_crosses_the_wire_and_every_kept_one_does(
     captured: tuple[Path, bytes], digits: Digits
 ) -> None:
     directory, wire = captured
-    model = models.load_model(digits[0], "image-classification", [str(d) for d in range(10)], seed=3)
+    model = loading.load_model(digits[0], "image-classification", [str(d) for d in range(10)], seed=3)
     selection = load_selection(directory / "out" / "proxy" / "selection.safetensors")
     for layer, neurons in enumerate(selection.neurons):
         ffn = projections(model, layers_of(model)[layer])

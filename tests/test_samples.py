@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from fedpft.config import ColumnsSection, Task
-from fedpft.datafiles import alike
+from fedpft.data.rows import alike
+from fedpft.data.samples import Examination, Samples, read_label_list, read_labelled, read_unlabelled
 from fedpft.errors import DataError
-from fedpft.samples import Examination, Samples, read_label_list, read_labelled, read_unlabelled
 
 COLUMNS = ColumnsSection()
 TEXT: Task = "sequence-classification"

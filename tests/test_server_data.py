@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from fedpft.config import ServerConfig
-from fedpft.datasets import sample
+from fedpft.data.batches import sample
 from fedpft.digests import Digests
 from fedpft.errors import DataError
 from fedpft.server import rounds

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError
 
-from fedpft import adapters, audit
+from fedpft import audit
 from fedpft.config import (
     AdapterSection,
     ProxySection,
@@ -46,8 +46,10 @@ from fedpft.errors import (
     StaleProxy,
     TransferCorrupt,
 )
+from fedpft.model import adapters
+from fedpft.model.subffn import sub_ffns
 from fedpft.provision import provision
-from fedpft.proxy import Proxy, cut, load_proxy, patch, save_bundle, select
+from fedpft.proxy.bundle import Proxy, cut, load_proxy, patch, save_bundle, select
 from fedpft.silo import __main__ as command
 from fedpft.silo import data as silo_data
 from fedpft.silo import run as silo_run
@@ -55,7 +57,6 @@ from fedpft.silo.connection import ServerConnection
 from fedpft.silo.explain import explain
 from fedpft.silo.ondisk import DataOnDisk
 from fedpft.silo.run import run
-from fedpft.subffn import sub_ffns
 from fedpft.wire import channel, transfer
 from fedpft.wire.status import CODES, answering
 from fedpft.wire.tensors import TensorFile, write_tensors

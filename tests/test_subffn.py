@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft.subffn import NEURON_PARAMETERS, InactivityCounter, SubFFN
+from fedpft.model.subffn import NEURON_PARAMETERS, InactivityCounter, SubFFN
 
 # D hidden size, K neurons
 D, K = 6, 10

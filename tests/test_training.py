@@ -10,15 +10,15 @@ from conftest import ModelFactory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft import adapters
-from fedpft.adapters import attach, extract, frozen_state
-from fedpft.architectures import ARCHITECTURES
 from fedpft.config import AdapterSection, LimitsSection, ProxySection, RoundSettings, TrainingSection
-from fedpft.datasets import EncodedDataset, ImageDataset, TextDataset, batches, round_window
+from fedpft.data.batches import EncodedDataset, ImageDataset, TextDataset, batches, round_window
 from fedpft.errors import DataError
-from fedpft.proxy import Selection, cut, select
+from fedpft.model import adapters
+from fedpft.model.adapters import attach, extract, frozen_state
+from fedpft.model.architectures import ARCHITECTURES
+from fedpft.model.subffn import sub_ffns
+from fedpft.proxy.bundle import Selection, cut, select
 from fedpft.seeding import derive_seed
-from fedpft.subffn import sub_ffns
 from fedpft.training import LocalResult, train_round
 
 K = 24

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from fedpft.config import Task
-from fedpft.datasets import EncodedDataset, ImageDataset, TextDataset
+from fedpft.data.batches import EncodedDataset, ImageDataset, TextDataset
 
 D, F, L = 32, 64, 4
 LABELS = ("earth", "sea", "sky")

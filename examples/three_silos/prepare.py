@@ -5,7 +5,7 @@ An institution has its own data and receives its kit; the owner has the model. H
 
 from pathlib import Path
 
-from fedpft.demo_data import model_directory, prepare
+from fedpft.demo.corpora import model_directory, prepare
 from fedpft.provision import provision
 
 HERE = Path(__file__).resolve().parent

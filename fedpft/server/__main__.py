@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedpft.command import run_command
 from fedpft.config import load_server_config
-from fedpft.report import format_table
+from fedpft.report.page import format_table
 from fedpft.server.run import run
 
 

@@ -12,16 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from fedpft import adapters, atomic, machine, models
-from fedpft.compatibility import check_travels, make_fit
+from fedpft import atomic, machine
 from fedpft.config import ServerConfig
-from fedpft.datasets import EncodedDataset, characters_per_token, describe_cut, encode
+from fedpft.data.batches import EncodedDataset, characters_per_token, describe_cut, encode
+from fedpft.data.samples import Samples, read_label_list, read_labelled, read_unlabelled
 from fedpft.digests import Digests, differences
-from fedpft.distillation import layer_level
 from fedpft.errors import ModelError
 from fedpft.evaluation import Gap, measure_gap
+from fedpft.model import adapters, loading
+from fedpft.model.compatibility import check_travels, make_fit
 from fedpft.progress import progress
-from fedpft.proxy import (
+from fedpft.proxy.bundle import (
     Proxy,
     Selection,
     check_finite,
@@ -32,7 +33,7 @@ from fedpft.proxy import (
     save_selection,
     select,
 )
-from fedpft.samples import Samples, read_label_list, read_labelled, read_unlabelled
+from fedpft.proxy.distillation import layer_level
 from fedpft.server.holdings import check_holdings
 from fedpft.server.identity import Contents, check_cut_from, check_unchanged, contents, proxy_files
 from fedpft.server.outbox import BUNDLE_SUFFIXES, sendable
@@ -137,8 +138,8 @@ def load_owner(config: ServerConfig, digests: Digests) -> Owner:
 def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any]:
     """The FM, and its tokenizer or image processor; ModelError if they are not fit for a federation."""
     section = config.model
-    model = models.load_model(section.path, section.task, labels, seed=config.seed).to(config.device)
-    processor = models.load_processor(section.path, section.task)
+    model = loading.load_model(section.path, section.task, labels, seed=config.seed).to(config.device)
+    processor = loading.load_processor(section.path, section.task)
     with tempfile.TemporaryDirectory() as received:
         check_travels(processor, section.task, Path(received))
         if odd := sorted(path.name for path in Path(received).iterdir() if not sendable(path)):

@@ -47,7 +47,7 @@ class Egress:
                 raise _refused("adapter", name, found, self._adapter.get(name))
 
     def check_patch(self, tensors: Mapping[str, Tensor]) -> None:
-        """A patch has tensors of the proxy, whole or some of their rows, as :func:`fedpft.proxy.patch` makes them."""
+        """A patch has tensors of the proxy, whole or in part, as :func:`fedpft.proxy.bundle.patch` makes them."""
         for key, tensor in tensors.items():
             name, _, kind = key.partition("@")
             allowed = self._proxy.get(name)

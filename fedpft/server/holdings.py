@@ -6,7 +6,7 @@ from torch import nn
 
 from fedpft.config import ProxySection
 from fedpft.errors import ModelError
-from fedpft.proxy import Selection, parameter_counts
+from fedpft.proxy.bundle import Selection, parameter_counts
 
 
 def check_holdings(selection: Selection, settings: ProxySection) -> None:

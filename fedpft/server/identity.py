@@ -14,9 +14,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fedpft.config import ServerConfig, dump
+from fedpft.data.samples import image_paths, read_label_list
 from fedpft.digests import Digests, combined, differences
 from fedpft.errors import CheckpointError, DataError, ModelError
-from fedpft.samples import image_paths, read_label_list
 
 log = logging.getLogger(__name__)
 

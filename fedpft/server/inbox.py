@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedpft import atomic, faults
 from fedpft.config import TrainingSection
-from fedpft.datasets import round_window
+from fedpft.data.batches import round_window
 from fedpft.errors import FedPFTError, InvalidUpdate, RoundOver, TransferCorrupt
 from fedpft.server.ledger import Ledger, UpdateRow
 from fedpft.server.updates import Update, check_update, compressed_neurons, largest_update_bytes

@@ -21,21 +21,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedpft import adapters, faults
-from fedpft.adapters import Adapter
+from fedpft import faults
 from fedpft.config import RoundSettings, ServerConfig
-from fedpft.datasets import sample
-from fedpft.distillation import ffn_norms, least_active, neuron_level
+from fedpft.data.batches import sample
 from fedpft.errors import QuorumLost
 from fedpft.evaluation import Gap, evaluate
+from fedpft.model import adapters
+from fedpft.model.adapters import Adapter
+from fedpft.model.subffn import sub_ffns
 from fedpft.progress import progress
-from fedpft.proxy import Proxy, apply_patch, patch
+from fedpft.proxy.bundle import Proxy, apply_patch, patch
+from fedpft.proxy.distillation import ffn_norms, least_active, neuron_level
 from fedpft.server.construction import Built, Owner, record_gap
 from fedpft.server.egress import Egress
 from fedpft.server.ledger import Ledger
 from fedpft.server.service import FederationServer
 from fedpft.server.updates import COUNTS, Update, aggregate
-from fedpft.subffn import sub_ffns
 from fedpft.wire.hello import Terms
 from fedpft.wire.tensors import read_tensors
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fedpft import adapters, atomic, kernels, models
+from fedpft import atomic, kernels
 from fedpft.config import ServerConfig, dump
 from fedpft.digests import Digests
 from fedpft.errors import CheckpointError
 from fedpft.evaluation import Metrics, evaluate, majority
-from fedpft.report import write_report
+from fedpft.model import adapters, loading
+from fedpft.report.page import write_report
 from fedpft.server.construction import Built, Owner, Record, build_proxy, load_built, load_owner
 from fedpft.server.holdings import format_holdings, holdings
 from fedpft.server.identity import (
@@ -132,7 +133,7 @@ def save_product(owner: Owner, config: ServerConfig, out: Path) -> None:
     adapters.save_peft(owner.model, config.adapter, out / "adapter", base=base, task=config.model.task)
     owner.processor.save_pretrained(out / "adapter")
     adapters.merge(owner.model)
-    models.save_model(owner.model, owner.processor, out / "merged")
+    loading.save_model(owner.model, owner.processor, out / "merged")
 
 
 def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedpft.adapters import Adapter
 from fedpft.aggregation import weighted_mean
 from fedpft.errors import InvalidUpdate, ModelError
 from fedpft.finite import is_finite
+from fedpft.model.adapters import Adapter
 from fedpft.wire.encoding import ENCODINGS, Encoding, decode, layout
 from fedpft.wire.tensors import Spec, TensorFile
 

@@ -2,11 +2,11 @@
 
 import logging
 
-from fedpft import models
 from fedpft.config import SiloConfig
-from fedpft.datasets import describe_cut, encode
+from fedpft.data.batches import describe_cut, encode
+from fedpft.data.samples import Examination, Samples
 from fedpft.errors import FedPFTError, ModelError, RefusedByServer
-from fedpft.samples import Examination, Samples
+from fedpft.model import loading
 from fedpft.silo.connection import SAME_VERSION
 from fedpft.silo.work import Work
 from fedpft.wire.hello import Terms, greet
@@ -63,7 +63,7 @@ def describe_lengths(config: SiloConfig, samples: Samples, terms: Terms) -> str:
     """
     joined = Work(config.work).joined()
     try:
-        tokenizer = joined and models.load_processor(Work(config.work).proxy_path(joined), terms.task)
+        tokenizer = joined and loading.load_processor(Work(config.work).proxy_path(joined), terms.task)
     except ModelError:  # it was not received yet
         tokenizer = None
     if tokenizer is not None:

@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import fedpft
-from fedpft import adapters
 from fedpft.config import AdapterSection, SiloConfig
 from fedpft.errors import ModelError
-from fedpft.proxy import Proxy, load_proxy
+from fedpft.model import adapters
+from fedpft.model.subffn import sub_ffns
+from fedpft.proxy.bundle import Proxy, load_proxy
 from fedpft.silo.data import WAY_OUT, examine
 from fedpft.silo.work import Joined, Work
-from fedpft.subffn import sub_ffns
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.encoding import Encoding, layout
 from fedpft.wire.tensors import Spec

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedpft.config import SiloConfig
+from fedpft.data.samples import image_paths
 from fedpft.digests import Digests, combined
 from fedpft.errors import DataError
-from fedpft.proxy import task_of
-from fedpft.samples import image_paths
+from fedpft.proxy.bundle import task_of
 
 
 class DataOnDisk:

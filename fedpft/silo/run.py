@@ -5,11 +5,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedpft import adapters, datasets, faults, machine
+from fedpft import faults, machine
 from fedpft.config import ShareSection, SiloConfig
+from fedpft.data import batches
+from fedpft.data.samples import Samples, image_paths
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
-from fedpft.proxy import apply_patch, load_proxy
-from fedpft.samples import Samples, image_paths
+from fedpft.model import adapters
+from fedpft.proxy.bundle import apply_patch, load_proxy
 from fedpft.silo import data
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
 from fedpft.silo.ondisk import DataOnDisk
@@ -132,12 +134,12 @@ class Participant:
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
         if task == "image-classification":
             on_disk.add_images(image_paths(config.data.path, config.data.columns, config.data.encoding))
-        self.dataset = datasets.encode(
+        self.dataset = batches.encode(
             samples, self.proxy.processor, task, longest, bad_rows=config.data.bad_rows, way_out=data.WAY_OUT
         )
         on_disk.check_read()
         if self.dataset.cut:
-            log.warning("%s", datasets.describe_cut(name, len(self.dataset), self.dataset.cut, longest))
+            log.warning("%s", batches.describe_cut(name, len(self.dataset), self.dataset.cut, longest))
         adapters.attach(self.proxy.model, self.settings.adapter, seed=self.settings.seed)
         self.proxy.model.to(config.device)
 

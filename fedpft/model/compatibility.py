@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fedpft import architectures, models
 from fedpft.config import Task
 from fedpft.errors import ModelError
+from fedpft.model import architectures, loading
 
 PROBE = "The quick brown fox jumps over the lazy dog. 0123456789"
 PROBE_SIDE = 64  # pixels
@@ -53,7 +53,7 @@ def check_travels(processor: Any, task: Task, directory: Path) -> None:
         ModelError: it is not.
     """
     processor.save_pretrained(directory)
-    received = models.load_processor(directory, task)
+    received = loading.load_processor(directory, task)
     if task == "image-classification":
         image = Image.linear_gradient("L").convert("RGB")
         ours, theirs = (each(images=image, return_tensors="pt")["pixel_values"][0] for each in (processor, received))

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fedpft.config import BadRows, Task
-from fedpft.datafiles import RowFaults, shown
+from fedpft.data.images import open_image
+from fedpft.data.rows import RowFaults, shown
+from fedpft.data.samples import Samples
 from fedpft.errors import DataError, ModelError
-from fedpft.images import open_image
-from fedpft.samples import Samples
 from fedpft.seeding import derive_seed
 
 TOKENIZED_AT_ONCE = 1024  # a fast tokenizer keeps offsets and more for each text: this bounds its memory

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from fedpft import atomic, figures
+from fedpft import atomic
+from fedpft.report import figures
 
 MEANINGS = {
     "majority": "most frequent class",

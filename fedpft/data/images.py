@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from fedpft.datafiles import one_line
+from fedpft.data.rows import one_line
 from fedpft.errors import DataError
 
 BACKGROUND = (255, 255, 255, 255)  # what shows through where an image is transparent

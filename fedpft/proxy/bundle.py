@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft import architectures, kernels, models
-from fedpft.adapters import frozen_state
+from fedpft import kernels
 from fedpft.config import ProxySection, Task
 from fedpft.errors import ModelError
 from fedpft.finite import not_finite
-from fedpft.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
+from fedpft.model import architectures, loading
+from fedpft.model.adapters import frozen_state
+from fedpft.model.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
 
 _FORMAT = 2
 PARTS = ("embeddings", "attention", "ffn", "norms")
@@ -131,7 +132,7 @@ def cut(model: nn.Module, selection: Selection) -> nn.Module:
     chosen = [layers[layer] for layer in selection.layers]
     del layers[:]
     layers.extend(chosen)
-    models.set_depth(proxy.config, len(chosen))
+    loading.set_depth(proxy.config, len(chosen))
     for layer, neurons in zip(chosen, selection.neurons, strict=True):
         replace_ffn(proxy, layer, neurons)
     return proxy
@@ -140,7 +141,7 @@ def cut(model: nn.Module, selection: Selection) -> nn.Module:
 def save_bundle(proxy: Proxy, directory: Path) -> None:
     """Writes what is sent to the silos: weights, configuration, tokenizer or image processor, labels. Plain files."""
     directory.mkdir(parents=True, exist_ok=True)
-    models.save_config(proxy.model, directory)
+    loading.save_config(proxy.model, directory)
     proxy.processor.save_pretrained(directory)
     tensors = {name: tensor.contiguous() for name, tensor in frozen_state(proxy.model).items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -165,14 +166,16 @@ def load_proxy(directory: Path) -> Proxy:
                 f"{directory}: proxy format {description['format']}", "install the server's fedpft version"
             )
         counts, task = description["neurons"], description["task"]
-        model = models.empty_model(directory, task, len(counts))
+        model = loading.empty_model(directory, task, len(counts))
         for layer, count in zip(architectures.layers_of(model), counts, strict=True):
             replace_ffn(model, layer, torch.arange(count))
         model.load_state_dict(load_file(directory / "model.safetensors"))
         check_finite(model, f"the proxy in {directory}")
         model.drawn_modules = tuple(description["drawn"])  # type: ignore[assignment]
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
-        return Proxy(model, models.load_processor(directory, task), task, labels, description["max_tokens"], compressed)
+        return Proxy(
+            model, loading.load_processor(directory, task), task, labels, description["max_tokens"], compressed
+        )
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(

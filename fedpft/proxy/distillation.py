@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fedpft import kernels
-from fedpft.architectures import architecture_of, layer_outputs, layers_of
 from fedpft.config import AlignmentSection, DistillationSection
-from fedpft.datasets import EncodedDataset, batches
+from fedpft.data.batches import EncodedDataset, batches
 from fedpft.errors import ModelError
-from fedpft.regression import fit_output_projections
+from fedpft.model.architectures import architecture_of, layer_outputs, layers_of
+from fedpft.model.subffn import projections, sub_ffns
+from fedpft.proxy.closed_form import fit_output_projections
 from fedpft.seeding import derive_seed
-from fedpft.subffn import projections, sub_ffns
 
 Matched = Sequence[tuple[int, int]]
 Progress = Callable[[int, float], None]

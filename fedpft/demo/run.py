@@ -23,10 +23,11 @@ from typing import Any
 
 import yaml
 
-from fedpft import atomic, demo_data
+from fedpft import atomic
+from fedpft.demo import corpora
 from fedpft.errors import ConfigError, FedPFTError
 from fedpft.provision import provision
-from fedpft.report import write_report
+from fedpft.report.page import write_report
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ Settings = dict[str, Any]
 class Scale:
     """How large a demo is. `settings` are sections of server.yaml."""
 
-    corpus: demo_data.Corpus
+    corpus: corpora.Corpus
     documents: int
     test_documents: int
     public_documents: int
@@ -109,7 +110,7 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, 
     """
     out = out.absolute()  # the YAML files are written below it, and their relative paths would start there
     _clear(out)
-    data = demo_data.prepare(
+    data = corpora.prepare(
         out / "data",
         corpus=scale.corpus,
         silos=SILOS,
@@ -141,12 +142,12 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, 
     return summary
 
 
-def _product_settings(out: Path, data: demo_data.DemoData, scale: Scale, seed: int) -> Settings:
+def _product_settings(out: Path, data: corpora.DemoData, scale: Scale, seed: int) -> Settings:
     settings: Settings = {
         "seed": seed,
         "listen": "127.0.0.1:0",
         "tls": _certificates(out / "kits" / "server"),
-        "model": {"path": str(demo_data.model_directory()), "labels": str(data.labels)},
+        "model": {"path": str(corpora.model_directory()), "labels": str(data.labels)},
         "federation": {"silos": list(SILOS)},
         "public_data": str(data.public),
         "test_data": str(data.test),
@@ -163,7 +164,7 @@ def _equal_layers(summary: dict[str, Any], layers: int) -> int:
     return round(layers * parameters["proxy_transformer"] / parameters["model_transformer"])
 
 
-def _run_row(out: Path, row: str, settings: Settings, data: demo_data.DemoData) -> dict[str, Any]:
+def _run_row(out: Path, row: str, settings: Settings, data: corpora.DemoData) -> dict[str, Any]:
     silos = {}
     for name in settings["federation"]["silos"]:
         kit = out / "kits" / "silos" / name

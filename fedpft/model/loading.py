@@ -15,10 +15,11 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
-from fedpft import architectures, faults
+from fedpft import faults
 from fedpft.config import Task
 from fedpft.errors import ModelError
 from fedpft.finite import not_finite
+from fedpft.model import architectures
 from fedpft.seeding import derive_seed
 
 log = logging.getLogger(__name__)

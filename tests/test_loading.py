@@ -13,10 +13,10 @@ import transformers
 from conftest import ModelFactory
 from safetensors.torch import load_file, save_file
 
-from fedpft.architectures import ARCHITECTURES, head_of
-from fedpft.compatibility import make_fit
 from fedpft.errors import ModelError
-from fedpft.models import empty_model, load_model, load_processor, prepare, save_model
+from fedpft.model.architectures import ARCHITECTURES, head_of
+from fedpft.model.compatibility import make_fit
+from fedpft.model.loading import empty_model, load_model, load_processor, prepare, save_model
 
 FM = Callable[[str], Path]
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)

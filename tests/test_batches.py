@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedpft.config import Task
-from fedpft.datasets import (
+from fedpft.data.batches import (
     EncodedDataset,
     batches,
     characters_per_token,
@@ -24,8 +24,8 @@ from fedpft.datasets import (
     sample,
     training_order,
 )
+from fedpft.data.samples import Samples
 from fedpft.errors import DataError, ModelError
-from fedpft.samples import Samples
 
 TEXT: Task = "sequence-classification"
 IMAGE: Task = "image-classification"
@@ -102,7 +102,7 @@ def test_unlabelled_batches_have_no_labels() -> None:
 
 
 def test_more_texts_than_are_tokenized_at_once_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpft.datasets.TOKENIZED_AT_ONCE", 3)
+    monkeypatch.setattr("fedpft.data.batches.TOKENIZED_AT_ONCE", 3)
     assert texts_of([3, 1, 2, 5, 4, 1, 7]).lengths.tolist() == [5, 3, 4, 7, 6, 3, 9]
 
 
@@ -139,7 +139,7 @@ def test_texts_without_tokens_are_left_out_where_bad_rows_are() -> None:
 
 @pytest.mark.parametrize("at_once", [2, 100])
 def test_texts_that_were_cut_are_counted(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpft.datasets.TOKENIZED_AT_ONCE", at_once)
+    monkeypatch.setattr("fedpft.data.batches.TOKENIZED_AT_ONCE", at_once)
     texts = ["a b", "a b c", "a", "a b c d e", "a b"]  # and two special tokens each
     assert [encode(samples_of(texts), WordTokenizer(), TEXT, longest).cut for longest in (4, 5, 7)] == [2, 1, 0]
 

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedpft.architectures import architecture_of, layer_outputs, layers_of
-from fedpft.datasets import EncodedDataset, evaluation_batches, sample
-from fedpft.subffn import SubFFN
+from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
+from fedpft.model.architectures import architecture_of, layer_outputs, layers_of
+from fedpft.model.subffn import SubFFN
 
 RIDGE = 1e-3  # r, in units of the mean square of a neuron's value; regression on fewer tokens than neurons stays sane
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fedpft.config import BadRows, ColumnsSection, Task
-from fedpft.datafiles import RowFaults, alike, closest, is_blank, listed, read_rows, read_text, shown, unusable
+from fedpft.data.images import describe_dim, open_image
+from fedpft.data.rows import RowFaults, alike, closest, is_blank, listed, read_rows, read_text, shown, unusable
 from fedpft.errors import DataError
-from fedpft.images import describe_dim, open_image
 
 ROLES: dict[Task, str] = {"sequence-classification": "text", "image-classification": "image"}
 DECIMAL = re.compile(r"([+-]?\d+)[.,]0+")  # a whole number as a spreadsheet or a data frame may have written it

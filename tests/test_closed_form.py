@@ -7,14 +7,14 @@ from conftest import ModelFactory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft import regression
-from fedpft.adapters import attach
-from fedpft.architectures import ARCHITECTURES, layers_of
 from fedpft.config import AdapterSection, ProxySection
-from fedpft.datasets import TextDataset, sample
-from fedpft.proxy import Selection, cut, select
-from fedpft.regression import fit_output_projections
-from fedpft.subffn import sub_ffns
+from fedpft.data.batches import TextDataset, sample
+from fedpft.model.adapters import attach
+from fedpft.model.architectures import ARCHITECTURES, layers_of
+from fedpft.model.subffn import sub_ffns
+from fedpft.proxy import closed_form
+from fedpft.proxy.bundle import Selection, cut, select
+from fedpft.proxy.closed_form import fit_output_projections
 
 K = 24
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -49,7 +49,7 @@ def seen_at(model: nn.Module, model_type: str, layer: int, inputs: dict[str, Ten
 def test_fit_is_the_least_squares_solution(
     model_type: str, make_fm: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(regression, "RIDGE", 0.0)
+    monkeypatch.setattr(closed_form, "RIDGE", 0.0)
     proxy, fm, _ = pair(make_fm, model_type)
     public = tiny.dataset(model_type, 40, labelled=False)
     inputs, path = public.batch(torch.arange(40)), list(sub_ffns(proxy))[1]

@@ -123,7 +123,7 @@ def row(model_type: str) -> Architecture:
     if model_type not in ARCHITECTURES:
         raise ModelError(
             f"model type {model_type!r} is not supported",
-            f"use one of {', '.join(ARCHITECTURES)}, or add a row to fedpft/architectures.py",
+            f"use one of {', '.join(ARCHITECTURES)}, or add a row to fedpft/model/architectures.py",
         )
     return ARCHITECTURES[model_type]
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpft import kernels
-from fedpft.architectures import activation_of, architecture_of
 from fedpft.errors import ModelError
 from fedpft.kernels import reference
+from fedpft.model.architectures import activation_of, architecture_of
 
 # The kernels' argument names. Row j of each is neuron j; b_out belongs to no neuron.
 NEURON_PARAMETERS = ("w_in", "b_in", "w_gate", "b_gate", "w_out")
@@ -157,7 +157,7 @@ def projections(model: nn.Module, layer: nn.Module) -> dict[str, Tensor]:
         except AttributeError:
             raise ModelError(
                 f"a layer of this {model.config.model_type} has no {path!r}",  # type: ignore[union-attr]
-                "its FFN is a variant that fedpft/architectures.py does not describe",
+                "its FFN is a variant that fedpft/model/architectures.py does not describe",
             ) from None
         weight, bias = projection.get_parameter("weight").detach(), getattr(projection, "bias", None)
         # `Conv1D` has its neurons where `nn.Linear` has them not

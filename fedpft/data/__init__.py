@@ -1,0 +1,1 @@
+"""Files of institutions and owner: into rows, samples, images, and batches."""
