@@ -19,8 +19,9 @@ from fedpft.demo import corpora
 from fedpft.demo.run import FULL, SILOS
 from fedpft.evaluation import measure_gap
 from fedpft.model import adapters, loading
-from fedpft.proxy.bundle import cut, select
+from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import layer_level
+from fedpft.proxy.selection import select
 
 HELD_OUT = 64
 TASK = "sequence-classification"

@@ -35,7 +35,8 @@ from fedpft.demo import corpora
 from fedpft.errors import FedPFTError
 from fedpft.model import adapters, loading
 from fedpft.model.architectures import layers_of
-from fedpft.proxy.bundle import Selection, cut, select
+from fedpft.proxy.cut import cut
+from fedpft.proxy.selection import Selection, select
 from fedpft.seeding import derive_seed
 from fedpft.training import LocalResult, train_round
 

@@ -25,10 +25,11 @@ from fedpft.provision import (
     replace_authority,
     revoke,
 )
-from fedpft.proxy.bundle import apply_patch, cut
+from fedpft.proxy.bundle import apply_patch
+from fedpft.proxy.cut import cut
+from fedpft.proxy.holdings import format_holdings, holdings
 from fedpft.report.page import format_table
 from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
-from fedpft.server.holdings import format_holdings, holdings
 from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, kept_digests
 from fedpft.server.ledger import has_begun
 from fedpft.server.run import final_metrics, save_product

@@ -19,10 +19,12 @@ from fedpft.data.samples import Samples, read_label_list, read_labelled, read_un
 from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse
 from fedpft.kernels.check import check_operators
 from fedpft.machine import check_device
-from fedpft.proxy.bundle import cut, load_proxy, load_selection, select
+from fedpft.proxy.bundle import load_proxy
+from fedpft.proxy.cut import cut
+from fedpft.proxy.holdings import check_holdings, format_holdings, holdings
+from fedpft.proxy.selection import load_selection, select
 from fedpft.server import ledger
 from fedpft.server.construction import check_as_built, check_made_for, load_fm, read_record
-from fedpft.server.holdings import check_holdings, format_holdings, holdings
 from fedpft.server.identity import (
     UNKNOWN_FM,
     check_begun,

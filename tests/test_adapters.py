@@ -17,7 +17,8 @@ from fedpft.errors import InvalidUpdate, ModelError
 from fedpft.model.adapters import Adapter, attach, check, extract, frozen_state, load, merge, plug_in, read, save_peft
 from fedpft.model.architectures import ARCHITECTURES, layers_of
 from fedpft.model.loading import load_model, save_model
-from fedpft.proxy.bundle import cut, select
+from fedpft.proxy.cut import cut
+from fedpft.proxy.selection import select
 
 FM = Callable[[str], Path]
 RANK = 2

@@ -19,7 +19,8 @@ from fedpft.model.architectures import (
     row,
 )
 from fedpft.model.subffn import projections, sub_ffns
-from fedpft.proxy.bundle import cut, select
+from fedpft.proxy.cut import cut
+from fedpft.proxy.selection import select
 
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 

@@ -13,8 +13,9 @@ from fedpft.model.adapters import attach
 from fedpft.model.architectures import ARCHITECTURES, layers_of
 from fedpft.model.subffn import sub_ffns
 from fedpft.proxy import closed_form
-from fedpft.proxy.bundle import Selection, cut, select
 from fedpft.proxy.closed_form import fit_output_projections
+from fedpft.proxy.cut import cut
+from fedpft.proxy.selection import Selection, select
 
 K = 24
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -14,8 +14,10 @@ from fedpft.errors import ModelError
 from fedpft.model.adapters import attach, extract, load
 from fedpft.model.architectures import ARCHITECTURES, layer_outputs, layers_of
 from fedpft.model.subffn import sub_ffns
-from fedpft.proxy.bundle import Selection, apply_patch, cut, patch, select
+from fedpft.proxy.bundle import apply_patch, patch
+from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import ffn_norms, layer_level, least_active, neuron_level
+from fedpft.proxy.selection import Selection, select
 
 K = 24
 MATCHED = ((1, 1), (2, 2))

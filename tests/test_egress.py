@@ -13,8 +13,10 @@ from fedpft.config import AdapterSection, ProxySection
 from fedpft.errors import ModelError
 from fedpft.model import adapters
 from fedpft.model.subffn import sub_ffns
-from fedpft.proxy import bundle
+from fedpft.proxy.bundle import patch as patch_of
+from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import ffn_norms
+from fedpft.proxy.selection import select
 from fedpft.server.egress import Egress
 from fedpft.wire.tensors import read_tensors
 
@@ -48,8 +50,8 @@ def test_what_an_alignment_makes_of_the_proxy_passes_and_of_the_fm_does_not(
     model_type: str, make_fm: Callable[[str], nn.Module], tmp_path: Path
 ) -> None:
     model = make_fm(model_type)
-    selection = bundle.select(model, ProxySection(neurons=5, keep_layers=(0,)))
-    kept, whole = bundle.cut(model, selection), bundle.cut(model, bundle.select(model, ProxySection(neurons="all")))
+    selection = select(model, ProxySection(neurons=5, keep_layers=(0,)))
+    kept, whole = cut(model, selection), cut(model, select(model, ProxySection(neurons="all")))
     state = {name: tensor.contiguous() for name, tensor in adapters.frozen_state(kept).items()}
     save_file(state, tmp_path / "model.safetensors")
     for each in (kept, model):
@@ -58,11 +60,11 @@ def test_what_an_alignment_makes_of_the_proxy_passes_and_of_the_fm_does_not(
     egress.check_adapter(adapters.extract(kept))
     updated = {layer: torch.arange(5) for layer, _ in selection.matched}
     assert updated
-    egress.check_patch(bundle.patch(kept, updated, ffn_norms(kept, list(updated))))
+    egress.check_patch(patch_of(kept, updated, ffn_norms(kept, list(updated))))
     ffns = list(sub_ffns(whole).values())
     everything = {layer: torch.arange(ffns[layer].neurons) for layer in updated}
     with pytest.raises(ModelError, match=r"w_in@\w+' of the patch for the silos is \(\d+,.* the proxy has \(5,"):
-        egress.check_patch(bundle.patch(whole, everything, []))
+        egress.check_patch(patch_of(whole, everything, []))
     for name, tensor in adapters.frozen_state(model).items():
         if ".mlp." in name or ".intermediate." in name:
             with pytest.raises(ModelError, match="the proxy has no such tensor"):

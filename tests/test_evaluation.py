@@ -15,7 +15,8 @@ from fedpft.data.batches import sample
 from fedpft.evaluation import Gap, evaluate, format_gaps, majority, measure_gap, score
 from fedpft.model.adapters import attach, extract, load
 from fedpft.model.architectures import ARCHITECTURES
-from fedpft.proxy.bundle import Selection, cut, select
+from fedpft.proxy.cut import cut
+from fedpft.proxy.selection import Selection, select
 from fedpft.seeding import derive_seed
 
 MATCHED = ((1, 1), (2, 2))

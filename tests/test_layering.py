@@ -29,7 +29,7 @@ BESIDE = {
 ORDER = {
     "data": ("rows", "images", "samples", "batches"),
     "model": ("architectures", "lora", "subffn", "loading", "compatibility", "adapters"),
-    "proxy": ("closed_form", "distillation", "bundle"),
+    "proxy": ("selection", "cut", "holdings", "closed_form", "distillation", "bundle"),
     "report": ("figures", "page"),
     "demo": ("corpora", "run"),
 }

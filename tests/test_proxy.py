@@ -19,23 +19,9 @@ from fedpft.model import adapters
 from fedpft.model.architectures import ARCHITECTURES, layer_outputs, layers_of, layers_path
 from fedpft.model.loading import load_model, load_processor
 from fedpft.model.subffn import sub_ffns
-from fedpft.proxy.bundle import (
-    PARTS,
-    Proxy,
-    Selection,
-    apply_patch,
-    check_finite,
-    cut,
-    load_proxy,
-    load_selection,
-    most_salient,
-    parameter_counts,
-    patch,
-    saliency,
-    save_bundle,
-    save_selection,
-    select,
-)
+from fedpft.proxy.bundle import Proxy, apply_patch, check_finite, load_proxy, patch, save_bundle
+from fedpft.proxy.cut import PARTS, cut, parameter_counts
+from fedpft.proxy.selection import Selection, load_selection, most_salient, saliency, save_selection, select
 
 FM = Callable[[str], Path]
 K = 24

@@ -24,7 +24,8 @@ from fedpft.demo.run import run_federation
 from fedpft.model import adapters, loading
 from fedpft.model.architectures import layers_of
 from fedpft.model.subffn import projections
-from fedpft.proxy.bundle import load_proxy, load_selection
+from fedpft.proxy.bundle import load_proxy
+from fedpft.proxy.selection import load_selection
 from fedpft.training import train_round
 
 SILOS = ("north", "south")

@@ -49,7 +49,9 @@ from fedpft.errors import (
 from fedpft.model import adapters
 from fedpft.model.subffn import sub_ffns
 from fedpft.provision import provision
-from fedpft.proxy.bundle import Proxy, cut, load_proxy, patch, save_bundle, select
+from fedpft.proxy.bundle import Proxy, load_proxy, patch, save_bundle
+from fedpft.proxy.cut import cut
+from fedpft.proxy.selection import select
 from fedpft.silo import __main__ as command
 from fedpft.silo import data as silo_data
 from fedpft.silo import run as silo_run

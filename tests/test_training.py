@@ -17,7 +17,8 @@ from fedpft.model import adapters
 from fedpft.model.adapters import attach, extract, frozen_state
 from fedpft.model.architectures import ARCHITECTURES
 from fedpft.model.subffn import sub_ffns
-from fedpft.proxy.bundle import Selection, cut, select
+from fedpft.proxy.cut import cut
+from fedpft.proxy.selection import Selection, select
 from fedpft.seeding import derive_seed
 from fedpft.training import LocalResult, train_round
 

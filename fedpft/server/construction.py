@@ -22,19 +22,11 @@ from fedpft.evaluation import Gap, measure_gap
 from fedpft.model import adapters, loading
 from fedpft.model.compatibility import check_travels, make_fit
 from fedpft.progress import progress
-from fedpft.proxy.bundle import (
-    Proxy,
-    Selection,
-    check_finite,
-    cut,
-    load_proxy,
-    load_selection,
-    save_bundle,
-    save_selection,
-    select,
-)
+from fedpft.proxy.bundle import Proxy, check_finite, load_proxy, save_bundle
+from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import layer_level
-from fedpft.server.holdings import check_holdings
+from fedpft.proxy.holdings import check_holdings
+from fedpft.proxy.selection import Selection, load_selection, save_selection, select
 from fedpft.server.identity import Contents, check_cut_from, check_unchanged, contents, proxy_files
 from fedpft.server.outbox import BUNDLE_SUFFIXES, sendable
 

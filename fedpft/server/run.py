@@ -19,9 +19,9 @@ from fedpft.digests import Digests
 from fedpft.errors import CheckpointError
 from fedpft.evaluation import Metrics, evaluate, majority
 from fedpft.model import adapters, loading
+from fedpft.proxy.holdings import format_holdings, holdings
 from fedpft.report.page import write_report
 from fedpft.server.construction import Built, Owner, Record, build_proxy, load_built, load_owner
-from fedpft.server.holdings import format_holdings, holdings
 from fedpft.server.identity import (
     ADAPTER_FILE,
     PATCH_FILE,

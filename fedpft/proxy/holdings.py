@@ -6,7 +6,8 @@ from torch import nn
 
 from fedpft.config import ProxySection
 from fedpft.errors import ModelError
-from fedpft.proxy.bundle import Selection, parameter_counts
+from fedpft.proxy.cut import parameter_counts
+from fedpft.proxy.selection import Selection
 
 
 def check_holdings(selection: Selection, settings: ProxySection) -> None:
