@@ -23,7 +23,7 @@ from fedpft.seeding import derive_seed
 
 @dataclass(frozen=True)
 class Enrolled:
-    """A silo announced itself, or asked for its next task."""
+    """A silo announced itself, or asked for its next assignment."""
 
     silo: str
 
@@ -196,7 +196,7 @@ class Aborted:
     reason: str
 
 
-Task = Train | Wait | Finished | Aborted
+Assignment = Train | Wait | Finished | Aborted
 
 
 class Phase(enum.Enum):
@@ -312,7 +312,7 @@ class Federation:
                 self.phase, self._end = Phase.OVER, Aborted(reason)
                 return []
 
-    def task(self, silo: str) -> Task:
+    def assignment(self, silo: str) -> Assignment:
         """What a silo should do now."""
         if self.phase is Phase.OVER:
             return self._end

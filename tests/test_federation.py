@@ -96,9 +96,9 @@ def test_too_few_silos_at_the_deadline_lose_the_quorum_by_name(min_silos):
 
 def test_a_round_ends_with_the_last_update():
     federation = training()
-    assert [federation.task(silo) for silo in SILOS] == [Train(1, 0)] * 3
+    assert [federation.assignment(silo) for silo in SILOS] == [Train(1, 0)] * 3
     assert federation.handle(UpdateArrived("south", 1, 0)) == [Accept("south")]
-    assert federation.task("south") == Wait()
+    assert federation.assignment("south") == Wait()
     assert federation.handle(UpdateArrived("north", 1, 0)) == [Accept("north")]
     assert federation.handle(UpdateArrived("east", 1, 0)) == [Accept("east"), Aggregate(1, SILOS)]
     assert federation.handle(RoundRequested(2)) == [StartRound(2, 0, SILOS)]
@@ -145,7 +145,7 @@ def test_a_failed_silo_is_out_of_the_round_and_back_in_the_next():
     assert federation.handle(SiloFailed("north", "NaN", 1)) == []
     assert type(refusal(federation.handle(UpdateArrived("north", 1, 0)))) is RoundOver
     assert federation.handle(Enrolled("north")) == []
-    assert federation.task("north") == Wait()
+    assert federation.assignment("north") == Wait()
     federation.handle(UpdateArrived("east", 1, 0))
     assert federation.handle(UpdateArrived("south", 1, 0))[-1] == Aggregate(1, ("east", "south"))
     assert federation.handle(RoundRequested(2)) == [StartRound(2, 0, SILOS)]
@@ -164,7 +164,7 @@ def test_a_failure_of_an_earlier_round_is_no_failure_of_this_one():
         federation.handle(UpdateArrived(silo, 1, 0))
     federation.handle(RoundRequested(2))
     assert federation.handle(SiloFailed("north", "NaN", 1)) == []
-    assert federation.task("north") == Train(2, 0)
+    assert federation.assignment("north") == Train(2, 0)
 
 
 def test_a_lost_quorum_names_each_silo_and_its_reason():
@@ -196,7 +196,7 @@ def test_a_silo_that_was_not_picked_takes_the_place_of_one_that_failed(event):
         event = SiloFailed(drawn[0], event.reason, event.round)
     silos = tuple(sorted(drawn[1:6]))
     assert federation.handle(event) == [Substitute(1, 0, silos, (drawn[5],))], "the next in the order of the draws"
-    assert federation.task(drawn[5]) == Train(1, 0)
+    assert federation.assignment(drawn[5]) == Train(1, 0)
     assert type(refusal(federation.handle(UpdateArrived(drawn[0], 1, 0)))) is RoundOver
     assert federation.handle(UpdateArrived(drawn[5], 1, 0)) == [Accept(drawn[5]), Aggregate(1, silos)]
     assert drawn[0] in started.silos
@@ -259,7 +259,7 @@ def test_with_a_lower_quorum_a_resumed_round_goes_on_without_the_silos_that_it_h
 def test_a_silo_that_was_lost_and_mended_is_waited_for_again():
     federation = resumed(["north"], min_silos=2)
     federation.handle(Enrolled("north"))
-    assert federation.task("north") == Train(1, 1)
+    assert federation.assignment("north") == Train(1, 1)
     federation.handle(RoundRequested(1))
     assert federation.handle(UpdateArrived("east", 1, 0)) == [Accept("east")]
     assert federation.handle(UpdateArrived("north", 1, 0))[-1] == Aggregate(1, SILOS)
@@ -295,7 +295,7 @@ def test_a_deadline_of_another_round_means_nothing():
 def test_an_update_of_a_silo_that_was_not_picked_is_refused():
     federation = training(sample_fraction=0.34)
     (left_out, *_) = federation.silos - federation.pending
-    assert federation.task(left_out) == Wait()
+    assert federation.assignment(left_out) == Wait()
     assert "not picked" in refusal(federation.handle(UpdateArrived(left_out, 1, 0))).message
 
 
@@ -304,8 +304,8 @@ def test_every_silo_hears_the_end():
     finished.handle(FinishRequested())
     aborted.handle(AbortRequested("the disk is full"))
     for silo in SILOS:
-        assert finished.task(silo) == Finished()
-        assert aborted.task(silo) == Aborted("the disk is full")
+        assert finished.assignment(silo) == Finished()
+        assert aborted.assignment(silo) == Aborted("the disk is full")
 
 
 def test_a_patch_during_a_round_is_a_programming_error():
@@ -330,8 +330,8 @@ def test_a_resumed_round_goes_on_without_enrolment_and_ends_as_it_would_have():
     federation.resume(
         StartRound(2, 1, SILOS), present=SILOS, counted={1: SILOS, 2: ["south"]}, proxy_version=1, aggregated=False
     )
-    assert federation.task("north") == Train(2, 1)
-    assert federation.task("south") == Wait()
+    assert federation.assignment("north") == Train(2, 1)
+    assert federation.assignment("south") == Wait()
     assert federation.handle(RoundRequested(2)) == [StartRound(2, 1, ("east", "north"))]
     assert federation.handle(UpdateArrived("north", 2, 1)) == [Accept("north")]
     assert federation.handle(UpdateArrived("south", 2, 1)) == [Duplicate("south")]
@@ -554,8 +554,8 @@ class AnyOrder(RuleBasedStateMachine):
             assert sorted(silo for group in groups for silo in group) == sorted(self.picked), "each silo is in one"
             assert federation.pending, "an open round waits for somebody"
             assert federation.pending <= federation.present
-            assert all(federation.task(silo) == Train(self.round, self.attempt) for silo in federation.pending)
-        assert all(federation.task(silo) == Wait() for silo in federation.silos - federation.pending)
+            assert all(federation.assignment(silo) == Train(self.round, self.attempt) for silo in federation.pending)
+        assert all(federation.assignment(silo) == Wait() for silo in federation.silos - federation.pending)
 
 
 AnyOrder.TestCase.settings = settings(deadline=None, max_examples=100, stateful_step_count=30)

@@ -191,7 +191,7 @@ def publish(server, tensors):
 
 
 def next_round(connection):
-    task = connection.next_task()
+    task = connection.next_assignment()
     assert task.WhichOneof("task") == "train"
     return task.train
 
@@ -208,7 +208,7 @@ def take_part(connection, value):
     """A silo without a model: what it does in each round is to send `value`. Returns what it saw."""
     enrolment = connection.enrol(int(value))
     seen = {"settings": enrolment.settings, "proxy": connection.fetch_proxy(enrolment), "patches": [], "adapters": []}
-    while (task := connection.next_task()).WhichOneof("task") == "train":
+    while (task := connection.next_assignment()).WhichOneof("task") == "train":
         train = task.train
         if train.proxy_version:
             seen["patches"].append(
@@ -293,7 +293,7 @@ def test_the_same_kit_from_another_work_directory_is_refused_and_the_first_notic
 ):
     server, address = start(federation={"silos": ("north",)})
     first = dial(address, "north")
-    polling = background(first.next_task)
+    polling = background(first.next_assignment)
     for _ in range(2):
         with pytest.raises(RefusedByServer, match="north takes part already, from another work directory") as caught:
             run(silo_config(tmp_path, address, "north", work=tmp_path / "second", data=rows(tmp_path)))
@@ -313,7 +313,7 @@ def test_a_silo_moves_to_another_work_directory_once_the_first_has_left(start, d
     first.leave()
     dial(address, "north", work=tmp_path / "second").enrol(9)
     assert server._inbox._samples["north"] == 9
-    for call in (first.next_task, lambda: submit(first, 1, result())):
+    for call in (first.next_assignment, lambda: submit(first, 1, result())):
         with pytest.raises(
             RefusedByServer, match="another process takes part as north now, with another work"
         ) as caught:
@@ -339,7 +339,7 @@ def test_of_two_copies_of_a_work_directory_the_older_process_is_told(start, dial
     shutil.copytree(tmp_path / "work-north", tmp_path / "copy")
     dial(address, "north", work=tmp_path / "copy")
     with pytest.raises(RefusedByServer, match="with a copy of this work directory"):
-        original.next_task()
+        original.next_assignment()
 
 
 def test_a_refused_update_that_cannot_be_deleted_is_refused_all_the_same(start, dial, background, monkeypatch):
@@ -390,7 +390,7 @@ def test_a_silo_that_has_not_enrolled_gets_nothing(start, dial):
     _, address = start()
     silo = dial(address, "north", enrol=False)
     proxy = pb.File(name="proxy.json", sha256=bytes(32), total_bytes=1)
-    for ask in (silo.next_task, lambda: fetch(silo, proxy, "adapter"), lambda: submit(silo, 1, result())):
+    for ask in (silo.next_assignment, lambda: fetch(silo, proxy, "adapter"), lambda: submit(silo, 1, result())):
         with pytest.raises(RefusedByServer, match="has not enrolled"):
             ask()
 
@@ -769,7 +769,7 @@ def test_a_silo_that_was_not_picked_takes_over_and_does_so_after_a_restart(
     server.wait_for_silos()
     (first,) = server._live._federation.pick(1)
     (second,) = silos.keys() - {first}
-    waiting = background(silos[second].next_task)
+    waiting = background(silos[second].next_assignment)
     outcome = background(run_round, server, 1)
     assert next_round(silos[first]).round == 1
     silos[first].leave() if failure == "it left" else server._live.handle(DeadlinePassed(1))
@@ -800,7 +800,7 @@ def test_a_server_that_goes_away_in_the_middle_is_unreachable(start, dial, monke
     monkeypatch.setattr(service, "CLOSING_SECONDS", 0.0)
     server.close()
     with pytest.raises(ServerUnreachable, match=r"did not answer for 0\.2 s \(connection refused\)"):
-        north.next_task()
+        north.next_assignment()
 
 
 def test_a_round_goes_on_after_a_restart_with_what_it_had(start, dial, background, monkeypatch):
@@ -841,7 +841,7 @@ def test_a_restart_between_rounds_waits_for_those_that_were_there(start, dial, b
     monkeypatch.setattr(service, "CLOSING_SECONDS", 0.0)
     server.close()
     again, _ = start(listen=address, federation={"silos": ("north", "south", "west")})
-    polls = [background(silo.next_task) for silo in silos[:2]]
+    polls = [background(silo.next_assignment) for silo in silos[:2]]
     again.wait_for_silos()
     outcome = background(run_round, again, 2)
     for silo, poll in zip(silos, polls, strict=False):
@@ -912,7 +912,7 @@ def test_a_torn_file_of_an_open_round_is_named(file, start, dial, background, mo
 
 def test_an_abort_reaches_the_silos_with_its_reason(start, dial, background):
     server, address = start(federation={"silos": ("north",)})
-    polling = background(dial(address, "north").next_task)
+    polling = background(dial(address, "north").next_assignment)
     server.wait_for_silos()
     server.abort("the disk at /srv/fed/out is full")
     assert polling.result().aborted.reason == "the disk at out is full"

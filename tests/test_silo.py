@@ -417,7 +417,7 @@ def test_a_server_that_forgot_the_silo_is_told_again(
     server.mischief[rpc] = [server.forget, well, server.forget]
     assert connection.fetch(file, tmp_path / "there").is_file()
     assert connection.submit(*offered)
-    assert connection.next_task().WhichOneof("task") == "finished"
+    assert connection.next_assignment().WhichOneof("task") == "finished"
     assert set(server.asked("Enrol")) == {7}
     assert len(server.asked("Enrol")) > 1
     assert server.updates[1][1] == offered[1].path.read_bytes()
@@ -427,7 +427,7 @@ def test_a_new_federation_is_not_this_one(connection: ServerConnection, server: 
     server.run_id = "second run"
     server.mischief["NextTask"] = [server.forget]
     with pytest.raises(RefusedByServer, match="began a new federation") as caught:
-        connection.next_task()
+        connection.next_assignment()
     assert caught.value.remedy.startswith("restart the silo")
 
 
@@ -435,10 +435,10 @@ def test_a_message_that_makes_no_sense_is_tried_again_but_not_for_ever(
     connection: ServerConnection, server: Server
 ) -> None:
     server.mischief["NextTask"] = [lambda context: context.abort(grpc.StatusCode.INTERNAL, "flipped bit")] * 2
-    assert connection.next_task().WhichOneof("task") == "finished"
+    assert connection.next_assignment().WhichOneof("task") == "finished"
     server.mischief["NextTask"] = [lambda context: context.abort(grpc.StatusCode.INTERNAL, "failed")] * 9
     with pytest.raises(RefusedByServer, match="INTERNAL: failed"):
-        connection.next_task()
+        connection.next_assignment()
 
 
 # --- sending ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from fedpft.federation import (
     Accept,
     Action,
     Aggregate,
+    Assignment,
     Begin,
     DeadlinePassed,
     Duplicate,
@@ -25,7 +26,6 @@ from fedpft.federation import (
     SiloFailed,
     StartRound,
     Substitute,
-    Task,
     UpdateArrived,
     Verdict,
     Wait,
@@ -50,7 +50,7 @@ class LiveFederation:
         lock = threading.RLock()
         self._changed = threading.Condition(lock)
         # A silo's thread is woken only when there is something for that silo: n silos would else wake n threads each.
-        self._tasks: dict[str, threading.Condition] = collections.defaultdict(lambda: threading.Condition(lock))
+        self._waiting: dict[str, threading.Condition] = collections.defaultdict(lambda: threading.Condition(lock))
         self._outcome: Aggregate | LoseQuorum | None = None
         self._picked: Callable[[StartRound | Substitute, Collection[str]], None] = lambda action, present: None
         self._substitutions = 0
@@ -82,8 +82,8 @@ class LiveFederation:
             news = self._federation.phase is not before or self._substitutions != substitutions
             if news or before is Phase.OVER:
                 self._changed.notify_all()
-                for silo, waiting in self._tasks.items():
-                    if self._federation.task(silo) != Wait():
+                for silo, waiting in self._waiting.items():
+                    if self._federation.assignment(silo) != Wait():
                         waiting.notify_all()
             return actions
 
@@ -179,19 +179,19 @@ class LiveFederation:
         with self._changed:
             return sorted(self._federation.failed)
 
-    def await_task(self, silo: str, timeout_seconds: float, listening: Callable[[], bool]) -> Task:
+    def await_assignment(self, silo: str, timeout_seconds: float, listening: Callable[[], bool]) -> Assignment:
         """Blocks until the silo has something to do, or no longer listens, or the time is over."""
         with self._changed:
             self.handle(Enrolled(silo))
-            self._tasks[silo].wait_for(
-                lambda: self._federation.task(silo) != Wait() or not listening(), timeout_seconds
+            self._waiting[silo].wait_for(
+                lambda: self._federation.assignment(silo) != Wait() or not listening(), timeout_seconds
             )
-            return self._federation.task(silo)
+            return self._federation.assignment(silo)
 
     def wake(self, silo: str) -> None:
-        """Lets the threads that wait for this silo's task look again."""
+        """Lets the threads that wait for this silo's assignment look again."""
         with self._changed:
-            self._tasks[silo].notify_all()
+            self._waiting[silo].notify_all()
 
     def judge(self, update: UpdateArrived) -> Verdict:
         """What `take` would answer now; changes nothing."""

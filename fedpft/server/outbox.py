@@ -60,7 +60,7 @@ class Outbox:
                 yield from file.frames(FetchFileResponse, offset, self._count)
                 self._sent(silo, file, offset)
                 return
-        raise RoundOver("no such file is offered now", "ask for the next task")
+        raise RoundOver("no such file is offered now", "ask for the next assignment")
 
     def _count(self, chunk_bytes: int) -> None:
         with self._lock:

@@ -45,7 +45,7 @@ class ReadyFrames(grpc.ServerInterceptor):  # type: ignore[misc]
 
 
 class FederationServicer:
-    """Every silo has a thread in here while it waits for its next task, and one more for a transfer."""
+    """Every silo has a thread in here while it waits for its next assignment, and one more for a transfer."""
 
     def __init__(
         self,
@@ -97,10 +97,10 @@ class FederationServicer:
         with self._answering(context):
             silo = self._enrolled(context)
             context.add_callback(lambda: self._live.wake(silo))
-            task = self._live.await_task(silo, POLL_SECONDS, context.is_active)
-            if isinstance(task, federation.Finished | federation.Aborted):
+            assignment = self._live.await_assignment(silo, POLL_SECONDS, context.is_active)
+            if isinstance(assignment, federation.Finished | federation.Aborted):
                 self._live.tell(silo)
-            match task:
+            match assignment:
                 case federation.Train(round, attempt):
                     return pb.NextTaskResponse(train=self._train(silo, round, attempt))
                 case federation.Wait():

@@ -165,13 +165,13 @@ class ServerConnection:
         )
         return path
 
-    def next_task(self) -> pb.NextTaskResponse:
+    def next_assignment(self) -> pb.NextTaskResponse:
         """Blocks until the server has something to say."""
         while True:
             request = pb.NextTaskRequest()
-            task: pb.NextTaskResponse = self._ask(self._stub.NextTask, request)
-            if task.WhichOneof("task") != "wait":
-                return task
+            assignment: pb.NextTaskResponse = self._ask(self._stub.NextTask, request)
+            if assignment.WhichOneof("task") != "wait":
+                return assignment
 
     def submit(self, update: pb.UpdateHeader, file: transfer.Payload) -> bool:
         """Sends a round's result: with the offer if it fits into a chunk, else from the byte that the server asks for.

@@ -146,57 +146,59 @@ class Participant:
     def take_part(self) -> None:
         """Does what the server asks until the federation is finished; RefusedByServer if it is broken off."""
         while True:
-            task = self._server.next_task()
-            match task.WhichOneof("task"):
+            assignment = self._server.next_assignment()
+            match assignment.WhichOneof("task"):
                 case "train":
                     try:
-                        self.do(task.train)
+                        self.do(assignment.train)
                     except RoundOver as error:
                         log.warning("%s: too late: %s", self.name, error.message)
                 case "finished":
                     return
                 case "aborted":
                     raise RefusedByServer(
-                        f"the server broke the federation off: {sanitised(task.aborted.reason)}",
+                        f"the server broke the federation off: {sanitised(assignment.aborted.reason)}",
                         "ask the server's operator when it starts again",
                     )
                 case other:
-                    raise RefusedByServer(f"the server set a task that this silo does not know ({other})", SAME_VERSION)
+                    raise RefusedByServer(
+                        f"the server gave an assignment that this silo does not know ({other})", SAME_VERSION
+                    )
 
-    def do(self, task: pb.Train) -> None:
+    def do(self, train: pb.Train) -> None:
         """One round; RoundOver if it ended before this silo was through."""
-        self.round = task.round
+        self.round = train.round
         self._look_at_data()
         update = self._work.update(self.config.share)
-        if update is None or not update.answers(task):
-            update = self.train(task)
-        counted_now = submit(self._server, self._work, update, attempt=task.attempt)
+        if update is None or not update.answers(train):
+            update = self.train(train)
+        counted_now = submit(self._server, self._work, update, attempt=train.attempt)
         log.info(
             "%s: round %d of %d: %s",
             self.name,
-            task.round,
+            train.round,
             self.settings.training.rounds,
             "sent" if counted_now else "the server had this update already",
         )
 
-    def train(self, task: pb.Train) -> Update:
+    def train(self, train: pb.Train) -> Update:
         """Trains on the round's adapter and version of the proxy; the update is in `work` afterwards."""
-        start = self._fetch(task)
+        start = self._fetch(train)
         adapters.load(self.proxy.model, read_tensors(start, "adapter"))
         result = train_round(
             self.proxy.model,
             self.dataset,
             self.settings,
             silo=self.name,
-            round=task.round,
+            round=train.round,
             compressed=self.proxy.compressed,
-            count_inactivity=task.count_inactivity and self.config.share.inactivity,
+            count_inactivity=train.count_inactivity and self.config.share.inactivity,
             limits=self.config.limits,
         )
         log.info(
             "%s: round %d of %d: loss %.4f, %d samples, %.1f s",
             self.name,
-            task.round,
+            train.round,
             self.settings.training.rounds,
             result.metrics["train_loss"],
             result.samples,
@@ -207,13 +209,13 @@ class Participant:
             result.adapter,
             read_tensors(start, "adapter"),
             self.settings.training.update_encoding,
-            self._work.residual(task.round),
+            self._work.residual(train.round),
         )
         if result.inactivity is not None:
             groups["inactivity"] = result.inactivity
         metrics = result.metrics | {"skipped_rows": self.dataset.skipped, "cut_texts": self.dataset.cut}
         shared: dict[str, float] = {name: metrics[name] for name in self.config.share.metrics}
-        return self._work.keep_update(task, groups, residual, samples=result.samples, metrics=shared)
+        return self._work.keep_update(train, groups, residual, samples=result.samples, metrics=shared)
 
     def _look_at_data(self) -> None:
         if (now := self._on_disk.changed()) is not None:
@@ -226,19 +228,19 @@ class Participant:
                 "data changed", round=self.round, sha256=now, before=self._on_disk.read, effect="at the next start"
             )
 
-    def _fetch(self, task: pb.Train) -> Path:
+    def _fetch(self, train: pb.Train) -> Path:
         """Brings the proxy to the round's version; returns the file of the round's adapter."""
-        if task.proxy_version < self.version:
+        if train.proxy_version < self.version:
             raise StaleProxy(
-                f"this silo has version {self.version} of the proxy, and round {task.round} is on {task.proxy_version}",
+                f"this silo has the proxy's version {self.version}, and round {train.round} is on {train.proxy_version}",
                 "restart the silo: it begins with version 0 again",
             )
-        wanted = [task.adapter]
-        if task.proxy_version > self.version:
-            wanted.append(task.patch if task.proxy_version == self.version + 1 else task.snapshot)
+        wanted = [train.adapter]
+        if train.proxy_version > self.version:
+            wanted.append(train.patch if train.proxy_version == self.version + 1 else train.snapshot)
         self._work.keep_received(wanted)
         start, *patches = [self._server.fetch(file, *self._work.received(file)) for file in wanted]
         for patch in patches:
             apply_patch(self.proxy.model, read_tensors(patch, "patch"))
-            self.version = task.proxy_version
+            self.version = train.proxy_version
         return start

@@ -72,12 +72,12 @@ class Update(_Record):
     sha256: str
     counted: bool = False
 
-    def answers(self, task: pb.Train) -> bool:
+    def answers(self, train: pb.Train) -> bool:
         """Whether training in this round would give the same update once more."""
         return (self.round, self.proxy_version, self.start) == (
-            task.round,
-            task.proxy_version,
-            task.adapter.sha256.hex(),
+            train.round,
+            train.proxy_version,
+            train.adapter.sha256.hex(),
         )
 
 
@@ -163,7 +163,7 @@ class Work:
 
     def keep_update(
         self,
-        task: pb.Train,
+        train: pb.Train,
         groups: Mapping[Group, Mapping[str, Tensor]],
         residual: Mapping[str, Tensor],
         *,
@@ -177,9 +177,9 @@ class Work:
         write_tensors(self.update_path, groups)
         self._update_file = transfer.payload(self.update_path)
         update = Update(
-            round=task.round,
-            proxy_version=task.proxy_version,
-            start=task.adapter.sha256.hex(),
+            round=train.round,
+            proxy_version=train.proxy_version,
+            start=train.adapter.sha256.hex(),
             samples=samples,
             metrics=metrics,
             sha256=self._update_file.sha256.hex(),
