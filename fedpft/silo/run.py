@@ -232,7 +232,7 @@ class Participant:
         """Brings the proxy to the round's version; returns the file of the round's adapter."""
         if train.proxy_version < self.version:
             raise StaleProxy(
-                f"this silo has the proxy's version {self.version}, and round {train.round} is on {train.proxy_version}",
+                f"this silo has version {self.version} of the proxy, round {train.round} is on {train.proxy_version}",
                 "restart the silo: it begins with version 0 again",
             )
         wanted = [train.adapter]
