@@ -321,14 +321,14 @@ def silo_federation(address: str, kit: str, work: str, adapter: int, seed: int, 
         server.fetch_proxy(enrolment)
         proxy_seconds = time.perf_counter() - begun
         yield proxy_seconds
-        while (task := server.next_task()).WhichOneof("task") == "train":
+        while (assignment := server.next_assignment()).WhichOneof("task") == "train":
             begun = time.perf_counter()
-            server.fetch(task.train.adapter, config.work / "received")
+            server.fetch(assignment.train.adapter, config.work / "received")
             fetched = time.perf_counter()
             if steps:
                 yield
             header = pb.UpdateHeader(
-                round=task.train.round, attempt=task.train.attempt, samples=SAMPLES, file=file.announcement()
+                round=assignment.train.round, attempt=task.train.attempt, samples=SAMPLES, file=file.announcement()
             )
             sent = time.perf_counter()
             server.submit(header, file)
