@@ -328,7 +328,10 @@ def silo_federation(address: str, kit: str, work: str, adapter: int, seed: int, 
             if steps:
                 yield
             header = pb.UpdateHeader(
-                round=assignment.train.round, attempt=task.train.attempt, samples=SAMPLES, file=file.announcement()
+                round=assignment.train.round,
+                attempt=assignment.train.attempt,
+                samples=SAMPLES,
+                file=file.announcement(),
             )
             sent = time.perf_counter()
             server.submit(header, file)
