@@ -103,6 +103,10 @@ class CheckpointError(FedPFTError):
     exit_code = 14
 
 
+class LedgerUnusable(CheckpointError):
+    """The ledger cannot be read or written now; once its disk is mended the run goes on."""
+
+
 class InternalFault(FedPFTError):
     """An exception that fedpft did not foresee; its traceback is in the file that is named."""
 

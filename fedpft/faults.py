@@ -66,7 +66,7 @@ def explained(error: Exception, directory: Path | None = None, key: str = "") ->
     if isinstance(error, FedPFTError):
         return error
     number, place = _number(error), getattr(error, "filename", None) or directory or "the disk"
-    if number in DISK_FAULTS:
+    if is_of_the_disk(error):
         return FedPFTError(
             f"{place}: {os.strerror(number).lower()}",
             "make room there, or make it writable, and start the same command again: it goes on from there",
@@ -83,6 +83,11 @@ def explained(error: Exception, directory: Path | None = None, key: str = "") ->
         f"a fault of fedpft itself: {type(error).__name__}; {kept}",
         "look into it for a cause on this machine; if there is none, report it, without lines that hold your data",
     )
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether a disk is full, or was not to be used: once it is mended, the same command goes on."""
+    return _number(error) in DISK_FAULTS
 
 
 def is_out_of_memory(error: BaseException) -> bool:

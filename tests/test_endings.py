@@ -1,7 +1,9 @@
 """A server and its silo in one process, and what each does when something breaks in the other, or in itself."""
 
 import contextlib
+import errno
 import logging
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +15,15 @@ import torch
 
 from fedpft import audit
 from fedpft.config import ServerConfig, SiloConfig
-from fedpft.errors import ConfigError, InternalFault, OutOfMemory, QuorumLost, RefusedByServer
+from fedpft.errors import (
+    ConfigError,
+    FedPFTError,
+    InternalFault,
+    LedgerUnusable,
+    OutOfMemory,
+    QuorumLost,
+    RefusedByServer,
+)
 from fedpft.server import run as server_run
 from fedpft.server import service
 from fedpft.server.run import run
@@ -138,6 +148,30 @@ def test_whatever_fails_at_the_server_is_one_line_a_file_and_is_told_to_the_silo
     assert SECRET not in str(caught.value)
     if isinstance(error, MemoryError):
         assert "distillation.batch" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1),
+        (LedgerUnusable("the ledger cannot be written", "make room"), 14),
+    ],
+    ids=["disk", "ledger"],
+)
+def test_silos_wait_for_a_server_whose_disk_is_full(
+    error: Exception, exit_code: int, config: ServerConfig, background: Background, tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fedpft.server.rounds.aggregate", failing(error))
+            outcome, address = background.start(config)
+            waiting = pool.submit(silo_run.run, silo(tmp_path, address, connect_timeout_seconds=LONG_SECONDS))
+            with pytest.raises(FedPFTError) as caught:
+                outcome.result(LONG_SECONDS)
+            assert caught.value.exit_code == exit_code
+        outcome, _ = background.start(config.model_copy(update={"listen": address}))
+        assert waiting.result(LONG_SECONDS) is None, "the same process goes on to the end"
+        outcome.result(LONG_SECONDS)
 
 
 def test_what_fails_in_the_farewell_does_not_hide_what_failed_before(

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpft import atomic, faults
-from fedpft.errors import CheckpointError, ConfigError
+from fedpft.errors import CheckpointError, ConfigError, LedgerUnusable
 from fedpft.wire.transfer import Payload, payload
 
 FORMAT = "2"
@@ -358,7 +358,9 @@ def _explaining(path: Path, what: str) -> Iterator[None]:
     except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
         raise  # of this code's own making
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be {what} ({error})", _remedy(error)) from None
+        remedy = _remedy(error)
+        kind = CheckpointError if remedy == RESTORE else LedgerUnusable
+        raise kind(f"{path}: cannot be {what} ({error})", remedy) from None
 
 
 def _remedy(error: Exception) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from fedpft import faults
 from fedpft.config import RoundSettings, ServerConfig
 from fedpft.data.batches import sample
-from fedpft.errors import QuorumLost
+from fedpft.errors import LedgerUnusable, QuorumLost
 from fedpft.evaluation import Gap, evaluate
 from fedpft.model import adapters
 from fedpft.model.adapters import Adapter
@@ -70,7 +70,8 @@ class Rounds:
         """Runs what is left of the rounds, and tells the silos that it is over; returns the last adapter.
 
         Raises:
-            KeyboardInterrupt, QuorumLost: the silos are not told, because the run can be gone on with.
+            KeyboardInterrupt, QuorumLost, LedgerUnusable, OSError of a disk: the silos are not told, because the run
+                can be gone on with: they keep trying to reach the server.
         """
         try:
             self._server.start()
@@ -89,14 +90,14 @@ class Rounds:
                 self._round(number)
             self._server.close_round()
             self._server.finish()
-        except (KeyboardInterrupt, QuorumLost):
-            log.warning(
-                "stopped with %d of %d rounds closed; the same command goes on from there", len(self.closed), total
-            )
-            raise
         except BaseException as error:
-            with faults.tidying("the silos' farewell"):
-                self._server.abort(f"the server stopped: {type(error).__name__}")
+            if isinstance(error, KeyboardInterrupt | QuorumLost | LedgerUnusable) or faults.is_of_the_disk(error):
+                log.warning(
+                    "stopped with %d of %d rounds closed; the same command goes on from there", len(self.closed), total
+                )
+            else:
+                with faults.tidying("the silos' farewell"):
+                    self._server.abort(f"the server stopped: {type(error).__name__}")
             raise
 
     def _restore(self) -> None:

@@ -193,7 +193,7 @@ class FederationServicer:
             try:
                 yield
             except (CheckpointError, OSError) as error:
-                if isinstance(error, OSError) and error.errno not in faults.DISK_FAULTS:
+                if isinstance(error, OSError) and not faults.is_of_the_disk(error):
                     raise
                 log.error("the server ends: %s", error)
                 self._live.break_off(error)
