@@ -189,8 +189,8 @@ def test_the_data_of_the_server_and_of_each_silo_is_counted_as_far_as_it_is_shar
     assert rows == [
         ["public data", "4\u2009000", "0", "31"],
         ["test data", "900", "0", "0"],
-        ["silo &lt;north&gt;, a round", "77", "3", "5"],
-        ["silo south, a round", "1\u2009234", "-", "-"],
+        ["silo &lt;north&gt;", "77", "3", "5"],
+        ["silo south", "1\u2009234", "-", "-"],
     ]
 
 

@@ -78,9 +78,9 @@ def _metric_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The server's files and each silo's, as far as it shares that; of a silo the samples of a round."""
+    """The server's files and each silo's, as far as it shares that."""
     told = {SERVER_DATA.get(name, name): {"skipped_rows": 0} | found for name, found in data.get("server", {}).items()}
-    told |= {f"silo {name}, a round": found for name, found in sorted(data.get("silos", {}).items())}
+    told |= {f"silo {name}": found for name, found in sorted(data.get("silos", {}).items())}
     keys = ("samples", "skipped_rows", "cut_texts")
     return [(name, *(_count(found[key]) if key in found else "-" for key in keys)) for name, found in told.items()]
 

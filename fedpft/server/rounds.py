@@ -215,8 +215,10 @@ class Rounds:
             return {name: evaluate(model, test, section.batch, chosen).accuracy for name, model in models.items()}
 
     def silos_data(self) -> dict[str, dict[str, int]]:
-        """What each silo told of its data with its last update: samples of that round, and COUNTS if it shares them."""
-        return {silo: told for closed in self.closed for silo, told in closed["data"].items()}
+        """What each silo told of its data: the samples that it enrolled with, at most, and COUNTS if it shares them."""
+        told = {silo: counts for closed in self.closed for silo, counts in closed["data"].items()}
+        enrolled = {entry["silo"]: entry["samples"] for entry in self.ledger.recorded("enrolled")}
+        return {silo: counts | {"samples": enrolled[silo]} for silo, counts in told.items() if silo in enrolled}
 
     def traffic(self) -> dict[str, int]:
         """Payload bytes of the run; what a killed process moved since its last closed round is not in it."""
@@ -241,4 +243,4 @@ def _train_loss(updates: Sequence[Update]) -> float | None:
 
 
 def _told(update: Update) -> dict[str, int]:
-    return {"samples": update.samples} | {name: int(update.metrics[name]) for name in COUNTS & update.metrics.keys()}
+    return {name: int(update.metrics[name]) for name in sorted(COUNTS & update.metrics.keys())}
