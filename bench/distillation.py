@@ -50,10 +50,10 @@ def main() -> None:
             concentration=1.0,
             seed=seed,
         )
-        public, labels = read_unlabelled(data.public, ColumnsSection(), TASK), read_label_list(data.labels)
+        public, labels = read_unlabelled(data.public, ColumnsSection(), "text"), read_label_list(data.labels)
     processor = loading.load_processor(corpora.model_directory(), TASK)
     held_out, seen = (
-        encode(replace(public, inputs=public.inputs[part], lines=public.lines[part]), processor, TASK, max_tokens)
+        encode(replace(public, inputs=public.inputs[part], lines=public.lines[part]), processor, "text", max_tokens)
         for part in (slice(HELD_OUT), slice(HELD_OUT, None))  # the demo's data is in random order
     )
     model = loading.load_model(corpora.model_directory(), TASK, labels, seed=seed)

@@ -279,8 +279,8 @@ def _newsgroups(case: Case, processor: Any) -> EncodedDataset:
             seed=SEED,
         )
         labels = read_label_list(data.labels)
-        samples = read_labelled(data.silos[SILO], ColumnsSection(), TASK, labels)
-    return encode(samples, processor, TASK, case.max_tokens)
+        samples = read_labelled(data.silos[SILO], ColumnsSection(), "text", labels)
+    return encode(samples, processor, "text", case.max_tokens)
 
 
 def _synthetic(case: Case) -> EncodedDataset:

@@ -22,7 +22,7 @@ LARGEST = 1_000_000_000  # of any number of things, or of seconds
 MOST_THREADS = 1024
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
-Task = Literal["sequence-classification", "image-classification"]
+TaskName = Literal["sequence-classification", "image-classification"]
 BadRows = Literal["refuse", "skip"]
 
 
@@ -58,7 +58,7 @@ class ModelSection(Section):
     path: Path = Field(
         description="Directory of the FM as `transformers` saves it: config.json, safetensors, tokenizer."
     )
-    task: Task = Field("sequence-classification", description="What the silos' labels are for.")
+    task: TaskName = Field("sequence-classification", description="What the silos' labels are for.")
     labels: Path = Field(description="Text file with one label a line; the order gives the class indices.")
     max_tokens: int = Field(64, ge=1, description="Texts are cut after this many tokens. No meaning for images.")
 

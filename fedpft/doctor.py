@@ -40,6 +40,7 @@ from fedpft.server.run import VERSIONED
 from fedpft.silo import data
 from fedpft.silo.ondisk import data_now
 from fedpft.silo.work import Work
+from fedpft.tasks import TASKS
 from fedpft.wire.certificates import Kit, Role, exposure, read_kit, read_revoked
 from fedpft.wire.channel import check_listen
 from fedpft.wire.hello import Greeting, Terms, greet
@@ -231,7 +232,7 @@ def _silo_data(config: SiloConfig, terms: Terms | None) -> str:
         return f"{config.data.path}: {usable} labelled rows; the server did not say which labels there are"
     samples = data.fit(examination, config, terms)
     found = f"{config.data.path}: {len(samples)} labelled rows of {len(terms.labels)} labels"
-    if terms.task == "sequence-classification":
+    if TASKS[terms.task].has_tokens:
         found += f"; {data.describe_lengths(config, samples, terms)}"
     return _unless_warned(found, samples)
 
@@ -333,15 +334,15 @@ def _proxy(config: ServerConfig, fm: nn.Module) -> str:
 
 def _server_data(config: ServerConfig, labels: tuple[str, ...] | None, processor: Any) -> str:
     """As far as label list and tokenizer are in order, which are other checks' findings."""
-    section, encoding = config.model, config.encoding
-    files = [read_unlabelled(config.public_data, config.columns, section.task, encoding)]
+    section, encoding, task = config.model, config.encoding, TASKS[config.model.task]
+    files = [read_unlabelled(config.public_data, config.columns, task.kind, encoding)]
     if config.test_data is not None and labels is not None:
-        files.append(read_labelled(config.test_data, config.columns, section.task, labels, encoding))
+        files.append(read_labelled(config.test_data, config.columns, task.kind, labels, encoding))
     found = [f"{samples.path}: {len(samples)} rows" for samples in files]
-    if section.task == "sequence-classification" and processor is not None:
+    if task.has_tokens and processor is not None:
         longest = section.max_tokens
         for samples in files:
-            cut = encode(samples, processor, section.task, longest).cut
+            cut = encode(samples, processor, task.kind, longest).cut
             found.append(describe_cut(samples.path.name, len(samples), cut, longest))
     return _unless_warned("; ".join(found), *files)
 

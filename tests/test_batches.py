@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedpft.config import Task
 from fedpft.data.batches import (
     EncodedDataset,
     batches,
@@ -24,11 +23,11 @@ from fedpft.data.batches import (
     sample,
     training_order,
 )
-from fedpft.data.samples import Samples
+from fedpft.data.samples import Kind, Samples
 from fedpft.errors import DataError, ModelError
 
-TEXT: Task = "sequence-classification"
-IMAGE: Task = "image-classification"
+TEXT: Kind = "text"
+IMAGE: Kind = "image"
 
 
 class WordTokenizer:

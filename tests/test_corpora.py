@@ -53,9 +53,9 @@ def test_every_party_gets_what_it_should(tmp_path: Path, corpus: Path) -> None:
     data = prepared(tmp_path / "demo")
     labels = read_label_list(data.labels)
     assert labels == ("acq", "earn")
-    of_silos = [read_labelled(path, COLUMNS, "sequence-classification", labels).inputs for path in data.silos.values()]
-    test = read_labelled(data.test, COLUMNS, "sequence-classification", labels).inputs
-    public = read_unlabelled(data.public, COLUMNS, "sequence-classification").inputs
+    of_silos = [read_labelled(path, COLUMNS, "text", labels).inputs for path in data.silos.values()]
+    test = read_labelled(data.test, COLUMNS, "text", labels).inputs
+    public = read_unlabelled(data.public, COLUMNS, "text").inputs
     assert (sum(map(len, of_silos)), len(test), len(public)) == (30, 20, 25)
     assert all(of_silos)
     everything = [*sum(of_silos, []), *test, *public]  # noqa: RUF017
@@ -126,7 +126,7 @@ def test_the_installed_corpora_are_read(tmp_path: Path, corpus_name: corpora.Cor
     data = prepare(tmp_path, corpus=corpus_name, silos=["north", "south"], seed=0, **SIZES)
     labels = read_label_list(data.labels)
     assert len(labels) == {"20newsgroups": 20, "r8": 8}[corpus_name]
-    assert len(read_labelled(data.test, COLUMNS, "sequence-classification", labels)) == 20
+    assert len(read_labelled(data.test, COLUMNS, "text", labels)) == 20
 
 
 def test_the_installed_model_is_found() -> None:
@@ -138,9 +138,9 @@ def test_digits_become_image_files(tmp_path: Path) -> None:
     data = prepare_digits(tmp_path, silos=["north", "south"], concentration=1.0, seed=3, **sizes)
     labels = read_label_list(data.labels)
     assert labels == tuple("0123456789")
-    silos = [read_labelled(path, COLUMNS, "image-classification", labels) for path in data.silos.values()]
-    test = read_labelled(data.test, COLUMNS, "image-classification", labels)
-    public = read_unlabelled(data.public, COLUMNS, "image-classification").inputs
+    silos = [read_labelled(path, COLUMNS, "image", labels) for path in data.silos.values()]
+    test = read_labelled(data.test, COLUMNS, "image", labels)
+    public = read_unlabelled(data.public, COLUMNS, "image").inputs
     numbers = [Path(image).name for image in [*sum((s.inputs for s in silos), []), *test.inputs, *public]]  # noqa: RUF017
     assert len(set(numbers)) == len(numbers) == 62
     for name, samples in zip(data.silos, silos, strict=True):

@@ -3,8 +3,12 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from fedpft.config import TaskName
+from fedpft.tasks import TASKS
 
 PACKAGE = Path(__file__).parents[1] / "fedpft"
 
@@ -12,6 +16,7 @@ ROWS: list[set[str]] = [
     {"errors", "faults", "atomic", "progress"},
     {"config", "seeding", "command", "audit", "finite", "digests", "machine"},
     {"kernels", "federation", "aggregation", "data"},
+    {"tasks"},
     {"model"},
     {"proxy", "training", "evaluation"},
     {"report", "wire"},
@@ -28,6 +33,7 @@ BESIDE = {
 # The files of a room, each of which imports of its own room only files that stand before it.
 ORDER = {
     "data": ("rows", "images", "samples", "batches"),
+    "tasks": ("task", "sequence_classification", "image_classification"),
     "model": ("architectures", "lora", "subffn", "loading", "compatibility", "adapters"),
     "proxy": ("selection", "cut", "holdings", "closed_form", "distillation", "bundle"),
     "report": ("figures", "page"),
@@ -111,13 +117,12 @@ def test_rooms_import_only_rooms_above_them() -> None:
 
 @pytest.mark.parametrize("room", ORDER)
 def test_files_of_a_room_import_only_those_before_them(room: str) -> None:
-    order = ORDER[room]
-    assert {path.stem for path in (PACKAGE / room).glob("*.py")} == {*order, "__init__"}
+    order = (*ORDER[room], "__init__")
+    assert {path.stem for path in (PACKAGE / room).glob("*.py")} == set(order)
     wrong = []
     for importer, (file, line, name) in IMPORTS:
         of, _, other = name.removeprefix("fedpft.").partition(".")
-        mine = order[: order.index(Path(file).stem)] if importer == room and Path(file).stem in order else ()
-        if importer == room == of and other.partition(".")[0] not in mine:
+        if importer == room == of and other.partition(".")[0] not in order[: order.index(Path(file).stem)]:
             wrong.append(f"{file}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
 
@@ -175,3 +180,13 @@ def test_the_walk_sees_every_form_of_import(tmp_path: Path) -> None:
     assert not allowed("training", "proxy")
     assert allowed("training", "data")
     assert allowed("server", "wire")
+
+
+def test_only_the_room_of_tasks_compares_a_tasks_name() -> None:
+    names = get_args(TaskName)
+    assert TASKS.keys() == set(names)
+    wrong = []
+    for path in FILES:
+        if "tasks" not in path.parts and path.name != "config.py":
+            wrong += [f"{path}: {name}" for name in names if f'"{name}"' in path.read_text(encoding="utf-8")]
+    assert not wrong, "\n".join(wrong)

@@ -90,8 +90,8 @@ def test_federation_of_one_silo_equals_local_training_bit_for_bit(digits: Digits
     run_federation(tmp_path, settings, {"north": silo_settings(digits, "north")})
 
     proxy = load_proxy(tmp_path / "out" / "proxy" / "bundle")
-    samples = read_labelled(digits[1].silos["north"], ColumnsSection(), "image-classification", proxy.labels)
-    dataset = batches.encode(samples, proxy.processor, "image-classification", 1)
+    samples = read_labelled(digits[1].silos["north"], ColumnsSection(), "image", proxy.labels)
+    dataset = batches.encode(samples, proxy.processor, "image", 1)
     rounds = RoundSettings(seed=3, adapter=settings["adapter"], training=settings["training"], inactive_below=0.01)
     adapters.attach(proxy.model, rounds.adapter, seed=3)
     threads = torch.get_num_threads()

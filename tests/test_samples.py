@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fedpft.config import ColumnsSection, Task
+from fedpft.config import ColumnsSection
 from fedpft.data.rows import alike
-from fedpft.data.samples import Examination, Samples, read_label_list, read_labelled, read_unlabelled
+from fedpft.data.samples import Examination, Kind, Samples, read_label_list, read_labelled, read_unlabelled
 from fedpft.errors import DataError
 
 COLUMNS = ColumnsSection()
-TEXT: Task = "sequence-classification"
-IMAGE: Task = "image-classification"
+TEXT: Kind = "text"
+IMAGE: Kind = "image"
 LABELS = ("sport", "science")
 
 
@@ -414,7 +414,7 @@ def test_a_row_whose_quotes_are_wrong_is_one_row_unless_it_may_have_swallowed_ot
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_the_columns_say_what_the_samples_are(name: str, tmp_path: Path) -> None:
-    def found(*columns: str) -> Task | None:
+    def found(*columns: str) -> Kind | None:
         Image.new("L", (4, 4)).save(tmp_path / "x.png")
         row = dict.fromkeys(columns, "x.png")
         lines = [str(row).replace("'", '"')] if name.endswith("jsonl") else [",".join(columns), ",".join(row.values())]
@@ -422,7 +422,7 @@ def test_the_columns_say_what_the_samples_are(name: str, tmp_path: Path) -> None
         examination = Examination(path, COLUMNS, None, labelled=True)
         if (fault := examination.fault()) is not None:
             raise fault
-        return examination.task
+        return examination.kind
 
     assert found("text", "label") == TEXT
     assert found("label", "image", "more") == IMAGE

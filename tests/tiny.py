@@ -13,7 +13,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from fedpft.config import Task
+from fedpft.config import TaskName
 from fedpft.data.batches import EncodedDataset, ImageDataset, TextDataset
 
 D, F, L = 32, 64, 4
@@ -38,7 +38,7 @@ CONFIGS: dict[str, Any] = {
     ),
     "llama": lambda: transformers.LlamaConfig(**_COMMON, **_TEXT, intermediate_size=F, num_key_value_heads=2),
 }
-AUTO: dict[Task, Any] = {
+AUTO: dict[TaskName, Any] = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
     "image-classification": transformers.AutoModelForImageClassification,
 }
@@ -78,7 +78,7 @@ NAMES = {
 }
 
 
-def task_of(model_type: str) -> Task:
+def task_of(model_type: str) -> TaskName:
     return "image-classification" if model_type in ("vit", "dinov2") else "sequence-classification"
 
 

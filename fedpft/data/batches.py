@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpft.config import BadRows, Task
+from fedpft.config import BadRows
 from fedpft.data.images import open_image
 from fedpft.data.rows import RowFaults, shown
-from fedpft.data.samples import Samples
+from fedpft.data.samples import Kind, Samples
 from fedpft.errors import DataError, ModelError
 from fedpft.seeding import derive_seed
 
@@ -94,7 +94,7 @@ class ImageDataset(EncodedDataset):
 def encode(
     samples: Samples,
     processor: Any,
-    task: Task,
+    kind: Kind,
     max_tokens: int,
     *,
     bad_rows: BadRows = "refuse",
@@ -111,7 +111,7 @@ def encode(
         DataError: texts without a token, or an image that has changed since it was looked at.
         ModelError: a tokenizer without a padding token.
     """
-    if task == "image-classification":
+    if kind == "image":
         dataset: EncodedDataset = ImageDataset(_pixel_values(samples.inputs, processor), samples.labels)
         dataset.skipped = samples.skipped
         return dataset

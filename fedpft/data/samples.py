@@ -12,16 +12,18 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fedpft.config import BadRows, ColumnsSection, Task
+from fedpft.config import BadRows, ColumnsSection
 from fedpft.data.images import describe_dim, open_image
 from fedpft.data.rows import RowFaults, alike, closest, is_blank, listed, read_rows, read_text, shown, unusable
 from fedpft.errors import DataError
 
-ROLES: dict[Task, str] = {"sequence-classification": "text", "image-classification": "image"}
+Kind = Literal["text", "image"]  # of an input; also the key under `columns` of its column
+KINDS: tuple[Kind, ...] = get_args(Kind)
 DECIMAL = re.compile(r"([+-]?\d+)[.,]0+")  # a whole number as a spreadsheet or a data frame may have written it
 
 
@@ -50,22 +52,22 @@ class Samples:
 
 
 class Examination:
-    """A data file that has been read, and is looked at the closer the more is known of the task.
+    """A data file that has been read, and is looked at the closer the more is known.
 
-    task: as given; if it was not, what the columns say, and None if they fit every task.
+    kind: as given; if it was not, what the columns say, and None if they fit both.
     rows: that it has, good and bad.
     faults: of its rows, as far as they are known.
     """
 
     def __init__(
-        self, path: Path, columns: ColumnsSection, task: Task | None, *, labelled: bool, encoding: str | None = None
+        self, path: Path, columns: ColumnsSection, kind: Kind | None, *, labelled: bool, encoding: str | None = None
     ) -> None:
-        """Reads the file, and looks at its texts or images unless the task is open.
+        """Reads the file, and looks at its texts or images unless the kind is open.
 
         Args:
             path: CSV, TSV or the like, or .jsonl.
             columns: which columns hold what.
-            task: decides between texts and images; None: the columns decide.
+            kind: whether it holds texts or images; None: the columns decide.
             labelled: whether there is a label column; if not, it is not looked at.
             encoding: of the file, as of :func:`read_text`.
 
@@ -73,25 +75,25 @@ class Examination:
             DataError: the file as a whole cannot be used.
         """
         self.path, self._warnings = path, list[str]()
-        inputs = {role: getattr(columns, role) for each, role in ROLES.items() if task in (None, each)}
+        inputs: dict[str, str] = {each: getattr(columns, each) for each in KINDS if kind in (None, each)}
         wanted = {"label": columns.label} if labelled else {}
-        if task is not None:
+        if kind is not None:
             wanted, inputs = {**inputs, **wanted}, {}
         table = read_rows(path, wanted, any_of=inputs, encoding=encoding)
         self.faults, self.rows = table.faults, len(table.rows) + len(table.faults)
-        there = [each for each, role in ROLES.items() if role in table.roles]
-        self.task = there[0] if len(there) == 1 else None
+        there = [each for each in KINDS if each in table.roles]
+        self.kind = there[0] if len(there) == 1 else None
         values = {role: [row[number] for _, row in table.rows] for number, role in enumerate(table.roles)}
         self._lines = [line for line, _ in table.rows]
         self._labels = [name.strip() for name in values.get("label", [])]
         self._classes: list[int] | None = None
         for line, name in zip(self._lines, self._labels, strict=False):
             self._check_label(line, name)
-        self._inputs: list[str] = [] if self.task is None else values[ROLES[self.task]]
-        if self.task == "sequence-classification":
+        self._inputs: list[str] = [] if self.kind is None else values[self.kind]
+        if self.kind == "text":
             for line, text in zip(self._lines, self._inputs, strict=True):
                 self._check_text(line, text)
-        elif self.task == "image-classification":
+        elif self.kind == "image":
             self._inputs = self._check_images(self._inputs)
 
     def resolve(self, labels: Sequence[str]) -> None:
@@ -119,7 +121,7 @@ class Examination:
         return self.faults.error(self.rows, way_out if len(self.faults) < self.rows else "")
 
     def samples(self, bad_rows: BadRows = "refuse", way_out: str = "") -> Samples:
-        """The samples that can be used, of a task that is known; raises what :meth:`fault` returns."""
+        """The samples that can be used, of a kind that is known; raises what :meth:`fault` returns."""
         if (fault := self.fault(bad_rows, way_out)) is not None:
             raise fault
         kept = [number for number, line in enumerate(self._lines) if line not in self.faults]
@@ -183,17 +185,17 @@ def _existing(directory: Path, name: str) -> Path | None:
 
 
 def read_labelled(
-    path: Path, columns: ColumnsSection, task: Task, labels: Sequence[str], encoding: str | None = None
+    path: Path, columns: ColumnsSection, kind: Kind, labels: Sequence[str], encoding: str | None = None
 ) -> Samples:
     """Reads a labelled data file of which every row has to be in order; arguments and errors as of Examination."""
-    examination = Examination(path, columns, task, labelled=True, encoding=encoding)
+    examination = Examination(path, columns, kind, labelled=True, encoding=encoding)
     examination.resolve(labels)
     return examination.samples()
 
 
-def read_unlabelled(path: Path, columns: ColumnsSection, task: Task, encoding: str | None = None) -> Samples:
+def read_unlabelled(path: Path, columns: ColumnsSection, kind: Kind, encoding: str | None = None) -> Samples:
     """Reads the texts or image paths of a public corpus; a label column is not looked at. Raises as read_labelled."""
-    return Examination(path, columns, task, labelled=False, encoding=encoding).samples()
+    return Examination(path, columns, kind, labelled=False, encoding=encoding).samples()
 
 
 def image_paths(path: Path, columns: ColumnsSection, encoding: str | None = None) -> list[Path]:

@@ -19,16 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft.config import AdapterSection, Task
+from fedpft.config import AdapterSection, TaskName
 from fedpft.errors import InvalidUpdate, ModelError
 from fedpft.finite import is_finite
 from fedpft.model.architectures import architecture_of, head_of, in_head, layers_of, layers_path
 from fedpft.model.lora import lora_linear
 from fedpft.seeding import derive_seed
+from fedpft.tasks import TASKS
 
 Adapter = dict[str, Tensor]
-
-PEFT_TASKS: dict[Task, str] = {"sequence-classification": "SEQ_CLS"}
 
 _CARD = """\
 ---
@@ -163,7 +162,7 @@ def frozen_state(model: nn.Module) -> dict[str, Tensor]:
     return {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}
 
 
-def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, base: str, task: Task) -> None:
+def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, base: str, task: TaskName) -> None:
     """Writes the adapter in a model so that peft's `AutoPeftModel...` finds the FM and puts it there.
 
     Args:
@@ -175,15 +174,15 @@ def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, ba
     config.inference_mode = True
     config.base_model_name_or_path = base
     config.modules_to_save = list(head_of(model))
-    config.task_type = PEFT_TASKS.get(task)
+    config.task_type = TASKS[task].peft
     if config.task_type is None:  # peft has no class of its own for the task: it takes that of the model
         config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     config.save_pretrained(str(directory))
     tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in extract(model).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    loader = "AutoPeftModel" if config.task_type is None else "AutoPeftModelForSequenceClassification"
     labels = json.dumps(list(model.config.id2label.values()), ensure_ascii=False)  # type: ignore[union-attr, operator]
-    (directory / "README.md").write_text(_CARD.format(base=json.dumps(base), loader=loader, labels=labels), "utf-8")
+    card = _CARD.format(base=json.dumps(base), loader=TASKS[task].peft_loader, labels=labels)
+    (directory / "README.md").write_text(card, "utf-8")
 
 
 def _lora_forward(layer: Any, dropout: float, x: Tensor) -> Tensor:

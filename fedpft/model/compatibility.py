@@ -10,21 +10,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fedpft.config import Task
+from fedpft.config import TaskName
 from fedpft.errors import ModelError
 from fedpft.model import architectures, loading
+from fedpft.tasks import TASKS
 
 PROBE = "The quick brown fox jumps over the lazy dog. 0123456789"
 PROBE_SIDE = 64  # pixels
 
 
-def make_fit(model: nn.Module, processor: Any, task: Task, max_tokens: int) -> None:
+def make_fit(model: nn.Module, processor: Any, task: TaskName, max_tokens: int) -> None:
     """Tells the FM the tokenizer's padding token, and tries both on the longest input that there can be.
 
     Raises:
         ModelError: they are not of one model, or the FM cannot take `max_tokens` tokens.
     """
-    if task == "image-classification":
+    if not TASKS[task].has_tokens:
         inputs = dict(processor(images=Image.new("RGB", (PROBE_SIDE, PROBE_SIDE)), return_tensors="pt"))
     else:
         _check_tokens(model, processor, max_tokens)
@@ -46,7 +47,7 @@ def make_fit(model: nn.Module, processor: Any, task: Task, max_tokens: int) -> N
         raise ModelError("the FM's answer to a first input holds NaN or infinity", "check the FM's weights")
 
 
-def check_travels(processor: Any, task: Task, directory: Path) -> None:
+def check_travels(processor: Any, task: TaskName, directory: Path) -> None:
     """Whether a processor is the same after it was written to `directory` and read again, as every silo will.
 
     Raises:
@@ -54,7 +55,7 @@ def check_travels(processor: Any, task: Task, directory: Path) -> None:
     """
     processor.save_pretrained(directory)
     received = loading.load_processor(directory, task)
-    if task == "image-classification":
+    if not TASKS[task].has_tokens:
         image = Image.linear_gradient("L").convert("RGB")
         ours, theirs = (each(images=image, return_tensors="pt")["pixel_values"][0] for each in (processor, received))
         same = bool(torch.equal(ours, theirs))

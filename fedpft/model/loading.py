@@ -16,26 +16,18 @@ from safetensors import safe_open
 from torch import nn
 
 from fedpft import faults
-from fedpft.config import Task
+from fedpft.config import TaskName
 from fedpft.errors import ModelError
 from fedpft.finite import not_finite
 from fedpft.model import architectures
 from fedpft.seeding import derive_seed
+from fedpft.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
 # A checkpoint's new head is no news here; transformers would print a table for it.
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-_CLASSES: dict[str, Any] = {
-    "sequence-classification": transformers.AutoModelForSequenceClassification,
-    "image-classification": transformers.AutoModelForImageClassification,
-}
-_PROCESSORS: dict[str, Any] = {
-    "sequence-classification": transformers.AutoTokenizer,
-    "image-classification": transformers.AutoImageProcessor,
-}
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
@@ -44,7 +36,6 @@ PRECISIONS = ("F64", "F32", "F16", "BF16")  # as safetensors calls those that we
 
 # What a model returns and how it goes about it, not what it computes: a config.json keeps what its last user wanted.
 _OURS = {
-    "problem_type": "single_label_classification",
     "return_dict": True,
     "output_hidden_states": False,
     "output_attentions": False,
@@ -60,7 +51,7 @@ _REFUSED = {
 }
 
 
-def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> nn.Module:
+def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) -> nn.Module:
     """Loads an FM for a task, in eval mode and with every parameter frozen.
 
     The task head is drawn where the checkpoint has none of C rows; so is a module that a checkpoint may lack
@@ -79,10 +70,11 @@ def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> n
     config = _config(path)
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: index for index, name in enumerate(labels)}
+    config.problem_type = TASKS[task].problem_type
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "task head"))
         try:
-            model, report = _CLASSES[task].from_pretrained(
+            model, report = _model_class(task).from_pretrained(
                 path,
                 config=config,
                 dtype=torch.float32,
@@ -110,16 +102,17 @@ def load_model(path: Path, task: Task, labels: Sequence[str], *, seed: int) -> n
     return prepare(model)
 
 
-def load_processor(path: Path, task: Task) -> Any:
+def load_processor(path: Path, task: TaskName) -> Any:
     """The tokenizer (text) or image processor (images) that lies in a model or proxy directory; ModelError."""
     try:
-        processor = _PROCESSORS[task].from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        loader = getattr(transformers, TASKS[task].processor)
+        processor = loader.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ModelError(
             f"{path}: holds no tokenizer or image processor that can be loaded ({_first_line(error)})",
             "save it beside the model",
         ) from None
-    if task == "sequence-classification":
+    if TASKS[task].has_tokens:
         # Without these files transformers makes up a tokenizer that knows no word.
         files = {"tokenizer.json", *processor.vocab_files_names.values()}
         if not any((path / name).is_file() for name in files):
@@ -172,11 +165,12 @@ def check_directory(path: Path) -> None:
         _check_shards(path)
 
 
-def empty_model(directory: Path, task: Task, num_layers: int) -> nn.Module:
+def empty_model(directory: Path, task: TaskName, num_layers: int) -> nn.Module:
     """A model of the FM's shape with `num_layers` layers and meaningless weights, from config.json alone."""
     config = _config(directory)
     set_depth(config, num_layers)
-    model: nn.Module = _CLASSES[task].from_config(config, dtype=torch.float32, trust_remote_code=False)
+    config.problem_type = TASKS[task].problem_type
+    model: nn.Module = _model_class(task).from_config(config, dtype=torch.float32, trust_remote_code=False)
     return prepare(model)
 
 
@@ -210,6 +204,10 @@ def save_model(model: nn.Module, processor: Any, directory: Path) -> None:
     save_config(model, directory)
     model.save_pretrained(directory)  # type: ignore[operator]
     processor.save_pretrained(directory)
+
+
+def _model_class(task: TaskName) -> Any:
+    return getattr(transformers, TASKS[task].model)
 
 
 def _config(path: Path) -> Any:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft.config import Task
+from fedpft.config import TaskName
 from fedpft.errors import ModelError
 from fedpft.finite import not_finite
 from fedpft.model import architectures, loading
@@ -39,7 +39,7 @@ class Proxy:
 
     model: nn.Module
     processor: Any
-    task: Task
+    task: TaskName
     labels: tuple[str, ...]
     max_tokens: int
     compressed: tuple[int, ...]
@@ -90,10 +90,10 @@ def load_proxy(directory: Path) -> Proxy:
         ) from None
 
 
-def task_of(directory: Path) -> Task | None:
+def task_of(directory: Path) -> TaskName | None:
     """The task of what :func:`save_bundle` wrote; None if it is not there yet."""
     try:
-        task: Task = json.loads((directory / "proxy.json").read_text(encoding="utf-8"))["task"]
+        task: TaskName = json.loads((directory / "proxy.json").read_text(encoding="utf-8"))["task"]
     except (OSError, LookupError, TypeError, ValueError):
         return None
     return task

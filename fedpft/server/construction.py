@@ -29,6 +29,7 @@ from fedpft.proxy.holdings import check_holdings
 from fedpft.proxy.selection import Selection, load_selection, save_selection, select
 from fedpft.server.identity import Contents, check_cut_from, check_unchanged, contents, proxy_files
 from fedpft.server.outbox import BUNDLE_SUFFIXES, sendable
+from fedpft.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -101,26 +102,26 @@ def load_owner(config: ServerConfig, digests: Digests) -> Owner:
     """Reads FM, labels, public and test data; every fault in them ends here, before a silo is bothered."""
     machine.prepare(config.device, config.threads)
     found = contents(config, digests)
-    section = config.model
+    section, task = config.model, TASKS[config.model.task]
     labels = read_label_list(section.labels, config.encoding)
-    public = read_unlabelled(config.public_data, config.columns, section.task, config.encoding)
+    public = read_unlabelled(config.public_data, config.columns, task.kind, config.encoding)
     tested = None
     if config.test_data is not None:
-        tested = read_labelled(config.test_data, config.columns, section.task, labels, config.encoding)
+        tested = read_labelled(config.test_data, config.columns, task.kind, labels, config.encoding)
     model, processor = load_fm(config, labels)
     adapters.attach(model, config.adapter, seed=config.seed)
 
     def encoded(samples: Samples) -> EncodedDataset:
         for warning in samples.warnings:
             log.warning("%s", warning)
-        dataset = encode(samples, processor, section.task, section.max_tokens)
+        dataset = encode(samples, processor, task.kind, section.max_tokens)
         if dataset.cut:
             log.warning("%s", describe_cut(samples.path, len(dataset), dataset.cut, section.max_tokens))
         return dataset
 
     test = None if tested is None else encoded(tested)
     length = 0.0
-    if section.task == "sequence-classification":
+    if task.has_tokens:
         length = characters_per_token(public.inputs, processor, seed=config.seed)
     owner = Owner(model, processor, labels, encoded(public), test, found, length)
     check_unchanged(config, found, digests)
@@ -204,7 +205,7 @@ def check_made_for(config: ServerConfig, directory: Path, proxy: Proxy) -> None:
     section = config.model
     if (proxy.task, proxy.labels) != (section.task, read_label_list(section.labels, config.encoding)):
         raise ModelError(f"{directory}: built for other labels than {section.labels}", "build the proxy again")
-    if proxy.task == "sequence-classification" and proxy.max_tokens != section.max_tokens:
+    if TASKS[proxy.task].has_tokens and proxy.max_tokens != section.max_tokens:
         raise ModelError(
             f"{directory}: built for texts of {proxy.max_tokens} tokens, model.max_tokens is {section.max_tokens}",
             "set model.max_tokens to the proxy's, or build the proxy again",

@@ -17,6 +17,7 @@ from fedpft.config import ServerConfig, dump
 from fedpft.data.samples import image_paths, read_label_list
 from fedpft.digests import Digests, combined, differences
 from fedpft.errors import CheckpointError, DataError, ModelError
+from fedpft.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +213,6 @@ def _metadata(adapter: Path) -> Any:
 
 def _data(config: ServerConfig, path: Path, digests: Digests) -> dict[str, str]:
     found = {"": digests.of_file(path)}
-    if config.model.task == "image-classification":
+    if TASKS[config.model.task].kind == "image":
         found[_IMAGES] = digests.of_files(image_paths(path, config.columns, config.encoding))
     return found

@@ -9,6 +9,7 @@ from fedpft.errors import FedPFTError, ModelError, RefusedByServer
 from fedpft.model import loading
 from fedpft.silo.connection import SAME_VERSION
 from fedpft.silo.work import Work
+from fedpft.tasks import TASKS
 from fedpft.wire.hello import Terms, greet
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,9 @@ def examine(config: SiloConfig) -> Examination:
 def fit(examination: Examination, config: SiloConfig, terms: Terms) -> Samples:
     """The samples, with the server's classes; DataError, of everything that is wrong with the file."""
     data = config.data
-    if examination.task != terms.task:  # the file has other columns, or those of both tasks
-        examination = Examination(data.path, data.columns, terms.task, labelled=True, encoding=data.encoding)
+    kind = TASKS[terms.task].kind
+    if examination.kind != kind:  # the file has other columns, or those of both kinds
+        examination = Examination(data.path, data.columns, kind, labelled=True, encoding=data.encoding)
     examination.resolve(terms.labels)
     return examination.samples(data.bad_rows, WAY_OUT)
 
@@ -68,7 +70,7 @@ def describe_lengths(config: SiloConfig, samples: Samples, terms: Terms) -> str:
         tokenizer = None
     if tokenizer is not None:
         bad_rows, longest = config.data.bad_rows, terms.max_tokens
-        dataset = encode(samples, tokenizer, terms.task, longest, bad_rows=bad_rows, way_out=WAY_OUT)
+        dataset = encode(samples, tokenizer, TASKS[terms.task].kind, longest, bad_rows=bad_rows, way_out=WAY_OUT)
         return describe_cut(samples.path.name, len(dataset), dataset.cut, longest)
     characters = terms.max_tokens * terms.characters_per_token
     cut = sum(len(text) > characters for text in samples.inputs)

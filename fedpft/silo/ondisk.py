@@ -12,6 +12,7 @@ from fedpft.data.samples import image_paths
 from fedpft.digests import Digests, combined
 from fedpft.errors import DataError
 from fedpft.proxy.bundle import task_of
+from fedpft.tasks import TASKS
 
 
 class DataOnDisk:
@@ -54,6 +55,7 @@ def data_now(config: SiloConfig, bundle: Path) -> str:
         DataError: the data file cannot be read.
     """
     data = DataOnDisk(config.data.path)
-    if task_of(bundle) == "image-classification":
+    task = task_of(bundle)
+    if task is not None and TASKS[task].kind == "image":
         data.add_images(image_paths(config.data.path, config.data.columns, config.data.encoding))
     return data.read

@@ -16,6 +16,7 @@ from fedpft.silo import data
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
 from fedpft.silo.ondisk import DataOnDisk
 from fedpft.silo.work import Update, Work, opened
+from fedpft.tasks import TASKS
 from fedpft.training import train_round
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.encoding import encode
@@ -132,10 +133,11 @@ class Participant:
         task, longest = self.proxy.task, self.proxy.max_tokens
         if (task, self.proxy.labels) != (terms.task, terms.labels):
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
-        if task == "image-classification":
+        kind = TASKS[task].kind
+        if kind == "image":
             on_disk.add_images(image_paths(config.data.path, config.data.columns, config.data.encoding))
         self.dataset = batches.encode(
-            samples, self.proxy.processor, task, longest, bad_rows=config.data.bad_rows, way_out=data.WAY_OUT
+            samples, self.proxy.processor, kind, longest, bad_rows=config.data.bad_rows, way_out=data.WAY_OUT
         )
         on_disk.check_read()
         if self.dataset.cut:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import cast, get_args
 
 import fedpft
-from fedpft.config import Task, TlsSection
+from fedpft.config import TaskName, TlsSection
 from fedpft.errors import RefusedByServer
 from fedpft.wire.channel import SILO_KEY, dial, persist
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -28,7 +28,7 @@ class Terms:
     characters_per_token: of the server's public texts; 0.0 where samples are images.
     """
 
-    task: Task
+    task: TaskName
     labels: tuple[str, ...]
     max_tokens: int
     characters_per_token: float
@@ -81,7 +81,7 @@ def greet(address: str, tls: TlsSection | None, *, name: str | None, timeout_sec
 
 
 def _terms(answer: pb.HelloResponse) -> Terms | None:
-    if answer.task not in get_args(Task):
+    if answer.task not in get_args(TaskName):
         return None
-    task = cast(Task, answer.task)
+    task = cast(TaskName, answer.task)
     return Terms(task, tuple(answer.labels), answer.max_tokens, answer.characters_per_token)
