@@ -268,18 +268,20 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
         if (revoked := tls.revoked) is not None:
             findings.check("revoked", lambda: f"{revoked}: {len(read_revoked(revoked))} certificates")
     findings.check("listen", lambda: _listen(config))
+    device = findings.check("device", lambda: check_device(config.device))
+    # The FM is looked at in any case.
+    usable = config if device is not None else config.model_copy(update={"device": "cpu"})
     labels = findings.check(
         "labels", lambda: read_label_list(config.model.labels, config.encoding), lambda seen: _labels(config, seen)
     )
     fm, processor = None, None
     if labels is not None and (
-        loaded := findings.check("model", lambda: load_fm(config, labels), lambda _: _model(config))
+        loaded := findings.check("model", lambda: load_fm(usable, labels), lambda _: _model(config))
     ):
         fm, processor = loaded
     if fm is not None:
         findings.check("proxy", lambda: _proxy(config, fm))
     findings.check("data", lambda: _server_data(config, labels, processor))
-    findings.check("device", lambda: check_device(config.device))
     findings.check("out", lambda: _writable(config.out, "out"))
     findings.check("run", lambda: _run(config))
     # OUT receives the adapted FM and a proxy, which is smaller than the FM.

@@ -402,6 +402,13 @@ def test_a_device_that_is_not_there_is_named(device, examine, silo_yaml):
     assert "set `device` to one of this machine's: cpu" in found["device"][1]
 
 
+def test_a_servers_fm_is_looked_at_even_where_the_device_is_not_there(examine, server_yaml):
+    server_yaml.write_text(json.dumps(json.loads(server_yaml.read_text()) | {"device": "gpu"}))
+    code, found = examine(server_yaml)
+    assert code == ConfigError.exit_code
+    assert {subject for subject, verdict in verdicts(found).items() if verdict != "ok"} == {"device"}
+
+
 def test_a_check_that_fails_itself_does_not_stop_the_others(examine, silo_yaml, monkeypatch):
     monkeypatch.setattr("fedpft.silo.data.examine", lambda *_: {}["a cell"])
     code, found = examine(silo_yaml)
