@@ -16,6 +16,7 @@ from fedpft import atomic, faults, kernels
 from fedpft.config import ServerConfig, SiloConfig, TlsSection, load_server_config, load_silo_config
 from fedpft.data.batches import describe_cut, encode
 from fedpft.data.samples import Samples, read_label_list, read_labelled, read_unlabelled
+from fedpft.digests import Digests
 from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse
 from fedpft.kernels.check import check_operators
 from fedpft.machine import check_device
@@ -269,6 +270,7 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
             findings.check("revoked", lambda: f"{revoked}: {len(read_revoked(revoked))} certificates")
     findings.check("listen", lambda: _listen(config))
     device = findings.check("device", lambda: check_device(config.device))
+    digests = kept_digests(config)  # one for all checks: the FM is hashed once
     # The FM is looked at in any case.
     usable = config if device is not None else config.model_copy(update={"device": "cpu"})
     labels = findings.check(
@@ -280,10 +282,10 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
     ):
         fm, processor = loaded
     if fm is not None:
-        findings.check("proxy", lambda: _proxy(config, fm))
+        findings.check("proxy", lambda: _proxy(config, fm, digests))
     findings.check("data", lambda: _server_data(config, labels, processor))
     findings.check("out", lambda: _writable(config.out, "out"))
-    findings.check("run", lambda: _run(config))
+    findings.check("run", lambda: _run(config, digests))
     # OUT receives the adapted FM and a proxy, which is smaller than the FM.
     findings.check("disk", lambda: _space(config.out, "out", 2 * _bytes(config.model.path)))
 
@@ -317,12 +319,12 @@ def _model(config: ServerConfig) -> str:
     return f"{path}: {_bytes(path) / GIB:.2f} GiB, fit for {section.task} of up to {section.max_tokens} tokens"
 
 
-def _proxy(config: ServerConfig, fm: nn.Module) -> str:
+def _proxy(config: ServerConfig, fm: nn.Module, digests: Digests) -> str:
     if (path := config.proxy_path) is None:
         selection = select(fm, config.proxy)
         check_holdings(selection, config.proxy)
         return format_holdings(holdings(fm, cut(fm, selection)))
-    digests, record = kept_digests(config), read_record(path)
+    record = read_record(path)
     if record.model:
         check_cut_from(config, path, record.model, model_files(config, digests))
         check_as_built(path, record, proxy_files(path, digests))
@@ -349,13 +351,12 @@ def _server_data(config: ServerConfig, labels: tuple[str, ...] | None, processor
     return _unless_warned("; ".join(found), *files)
 
 
-def _run(config: ServerConfig) -> str:
+def _run(config: ServerConfig, digests: Digests) -> str:
     if _in_use(config.out):
         return f"{config.out}: a server is running there"
     begun = ledger.look(config.out)
     if begun is None:
         return f"{config.out}: none was begun yet"
-    digests = kept_digests(config)
     begun.check_config(config.out, settings(config))
     check_begun(config, begun.contents, contents(config, digests))
     check_proxy(config.proxy_path or config.out / "proxy", digests, [begun.proxy] if begun.proxy else [])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedpft.config import TaskName
 from fedpft.errors import ModelError
+from fedpft.finite import is_finite
 from fedpft.model import architectures, loading
 from fedpft.tasks import TASKS
 
@@ -37,13 +38,12 @@ def make_fit(model: nn.Module, processor: Any, task: TaskName, max_tokens: int) 
         with torch.no_grad():
             logits: Tensor = model(**{name: value.to(device) for name, value in inputs.items()}).logits
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
         raise ModelError(
-            f"the FM cannot take what its own processor makes ({shapes}): {reason}",
+            f"the FM cannot take what its own processor makes ({shapes}): {loading.first_line(error)}",
             "put tokenizer or image processor of this FM beside it in model.path",
         ) from None
-    if not bool(logits.isfinite().all()):
+    if not is_finite(logits):
         raise ModelError("the FM's answer to a first input holds NaN or infinity", "check the FM's weights")
 
 

@@ -66,8 +66,8 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) 
         ModelError: no such directory, not a model, weights that are not those that config.json asks for or hold NaN, or
             a model type without a row in architectures.py.
     """
-    check_directory(path)
     config = _config(path)
+    _check_files(path)
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: index for index, name in enumerate(labels)}
     config.problem_type = TASKS[task].problem_type
@@ -88,7 +88,7 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) 
             if faults.is_out_of_memory(error):
                 raise
             raise ModelError(
-                f"{path}: cannot be loaded for {task} ({_first_line(error)})",
+                f"{path}: cannot be loaded for {task} ({first_line(error)})",
                 "check model.path: config.json and weights must be those of one model",
             ) from None
     if not len(architectures.layers_of(model)):
@@ -109,7 +109,7 @@ def load_processor(path: Path, task: TaskName) -> Any:
         processor = loader.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ModelError(
-            f"{path}: holds no tokenizer or image processor that can be loaded ({_first_line(error)})",
+            f"{path}: holds no tokenizer or image processor that can be loaded ({first_line(error)})",
             "save it beside the model",
         ) from None
     if TASKS[task].has_tokens:
@@ -126,13 +126,12 @@ def load_processor(path: Path, task: TaskName) -> Any:
     return processor
 
 
-def check_directory(path: Path) -> None:
-    """Looks at an FM's directory without loading it.
+def _check_files(path: Path) -> None:
+    """Looks at what lies beside an FM's config.json, without loading it.
 
     Raises:
         ModelError: something is missing, not yet fetched, not safetensors, or makes transformers load something else.
     """
-    _config(path)
     for file in sorted(path.iterdir()):
         if file.is_file() and _begins(file).startswith(POINTER):
             raise ModelError(
@@ -226,7 +225,7 @@ def _config(path: Path) -> Any:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{path}/config.json: {_first_line(error)}", "check model.path") from None
+        raise ModelError(f"{path}/config.json: {first_line(error)}", "check model.path") from None
     return config
 
 
@@ -234,7 +233,7 @@ def _check_shards(path: Path) -> None:
     try:
         names = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path / INDEX}: cannot be read ({_first_line(error)})", "save the FM again") from None
+        raise ModelError(f"{path / INDEX}: cannot be read ({first_line(error)})", "save the FM again") from None
     for name in sorted(map(str, names)):
         if Path(name).name != name or not (path / name).is_file():
             raise ModelError(f"{path / INDEX}: names {name}, which is not there", "copy all files of the FM")
@@ -291,5 +290,6 @@ def _other_model(path: Path, fault: str) -> ModelError:
     return ModelError(f"{path}: {fault}", "save weights and config.json of one model together")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What to say of an error of transformers or torch, whose texts run over many lines."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -84,9 +84,8 @@ def load_proxy(directory: Path) -> Proxy:
             model, loading.load_processor(directory, task), task, labels, description["max_tokens"], compressed
         )
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"{directory}: not a proxy ({reason})", "build it again, or delete it to fetch it again"
+            f"{directory}: not a proxy ({loading.first_line(error)})", "build it again, or delete it to fetch it again"
         ) from None
 
 

@@ -63,9 +63,10 @@ def describe_lengths(config: SiloConfig, samples: Samples, terms: Terms) -> str:
     Raises:
         DataError: the tokenizer, if it is there, finds no token in some of them.
     """
-    joined = Work(config.work).joined()
+    work = Work(config.work)
+    joined = work.joined()
     try:
-        tokenizer = joined and loading.load_processor(Work(config.work).proxy_path(joined), terms.task)
+        tokenizer = joined and loading.load_processor(work.proxy_path(joined), terms.task)
     except ModelError:  # it was not received yet
         tokenizer = None
     if tokenizer is not None:

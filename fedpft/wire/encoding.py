@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedpft.errors import InvalidUpdate
+from fedpft.finite import is_finite
 from fedpft.kernels import dequantize_accumulate, quantize_blocks
 from fedpft.wire.tensors import Group, Spec
 
@@ -44,7 +45,7 @@ def encode(
         stored = _encoded(wanted, start[name], encoding)
         begun = functools.partial(start.__getitem__, name)
         arrived = decode(Spec.of(start[name]), encoding, start=begun, stored=stored.__getitem__)
-        if not bool(torch.isfinite(arrived).all()):
+        if not is_finite(arrived):
             raise InvalidUpdate(
                 f"after the training {name!r} holds NaN, infinity or a change too large for {encoding}",
                 "lower the learning rate, look at the data",
