@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 from fedpft.config import AdapterSection, ColumnsSection, DistillationSection, ProxySection
-from fedpft.data.batches import encode
-from fedpft.data.samples import read_label_list, read_unlabelled
+from fedpft.data.samples import Samples, read_label_list
 from fedpft.demo import corpora
 from fedpft.demo.run import FULL, SILOS
 from fedpft.evaluation import measure_gap
@@ -22,6 +21,7 @@ from fedpft.model import adapters, loading
 from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import layer_level
 from fedpft.proxy.selection import select
+from fedpft.tasks import TASKS
 
 HELD_OUT = 64
 TASK = "sequence-classification"
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.distillation", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     seed = parser.parse_args().seed
-    settings, max_tokens = FULL.settings["distillation"], FULL.settings["model"]["max_tokens"]
+    task, settings, max_tokens = TASKS[TASK], FULL.settings["distillation"], FULL.settings["model"]["max_tokens"]
     with tempfile.TemporaryDirectory() as directory:
         data = corpora.prepare(
             Path(directory),
@@ -50,10 +50,10 @@ def main() -> None:
             concentration=1.0,
             seed=seed,
         )
-        public, labels = read_unlabelled(data.public, ColumnsSection(), "text"), read_label_list(data.labels)
+        public, labels = task.read_public(data.public, ColumnsSection()), read_label_list(data.labels)
     processor = loading.load_processor(corpora.model_directory(), TASK)
     held_out, seen = (
-        encode(replace(public, inputs=public.inputs[part], lines=public.lines[part]), processor, "text", max_tokens)
+        task.encode(_part(public, part), processor, max_tokens)
         for part in (slice(HELD_OUT), slice(HELD_OUT, None))  # the demo's data is in random order
     )
     model = loading.load_model(corpora.model_directory(), TASK, labels, seed=seed)
@@ -65,9 +65,14 @@ def main() -> None:
         proxy = cut(model, selection)
         distillation = DistillationSection(**{**settings, **changes})
         layer_level(proxy, model, selection.matched, seen, distillation, seed=seed, progress=lambda _step, _loss: None)
-        gap = measure_gap(proxy, model, selection.matched, held_out, samples=HELD_OUT, seed=seed)
+        gap = measure_gap(task, proxy, model, selection.matched, held_out, samples=HELD_OUT, seed=seed)
         error, cosine = statistics.fmean(gap.hidden_error), statistics.fmean(gap.gradient_cosine)
         print(f"| {name} | {error:.3f} | {cosine:.3f} |", flush=True)
+
+
+def _part(samples: Samples, part: slice) -> Samples:
+    values = {role: column[part] for role, column in samples.values.items()}
+    return replace(samples, values=values, lines=samples.lines[part])
 
 
 if __name__ == "__main__":

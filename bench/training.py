@@ -29,8 +29,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from bench.measure import Run, Times, peak_bytes, provenance
 from fedpft.command import run_command
 from fedpft.config import AdapterSection, ColumnsSection, LimitsSection, ProxySection, RoundSettings, TrainingSection
-from fedpft.data.batches import EncodedDataset, TextDataset, batches, encode
-from fedpft.data.samples import read_label_list, read_labelled
+from fedpft.data.batches import EncodedDataset, batches
+from fedpft.data.samples import read_label_list
+from fedpft.data.text import TextDataset
 from fedpft.demo import corpora
 from fedpft.errors import FedPFTError
 from fedpft.model import adapters, loading
@@ -38,6 +39,7 @@ from fedpft.model.architectures import layers_of
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import Selection, select
 from fedpft.seeding import derive_seed
+from fedpft.tasks import TASKS
 from fedpft.training import LocalResult, train_round
 
 TASK, SILO, SEED, EPS = "sequence-classification", "north", 0, 0.01
@@ -110,6 +112,7 @@ class OurLoop:
 
     def __call__(self) -> None:
         self.result = train_round(
+            TASKS[TASK],
             self.model,
             self.silo.dataset,
             self.silo.settings,
@@ -279,8 +282,8 @@ def _newsgroups(case: Case, processor: Any) -> EncodedDataset:
             seed=SEED,
         )
         labels = read_label_list(data.labels)
-        samples = read_labelled(data.silos[SILO], ColumnsSection(), "text", labels)
-    return encode(samples, processor, "text", case.max_tokens)
+        samples = TASKS[TASK].read_labelled(data.silos[SILO], ColumnsSection(), labels)
+    return TASKS[TASK].encode(samples, processor, case.max_tokens)
 
 
 def _synthetic(case: Case) -> EncodedDataset:

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     adapters.load(built.proxy.model, adapter)
     adapters.plug_in(owner.model, adapter, built.selection.layers)
     metrics = final_metrics(owner, built, config.evaluation.batch)
-    print(format_table({"metrics": {row: asdict(found) for row, found in metrics.items()}}))
+    print(format_table({"task": config.model.task, "metrics": metrics}))
 
 
 def _provision(arguments: argparse.Namespace) -> None:

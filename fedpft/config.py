@@ -59,7 +59,9 @@ class ModelSection(Section):
         description="Directory of the FM as `transformers` saves it: config.json, safetensors, tokenizer."
     )
     task: TaskName = Field("sequence-classification", description="What the silos' labels are for.")
-    labels: Path = Field(description="Text file with one label a line; the order gives the class indices.")
+    labels: Path | None = Field(
+        None, description="Text file with one label a line; the order gives the class indices. For tasks that have any."
+    )
     max_tokens: int = Field(64, ge=1, description="Texts are cut after this many tokens. No meaning for images.")
 
 

@@ -14,8 +14,7 @@ from torch import nn
 import fedpft
 from fedpft import atomic, faults, kernels
 from fedpft.config import ServerConfig, SiloConfig, TlsSection, load_server_config, load_silo_config
-from fedpft.data.batches import describe_cut, encode
-from fedpft.data.samples import Samples, read_label_list, read_labelled, read_unlabelled
+from fedpft.data.samples import Samples
 from fedpft.digests import Digests
 from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse
 from fedpft.kernels.check import check_operators
@@ -33,6 +32,7 @@ from fedpft.server.identity import (
     check_proxy,
     contents,
     kept_digests,
+    label_list,
     model_files,
     proxy_files,
     settings,
@@ -273,9 +273,7 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
     digests = kept_digests(config)  # one for all checks: the FM is hashed once
     # The FM is looked at in any case.
     usable = config if device is not None else config.model_copy(update={"device": "cpu"})
-    labels = findings.check(
-        "labels", lambda: read_label_list(config.model.labels, config.encoding), lambda seen: _labels(config, seen)
-    )
+    labels = findings.check("labels", lambda: label_list(config), lambda seen: _labels(config, seen))
     fm, processor = None, None
     if labels is not None and (
         loaded := findings.check("model", lambda: load_fm(usable, labels), lambda _: _model(config))
@@ -311,6 +309,8 @@ def _in_use(out: Path) -> bool:
 
 
 def _labels(config: ServerConfig, labels: tuple[str, ...]) -> str:
+    if config.model.labels is None:
+        return f"{config.model.task} has none"
     return f"{config.model.labels}: {len(labels)} labels"
 
 
@@ -339,15 +339,14 @@ def _proxy(config: ServerConfig, fm: nn.Module, digests: Digests) -> str:
 def _server_data(config: ServerConfig, labels: tuple[str, ...] | None, processor: Any) -> str:
     """As far as label list and tokenizer are in order, which are other checks' findings."""
     section, encoding, task = config.model, config.encoding, TASKS[config.model.task]
-    files = [read_unlabelled(config.public_data, config.columns, task.kind, encoding)]
+    files = [task.read_public(config.public_data, config.columns, encoding)]
     if config.test_data is not None and labels is not None:
-        files.append(read_labelled(config.test_data, config.columns, task.kind, labels, encoding))
+        files.append(task.read_labelled(config.test_data, config.columns, labels, encoding))
     found = [f"{samples.path}: {len(samples)} rows" for samples in files]
     if task.has_tokens and processor is not None:
         longest = section.max_tokens
         for samples in files:
-            cut = encode(samples, processor, task.kind, longest).cut
-            found.append(describe_cut(samples.path.name, len(samples), cut, longest))
+            found.append(task.encode(samples, processor, longest).describe_cut(samples.path.name, longest))
     return _unless_warned("; ".join(found), *files)
 
 

@@ -1,6 +1,6 @@
 """What a model is worth, and how far a proxy's gradients can be trusted.
 
-B batch, T sequence length, C classes.
+m samples that are looked at.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,42 +14,23 @@ from fedpft import kernels
 from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
 from fedpft.model.architectures import layer_outputs, layers_path
 from fedpft.seeding import derive_seed
+from fedpft.tasks import Task
+
+Metrics = dict[str, float]  # by name, as the task has them
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """Shares in [0, 1]; `macro_f1` is the mean over the classes that occur among the labels or the predictions."""
-
-    accuracy: float
-    macro_f1: float
-
-
-def evaluate(model: nn.Module, dataset: EncodedDataset, batch: int, chosen: Tensor | None = None) -> Metrics:
-    """Accuracy and macro-F1 of a classifier over the `chosen` samples, (m,) int64 (default: all)."""
-    assert dataset.labels is not None
+def evaluate(
+    task: Task, model: nn.Module, dataset: EncodedDataset, batch: int, chosen: Tensor | None = None
+) -> Metrics:
+    """What a model is worth on the `chosen` samples, (m,) int64 (default: all), by the task's metrics."""
+    chosen = torch.arange(len(dataset)) if chosen is None else chosen
     device = next(model.parameters()).device
-    predicted = torch.empty(len(dataset), dtype=torch.int64)
+    answers: dict[int, Any] = {}
     with torch.no_grad():
         for indices, inputs in evaluation_batches(dataset, batch, chosen):
-            inputs = {name: value.to(device) for name, value in inputs.items() if name != "labels"}
-            predicted[indices] = model(**inputs).logits.argmax(dim=-1).cpu()
-    seen = slice(None) if chosen is None else chosen
-    return score(predicted[seen], dataset.labels[seen])
-
-
-def majority(dataset: EncodedDataset) -> Metrics:
-    """The metrics of always naming the most frequent label."""
-    assert dataset.labels is not None
-    return score(torch.full_like(dataset.labels, int(dataset.labels.mode().values)), dataset.labels)
-
-
-def score(predicted: Tensor, labels: Tensor) -> Metrics:
-    """Metrics of predicted class indices, (n,) int64, against labels, (n,) int64."""
-    classes = int(max(predicted.max(), labels.max())) + 1
-    hits = torch.bincount(labels[predicted == labels], minlength=classes).double()
-    seen = torch.bincount(labels, minlength=classes) + torch.bincount(predicted, minlength=classes)
-    f1 = (2 * hits / seen)[seen > 0]
-    return Metrics(float((predicted == labels).double().mean()), float(f1.mean()))
+            found = task.answers(model, {name: value.to(device) for name, value in inputs.items()})
+            answers.update(zip(indices.tolist(), found, strict=True))
+    return task.score([answers[index] for index in chosen.tolist()], dataset, chosen)
 
 
 @dataclass(frozen=True)
@@ -73,6 +54,7 @@ class Gap:
 
 
 def measure_gap(
+    task: Task,
     proxy: nn.Module,
     model: nn.Module,
     matched: Sequence[tuple[int, int]],
@@ -83,16 +65,15 @@ def measure_gap(
 ) -> Gap:
     """Compares proxy and FM, both with the same adapter, on `samples` public samples, drawn with the seed.
 
-    The gradient is that of the cross-entropy to labels drawn uniformly: public text has none, and the FM's own
-    predictions would say nothing while the head is untrained.
+    The gradient is that of the task's loss. Where public samples have no labels they are drawn uniformly: the FM's own
+    answers would say nothing while the head is untrained.
     """
     indices = sample(len(public), samples, seed, "gap")
     device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in public.batch(indices).items() if name != "labels"}
+    inputs = {name: value.to(device) for name, value in public.batch(indices).items()}
     mask = inputs["attention_mask"].flatten().bool() if "attention_mask" in inputs else None
     classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
-    generator = torch.Generator().manual_seed(derive_seed(seed, "gap labels"))
-    labels = torch.randint(classes, (len(indices),), generator=generator).to(device)
+    labelled = task.with_any_labels(inputs, classes, torch.Generator().manual_seed(derive_seed(seed, "gap labels")))
 
     students, teachers = [pair[0] for pair in matched], [pair[1] for pair in matched]
     with torch.no_grad():
@@ -102,16 +83,16 @@ def measure_gap(
             float(kernels.alignment_loss(h.flatten(0, 1), t.flatten(0, 1), mask))
             for h, t in zip(found, wanted, strict=True)
         ]
-    ours = _lora_gradients(proxy, students, inputs, labels)
-    theirs = _lora_gradients(model, teachers, inputs, labels)
+    ours = _lora_gradients(task, proxy, students, labelled)
+    theirs = _lora_gradients(task, model, teachers, labelled)
     cosines = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(ours, theirs, strict=True)]
     return Gap(tuple(students), tuple(errors), tuple(cosines))
 
 
-def _lora_gradients(model: nn.Module, layers: Sequence[int], inputs: dict[str, Tensor], labels: Tensor) -> list[Tensor]:
+def _lora_gradients(task: Task, model: nn.Module, layers: Sequence[int], batch: Mapping[str, Tensor]) -> list[Tensor]:
     """The gradient of each layer's LoRA, flattened, float32. Leaves no gradient behind."""
     path = layers_path(model)
-    loss = model(**inputs, labels=labels).loss
+    loss = task.loss(model, batch)
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if ".lora_" in n], strict=True)
     gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
     return [

@@ -14,6 +14,7 @@ from fedpft.model import adapters
 from fedpft.model.architectures import in_head
 from fedpft.model.subffn import InactivityCounter, SubFFN, sub_ffns
 from fedpft.seeding import derive_seed
+from fedpft.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class LocalResult:
     Attributes:
         adapter: the trained adapter.
         samples: n_i, the samples it was trained on.
-        metrics: `train_loss` (mean over samples), `seconds`, `tokens` (without padding; images: samples).
+        metrics: `train_loss` (mean over what the task's loss counts), `seconds`, `tokens` (without padding; images:
+            samples).
         inactivity: for each compressed layer `"<layer>"`: (K,) int64 inactive tokens, and `"<layer>.tokens"`: () int64,
             the tokens they are out of; None if nobody asked.
     """
@@ -35,6 +37,7 @@ class LocalResult:
 
 
 def train_round(
+    task: Task,
     model: nn.Module,
     dataset: EncodedDataset,
     settings: RoundSettings,
@@ -51,6 +54,7 @@ def train_round(
     modules stay as the server sees them when it aligns.
 
     Args:
+        task: whose loss is minimised.
         model: proxy with the round's adapter loaded.
         silo: its name, which seeds the order of its samples and its dropout.
         round: 1 for the first.
@@ -67,24 +71,24 @@ def train_round(
     optimizer = _optimizer(model, training)
     device = next(model.parameters()).device
     order_seed = derive_seed(settings.seed, "order", silo)
-    begun, loss_sum, tokens = time.monotonic(), 0.0, 0
+    begun, loss_sum, weights, tokens = time.monotonic(), 0.0, 0, 0
     random_devices = [device] if device.type == "cuda" else []
     with adapters.training(model, settings.adapter.dropout), torch.random.fork_rng(devices=random_devices):
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round))
         for step, batch in enumerate(batches(dataset, batch=training.batch, start=start, count=count, seed=order_seed)):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * (1.0 - (round - 1 + step / steps) / training.rounds)
-            size = len(batch["labels"])
+            size, weight = len(batch["labels"]), task.weight(batch)
             for part in _split(batch, limits.max_batch or size):
                 part = {name: value.to(device) for name, value in part.items()}
                 mask = part.get("attention_mask")
                 for counter in counters.values():
                     counter.mask = None if mask is None else mask.flatten().bool()
-                share = len(part["labels"]) / size
-                loss: Tensor = model(**part).loss * share
+                loss = task.loss(model, part) * (task.weight(part) / weight)
                 loss.backward()
-                loss_sum += float(loss.detach()) * size
+                loss_sum += float(loss.detach()) * weight
                 tokens += len(part["labels"]) if mask is None else int(mask.sum())
+            weights += weight
             if not loss_sum < float("inf"):
                 raise DataError(
                     f"round {round}, step {step + 1}: the training loss is not finite",
@@ -98,7 +102,7 @@ def train_round(
     inactivity = {str(layer): counter.counts.cpu() for layer, counter in counters.items()} | {
         f"{layer}.tokens": torch.tensor(counter.tokens) for layer, counter in counters.items()
     }
-    metrics = {"train_loss": loss_sum / count, "seconds": time.monotonic() - begun, "tokens": float(tokens)}
+    metrics = {"train_loss": loss_sum / weights, "seconds": time.monotonic() - begun, "tokens": float(tokens)}
     return LocalResult(adapters.extract(model), count, metrics, inactivity if count_inactivity else None)
 
 

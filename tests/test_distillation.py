@@ -9,7 +9,8 @@ from conftest import ModelFactory
 from torch import Tensor, nn
 
 from fedpft.config import AdapterSection, AlignmentSection, DistillationSection, ProxySection
-from fedpft.data.batches import EncodedDataset, TextDataset
+from fedpft.data.batches import EncodedDataset
+from fedpft.data.text import TextDataset
 from fedpft.errors import ModelError
 from fedpft.model.adapters import attach, extract, load
 from fedpft.model.architectures import ARCHITECTURES, layer_outputs, layers_of

@@ -12,13 +12,16 @@ from torch.nn import functional as F
 
 from fedpft.config import AdapterSection, ProxySection
 from fedpft.data.batches import sample
-from fedpft.evaluation import Gap, evaluate, format_gaps, majority, measure_gap, score
+from fedpft.data.text import TextDataset
+from fedpft.evaluation import Gap, evaluate, format_gaps, measure_gap
 from fedpft.model.adapters import attach, extract, load
 from fedpft.model.architectures import ARCHITECTURES
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import Selection, select
 from fedpft.seeding import derive_seed
+from fedpft.tasks import TASKS
 
+TASK = TASKS["sequence-classification"]
 MATCHED = ((1, 1), (2, 2))
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 
@@ -29,9 +32,10 @@ every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40))
 def test_score_is_scikit_learns(pairs: list[tuple[int, int]]) -> None:
     predicted, labels = zip(*pairs, strict=True)
-    found = score(torch.tensor(predicted), torch.tensor(labels))
-    assert found.accuracy == pytest.approx(accuracy_score(labels, predicted))
-    assert found.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
+    data = TextDataset(torch.zeros(len(labels)), torch.ones(len(labels)), 0, torch.tensor(labels))
+    found = TASK.score(predicted, data, torch.arange(len(labels)))
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
 
 
 @pytest.mark.parametrize("model_type", ["bert", "llama", "vit"])
@@ -45,17 +49,17 @@ def test_evaluation_is_that_of_the_samples_one_by_one(
     predicted = [int(tiny.logits(fm, data._inputs(torch.tensor([index]))).argmax()) for index in each]
     labels = data.labels[torch.tensor(each)].tolist()
     assert len(set(predicted)) > 1
-    found = evaluate(fm, data, 6, None if chosen is None else torch.tensor(chosen))
-    assert found.accuracy == pytest.approx(accuracy_score(labels, predicted))
-    assert found.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro"))
+    found = evaluate(TASK, fm, data, 6, None if chosen is None else torch.tensor(chosen))
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
 
 
 def test_majority_names_the_most_frequent_label_always() -> None:
     data = tiny.dataset("bert", 9)
     data.labels = torch.tensor([2, 2, 2, 2, 2, 0, 0, 1, 1])
-    found = majority(data)
-    assert found.accuracy == pytest.approx(5 / 9)
-    assert found.macro_f1 == pytest.approx(f1_score(data.labels, [2] * 9, average="macro"))
+    found = TASK.baseline_score(data)
+    assert found["accuracy"] == pytest.approx(5 / 9)
+    assert found["macro_f1"] == pytest.approx(f1_score(data.labels, [2] * 9, average="macro"))
 
 
 # --- the gap between proxy and FM ---
@@ -98,7 +102,7 @@ def lora_gradient_by_hand(model: nn.Module, model_type: str, layer: int, inputs:
 def test_whole_proxy_has_no_gap(model_type: str, make_fm: ModelFactory) -> None:
     proxy, fm, _ = adapted_pair(make_fm, model_type, neurons="all")
     public = tiny.dataset(model_type, 8, labelled=False)
-    gap = measure_gap(proxy, fm, MATCHED, public, samples=8, seed=0)
+    gap = measure_gap(TASK, proxy, fm, MATCHED, public, samples=8, seed=0)
     assert gap.layers == (1, 2)
     assert gap.hidden_error == pytest.approx((0.0, 0.0), abs=1e-10)
     assert gap.gradient_cosine == pytest.approx((1.0, 1.0), abs=1e-5)
@@ -108,7 +112,7 @@ def test_whole_proxy_has_no_gap(model_type: str, make_fm: ModelFactory) -> None:
 def test_gap_is_its_definition(model_type: str, make_fm: ModelFactory) -> None:
     proxy, fm, selection = adapted_pair(make_fm, model_type, neurons=8)
     public = tiny.dataset(model_type, 9)  # labels are there and play no part
-    gap = measure_gap(proxy, fm, selection.matched, public, samples=6, seed=0)
+    gap = measure_gap(TASK, proxy, fm, selection.matched, public, samples=6, seed=0)
     chosen = sample(9, 6, 0, "gap")
     assert chosen.tolist() != list(range(6)), "the first stand for nobody"
     inputs = public._inputs(chosen)
@@ -123,7 +127,7 @@ def test_gap_is_its_definition(model_type: str, make_fm: ModelFactory) -> None:
 def test_gap_of_a_proxy_with_fewer_layers_compares_matched_layers(make_fm: ModelFactory) -> None:
     proxy, fm, selection = adapted_pair(make_fm, "bert", keep="layers", layers=3)
     public = tiny.dataset("bert", 6, labelled=False)
-    gap = measure_gap(proxy, fm, selection.matched, public, samples=6, seed=0)
+    gap = measure_gap(TASK, proxy, fm, selection.matched, public, samples=6, seed=0)
     inputs = public.batch(torch.arange(6))
     assert gap.layers == (1,)
     assert gap.hidden_error == pytest.approx(hidden_error_by_hand(proxy, fm, ((1, 2),), inputs), rel=1e-4)
@@ -135,7 +139,7 @@ def test_gap_of_a_proxy_with_fewer_layers_compares_matched_layers(make_fm: Model
 def test_measuring_leaves_no_gradient_and_changes_nothing(make_fm: ModelFactory) -> None:
     proxy, fm, selection = adapted_pair(make_fm, "bert", neurons=8)
     before = tiny.snapshot(proxy), tiny.snapshot(fm)
-    measure_gap(proxy, fm, selection.matched, tiny.dataset("bert", 6), samples=6, seed=0)
+    measure_gap(TASK, proxy, fm, selection.matched, tiny.dataset("bert", 6), samples=6, seed=0)
     for model, state in zip((proxy, fm), before, strict=True):
         assert tiny.changed(state, model.state_dict()) == set()
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -144,7 +148,7 @@ def test_measuring_leaves_no_gradient_and_changes_nothing(make_fm: ModelFactory)
 def test_gap_needs_no_more_samples_than_there_are(make_fm: ModelFactory) -> None:
     proxy, fm, selection = adapted_pair(make_fm, "bert", neurons=8)
     public = tiny.dataset("bert", 4, labelled=False)
-    gaps = [measure_gap(proxy, fm, selection.matched, public, samples=samples, seed=0) for samples in (4, 50)]
+    gaps = [measure_gap(TASK, proxy, fm, selection.matched, public, samples=samples, seed=0) for samples in (4, 50)]
     assert gaps[0] == gaps[1]
 
 

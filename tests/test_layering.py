@@ -32,8 +32,8 @@ BESIDE = {
 }
 # The files of a room, each of which imports of its own room only files that stand before it.
 ORDER = {
-    "data": ("rows", "images", "samples", "batches"),
-    "tasks": ("task", "sequence_classification", "image_classification"),
+    "data": ("rows", "batches", "images", "samples", "text", "partition"),
+    "tasks": ("task", "classification", "sequence_classification", "image_classification"),
     "model": ("architectures", "lora", "subffn", "loading", "compatibility", "adapters"),
     "proxy": ("selection", "cut", "holdings", "closed_form", "distillation", "bundle"),
     "report": ("figures", "page"),

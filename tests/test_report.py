@@ -11,6 +11,7 @@ import pytest
 from fedpft.report.page import MEANINGS, format_table, write_report
 
 SUMMARY: dict[str, Any] = {
+    "task": "sequence-classification",
     "metrics": {
         "plugged_in": {"accuracy": 0.5713, "macro_f1": 0.5603},
         "majority": {"accuracy": 0.0525, "macro_f1": 0.005},
@@ -37,8 +38,8 @@ SUMMARY: dict[str, Any] = {
     "bytes": {"down": 236_182_345, "up": 11_143_584},
     "seconds": {"distillation": 61.4, "rounds": 214.9},
     "rounds": [
-        {"round": 1, "train_loss": 2.5, "accuracy": 0.31, "alignment_loss": None, "silos": 3},
-        {"round": 2, "train_loss": 1.5, "accuracy": None, "alignment_loss": 0.09, "silos": 2},
+        {"round": 1, "train_loss": 2.5, "score": 0.31, "alignment_loss": None, "silos": 3},
+        {"round": 2, "train_loss": 1.5, "score": None, "alignment_loss": 0.09, "silos": 2},
     ],
     "versions": {"torch": "2.13.0"},
     "seed": 0,
@@ -76,7 +77,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_table_has_every_row_in_its_order() -> None:
-    lines = format_table({"metrics": {**COMPARED, **SUMMARY["metrics"]}}).splitlines()
+    lines = format_table({"task": SUMMARY["task"], "metrics": {**COMPARED, **SUMMARY["metrics"]}}).splitlines()
     names = [line.split()[0] for line in lines[2:]]
     assert names == ["majority", "head_only", "proxy", "plugged_in", "full_model", "layer_drop"]
     assert lines[0].split() == ["row", "accuracy", "macro-F1", "meaning"]
@@ -97,7 +98,7 @@ def test_the_page_shows_every_number_of_the_summary(whole: str) -> None:
     html = whole.replace("\u2009", "")
     for shown in ("0.5713", "0.5603", "22721684", "84.4%", "236182345", "236.2 MB", "61.4", "0.0900", "2.5000"):
         assert shown in html, shown
-    assert "classifies 57.1% of the test, against 55.3% by the proxy alone and 43.1% without adapters." in html
+    assert "has a test accuracy of 57.1%, against 55.3% of the proxy alone and 43.1% without adapters." in html
     assert "67% of its transformer parameters" in html
     assert "<td>FFN</td><td class=n>7089408</td><td class=n>3549696</td><td class=n>50.1%</td>" in html
 

@@ -17,8 +17,6 @@ import transformers
 from safetensors.torch import load_file
 
 from fedpft.config import ColumnsSection, LimitsSection, RoundSettings
-from fedpft.data import batches
-from fedpft.data.samples import read_labelled
 from fedpft.demo import corpora
 from fedpft.demo.run import run_federation
 from fedpft.model import adapters, loading
@@ -26,6 +24,7 @@ from fedpft.model.architectures import layers_of
 from fedpft.model.subffn import projections
 from fedpft.proxy.bundle import load_proxy
 from fedpft.proxy.selection import load_selection
+from fedpft.tasks import TASKS
 from fedpft.training import train_round
 
 SILOS = ("north", "south")
@@ -90,8 +89,9 @@ def test_federation_of_one_silo_equals_local_training_bit_for_bit(digits: Digits
     run_federation(tmp_path, settings, {"north": silo_settings(digits, "north")})
 
     proxy = load_proxy(tmp_path / "out" / "proxy" / "bundle")
-    samples = read_labelled(digits[1].silos["north"], ColumnsSection(), "image", proxy.labels)
-    dataset = batches.encode(samples, proxy.processor, "image", 1)
+    task = TASKS["image-classification"]
+    samples = task.read_labelled(digits[1].silos["north"], ColumnsSection(), proxy.labels)
+    dataset = task.encode(samples, proxy.processor, 1)
     rounds = RoundSettings(seed=3, adapter=settings["adapter"], training=settings["training"], inactive_below=0.01)
     adapters.attach(proxy.model, rounds.adapter, seed=3)
     threads = torch.get_num_threads()
@@ -99,6 +99,7 @@ def test_federation_of_one_silo_equals_local_training_bit_for_bit(digits: Digits
     try:
         for number in (1, 2):
             result = train_round(
+                task,
                 proxy.model,
                 dataset,
                 rounds,
@@ -174,8 +175,8 @@ def test_tiny_vit_federation_beats_the_majority_and_fills_the_summary(captured: 
     parameters = summary["parameters"]
     assert parameters["proxy_transformer"] < parameters["model_transformer"]
     assert summary["data"]["server"] == {
-        "public": {"samples": 64, "cut_texts": 0},
-        "test": {"samples": 100, "cut_texts": 0},
+        "public": {"samples": 64, "skipped_rows": 0, "cut_texts": 0},
+        "test": {"samples": 100, "skipped_rows": 0, "cut_texts": 0},
     }
     told_by = [summary["data"]["silos"][name] for name in SILOS]
     assert sum(told["samples"] for told in told_by) == 500, "all of a silo's data, not what it went through in a round"

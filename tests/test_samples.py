@@ -2,20 +2,22 @@
 
 import codecs
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fedpft.config import ColumnsSection
-from fedpft.data.rows import alike
-from fedpft.data.samples import Examination, Kind, Samples, read_label_list, read_labelled, read_unlabelled
+from fedpft.data.rows import Form, alike
+from fedpft.data.samples import Examination, Samples, read_label_list
 from fedpft.errors import DataError
+from fedpft.tasks import TASKS, Task
 
 COLUMNS = ColumnsSection()
-TEXT: Kind = "text"
-IMAGE: Kind = "image"
+TEXT, IMAGE = TASKS["sequence-classification"], TASKS["image-classification"]
+FORMS = (*TEXT.forms, *IMAGE.forms)
 LABELS = ("sport", "science")
 
 
@@ -25,10 +27,19 @@ def written(directory: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
-def classes(samples: Samples) -> list[int]:
-    assert samples.labels is not None
-    found: list[int] = samples.labels.tolist()
-    return found
+def read_labelled(
+    path: Path, columns: ColumnsSection, task: Task, labels: Sequence[str], encoding: str | None = None
+) -> Samples:
+    return task.read_labelled(path, columns, labels, encoding)
+
+
+def read_unlabelled(path: Path, columns: ColumnsSection, task: Task, encoding: str | None = None) -> Samples:
+    return task.read_public(path, columns, encoding)
+
+
+def examination_of(path: Path) -> Examination:
+    """As a silo looks at its file before the server has named the task."""
+    return Examination(path, COLUMNS, FORMS, first_counts=False)
 
 
 @pytest.mark.parametrize(
@@ -45,41 +56,39 @@ def classes(samples: Samples) -> list[int]:
 )
 def test_every_format_gives_the_same_samples(tmp_path: Path, name: str, content: str) -> None:
     samples = read_labelled(written(tmp_path, name, content), COLUMNS, TEXT, LABELS)
-    assert samples.inputs == ["first", 'second, with\na line end and "quotes"']
-    assert samples.labels is not None
-    assert samples.labels.tolist() == [0, 1]
-    assert samples.labels.dtype == torch.int64
+    assert samples["text"] == ["first", 'second, with\na line end and "quotes"']
+    assert samples.targets == [0, 1]
     assert len(samples) == 2
 
 
 def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", b"\xef\xbb\xbftext,label\r\nfirst,sport\r\nsecond,science\r\n")
     samples = read_labelled(path, COLUMNS, TEXT, LABELS)
-    assert samples.inputs == ["first", "second"]
+    assert samples["text"] == ["first", "second"]
     assert samples.lines == [2, 3]
 
 
 def test_labels_may_be_resolved_later(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "text,label\nfirst,sport\nsecond,science\n")
-    examination = Examination(path, COLUMNS, TEXT, labelled=True)
-    assert examination.samples().labels is None
-    examination.resolve(("science", "sport"))
-    assert classes(examination.samples()) == [1, 0]
+    examination = Examination(path, COLUMNS, TEXT.forms)
+    assert examination.samples().targets is None
+    examination.resolve(TEXT.reader(("science", "sport")))
+    assert examination.samples().targets == [1, 0]
 
 
 @pytest.mark.parametrize("label", ["7", "7.0", '"7"', '"7.0"'])
 def test_a_label_may_be_a_number_in_json(label: str, tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", f'{{"text": "first", "label": {label}}}\n')
-    assert classes(read_labelled(path, COLUMNS, TEXT, ["1", "7"])) == [1]
+    assert read_labelled(path, COLUMNS, TEXT, ["1", "7"]).targets == [1]
 
 
 def test_columns_are_found_by_their_configured_names(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "id,topic,body\n1,sport,first\n")
-    assert read_labelled(path, ColumnsSection(text="body", label="topic"), TEXT, LABELS).inputs == ["first"]
+    assert read_labelled(path, ColumnsSection(text="body", label="topic"), TEXT, LABELS)["text"] == ["first"]
 
 
 def test_unlabelled_data_needs_no_label_column(tmp_path: Path) -> None:
-    assert read_unlabelled(written(tmp_path, "a.csv", "text\nfirst\nsecond\n"), COLUMNS, TEXT).inputs == [
+    assert read_unlabelled(written(tmp_path, "a.csv", "text\nfirst\nsecond\n"), COLUMNS, TEXT)["text"] == [
         "first",
         "second",
     ]
@@ -87,7 +96,7 @@ def test_unlabelled_data_needs_no_label_column(tmp_path: Path) -> None:
 
 def test_a_field_may_be_longer_than_the_csv_modules_limit(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", f"text\n{'x' * 200_000}\n")
-    assert len(read_unlabelled(path, COLUMNS, TEXT).inputs[0]) == 200_000
+    assert len(read_unlabelled(path, COLUMNS, TEXT)["text"][0]) == 200_000
 
 
 FAULTS: dict[str, tuple[str, str | bytes | None, str, str]] = {
@@ -324,8 +333,8 @@ SPREADSHEETS: dict[str, tuple[str, str | bytes]] = {
 @pytest.mark.parametrize("kind", SPREADSHEETS)
 def test_a_table_is_read_as_spreadsheets_of_the_world_write_it(kind: str, tmp_path: Path) -> None:
     samples = read_labelled(written(tmp_path, *SPREADSHEETS[kind]), COLUMNS, TEXT, LABELS)
-    assert samples.inputs == ["one; two, three", "next"]
-    assert classes(samples) == [0, 1]
+    assert samples["text"] == ["one; two, three", "next"]
+    assert samples.targets == [0, 1]
 
 
 def test_lines_are_counted_with_the_separator_line_and_old_line_ends(tmp_path: Path) -> None:
@@ -340,7 +349,7 @@ def test_lines_are_counted_with_the_separator_line_and_old_line_ends(tmp_path: P
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt"])
 @pytest.mark.parametrize("rows", [["one, two", "three"], ["one; two", "three"], ["one, two; three", "x\ty, z"]])
 def test_one_column_needs_no_separator(rows: list[str], name: str, tmp_path: Path) -> None:
-    assert read_unlabelled(written(tmp_path, name, "\n".join(["text", *rows])), COLUMNS, TEXT).inputs == rows
+    assert read_unlabelled(written(tmp_path, name, "\n".join(["text", *rows])), COLUMNS, TEXT)["text"] == rows
 
 
 def test_an_encoding_that_is_named_is_used_and_the_error_says_how_to_name_it(tmp_path: Path) -> None:
@@ -348,9 +357,9 @@ def test_an_encoding_that_is_named_is_used_and_the_error_says_how_to_name_it(tmp
     with pytest.raises(DataError, match=r"in silo\.yaml as data\.encoding or in server\.yaml as encoding") as raised:
         read_labelled(path, COLUMNS, TEXT, LABELS)
     assert "cp1252" in raised.value.remedy
-    assert read_labelled(path, COLUMNS, TEXT, LABELS, "cp1252").inputs == ["d\u00e9j\u00e0 vu"]
+    assert read_labelled(path, COLUMNS, TEXT, LABELS, "cp1252")["text"] == ["d\u00e9j\u00e0 vu"]
     marked = written(tmp_path, "b.csv", b"\xef\xbb\xbf" + "text\nd\u00e9j\u00e0\n".encode())
-    assert read_unlabelled(marked, COLUMNS, TEXT, "cp1252").inputs == ["d\u00e9j\u00e0"], "its mark says it better"
+    assert read_unlabelled(marked, COLUMNS, TEXT, "cp1252")["text"] == ["d\u00e9j\u00e0"], "its mark says it better"
     with pytest.raises(DataError, match="is not PUNYCODE"):
         read_unlabelled(written(tmp_path, "c.csv", b"text,-\n"), COLUMNS, TEXT, "punycode")
 
@@ -377,19 +386,19 @@ def test_all_faults_of_a_row_are_named(tmp_path: Path) -> None:
 
 
 def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
-    examination = Examination(written(tmp_path, "a.csv", MANY), COLUMNS, None, labelled=True)
+    examination = examination_of(written(tmp_path, "a.csv", MANY))
     assert len(examination.faults) == 12
-    examination.resolve(LABELS)
+    examination.resolve(TEXT.reader(LABELS))
     samples = examination.samples("skip")
-    assert samples.inputs == ["a", "a", "a", "a", "e"]
-    assert classes(samples) == [0, 0, 0, 0, 1]
+    assert samples["text"] == ["a", "a", "a", "a", "e"]
+    assert samples.targets == [0, 0, 0, 0, 1]
     assert samples.lines == [2, 7, 12, 17, 22]
     assert samples.skipped == 16
     assert "16 of 21 rows" in samples.warnings[0]
 
 
 def test_a_file_of_bad_rows_only_is_refused_in_any_case(tmp_path: Path) -> None:
-    examination = Examination(written(tmp_path, "a.csv", "text,label\n,sport\na,\n"), COLUMNS, None, labelled=True)
+    examination = examination_of(written(tmp_path, "a.csv", "text,label\n,sport\na,\n"))
     with pytest.raises(DataError, match="2 of 2 rows") as raised:
         examination.samples("skip", "; the way out")
     assert "way out" not in raised.value.remedy
@@ -400,32 +409,32 @@ def test_a_file_of_bad_rows_only_is_refused_in_any_case(tmp_path: Path) -> None:
 )
 def test_a_fault_of_the_whole_file_is_refused_in_any_case(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
-        Examination(written(tmp_path, "a.csv", content), COLUMNS, None, labelled=True)
+        examination_of(written(tmp_path, "a.csv", content))
 
 
 def test_a_row_whose_quotes_are_wrong_is_one_row_unless_it_may_have_swallowed_others(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", 'text,label\na,sport\n"b" c,sport\nd,science\n"e"f,\n')
-    samples = Examination(path, COLUMNS, None, labelled=True).samples("skip")
-    assert (samples.inputs, samples.lines, samples.skipped) == (["a", "d"], [2, 4], 2)
+    samples = examination_of(path).samples("skip")
+    assert (samples["text"], samples.lines, samples.skipped) == (["a", "d"], [2, 4], 2)
     for rows in ('"b,sport\nd,science\n', '"b,sport\nd,science\ne"f,sport\n', '"b,sport'):
         with pytest.raises(DataError, match=r"a\.csv:3: malformed row"):
-            Examination(written(tmp_path, "a.csv", f"text,label\na,sport\n{rows}"), COLUMNS, None, labelled=True)
+            examination_of(written(tmp_path, "a.csv", f"text,label\na,sport\n{rows}"))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_the_columns_say_what_the_samples_are(name: str, tmp_path: Path) -> None:
-    def found(*columns: str) -> Kind | None:
+    def found(*columns: str) -> Form | None:
         Image.new("L", (4, 4)).save(tmp_path / "x.png")
         row = dict.fromkeys(columns, "x.png")
         lines = [str(row).replace("'", '"')] if name.endswith("jsonl") else [",".join(columns), ",".join(row.values())]
         path = written(tmp_path, name, "\n".join(lines))
-        examination = Examination(path, COLUMNS, None, labelled=True)
+        examination = examination_of(path)
         if (fault := examination.fault()) is not None:
             raise fault
-        return examination.kind
+        return examination.form
 
-    assert found("text", "label") == TEXT
-    assert found("label", "image", "more") == IMAGE
+    assert found("text", "label") == ("text", "label")
+    assert found("label", "image", "more") == ("image", "label")
     assert found("image", "text", "label") is None
     with pytest.raises(DataError, match="no column 'text' nor 'image' among body, label") as raised:
         found("body", "label")
@@ -458,10 +467,11 @@ def test_the_columns_say_what_the_samples_are(name: str, tmp_path: Path) -> None
 )
 def test_labels_that_look_the_same_are_the_same(one: str, other: str, tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", f"text;label\na;{other}\nb;{one}\n")
-    examination = Examination(path, COLUMNS, TEXT, labelled=True)
-    examination.resolve(["0", one])
+    examination = Examination(path, COLUMNS, TEXT.forms)
+    examination.resolve(TEXT.reader(["0", one]))
     found = examination.samples("skip" if "\0" in other else "refuse")
-    assert set(classes(found)) == {1}
+    assert found.targets is not None
+    assert set(found.targets) == {1}
 
 
 @pytest.mark.parametrize(("one", "other"), [("a", "A"), ("a b", "ab"), ("\u0430", "a"), ("1", "1.5"), ("1", "01")])
@@ -473,7 +483,7 @@ def test_labels_that_look_different_are_not_the_same(one: str, other: str, tmp_p
 
 def test_a_decimal_is_its_own_label_where_the_list_has_it(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "text,label\na,1.0\nb,1\n")
-    assert classes(read_labelled(path, COLUMNS, TEXT, ["1", "1.0"])) == [1, 0]
+    assert read_labelled(path, COLUMNS, TEXT, ["1", "1.0"]).targets == [1, 0]
 
 
 # --- image paths ------------------------------------------------------------------------------------------------------
@@ -485,7 +495,7 @@ def test_images_are_found_beside_the_data_file(tmp_path: Path) -> None:
         Image.new("L", (4, 3)).save(tmp_path / name)
     path = written(tmp_path, "a.csv", "image,label\ndark.png ,sport\nsub/ha\u0308ll.png,science\n")
     samples = read_labelled(path, COLUMNS, IMAGE, LABELS)
-    assert samples.inputs == [str(tmp_path / "dark.png"), str(tmp_path / "sub/h\u00e4ll.png")]
+    assert samples["image"] == [str(tmp_path / "dark.png"), str(tmp_path / "sub/h\u00e4ll.png")]
 
 
 @pytest.mark.parametrize("name", ["gone.png", "sub", "x" * 5000, "a\0.png", "\\ud800.png"])
@@ -517,13 +527,13 @@ def test_all_unreadable_images_are_named_with_their_lines(tmp_path: Path, damage
     ) as raised:
         read_unlabelled(path, COLUMNS, IMAGE)
     assert "\n" not in str(raised.value)
-    examination = Examination(path, COLUMNS, IMAGE, labelled=False)
-    assert examination.samples("skip").inputs == [str(tmp_path / "b.jpg")]
+    examination = Examination(path, COLUMNS, IMAGE.public_forms)
+    assert examination.samples("skip")["image"] == [str(tmp_path / "b.jpg")]
 
 
 def test_dim_16_bit_images_are_a_warning_of_the_file(tmp_path: Path) -> None:
     for name, value in (("dim", 4095), ("bright", 65535)):
-        Image.fromarray(torch.full((2, 2), value).to(torch.uint16).numpy()).save(tmp_path / f"{name}.png")
+        Image.fromarray(np.full((2, 2), value, np.uint16)).save(tmp_path / f"{name}.png")
     Image.new("L", (4, 3)).save(tmp_path / "plain.png")
     path = written(tmp_path, "a.csv", "image\ndim.png\nbright.png\nplain.png\n")
     (warning,) = read_unlabelled(path, COLUMNS, IMAGE).warnings

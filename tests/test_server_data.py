@@ -61,9 +61,9 @@ def test_between_rounds_a_sample_of_the_test_data_stands_for_all_of_it(
 ) -> None:
     seen: list[torch.Tensor] = []
 
-    def evaluate(model: object, test: object, batch: int, chosen: torch.Tensor) -> Any:
+    def evaluate(task: object, model: object, test: object, batch: int, chosen: torch.Tensor) -> Any:
         seen.append(chosen)
-        return SimpleNamespace(accuracy=0.5)
+        return {"accuracy": 0.5}
 
     monkeypatch.setattr(rounds, "evaluate", evaluate)
     section = config.evaluation.model_copy(update={"samples_per_round": 20})

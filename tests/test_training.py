@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpft.config import AdapterSection, LimitsSection, ProxySection, RoundSettings, TrainingSection
-from fedpft.data.batches import EncodedDataset, ImageDataset, TextDataset, batches, round_window
+from fedpft.data.batches import EncodedDataset, batches, round_window
+from fedpft.data.images import ImageDataset
+from fedpft.data.text import TextDataset
 from fedpft.errors import DataError
 from fedpft.model import adapters
 from fedpft.model.adapters import attach, extract, frozen_state
@@ -20,7 +22,10 @@ from fedpft.model.subffn import sub_ffns
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import Selection, select
 from fedpft.seeding import derive_seed
+from fedpft.tasks import TASKS
 from fedpft.training import LocalResult, train_round
+
+TASK = TASKS["sequence-classification"]
 
 K = 24
 EPS = 0.05
@@ -47,7 +52,7 @@ def proxy_for(
 
 def train(model: nn.Module, data: EncodedDataset, wanted: RoundSettings, **others: Any) -> LocalResult:
     given = {"silo": "north", "round": 1, "compressed": (1, 2), "count_inactivity": False, "limits": LimitsSection()}
-    return train_round(model, data, wanted, **{**given, **others})
+    return train_round(TASK, model, data, wanted, **{**given, **others})
 
 
 class Recorded(EncodedDataset):

@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from fedpft.config import TaskName
-from fedpft.data.batches import EncodedDataset, ImageDataset, TextDataset
+from fedpft.data.batches import EncodedDataset
+from fedpft.data.images import ImageDataset
+from fedpft.data.text import TextDataset
 
 D, F, L = 32, 64, 4
 LABELS = ("earth", "sea", "sky")

@@ -1,40 +1,24 @@
-"""Silo data and public corpora as a model takes them: encode, batch by length, draw, partition.
+"""Samples as a model takes them, one after the other: encoded, in batches by length, drawn.
 
 n  samples in a dataset
 M  samples in one batch
-T  tokens of the longest sample in one batch
-C, H, W  channels, height and width of an image
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedpft.config import BadRows
-from fedpft.data.images import open_image
-from fedpft.data.rows import RowFaults, shown
-from fedpft.data.samples import Kind, Samples
-from fedpft.errors import DataError, ModelError
 from fedpft.seeding import derive_seed
 
-TOKENIZED_AT_ONCE = 1024  # a fast tokenizer keeps offsets and more for each text: this bounds its memory
 BATCHES_IN_BUCKET = 16  # sorted by length among themselves: little padding, yet a batch's samples stay a random lot
-PARTITION_DRAWS = 1000
-MEASURED_TEXTS = 256  # that characters_per_token looks at
-MEASURED_CHARACTERS = 4096  # of each
-
-
-# --- encoding ---------------------------------------------------------------------------------------------------------
 
 
 class EncodedDataset(ABC):
     """Samples as a model takes them.
 
-    labels: (n,) int64, or None for unlabelled samples.
+    labels: one for each sample, (n, ...), or None for unlabelled samples.
     lengths: (n,) int64, what a sample costs: its tokens, or 1 for an image.
     cut: how many of the texts are longer than the model takes, and were cut.
     skipped: rows of the data file that were left out because something is wrong with them.
@@ -44,6 +28,15 @@ class EncodedDataset(ABC):
     lengths: Tensor
     cut: int = 0
     skipped: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the file's rows, by the names of silo.yaml's `share.metrics`."""
+        return {"skipped_rows": self.skipped, "cut_texts": self.cut}
+
+    def describe_cut(self, name: object, max_tokens: int) -> str:
+        """What to say of the texts that were cut."""
+        return describe_cut(name, len(self), self.cut, max_tokens)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -57,124 +50,9 @@ class EncodedDataset(ABC):
     def _inputs(self, indices: Tensor) -> dict[str, Tensor]: ...
 
 
-class TextDataset(EncodedDataset):
-    """Token ids of all samples end to end, without padding."""
-
-    def __init__(self, tokens: Tensor, lengths: Tensor, padding: int, labels: Tensor | None) -> None:
-        """Args:
-        tokens: (sum of lengths,) int32. lengths: (n,) int64. padding: id that fills a batch. labels: (n,) int64.
-        """
-        self.tokens, self.lengths, self.padding, self.labels = tokens, lengths, padding, labels
-        self.starts = lengths.cumsum(0) - lengths
-
-    def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
-        """input_ids, attention_mask: (M, T) int64, padded on the right."""
-        lengths = self.lengths[indices]
-        position = torch.arange(int(lengths.max()))
-        real = position < lengths[:, None]
-        source = (self.starts[indices][:, None] + position).where(real, 0)
-        input_ids = self.tokens[source].long().where(real, self.padding)
-        return {"input_ids": input_ids, "attention_mask": real.long()}
-
-
-class ImageDataset(EncodedDataset):
-    """Images as the model's image processor prepares them."""
-
-    def __init__(self, pixel_values: Tensor, labels: Tensor | None) -> None:
-        """Args:
-        pixel_values: (n, C, H, W) float32. labels: (n,) int64.
-        """
-        self.pixel_values, self.labels = pixel_values, labels
-        self.lengths = torch.ones(len(pixel_values), dtype=torch.int64)
-
-    def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
-        return {"pixel_values": self.pixel_values[indices]}
-
-
-def encode(
-    samples: Samples,
-    processor: Any,
-    kind: Kind,
-    max_tokens: int,
-    *,
-    bad_rows: BadRows = "refuse",
-    way_out: str = "",
-) -> EncodedDataset:
-    """Turns texts or images into what the model takes.
-
-    Args:
-        processor: the FM's tokenizer or image processor, as transformers has them.
-        max_tokens: texts are cut after this many tokens, special ones included.
-        bad_rows, way_out: as of :meth:`Examination.samples`, for texts without a token.
-
-    Raises:
-        DataError: texts without a token, or an image that has changed since it was looked at.
-        ModelError: a tokenizer without a padding token.
-    """
-    if kind == "image":
-        dataset: EncodedDataset = ImageDataset(_pixel_values(samples.inputs, processor), samples.labels)
-        dataset.skipped = samples.skipped
-        return dataset
-    if processor.pad_token_id is None:
-        raise ModelError("the tokenizer has no padding token", "set pad_token in the model's tokenizer_config.json")
-    kept: list[int] = []
-    pieces: list[Tensor] = []
-    faults, cut = RowFaults(samples.path), 0
-    for start in range(0, len(samples), TOKENIZED_AT_ONCE):
-        texts = samples.inputs[start : start + TOKENIZED_AT_ONCE]
-        tokens = _tokens(texts, processor, max_tokens)
-        cut += _longer(
-            [text for text, ids in zip(texts, tokens, strict=True) if len(ids) >= max_tokens], processor, max_tokens
-        )
-        for number, ids in enumerate(tokens, start):
-            if ids:
-                kept.append(number)
-                pieces.append(torch.tensor(ids, dtype=torch.int32))
-            else:
-                what = f"the tokenizer finds no token in {shown(samples.inputs[number])}"
-                faults.add(samples.lines[number], what, "remove the row")
-    if faults and (bad_rows == "refuse" or not kept):
-        raise faults.error(len(samples), way_out if kept else "")
-    labels = None if samples.labels is None else samples.labels[kept]
-    lengths = torch.tensor([len(piece) for piece in pieces])
-    dataset = TextDataset(torch.cat(pieces), lengths, processor.pad_token_id, labels)
-    dataset.cut, dataset.skipped = cut, samples.skipped + len(faults)
-    return dataset
-
-
-def characters_per_token(texts: Sequence[str], processor: Any, *, seed: int) -> float:
-    """Measured on a sample of the texts, so that whoever has no tokenizer can tell how long a text is."""
-    chosen = [
-        texts[number][:MEASURED_CHARACTERS]
-        for number in sample(len(texts), MEASURED_TEXTS, seed, "token length").tolist()
-    ]
-    tokens = _tokens(chosen, processor, MEASURED_CHARACTERS)  # a token has a character at least, hardly ever less
-    return sum(map(len, chosen)) / max(1, sum(map(len, tokens)))
-
-
 def describe_cut(name: object, samples: int, cut: int, max_tokens: int) -> str:
     """What to say of texts that were, or will be, cut."""
     return f"{name}: {cut} of {samples} texts are longer than {max_tokens} tokens and are cut"
-
-
-def _tokens(texts: Sequence[str], processor: Any, max_tokens: int) -> list[list[int]]:
-    found: list[list[int]] = (
-        processor(list(texts), truncation=True, max_length=max_tokens)["input_ids"] if texts else []
-    )
-    return found
-
-
-def _longer(texts: Sequence[str], processor: Any, max_tokens: int) -> int:
-    """A text was cut if it has more tokens where it may have one more."""
-    return sum(len(ids) > max_tokens for ids in _tokens(texts, processor, max_tokens + 1))
-
-
-def _pixel_values(paths: Sequence[str], processor: Any) -> Tensor:
-    images = (open_image(path).image for path in paths)
-    return torch.stack([processor(images=image, return_tensors="pt")["pixel_values"][0].float() for image in images])
-
-
-# --- batching ---------------------------------------------------------------------------------------------------------
 
 
 def round_window(samples: int, local_epochs: float, round: int) -> tuple[int, int]:
@@ -243,43 +121,3 @@ def evaluation_batches(
 
 def _split(indices: Tensor, size: int) -> list[Tensor]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-# --- partitioning -----------------------------------------------------------------------------------------------------
-
-
-def dirichlet_partition(labels: Tensor | Sequence[int], silos: int, concentration: float, seed: int) -> list[Tensor]:
-    """Deals samples out to silos so that each class is spread unevenly: its shares are drawn from a Dirichlet.
-
-    Args:
-        labels: (n,) class indices.
-        concentration: of the symmetric Dirichlet; near 0 one silo gets nearly all of a class, large is even.
-
-    Returns:
-        For each silo the sorted indices of its samples, int64; each sample is in exactly one, and none is empty.
-
-    Raises:
-        DataError: if there is no such partition, or none was drawn in PARTITION_DRAWS draws.
-    """
-    classes = np.asarray(labels)
-    if not 0 < silos <= len(classes) or concentration <= 0:
-        raise DataError(
-            f"{len(classes)} samples cannot be dealt out to {silos} silos with concentration {concentration}",
-            "take at least one silo, a sample for each, and a concentration above 0",
-        )
-    for draw in range(PARTITION_DRAWS):
-        generator = np.random.default_rng(derive_seed(seed, "dirichlet", draw))
-        parts: list[list[np.ndarray]] = [[] for _ in range(silos)]
-        for label in np.unique(classes):
-            members = generator.permutation(np.flatnonzero(classes == label))
-            shares = generator.dirichlet(np.full(silos, concentration))
-            cuts = (np.cumsum(shares[:-1]) * len(members)).round().astype(int)
-            for part, dealt in zip(parts, np.split(members, cuts), strict=True):
-                part.append(dealt)
-        dealt_out = [np.sort(np.concatenate(part)) for part in parts]
-        if all(len(part) for part in dealt_out):
-            return [torch.from_numpy(part.astype(np.int64)) for part in dealt_out]
-    raise DataError(
-        f"no draw of {PARTITION_DRAWS} gave each of {silos} silos one of {len(classes)} samples",
-        "take fewer silos, more samples or a larger concentration",
-    )

@@ -2,17 +2,23 @@
 
 What Pillow would convert wrongly, or to a part of what the file holds, is refused by name.
 
+    n     images in a dataset
+    C     colours
     H, W  height and width of an image
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
+from fedpft.data.batches import EncodedDataset
 from fedpft.data.rows import one_line
 from fedpft.errors import DataError
 
@@ -151,3 +157,24 @@ def describe_dim(deep: int, dim: int) -> str | None:
         f"{dim} of {deep} images of 16 bits use less than a quarter of their range and are nearly black for the "
         "model -> if a sensor of fewer bits made them, multiply their values so that its white becomes 65535"
     )
+
+
+class ImageDataset(EncodedDataset):
+    """Images as the model's image processor prepares them."""
+
+    def __init__(self, pixel_values: Tensor, labels: Tensor | None) -> None:
+        """Args:
+        pixel_values: (n, C, H, W) float32. labels: (n,) int64.
+        """
+        self.pixel_values, self.labels = pixel_values, labels
+        self.lengths = torch.ones(len(pixel_values), dtype=torch.int64)
+
+    def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": self.pixel_values[indices]}
+
+
+def encode_images(paths: Sequence[str], processor: Any, labels: Tensor | None) -> ImageDataset:
+    """Has the FM's image processor prepare images; DataError names one that has changed since it was looked at."""
+    images = (open_image(path).image for path in paths)
+    pixels = [processor(images=image, return_tensors="pt")["pixel_values"][0].float() for image in images]
+    return ImageDataset(torch.stack(pixels), labels)

@@ -14,8 +14,11 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedpft.errors import DataError
+
+Form = tuple[str, ...]  # the roles of the columns that make a row, which are the keys under `columns` in the YAML file
 
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"}  # the likeliest first
 SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n"])"?[^\S\r\n]*(\r\n|\r|\n)', re.IGNORECASE)  # as Excel writes and reads it
@@ -41,6 +44,14 @@ VISIBLE_FORMATS = frozenset("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0
 # Letters and marks that are not: joiners, fillers, variation selectors.
 INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 HYPHENS = str.maketrans("\u2010\u2011", "--")
+
+
+class Unusable(Exception):
+    """A row that cannot be used: message and remedy."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.message, self.remedy = message, remedy
 
 
 class RowFaults:
@@ -86,13 +97,14 @@ class Table:
     """The columns of a file that were asked for.
 
     roles: which they are, the keys under `columns` in the YAML file.
-    rows: for each row the line where it begins, and its values in the order of `roles`.
+    rows: for each row the line where it begins, and its values in the order of `roles`: strings, or what JSON can say,
+        objects as dicts. A null is an empty string, as an empty cell is.
     faults: of the rows that are not among them.
     """
 
     roles: tuple[str, ...]
     faults: RowFaults
-    rows: list[tuple[int, list[str]]] = field(default_factory=list)
+    rows: list[tuple[int, list[Any]]] = field(default_factory=list)
 
 
 def read_text(path: Path, encoding: str | None = None) -> str:
@@ -138,14 +150,12 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     return text
 
 
-def read_rows(
-    path: Path, wanted: Mapping[str, str], *, any_of: Mapping[str, str] | None = None, encoding: str | None = None
-) -> Table:
+def read_rows(path: Path, forms: Sequence[Form], columns: Mapping[str, str], encoding: str | None = None) -> Table:
     """Reads the columns that are asked for.
 
     Args:
-        wanted: role -> column; the role is the key under `columns` in the YAML file. All must be there.
-        any_of: columns of which at least one must be there; those that are come after `wanted`.
+        forms: what a row may consist of. The columns of one of them must be there, and those of all that are, are read.
+        columns: role -> column.
         encoding: as of :func:`read_text`.
 
     Raises:
@@ -155,8 +165,8 @@ def read_rows(
     if kind not in (*SEPARATORS, ".jsonl"):
         raise DataError(f"{path}: unknown kind of data file {kind!r}", f"use .csv, .tsv or .jsonl; {SAVE_AS_CSV}")
     text = read_text(path, encoding)
-    columns = _Columns(path, wanted, any_of or {})
-    table = _json_table(path, text, columns) if kind == ".jsonl" else _csv_table(path, text, kind, columns)
+    asked = _Columns(forms, columns)
+    table = _json_table(path, text, asked) if kind == ".jsonl" else _csv_table(path, text, kind, asked)
     if not table.rows and not table.faults:
         raise DataError(f"{path}: a header but no rows", "write one row a sample")
     return table
@@ -165,46 +175,42 @@ def read_rows(
 class _Columns:
     """Finds the columns that are asked for among those that a file has."""
 
-    def __init__(self, path: Path, wanted: Mapping[str, str], any_of: Mapping[str, str]) -> None:
-        self._path, self._wanted, self._any_of = path, wanted, any_of
+    def __init__(self, forms: Sequence[Form], columns: Mapping[str, str]) -> None:
+        self._forms, self._columns = forms, columns
 
     def present(self, there: Sequence[str]) -> int:
-        """How many of the columns are there."""
-        names = {_column_name(name) for name in there}
-        return sum(alike(column) in names for column in (*self._wanted.values(), *self._any_of.values()))
+        """How many columns of the form that fits best are there."""
+        return max(len(form) - len(missing) for form, missing in self._missing(there))
 
     def all_in(self, there: Sequence[str]) -> bool:
         """Whether nothing is missing."""
-        names = {_column_name(name) for name in there}
-        any_of = [alike(column) in names for column in self._any_of.values()]
-        return all(alike(column) in names for column in self._wanted.values()) and (any(any_of) or not any_of)
+        return any(not missing for _, missing in self._missing(there))
 
     def find(self, there: Sequence[str]) -> dict[str, int]:
-        """Role -> position; _Missing if there is no such column, or more than one."""
-        names = [_column_name(name) for name in there]
-        optional = {role: column for role, column in self._any_of.items() if alike(column) in names}
-        if self._any_of and not optional:
-            ours = " nor ".join(repr(column) for column in self._any_of.values())
-            remedy = f"set {' or '.join(f'columns.{role}' for role in self._any_of)} to the one that holds it"
-            for role, column in self._any_of.items():
-                remedy = closest(column, there, remedy, f" (set columns.{role})")
-            raise _Missing(f"no column {ours} among {listed(there)}", remedy)
-        return {
-            role: self._position(names, there, role, column) for role, column in {**self._wanted, **optional}.items()
-        }
+        """Role -> position; _Missing if no form is whole, or there is a column twice."""
+        found = self._missing(there)
+        whole = [form for form, missing in found if not missing]
+        if whole:
+            roles = dict.fromkeys(role for form in whole for role in form)
+            return {role: self._position(there, self._columns[role]) for role in roles}
+        most = self.present(there)
+        roles = dict.fromkeys(missing[0] for form, missing in found if len(form) - len(missing) == most)
+        ours = " nor ".join(repr(self._columns[role]) for role in roles)
+        keys = " or ".join(f"columns.{role}" for role in roles)
+        remedy = f"set {keys} to the one that holds {'it' if len(roles) > 1 else f'the {next(iter(roles))}'}"
+        for role in roles:
+            remedy = closest(self._columns[role], there, remedy, f" (set columns.{role})")
+        raise _Missing(f"no column {ours} among {listed(there)}", remedy)
 
-    def _position(self, names: Sequence[str], there: Sequence[str], role: str, column: str) -> int:
-        name = alike(column)
-        if name not in names:
-            raise _Missing(
-                f"no column {column!r} among {listed(there)}",
-                closest(
-                    column, there, f"set columns.{role} to the one that holds the {role}", f" (set columns.{role})"
-                ),
-            )
-        if names.count(name) > 1:
+    def _missing(self, there: Sequence[str]) -> list[tuple[Form, list[str]]]:
+        names = {_column_name(name) for name in there}
+        return [(form, [role for role in form if alike(self._columns[role]) not in names]) for form in self._forms]
+
+    def _position(self, there: Sequence[str], column: str) -> int:
+        names = [_column_name(name) for name in there]
+        if names.count(alike(column)) > 1:
             raise _Missing(f"column {column!r} is there twice", "rename one of the two")
-        return names.index(name)
+        return names.index(alike(column))
 
 
 class _Missing(Exception):
@@ -326,7 +332,7 @@ def _json_table(path: Path, text: str, columns: _Columns) -> Table:
             continue
         try:
             found = columns.find([key for key, _ in row])
-            values = [_json_value(role, *row[position]) for role, position in found.items()]
+            values = [_plain(row[position][1]) for position in found.values()]
             table.roles = table.roles or tuple(found)
             if tuple(found) != table.roles:
                 raise _Missing(
@@ -339,19 +345,13 @@ def _json_table(path: Path, text: str, columns: _Columns) -> Table:
     return table
 
 
-def _json_value(role: str, key: str, value: object) -> str:
-    """A null is an empty cell. A label may be a whole number, also as a program that knows only decimals writes it."""
-    if value is None:
-        return ""
-    if role == "label" and isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, int):
-            return str(value)
-        if value.is_integer():
-            return str(int(value))
-    if not isinstance(value, str):
-        what = "JSON object" if isinstance(value, tuple) else type(value).__name__
-        raise _Missing(f"{key!r} is {what}, not a string", "write it between quotes")
-    return value
+def _plain(value: Any) -> Any:
+    """The value with its objects as dicts, of which the last of equal keys wins; a null is an empty cell."""
+    if isinstance(value, tuple):
+        return {key: _plain(each) for key, each in value}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return "" if value is None else value
 
 
 def _lines(text: str) -> list[str]:

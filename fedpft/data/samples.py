@@ -1,113 +1,130 @@
 """The samples of a data file, read and looked at as far as possible before anything else begins. docs/data.md.
 
-A table names texts, or images that lie beside it, and labels. Whatever is wrong with it is one DataError with file and
-line, so that an institution can mend its own data without seeing anybody else's; the faults of single rows are
-reported together, or those rows are left out.
+Whatever is wrong with a file is one DataError with file and line, so that an institution can mend its own data without
+seeing anybody else's; the faults of single rows are reported together, or those rows are left out.
+
+What a column may hold follows from its role alone, and is checked here; what its values mean, the task says.
 
     n  samples in a file
 """
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from fedpft.config import BadRows, ColumnsSection
 from fedpft.data.images import describe_dim, open_image
-from fedpft.data.rows import RowFaults, alike, closest, is_blank, listed, read_rows, read_text, shown, unusable
+from fedpft.data.rows import Form, RowFaults, Unusable, alike, is_blank, read_rows, read_text, shown, unusable
 from fedpft.errors import DataError
 
-Kind = Literal["text", "image"]  # of an input; also the key under `columns` of its column
-KINDS: tuple[Kind, ...] = get_args(Kind)
-DECIMAL = re.compile(r"([+-]?\d+)[.,]0+")  # a whole number as a spreadsheet or a data frame may have written it
+
+@dataclass(frozen=True)
+class Reader:
+    """How a task reads what a sample shall come to.
+
+    roles: whose values it looks at.
+    read: is given those, of one row; raises Unusable.
+    """
+
+    roles: Form
+    read: Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Samples:
     """The rows of a data file that can be used.
 
-    inputs: n texts, or n image paths.
+    values: for each role of the form n values: texts, paths of images, labels as the file has them, lists, ...
     lines: n line numbers, where each row begins.
-    label_names: n labels as the file has them; none for unlabelled samples.
-    labels: (n,) int64, index of each label in the label list; None until the list is known, and without labels.
+    targets: what a task makes of each row's labels; None if it has none, or they were not asked for.
     skipped: rows that were left out because something is wrong with them.
     warnings: of the file as a whole, each with a remedy.
     """
 
     path: Path
-    inputs: list[str]
+    values: dict[str, list[Any]]
     lines: list[int]
-    label_names: list[str]
-    labels: Tensor | None
+    targets: list[Any] | None
     skipped: int = 0
     warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.lines)
+
+    def __getitem__(self, role: str) -> list[Any]:
+        return self.values[role]
+
+    def texts(self) -> list[str]:
+        """All words of each sample, labels left out."""
+        columns = [values for role, values in self.values.items() if role not in ("image", "label", "tags")]
+        return [" ".join(word for value in row for word in _strings(value)) for row in zip(*columns, strict=True)]
 
 
 class Examination:
     """A data file that has been read, and is looked at the closer the more is known.
 
-    kind: as given; if it was not, what the columns say, and None if they fit both.
+    form: of its rows; None if they have the columns of several, and nobody said which counts.
     rows: that it has, good and bad.
     faults: of its rows, as far as they are known.
     """
 
     def __init__(
-        self, path: Path, columns: ColumnsSection, kind: Kind | None, *, labelled: bool, encoding: str | None = None
+        self,
+        path: Path,
+        columns: ColumnsSection,
+        forms: Sequence[Form],
+        *,
+        first_counts: bool = True,
+        encoding: str | None = None,
     ) -> None:
-        """Reads the file, and looks at its texts or images unless the kind is open.
+        """Reads the file, and looks at each column of which it is certain that it will be used.
 
         Args:
-            path: CSV, TSV or the like, or .jsonl.
+            path: CSV, TSV or the like, .jsonl or .parquet.
             columns: which columns hold what.
-            kind: whether it holds texts or images; None: the columns decide.
-            labelled: whether there is a label column; if not, it is not looked at.
+            forms: what a row may consist of.
+            first_counts: whether the first of several forms that all are there counts, or only the next look will tell.
             encoding: of the file, as of :func:`read_text`.
 
         Raises:
             DataError: the file as a whole cannot be used.
         """
         self.path, self._warnings = path, list[str]()
-        inputs: dict[str, str] = {each: getattr(columns, each) for each in KINDS if kind in (None, each)}
-        wanted = {"label": columns.label} if labelled else {}
-        if kind is not None:
-            wanted, inputs = {**inputs, **wanted}, {}
-        table = read_rows(path, wanted, any_of=inputs, encoding=encoding)
+        table = read_rows(path, forms, columns.model_dump(), encoding)
         self.faults, self.rows = table.faults, len(table.rows) + len(table.faults)
-        there = [each for each in KINDS if each in table.roles]
-        self.kind = there[0] if len(there) == 1 else None
-        values = {role: [row[number] for _, row in table.rows] for number, role in enumerate(table.roles)}
+        there = [form for form in forms if not table.rows or set(form) <= set(table.roles)]
+        if first_counts:
+            there = there[:1]
+        # A form that is part of another one which is there as well says nothing against that.
+        widest = [form for form in there if not any(set(form) < set(other) for other in there)]
+        self.form = widest[0] if len(widest) == 1 else None
+        certain = [role for role in widest[0] if all(role in form for form in widest)] if widest else []
         self._lines = [line for line, _ in table.rows]
-        self._labels = [name.strip() for name in values.get("label", [])]
-        self._classes: list[int] | None = None
-        for line, name in zip(self._lines, self._labels, strict=False):
-            self._check_label(line, name)
-        self._inputs: list[str] = [] if self.kind is None else values[self.kind]
-        if self.kind == "text":
-            for line, text in zip(self._lines, self._inputs, strict=True):
-                self._check_text(line, text)
-        elif self.kind == "image":
-            self._inputs = self._check_images(self._inputs)
+        self._targets: list[Any] | None = None
+        self._values: dict[str, list[Any]] = {}
+        for role in sorted(certain, key=lambda role: role == "label"):
+            given = [values[table.roles.index(role)] for _, values in table.rows]
+            if role == "image":
+                self._values[role] = self._check_images(given)
+            else:
+                column = getattr(columns, role)
+                self._values[role] = [
+                    self._looked_at(line, LOOKS[role], value, column)
+                    for line, value in zip(self._lines, given, strict=True)
+                ]
 
-    def resolve(self, labels: Sequence[str]) -> None:
-        """Looks for each row's label in the server's label list."""
-        index = {alike(name): number for number, name in enumerate(labels)}
-        self._classes = []
-        for line, name in zip(self._lines, self._labels, strict=True):
-            key = alike(name)
-            if key not in index and (decimal := DECIMAL.fullmatch(key)):
-                key = decimal[1]
-            if key not in index and not is_blank(name) and unusable(name) is None:
-                remedy = closest(name, labels, f"use one of its {len(labels)} labels: {listed(labels)}")
-                self.faults.add(line, f"label {shown(name)} is not in the server's label list", remedy)
-            self._classes.append(index.get(key, -1))
+    def resolve(self, reader: Reader | None) -> None:
+        """Reads each row's label as the task does; None if it has none."""
+        if reader is None:
+            return
+        columns = [self._values[role] for role in reader.roles]
+        self._targets = [
+            None if None in values else self._looked_at(line, reader.read, *values)
+            for line, *values in zip(self._lines, *columns, strict=True)
+        ]
 
     def fault(self, bad_rows: BadRows = "refuse", way_out: str = "") -> DataError | None:
         """What speaks against the rows, as far as is known.
@@ -121,56 +138,98 @@ class Examination:
         return self.faults.error(self.rows, way_out if len(self.faults) < self.rows else "")
 
     def samples(self, bad_rows: BadRows = "refuse", way_out: str = "") -> Samples:
-        """The samples that can be used, of a kind that is known; raises what :meth:`fault` returns."""
+        """The samples that can be used, of a form that is known; raises what :meth:`fault` returns."""
         if (fault := self.fault(bad_rows, way_out)) is not None:
             raise fault
         kept = [number for number, line in enumerate(self._lines) if line not in self.faults]
         return Samples(
             self.path,
-            [self._inputs[number] for number in kept],
+            {role: [values[number] for number in kept] for role, values in self._values.items()},
             [self._lines[number] for number in kept],
-            [self._labels[number] for number in kept] if self._labels else [],
-            None if self._classes is None else torch.tensor([self._classes[number] for number in kept]),
+            None if self._targets is None else [self._targets[number] for number in kept],
             len(self.faults),
             (*self._warnings, *([f"skipped: {self.faults.error(self.rows)}"] if self.faults else [])),
         )
 
-    def _check_label(self, line: int, name: str) -> None:
-        if is_blank(name):
-            self.faults.add(line, "the label is empty", "give the row a label, or remove the row")
-        elif what := unusable(name):
-            self.faults.add(line, f"the label holds {what}", "mend or remove the row")
+    def _looked_at(self, line: int, look: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return look(*given)
+        except Unusable as found:
+            self.faults.add(line, found.message, found.remedy)
+            return None
 
-    def _check_text(self, line: int, text: str) -> None:
-        if is_blank(text):
-            self.faults.add(line, "the text is empty", "fill it in, or remove the row")
-        elif what := unusable(text):
-            self.faults.add(line, f"the text holds {what}", "mend or remove the row")
-
-    def _check_images(self, names: Sequence[str]) -> list[str]:
+    def _check_images(self, names: Sequence[Any]) -> list[str | None]:
         """The paths of the images, each of which was opened and decoded once."""
         dims: list[bool] = []
-        paths = []
-        for line, name in zip(self._lines, names, strict=True):
-            path = str(self.path.parent / name.strip())
-            if is_blank(name):
-                self.faults.add(line, "the image path is empty", "fill it in, or remove the row")
-            elif (found := _existing(self.path.parent, name)) is None:
+
+        def look(name: Any) -> str:
+            name = _seen("image", name, "image path", "fill it in, or remove the row")
+            if (found := _existing(self.path.parent, name)) is None:
                 remedy = "image paths are relative to the data file's directory"
                 remedy += ", with / between directories" if "\\" in name else ""
-                self.faults.add(line, f"no image {shown(path)[1:-1]}", remedy)
-            else:
-                path = str(found)
-                try:
-                    opened = open_image(found)
-                except DataError as error:
-                    self.faults.add(line, error.message, error.remedy)
-                else:
-                    dims += [] if opened.dim is None else [opened.dim]
-            paths.append(path)
+                raise Unusable(f"no image {shown(str(self.path.parent / name.strip()))[1:-1]}", remedy)
+            try:
+                opened = open_image(found)
+            except DataError as error:
+                raise Unusable(error.message, error.remedy) from None
+            dims.extend([] if opened.dim is None else [opened.dim])
+            return str(found)
+
+        paths = [self._looked_at(line, look, name) for line, name in zip(self._lines, names, strict=True)]
         if warning := describe_dim(len(dims), sum(dims)):
             self._warnings.append(f"{self.path}: {warning}")
         return paths
+
+
+# --- what a column may hold -------------------------------------------------------------------------------------------
+
+
+def _seen(column: str, value: Any, what: str, remedy: str) -> str:
+    """The value, if it is a string of which something can be seen."""
+    if not isinstance(value, str):
+        raise Unusable(f"{column!r} is {_kind(value)}, not a string", "write it between quotes")
+    if is_blank(value):
+        raise Unusable(f"the {what} is empty", remedy)
+    return value
+
+
+def _string(column: str, value: Any, what: str, remedy: str) -> str:
+    """The same, if a tokenizer and a file can take it, too."""
+    if fault := unusable(_seen(column, value, what, remedy)):
+        raise Unusable(f"the {what} holds {fault}", "mend or remove the row")
+    return str(value)
+
+
+def _text(value: Any, column: str) -> str:
+    return _string(column, value, "text", "fill it in, or remove the row")
+
+
+def _label(value: Any, column: str) -> Any:
+    """A name, a number that is not whole, or a list of them; a program may know only decimals, and write 7.0 for 7."""
+    if isinstance(value, list):
+        return [_label(each, column) for each in value]
+    if isinstance(value, float) and not value.is_integer():
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value))
+    return _string(column, value, "label", "give the row a label, or remove the row").strip()
+
+
+def _kind(value: Any) -> str:
+    names: dict[type, str] = {dict: "JSON object", list: "a list"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _strings(value: Any) -> list[str]:
+    """All the strings in a value."""
+    if isinstance(value, str):
+        return [value]
+    each = value.values() if isinstance(value, Mapping) else value
+    return [string for inner in each for string in _strings(inner)]
+
+
+# role -> what is made of a value, given the column's name too; images, of which a file has a say as a whole, are apart
+LOOKS: dict[str, Callable[[Any, str], Any]] = {"text": _text, "label": _label}
 
 
 def _existing(directory: Path, name: str) -> Path | None:
@@ -184,24 +243,24 @@ def _existing(directory: Path, name: str) -> Path | None:
     return None
 
 
-def read_labelled(
-    path: Path, columns: ColumnsSection, kind: Kind, labels: Sequence[str], encoding: str | None = None
+def read_samples(
+    path: Path,
+    columns: ColumnsSection,
+    forms: Sequence[Form],
+    reader: Reader | None = None,
+    encoding: str | None = None,
 ) -> Samples:
-    """Reads a labelled data file of which every row has to be in order; arguments and errors as of Examination."""
-    examination = Examination(path, columns, kind, labelled=True, encoding=encoding)
-    examination.resolve(labels)
+    """Reads a data file of which every row has to be in order; arguments and errors as of Examination."""
+    examination = Examination(path, columns, forms, encoding=encoding)
+    examination.resolve(reader)
     return examination.samples()
-
-
-def read_unlabelled(path: Path, columns: ColumnsSection, kind: Kind, encoding: str | None = None) -> Samples:
-    """Reads the texts or image paths of a public corpus; a label column is not looked at. Raises as read_labelled."""
-    return Examination(path, columns, kind, labelled=False, encoding=encoding).samples()
 
 
 def image_paths(path: Path, columns: ColumnsSection, encoding: str | None = None) -> list[Path]:
     """The images that a data file names, which may be missing. Raises DataError if the file itself cannot be read."""
-    table = read_rows(path, {"image": columns.image}, encoding=encoding)
-    return [_existing(path.parent, name) or path.parent / name for _, (name,) in table.rows]
+    table = read_rows(path, [("image",)], columns.model_dump(), encoding)
+    names = [name for _, (name,) in table.rows if isinstance(name, str)]
+    return [_existing(path.parent, name) or path.parent / name for name in names]
 
 
 def read_label_list(path: Path, encoding: str | None = None) -> tuple[str, ...]:

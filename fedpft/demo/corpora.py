@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from fedpft import atomic
-from fedpft.data.batches import dirichlet_partition
+from fedpft.data.partition import dirichlet_partition
 from fedpft.data.rows import LONGEST_FIELD
 from fedpft.errors import DataError
 from fedpft.seeding import derive_seed

@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedpft.tasks import Metric
+
 INK, MUTED, RULE, ACCENT, SECOND, THIRD = (f"#0000{number:02x}" for number in range(1, 7))
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", SECOND: "second", THIRD: "third"}
 
@@ -52,8 +54,8 @@ STYLE: Any = {
 WIDTH_INCHES, HEIGHT_INCHES = 7.4, 2.7
 
 
-def accuracy_by_round(rounds: Sequence[Mapping[str, Any]], reference: Mapping[str, float]) -> str:
-    """Accuracy of proxy and plugged-in model by round; `reference` are rows without rounds, drawn as levels."""
+def score_by_round(rounds: Sequence[Mapping[str, Any]], reference: Mapping[str, float], metric: Metric) -> str:
+    """The headline of proxy and plugged-in model by round; `reference` are rows without rounds, drawn as levels."""
     series = {
         name: [(entry["round"], entry[name]) for entry in rounds if entry.get(name) is not None]
         for name in ("proxy", "plugged_in")
@@ -70,15 +72,16 @@ def accuracy_by_round(rounds: Sequence[Mapping[str, Any]], reference: Mapping[st
             axes.axhline(level, color=MUTED, linewidth=1.1, dashes=dashes, label=name)
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylim(bottom=0)
-        _percent(axes)
+        if metric.percent:
+            axes.set_ylim(bottom=0)
+            _percent(axes)
         _legend_beside(axes)
         said = "; ".join(
-            f"{name.replace('_', '-')} from {points[0][1]:.1%} to {points[-1][1]:.1%}"
+            f"{name.replace('_', '-')} from {metric.shown(points[0][1])} to {metric.shown(points[-1][1])}"
             for name, points in series.items()
             if points
         )
-        return _svg(figure, f"Line chart of test accuracy by round: {said}.")
+        return _svg(figure, f"Line chart of test {metric.title} by round: {said}.")
 
 
 def distillation_loss(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -164,23 +167,23 @@ def saliency_kept(layers: Sequence[int], share: Sequence[float]) -> str:
         return _svg(figure, f"Bar chart of the saliency kept: {said}.")
 
 
-def rows_compared(accuracy: Mapping[str, float]) -> str:
-    """Accuracy of every row, best first; the product stands out."""
-    if not accuracy:
+def rows_compared(found: Mapping[str, float], metric: Metric) -> str:
+    """The headline of every row, best first; the product stands out."""
+    if not found:
         return ""
-    ranked = sorted(accuracy.items(), key=lambda row: row[1])
+    ranked = sorted(found.items(), key=lambda row: row[1], reverse=not metric.more_is_better)
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _panels(1, height_inches=0.5 + 0.27 * len(ranked))
         colors = [ACCENT if name == "plugged_in" else THIRD for name, _ in ranked]
         bars = axes.barh([name for name, _ in ranked], [value for _, value in ranked], height=0.66, color=colors)
-        axes.bar_label(bars, [f"{value:.1%}" for _, value in ranked], padding=4, color=INK)
+        axes.bar_label(bars, [metric.shown(value) for _, value in ranked], padding=4, color=INK)
         axes.grid(visible=False)
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.margins(y=0.02)
-        said = ", ".join(f"{name} {value:.1%}" for name, value in reversed(ranked))
-        return _svg(figure, f"Bar chart of accuracy: {said}.")
+        said = ", ".join(f"{name} {metric.shown(value)}" for name, value in reversed(ranked))
+        return _svg(figure, f"Bar chart of test {metric.title}: {said}.")
 
 
 def _panels(count: int, height_inches: float = HEIGHT_INCHES) -> tuple[Figure, list[Axes]]:

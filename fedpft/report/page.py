@@ -12,9 +12,10 @@ import yaml
 
 from fedpft import atomic
 from fedpft.report import figures
+from fedpft.tasks import TASKS, Metric
 
 MEANINGS = {
-    "majority": "most frequent class",
+    **dict(task.baseline for task in TASKS.values() if task.baseline is not None),
     "head_only": "no adapters: a head trained federated on the frozen proxy, plugged into the FM",
     "proxy": "the tuned proxy by itself",
     "plugged_in": "the FM with the silos' adapter: the product",
@@ -25,7 +26,8 @@ MEANINGS = {
     "during_only": "distillation during the federation only",
     "local_only": "mean over silos of tuning alone on their own data, plugged in",
 }
-ALWAYS = ("majority", "head_only", "proxy", "plugged_in")
+BASELINES = tuple({task.baseline[0] for task in TASKS.values() if task.baseline is not None})
+ALWAYS = (*BASELINES, "head_only", "proxy", "plugged_in")
 PARAMETERS = {
     "model": "the FM",
     "proxy": "the proxy: what the silos receive",
@@ -44,11 +46,18 @@ BYTES = {"down": "server to silos", "up": "silos to server"}
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
-    """The metrics as plain text, one line a row, without a line end after the last."""
+    """The metrics as plain text, one line a row, without a line end after the last.
+
+    Args:
+        summary: of which `task` and `metrics` are needed.
+    """
+    head = ("row", *(metric.title for metric in _metrics(summary)), "meaning")
     rows = _metric_rows(summary)
-    width = max([3, *(len(row[0]) for row in rows)])
-    lines = [f"{'row':<{width}}  accuracy  macro-F1  meaning", f"{'-' * width}  --------  --------  {'-' * 7}"]
-    lines += [f"{name:<{width}}  {accuracy:>8}  {f1:>8}  {meaning}" for name, accuracy, f1, meaning in rows]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head) - 1)]
+    lines = []
+    for row in (head, ("-" * widths[0], *("-" * width for width in widths[1:]), "-" * len("meaning")), *rows):
+        numbers = "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:-1], widths[1:], strict=True))
+        lines.append(f"{row[0]:<{widths[0]}}{numbers}  {row[-1]}")
     return "\n".join(lines)
 
 
@@ -60,7 +69,7 @@ def write_report(summary: Mapping[str, Any], curves: Mapping[str, Any], path: Pa
         curves: {"distillation": [{"stage": "layer-level" or "round 2", "loss": [..]}],
             "alignment": {"layers": [..], "stages": [{"stage": str, "hidden_error": [..], "gradient_cosine": [..]}]},
             "saliency_kept": {"layers": [..], "share": [..]},
-            "rounds": [{"round": i, "proxy": accuracy, "plugged_in": accuracy}]}; any of them may be missing.
+            "rounds": [{"round": i, "proxy": headline, "plugged_in": headline}]}; any of them may be missing.
     """
     atomic.write_text(path, _page(_headline(summary), _sections(summary, curves)))
 
@@ -68,13 +77,26 @@ def write_report(summary: Mapping[str, Any], curves: Mapping[str, Any], path: Pa
 # --- words and numbers ------------------------------------------------------------------------------------------------
 
 
-def _metric_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def _metrics(summary: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """What the rows were measured by, headline first, as far as they were."""
+    measured = {name for row in summary.get("metrics", {}).values() for name in row}
+    return tuple(metric for metric in TASKS[summary["task"]].metrics if metric.name in measured)
+
+
+def _metric_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     metrics = summary.get("metrics", {})
     names = [name for name in MEANINGS if name in metrics] + [name for name in metrics if name not in MEANINGS]
+    shown = _metrics(summary)
     return [
-        (name, f"{metrics[name]['accuracy']:.4f}", f"{metrics[name]['macro_f1']:.4f}", MEANINGS.get(name, ""))
+        (name, *(_decimal(metrics[name].get(metric.name)) for metric in shown), MEANINGS.get(name, ""))
         for name in names
     ]
+
+
+def _headlines(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Row -> the number that it is judged by."""
+    name = TASKS[summary["task"]].headline.name
+    return {row: found[name] for row, found in summary.get("metrics", {}).items()}
 
 
 def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -86,26 +108,31 @@ def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
-    accuracy = {name: row["accuracy"] for name, row in summary.get("metrics", {}).items()}
+    found, metric = _headlines(summary), TASKS[summary["task"]].headline
     parameters = summary.get("parameters", {})
     sentences = []
-    if "plugged_in" in accuracy:
+    if "plugged_in" in found:
         others = [
-            f"{accuracy[name]:.1%} {words}"
-            for name, words in (("proxy", "by the proxy alone"), ("head_only", "without adapters"))
-            if name in accuracy
+            f"{metric.shown(found[name])} {words}"
+            for name, words in (("proxy", "of the proxy alone"), ("head_only", "without adapters"))
+            if name in found
         ]
         beside = f", against {' and '.join(others)}" if others else ""
-        sentences.append(f"The FM with the silos' adapter classifies {accuracy['plugged_in']:.1%} of the test{beside}.")
-    if {"full_model", "layer_drop", "plugged_in"} <= accuracy.keys():
-        way = accuracy["full_model"] - accuracy["layer_drop"]
-        if way > 0:
-            covered = (accuracy["plugged_in"] - accuracy["layer_drop"]) / way
+        measured = f"{metric.title} of {metric.shown(found['plugged_in'])}"
+        sentences.append(f"The FM with the silos' adapter has a test {measured}{beside}.")
+    if {"full_model", "layer_drop", "plugged_in"} <= found.keys():
+        way = found["full_model"] - found["layer_drop"]
+        if way > 0 if metric.more_is_better else way < 0:
+            covered = (found["plugged_in"] - found["layer_drop"]) / way
             sentences.append(f"That is {covered:.0%} of the way from dropping layers to tuning the full model.")
     if parameters.get("model_transformer"):
         share = parameters["proxy_transformer"] / parameters["model_transformer"]
         sentences.append(f"The silos received {share:.0%} of its transformer parameters; the FM stayed on the server.")
     return " ".join(sentences)
+
+
+def _which_is_better(metric: Metric) -> str:
+    return "" if metric.more_is_better else "; lower is better"
 
 
 def _count(value: int) -> str:
@@ -132,18 +159,22 @@ def _decimal(value: float | None, digits: int = 4) -> str:
 
 
 def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str]:
-    metrics = summary.get("metrics", {})
-    accuracy = {name: row["accuracy"] for name, row in metrics.items()}
+    found, metric = _headlines(summary), TASKS[summary["task"]].headline
     alignment, saliency = curves.get("alignment", {}), curves.get("saliency_kept", {})
     parameters, traffic, seconds = (summary.get(key, {}) for key in ("parameters", "bytes", "seconds"))
-    compared = accuracy if accuracy.keys() - set(ALWAYS) else {}
-    reference = {name: accuracy[name] for name in ("head_only", "majority") if name in accuracy}
+    compared = found if found.keys() - set(ALWAYS) else {}
+    reference = {name: found[name] for name in ("head_only", *BASELINES) if name in found}
+    measured = [f"{each.title}#" for each in _metrics(summary)]
     sections = [
-        _table("Result", ["row", "accuracy#", "macro-F1#", "meaning"], _metric_rows(summary), strong="plugged_in"),
-        _figure(figures.rows_compared(compared), "Test accuracy of every row, each the same federation otherwise."),
+        _table("Result", ["row", *measured, "meaning"], _metric_rows(summary), strong="plugged_in"),
         _figure(
-            figures.accuracy_by_round(curves.get("rounds", []), reference),
-            "Test accuracy after each round, of the tuned proxy and of the FM with the same adapter.",
+            figures.rows_compared(compared, metric),
+            f"Test {metric.title} of every row, each the same federation otherwise{_which_is_better(metric)}.",
+        ),
+        _figure(
+            figures.score_by_round(curves.get("rounds", []), reference, metric),
+            f"Test {metric.title} after each round, of the tuned proxy and of the FM with the same "
+            f"adapter{_which_is_better(metric)}.",
         ),
         _figure(
             figures.distillation_loss(curves.get("distillation", [])),
@@ -160,12 +191,12 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
         ),
         _table(
             "Rounds",
-            ["round#", "silos#", "training loss#", "accuracy#", "alignment loss#"],
+            ["round#", "silos#", "training loss#", f"{metric.title}#", "alignment loss#"],
             [
                 (
                     str(entry["round"]),
                     str(entry["silos"]),
-                    *(_decimal(entry.get(key)) for key in ("train_loss", "accuracy", "alignment_loss")),
+                    *(_decimal(entry.get(key)) for key in ("train_loss", "score", "alignment_loss")),
                 )
                 for entry in summary.get("rounds", [])
             ],

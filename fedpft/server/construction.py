@@ -14,8 +14,9 @@ from torch import nn
 
 from fedpft import atomic, machine
 from fedpft.config import ServerConfig
-from fedpft.data.batches import EncodedDataset, characters_per_token, describe_cut, encode
-from fedpft.data.samples import Samples, read_label_list, read_labelled, read_unlabelled
+from fedpft.data.batches import EncodedDataset
+from fedpft.data.samples import Samples
+from fedpft.data.text import characters_per_token
 from fedpft.digests import Digests, differences
 from fedpft.errors import ModelError
 from fedpft.evaluation import Gap, measure_gap
@@ -27,7 +28,7 @@ from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import layer_level
 from fedpft.proxy.holdings import check_holdings
 from fedpft.proxy.selection import Selection, load_selection, save_selection, select
-from fedpft.server.identity import Contents, check_cut_from, check_unchanged, contents, proxy_files
+from fedpft.server.identity import Contents, check_cut_from, check_unchanged, contents, label_list, proxy_files
 from fedpft.server.outbox import BUNDLE_SUFFIXES, sendable
 from fedpft.tasks import TASKS
 
@@ -103,26 +104,26 @@ def load_owner(config: ServerConfig, digests: Digests) -> Owner:
     machine.prepare(config.device, config.threads)
     found = contents(config, digests)
     section, task = config.model, TASKS[config.model.task]
-    labels = read_label_list(section.labels, config.encoding)
-    public = read_unlabelled(config.public_data, config.columns, task.kind, config.encoding)
+    labels = label_list(config)
+    public = task.read_public(config.public_data, config.columns, config.encoding)
     tested = None
     if config.test_data is not None:
-        tested = read_labelled(config.test_data, config.columns, task.kind, labels, config.encoding)
+        tested = task.read_labelled(config.test_data, config.columns, labels, config.encoding)
     model, processor = load_fm(config, labels)
     adapters.attach(model, config.adapter, seed=config.seed)
 
     def encoded(samples: Samples) -> EncodedDataset:
         for warning in samples.warnings:
             log.warning("%s", warning)
-        dataset = encode(samples, processor, task.kind, section.max_tokens)
+        dataset = task.encode(samples, processor, section.max_tokens)
         if dataset.cut:
-            log.warning("%s", describe_cut(samples.path, len(dataset), dataset.cut, section.max_tokens))
+            log.warning("%s", dataset.describe_cut(samples.path, section.max_tokens))
         return dataset
 
     test = None if tested is None else encoded(tested)
     length = 0.0
     if task.has_tokens:
-        length = characters_per_token(public.inputs, processor, seed=config.seed)
+        length = characters_per_token(public.texts(), processor, seed=config.seed)
     owner = Owner(model, processor, labels, encoded(public), test, found, length)
     check_unchanged(config, found, digests)
     return owner
@@ -203,7 +204,7 @@ def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Dig
 def check_made_for(config: ServerConfig, directory: Path, proxy: Proxy) -> None:
     """Raises ModelError if a proxy is for another task, other labels or texts of another length."""
     section = config.model
-    if (proxy.task, proxy.labels) != (section.task, read_label_list(section.labels, config.encoding)):
+    if (proxy.task, proxy.labels) != (section.task, label_list(config)):
         raise ModelError(f"{directory}: built for other labels than {section.labels}", "build the proxy again")
     if TASKS[proxy.task].has_tokens and proxy.max_tokens != section.max_tokens:
         raise ModelError(
@@ -240,4 +241,5 @@ def measure(config: ServerConfig, owner: Owner, model: nn.Module, selection: Sel
     """How far a proxy's model is from the FM; None if there is no LoRA or no compressed layer to measure."""
     if not config.adapter.rank or not selection.matched:
         return None
-    return measure_gap(model, owner.model, selection.matched, owner.public, samples=GAP_SAMPLES, seed=config.seed)
+    task, pairs = TASKS[config.model.task], selection.matched
+    return measure_gap(task, model, owner.model, pairs, owner.public, samples=GAP_SAMPLES, seed=config.seed)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from fedpft.config import ServerConfig, dump
 from fedpft.data.samples import image_paths, read_label_list
 from fedpft.digests import Digests, combined, differences
-from fedpft.errors import CheckpointError, DataError, ModelError
+from fedpft.errors import CheckpointError, ConfigError, DataError, ModelError
 from fedpft.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -59,14 +59,27 @@ def kept_digests(config: ServerConfig) -> Digests:
     return Digests(config.out / DIGESTS_FILE)
 
 
+def label_list(config: ServerConfig) -> tuple[str, ...]:
+    """The names of the classes; none if the task has none.
+
+    Raises:
+        ConfigError: `model.labels` is not there, or is and has no meaning.
+        DataError: the file cannot be used.
+    """
+    section = config.model
+    if TASKS[section.task].label_list == (section.labels is None):
+        fault, remedy = ("needs", "name the file") if section.labels is None else ("has no use for", "remove the key")
+        raise ConfigError(f"model.task {section.task} {fault} model.labels", remedy)
+    return () if section.labels is None else read_label_list(section.labels, config.encoding)
+
+
 def contents(config: ServerConfig, digests: Digests) -> Contents:
     """What the owner's files hold now. An FM that is missing has no files; loading says so in better words.
 
     Raises:
-        DataError: the label list, or a data file that names images, cannot be read.
+        ConfigError, DataError: as of :func:`label_list`; or a data file that names images cannot be read.
     """
-    section = config.model
-    labels = "\n".join(read_label_list(section.labels, config.encoding))
+    labels = "\n".join(label_list(config))
     return {
         "model.path": model_files(config, digests),
         "model.labels": {"": hashlib.sha256(labels.encode()).hexdigest()},
@@ -88,7 +101,7 @@ def model_files(config: ServerConfig, digests: Digests) -> dict[str, str]:
 
 def difference(config: ServerConfig, before: Contents, after: Contents) -> str:
     """Which keys lead to something else now, and which files there; empty if none does."""
-    paths = {"model.path": config.model.path, "model.labels": config.model.labels}
+    paths = {"model.path": config.model.path, "model.labels": config.model.labels or Path("not in server.yaml")}
     paths |= {"public_data": config.public_data, "test_data": config.test_data or Path("not in server.yaml")}
     found = {key: differences(before.get(key, {}), after[key], whole="it") for key in after}
     return "; ".join(f"{key} ({paths[key]}): {what}" for key, what in found.items() if what)
@@ -213,6 +226,6 @@ def _metadata(adapter: Path) -> Any:
 
 def _data(config: ServerConfig, path: Path, digests: Digests) -> dict[str, str]:
     found = {"": digests.of_file(path)}
-    if TASKS[config.model.task].kind == "image":
+    if TASKS[config.model.task].has_images:
         found[_IMAGES] = digests.of_files(image_paths(path, config.columns, config.encoding))
     return found

@@ -37,6 +37,7 @@ from fedpft.server.egress import Egress
 from fedpft.server.ledger import Ledger
 from fedpft.server.service import FederationServer
 from fedpft.server.updates import COUNTS, Update, aggregate
+from fedpft.tasks import TASKS
 from fedpft.wire.hello import Terms
 from fedpft.wire.tensors import read_tensors
 
@@ -139,17 +140,17 @@ class Rounds:
                 self._save(path, "adapter", aggregate(updates))
         self._load(self._adapter(number))
         alignment_loss = self._align(number, updates) if align else None
-        accuracy = self._measure(number)
+        scores = self._measure(number)
         entry = {
             "round": number,
             "train_loss": _train_loss(updates),
-            "accuracy": accuracy and accuracy["plugged_in"],
+            "score": scores and scores["plugged_in"],
             "alignment_loss": alignment_loss,
             "silos": len(updates),
         }
         closed = {
             "entry": entry,
-            "accuracy": accuracy,
+            "scores": scores,
             "data": {update.silo: _told(update) for update in updates},
             "seconds": self.record.seconds,
             "bytes": self.traffic(),
@@ -205,14 +206,15 @@ class Rounds:
         return entry
 
     def _measure(self, number: int) -> dict[str, float] | None:
-        """Accuracy of proxy and plugged-in FM after a round, where the configuration wants it measured."""
-        section, test = self.config.evaluation, self.owner.test
+        """The headline of proxy and plugged-in FM after a round, where the configuration wants it measured."""
+        section, test, task = self.config.evaluation, self.owner.test, TASKS[self.config.model.task]
         if test is None or not section.every_rounds or number % section.every_rounds:
             return None
         models = {"proxy": self.built.proxy.model, "plugged_in": self.owner.model}
         chosen = sample(len(test), section.samples_per_round, self.config.seed, "test")  # the same in every round
         with self.record.timed("evaluation"):
-            return {name: evaluate(model, test, section.batch, chosen).accuracy for name, model in models.items()}
+            found = {name: evaluate(task, model, test, section.batch, chosen) for name, model in models.items()}
+        return {name: metrics[task.headline.name] for name, metrics in found.items()}
 
     def silos_data(self) -> dict[str, dict[str, int]]:
         """What each silo told of its data: the samples that it enrolled with, at most, and COUNTS if it shares them."""

@@ -17,7 +17,7 @@ from fedpft import atomic, kernels
 from fedpft.config import ServerConfig, dump
 from fedpft.digests import Digests
 from fedpft.errors import CheckpointError
-from fedpft.evaluation import Metrics, evaluate, majority
+from fedpft.evaluation import Metrics, evaluate
 from fedpft.model import adapters, loading
 from fedpft.proxy.holdings import format_holdings, holdings
 from fedpft.report.page import write_report
@@ -36,6 +36,7 @@ from fedpft.server.identity import (
 )
 from fedpft.server.ledger import Ledger, has_begun, try_out
 from fedpft.server.rounds import Rounds, snapshot
+from fedpft.tasks import TASKS
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.channel import check_listen
 
@@ -120,10 +121,11 @@ def final_metrics(owner: Owner, built: Built, batch: int) -> dict[str, Metrics]:
     """The rows that one federation fills: tuned proxy and plugged-in FM on all test data; none without test data."""
     if owner.test is None:
         return {}
-    return {
-        "majority": majority(owner.test),
-        "proxy": evaluate(built.proxy.model, owner.test, batch),
-        "plugged_in": evaluate(owner.model, owner.test, batch),
+    task = TASKS[built.proxy.task]
+    rows = {} if task.baseline is None else {task.baseline[0]: task.baseline_score(owner.test)}
+    return rows | {
+        "proxy": evaluate(task, built.proxy.model, owner.test, batch),
+        "plugged_in": evaluate(task, owner.model, owner.test, batch),
     }
 
 
@@ -164,7 +166,8 @@ def _summary(
     parts = holdings(owner.model, rounds.built.proxy.model)
     totals = {side: sum(part[side] for part in parts.values()) for side in ("model", "proxy")}
     return {
-        "metrics": {row: asdict(found) for row, found in metrics.items()},
+        "task": config.model.task,
+        "metrics": metrics,
         "parameters": {
             **totals,
             **{f"{side}_transformer": total - parts["embeddings"][side] for side, total in totals.items()},
@@ -188,7 +191,7 @@ def _summary(
 
 def _server_data(owner: Owner) -> dict[str, dict[str, int]]:
     sets = {"public": owner.public, "test": owner.test}
-    return {name: {"samples": len(each), "cut_texts": each.cut} for name, each in sets.items() if each is not None}
+    return {name: {"samples": len(each), **each.counts} for name, each in sets.items() if each is not None}
 
 
 def _curves(built: Built, alignments: list[dict[str, Any]], closed_rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -207,6 +210,6 @@ def _curves(built: Built, alignments: list[dict[str, Any]], closed_rounds: list[
             "share": selection.saliency_kept,
         },
         "rounds": [
-            {"round": closed["entry"]["round"], **closed["accuracy"]} for closed in closed_rounds if closed["accuracy"]
+            {"round": closed["entry"]["round"], **closed["scores"]} for closed in closed_rounds if closed["scores"]
         ],
     }

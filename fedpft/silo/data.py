@@ -3,13 +3,13 @@
 import logging
 
 from fedpft.config import SiloConfig
-from fedpft.data.batches import describe_cut, encode
+from fedpft.data.batches import describe_cut
 from fedpft.data.samples import Examination, Samples
 from fedpft.errors import FedPFTError, ModelError, RefusedByServer
 from fedpft.model import loading
 from fedpft.silo.connection import SAME_VERSION
 from fedpft.silo.work import Work
-from fedpft.tasks import TASKS
+from fedpft.tasks import FORMS, TASKS
 from fedpft.wire.hello import Terms, greet
 
 log = logging.getLogger(__name__)
@@ -21,16 +21,15 @@ REPORT_SECONDS = 5.0  # for the server's labels, where rows are bad anyhow and a
 def examine(config: SiloConfig) -> Examination:
     """Looks at all that can be known without the server; DataError if the file as a whole cannot be used."""
     data = config.data
-    return Examination(data.path, data.columns, None, labelled=True, encoding=data.encoding)
+    return Examination(data.path, data.columns, FORMS, first_counts=False, encoding=data.encoding)
 
 
 def fit(examination: Examination, config: SiloConfig, terms: Terms) -> Samples:
     """The samples, with the server's classes; DataError, of everything that is wrong with the file."""
-    data = config.data
-    kind = TASKS[terms.task].kind
-    if examination.kind != kind:  # the file has other columns, or those of both kinds
-        examination = Examination(data.path, data.columns, kind, labelled=True, encoding=data.encoding)
-    examination.resolve(terms.labels)
+    data, task = config.data, TASKS[terms.task]
+    if examination.form not in task.forms:  # the file has other columns, or those of several forms
+        examination = Examination(data.path, data.columns, task.forms, encoding=data.encoding)
+    examination.resolve(task.reader(terms.labels))
     return examination.samples(data.bad_rows, WAY_OUT)
 
 
@@ -71,8 +70,8 @@ def describe_lengths(config: SiloConfig, samples: Samples, terms: Terms) -> str:
         tokenizer = None
     if tokenizer is not None:
         bad_rows, longest = config.data.bad_rows, terms.max_tokens
-        dataset = encode(samples, tokenizer, TASKS[terms.task].kind, longest, bad_rows=bad_rows, way_out=WAY_OUT)
-        return describe_cut(samples.path.name, len(dataset), dataset.cut, longest)
+        dataset = TASKS[terms.task].encode(samples, tokenizer, longest, bad_rows=bad_rows, way_out=WAY_OUT)
+        return dataset.describe_cut(samples.path.name, longest)
     characters = terms.max_tokens * terms.characters_per_token
-    cut = sum(len(text) > characters for text in samples.inputs)
+    cut = sum(len(text) > characters for text in samples.texts())
     return f"about {describe_cut('by their characters', len(samples), cut, terms.max_tokens)}"

@@ -56,6 +56,6 @@ def data_now(config: SiloConfig, bundle: Path) -> str:
     """
     data = DataOnDisk(config.data.path)
     task = task_of(bundle)
-    if task is not None and TASKS[task].kind == "image":
+    if task is not None and TASKS[task].has_images:
         data.add_images(image_paths(config.data.path, config.data.columns, config.data.encoding))
     return data.read

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fedpft import faults, machine
 from fedpft.config import ShareSection, SiloConfig
-from fedpft.data import batches
 from fedpft.data.samples import Samples, image_paths
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
 from fedpft.model import adapters
@@ -133,15 +132,15 @@ class Participant:
         task, longest = self.proxy.task, self.proxy.max_tokens
         if (task, self.proxy.labels) != (terms.task, terms.labels):
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
-        kind = TASKS[task].kind
-        if kind == "image":
+        self._task = TASKS[task]
+        if self._task.has_images:
             on_disk.add_images(image_paths(config.data.path, config.data.columns, config.data.encoding))
-        self.dataset = batches.encode(
-            samples, self.proxy.processor, kind, longest, bad_rows=config.data.bad_rows, way_out=data.WAY_OUT
+        self.dataset = self._task.encode(
+            samples, self.proxy.processor, longest, bad_rows=config.data.bad_rows, way_out=data.WAY_OUT
         )
         on_disk.check_read()
         if self.dataset.cut:
-            log.warning("%s", batches.describe_cut(name, len(self.dataset), self.dataset.cut, longest))
+            log.warning("%s", self.dataset.describe_cut(name, longest))
         adapters.attach(self.proxy.model, self.settings.adapter, seed=self.settings.seed)
         self.proxy.model.to(config.device)
 
@@ -188,6 +187,7 @@ class Participant:
         start = self._fetch(train)
         adapters.load(self.proxy.model, read_tensors(start, "adapter"))
         result = train_round(
+            self._task,
             self.proxy.model,
             self.dataset,
             self.settings,
@@ -215,7 +215,7 @@ class Participant:
         )
         if result.inactivity is not None:
             groups["inactivity"] = result.inactivity
-        metrics = result.metrics | {"skipped_rows": self.dataset.skipped, "cut_texts": self.dataset.cut}
+        metrics = result.metrics | self.dataset.counts
         shared: dict[str, float] = {name: metrics[name] for name in self.config.share.metrics}
         return self._work.keep_update(train, groups, residual, samples=result.samples, metrics=shared)
 

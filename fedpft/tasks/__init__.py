@@ -1,9 +1,12 @@
 """What labels can be for: one file a task, and here the table of all. No other file compares a task's name."""
 
 from fedpft.config import TaskName
-from fedpft.tasks import image_classification, sequence_classification
-from fedpft.tasks.task import Task
+from fedpft.data.rows import Form
+from fedpft.tasks.image_classification import ImageClassification
+from fedpft.tasks.sequence_classification import SequenceClassification
+from fedpft.tasks.task import Metric, Task
 
-TASKS: dict[TaskName, Task] = {task.name: task for task in (sequence_classification.TASK, image_classification.TASK)}
+TASKS: dict[TaskName, Task] = {task.name: task for task in (SequenceClassification(), ImageClassification())}
+FORMS: tuple[Form, ...] = tuple(dict.fromkeys(form for task in TASKS.values() for form in task.forms))
 
-__all__ = ["TASKS", "Task"]
+__all__ = ["FORMS", "TASKS", "Metric", "Task"]

@@ -1,13 +1,30 @@
 """One label for an image."""
 
-from fedpft.tasks.task import Task
+from typing import Any
 
-TASK = Task(
-    name="image-classification",
-    kind="image",
-    model="AutoModelForImageClassification",
-    processor="AutoImageProcessor",
-    problem_type="single_label_classification",
-    peft=None,
-    peft_loader="AutoPeftModel",
-)
+from fedpft.config import BadRows
+from fedpft.data.batches import EncodedDataset
+from fedpft.data.images import encode_images
+from fedpft.data.samples import Samples
+from fedpft.tasks.classification import Classification, class_indices
+
+
+class ImageClassification(Classification):
+    """One of the label list's classes for each image."""
+
+    name = "image-classification"
+    model = "AutoModelForImageClassification"
+    processor = "AutoImageProcessor"
+    peft = None
+    peft_loader = "AutoPeftModel"
+    forms = (("image", "label"),)
+    public_forms = (("image",),)
+    has_tokens = False
+
+    def encode(
+        self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
+    ) -> EncodedDataset:
+        """Pixels as the processor prepares them, and class indices; `max_tokens` has no meaning."""
+        dataset = encode_images(samples["image"], processor, class_indices(samples))
+        dataset.skipped = samples.skipped
+        return dataset

@@ -1,13 +1,28 @@
 """One label for a text."""
 
-from fedpft.tasks.task import Task
+from typing import Any
 
-TASK = Task(
-    name="sequence-classification",
-    kind="text",
-    model="AutoModelForSequenceClassification",
-    processor="AutoTokenizer",
-    problem_type="single_label_classification",
-    peft="SEQ_CLS",
-    peft_loader="AutoPeftModelForSequenceClassification",
-)
+from fedpft.config import BadRows
+from fedpft.data.batches import EncodedDataset
+from fedpft.data.samples import Samples
+from fedpft.data.text import encode_texts
+from fedpft.tasks.classification import Classification, class_indices
+
+
+class SequenceClassification(Classification):
+    """One of the label list's classes for each text."""
+
+    name = "sequence-classification"
+    model = "AutoModelForSequenceClassification"
+    processor = "AutoTokenizer"
+    peft = "SEQ_CLS"
+    peft_loader = "AutoPeftModelForSequenceClassification"
+    forms = (("text", "label"),)
+    public_forms = (("text",),)
+
+    def encode(
+        self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
+    ) -> EncodedDataset:
+        """Token ids and class indices."""
+        labels = class_indices(samples)
+        return encode_texts(samples, processor, max_tokens, labels, bad_rows=bad_rows, way_out=way_out)

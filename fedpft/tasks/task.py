@@ -1,34 +1,151 @@
-"""What there is to say about a task; each is one such object, in a file of its own."""
+"""What there is to say about a task; each is one subclass, in a file of its own.
 
+M samples in one batch, C classes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
-from fedpft.config import TaskName
-from fedpft.data.samples import Kind
+import torch
+from torch import Tensor, nn
+
+from fedpft.config import BadRows, ColumnsSection, TaskName
+from fedpft.data.batches import EncodedDataset
+from fedpft.data.rows import Form
+from fedpft.data.samples import Reader, Samples, read_samples
+
+Batch = Mapping[str, Tensor]  # the keyword arguments of a model
 
 
 @dataclass(frozen=True)
-class Task:
-    """What labels are for.
+class Metric:
+    """A number that says what a model is worth.
+
+    name: its key in summary.json.
+    title: in tables and pictures.
+    more_is_better: or less.
+    percent: whether it is a share, in [0, 1].
+    """
+
+    name: str
+    title: str
+    more_is_better: bool = True
+    percent: bool = False
+
+    def shown(self, value: float) -> str:
+        """The value within a sentence."""
+        return f"{value:.1%}" if self.percent else f"{value:.4g}"
+
+
+class Task(ABC):
+    """What the silos' data is for.
 
     Attributes:
         name: in server.yaml, in a proxy's files and on the wire.
-        kind: of a sample's input, which is also the key under `columns` of its column.
-        model: the class of transformers that loads an FM with a head for the task.
+        model: the class of transformers that loads an FM for the task.
         processor: the class of transformers that loads what goes with it.
-        problem_type: what the model's loss has to be told, by transformers' name.
+        problem_type: what the model's own loss has to be told, by transformers' name; None: nothing.
         peft: peft's name of the task; None if it has none, and takes the model's class.
         peft_loader: the class of peft that loads the product.
+        forms: what a row of labelled data may consist of; of several that a file has the first counts.
+        public_forms: the same of the server's public data, which has no labels.
+        has_tokens: whether an input has a length, which `max_tokens` bounds.
+        label_list: whether the owner names the classes, in `model.labels`.
+        head: whether the FM gets a head for the task, which trains in full.
+        metrics: what :meth:`score` finds; the first is the headline.
+        baseline: the row of a table that :meth:`baseline_score` fills, and what it means; None: there is none.
     """
 
-    name: TaskName
-    kind: Kind
-    model: str
-    processor: str
-    problem_type: str
-    peft: str | None
-    peft_loader: str
+    name: ClassVar[TaskName]
+    model: ClassVar[str]
+    processor: ClassVar[str]
+    problem_type: ClassVar[str | None] = None
+    peft: ClassVar[str | None]
+    peft_loader: ClassVar[str]
+    forms: ClassVar[tuple[Form, ...]]
+    public_forms: ClassVar[tuple[Form, ...]]
+    has_tokens: ClassVar[bool] = True
+    label_list: ClassVar[bool] = True
+    head: ClassVar[bool] = True
+    metrics: ClassVar[tuple[Metric, ...]]
+    baseline: ClassVar[tuple[str, str] | None] = None
 
     @property
-    def has_tokens(self) -> bool:
-        """Whether an input has a length, which `max_tokens` bounds."""
-        return self.kind == "text"
+    def headline(self) -> Metric:
+        """The metric that a run is judged by."""
+        return self.metrics[0]
+
+    def reader(self, labels: Sequence[str]) -> Reader | None:
+        """How a row's label is read; None if the input itself is what is to be learned.
+
+        Args:
+            labels: C names in the order of their class indices; none if the task has no label list.
+        """
+        return None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a data file names other files, which belong to the data."""
+        return any("image" in form for form in self.forms)
+
+    def read_labelled(
+        self, path: Path, columns: ColumnsSection, labels: Sequence[str], encoding: str | None = None
+    ) -> Samples:
+        """Reads a labelled data file of which every row has to be in order; errors as of Examination."""
+        return read_samples(path, columns, self.forms, self.reader(labels), encoding)
+
+    def read_public(self, path: Path, columns: ColumnsSection, encoding: str | None = None) -> Samples:
+        """Reads a public corpus of which every row has to be in order; a label column is not looked at."""
+        return read_samples(path, columns, self.public_forms, encoding=encoding)
+
+    @abstractmethod
+    def encode(
+        self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
+    ) -> EncodedDataset:
+        """Turns samples into what the model takes.
+
+        Args:
+            samples: with the reader's targets; without them: unlabelled.
+            processor: the FM's tokenizer or image processor, as transformers has them.
+            max_tokens: inputs are cut to this many tokens, special ones included.
+            bad_rows, way_out: as of :meth:`Examination.samples`, for what only the processor can tell.
+
+        Raises:
+            DataError: rows that the processor makes nothing of, or files that changed since they were looked at.
+            ModelError: a processor that is not fit.
+        """
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean over whatever :meth:`weight` counts, (), differentiable; by default the model's own loss."""
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def weight(self, batch: Batch) -> int:
+        """Over how many things the loss of a batch is a mean; by default over its samples."""
+        return len(batch["labels"])
+
+    def with_any_labels(self, inputs: Batch, classes: int, generator: torch.Generator) -> Batch:
+        """Unlabelled inputs with labels drawn uniformly from the CPU's generator: a loss to compare gradients by."""
+        samples = len(next(iter(inputs.values())))
+        labels = torch.randint(classes, (samples,), generator=generator)
+        return {**inputs, "labels": labels.to(next(iter(inputs.values())).device)}
+
+    @abstractmethod
+    def answers(self, model: nn.Module, batch: Batch) -> list[Any]:
+        """What a model makes of each of M samples: all that :meth:`score` needs. Without gradients."""
+
+    @abstractmethod
+    def score(self, answers: Sequence[Any], dataset: EncodedDataset, chosen: Tensor) -> dict[str, float]:
+        """The metrics, by name.
+
+        Args:
+            answers: to m samples.
+            chosen: (m,) int64, which of the dataset they are.
+        """
+
+    def baseline_score(self, dataset: EncodedDataset) -> dict[str, float]:
+        """The metrics of what knows nothing but the labels of the test data."""
+        raise NotImplementedError(f"{self.name} has no baseline")
