@@ -43,6 +43,14 @@ INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00
 HYPHENS = str.maketrans("\u2010\u2011", "--")
 
 
+class Unusable(Exception):
+    """A row that cannot be used: message and remedy, for whoever knows its file and line and adds it to RowFaults."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message, remedy)
+        self.message, self.remedy = message, remedy
+
+
 class RowFaults:
     """What is wrong with single rows of a file."""
 
