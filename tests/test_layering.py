@@ -32,9 +32,9 @@ BESIDE = {
 }
 # The files of a room, each of which imports of its own room only files that stand before it.
 ORDER = {
-    "data": ("rows", "images", "samples", "batches"),
-    "tasks": ("task", "sequence_classification", "image_classification"),
-    "model": ("architectures", "lora", "subffn", "loading", "compatibility", "adapters"),
+    "data": ("rows", "images", "samples", "batches", "chat", "language"),
+    "tasks": ("vocabulary_loss", "task", "sequence_classification", "image_classification"),
+    "model": ("architectures", "lora", "subffn", "loading", "compatibility", "adapters", "packing"),
     "proxy": ("selection", "cut", "holdings", "closed_form", "distillation", "bundle"),
     "report": ("figures", "page"),
     "demo": ("corpora", "run"),
