@@ -32,9 +32,16 @@ BESIDE = {
 }
 # The files of a room, each of which imports of its own room only files that stand before it.
 ORDER = {
-    "data": ("rows", "batches", "images", "samples", "text", "partition"),
-    "tasks": ("task", "classification", "sequence_classification", "image_classification"),
-    "model": ("architectures", "lora", "subffn", "loading", "compatibility", "adapters"),
+    "data": ("rows", "batches", "images", "chat", "samples", "text", "language", "partition"),
+    "tasks": (
+        "vocabulary_loss",
+        "task",
+        "classification",
+        "sequence_classification",
+        "image_classification",
+        "causal_lm",
+    ),
+    "model": ("architectures", "lora", "subffn", "loading", "compatibility", "adapters", "packing"),
     "proxy": ("selection", "cut", "holdings", "closed_form", "distillation", "bundle"),
     "report": ("figures", "page"),
     "demo": ("corpora", "run"),

@@ -47,10 +47,10 @@ HYPHENS = str.maketrans("\u2010\u2011", "--")
 
 
 class Unusable(Exception):
-    """A row that cannot be used: message and remedy."""
+    """A row that cannot be used: message and remedy, for whoever knows its file and line and adds it to RowFaults."""
 
     def __init__(self, message: str, remedy: str) -> None:
-        super().__init__(message)
+        super().__init__(message, remedy)
         self.message, self.remedy = message, remedy
 
 

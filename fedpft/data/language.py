@@ -1,0 +1,102 @@
+"""Rows for a language model: batched with padding, or packed, several end to end in one sequence.
+
+n  rows in a dataset
+M  rows in one batch
+T  tokens of the longest row in one batch
+N  tokens of one packed sequence
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedpft.data.batches import EncodedDataset
+from fedpft.data.chat import Learnt
+
+NOT_LEARNED = -100  # as transformers marks a label that is none
+
+
+class LanguageDataset(EncodedDataset):
+    """Token ids of all rows end to end, without padding, and which of them are learned.
+
+    Labels stand where transformers wants them, at the token itself: the loss shifts them, so that a token is predicted
+    by those before it. The first token of a row, which has none before it, is never a label.
+
+    prompts_cut, completions_cut: rows that lost the beginning of their context, and the end of what is learned.
+    """
+
+    prompts_cut: int = 0
+    completions_cut: int = 0
+
+    def __init__(self, tokens: Tensor, learned: Tensor, lengths: Tensor, padding: int) -> None:
+        """Args:
+        tokens: (sum of lengths,) int32. learned: as long, bool. lengths: (n,) int64. padding: id that fills a batch.
+        """
+        self.tokens, self.lengths, self.padding, self.labels = tokens, lengths, padding, None
+        self.starts = lengths.cumsum(0) - lengths
+        self.learned = learned.clone()
+        self.learned[self.starts] = False
+
+    @classmethod
+    def of(cls, rows: Sequence[Learnt], padding: int, *, everything: bool = False) -> "LanguageDataset":
+        """everything: all of each row is learned, prompts too, as public text is."""
+        return cls(
+            torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int32),
+            torch.tensor([everything or learned for row in rows for learned in row.learned], dtype=torch.bool),
+            torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
+            padding,
+        )
+
+    @property
+    def targets(self) -> Tensor:
+        """(n,) int64: the tokens of each row that are learned."""
+        total = torch.cat([torch.zeros(1, dtype=torch.int64), self.learned.cumsum(0)])
+        return total[self.starts + self.lengths] - total[self.starts]
+
+    def question(self, index: int) -> tuple[Tensor, Tensor]:
+        """A row's context up to its last run of learned tokens, and that run: what generates, and what it should be."""
+        start, length = int(self.starts[index]), int(self.lengths[index])
+        tokens, learned = self.tokens[start : start + length].long(), self.learned[start : start + length].tolist()
+        row = Learnt(tokens.tolist(), learned)
+        return tokens[: row.answer], tokens[row.answer :]
+
+    def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
+        """input_ids, attention_mask, labels: (M, T) int64, padded on the right."""
+        lengths = self.lengths[indices]
+        position = torch.arange(int(lengths.max()))
+        real = position < lengths[:, None]
+        source = (self.starts[indices][:, None] + position).where(real, 0)
+        input_ids = self.tokens[source].long().where(real, self.padding)
+        labels = input_ids.where(real & self.learned[source], NOT_LEARNED)
+        return {"input_ids": input_ids, "attention_mask": real.long(), "labels": labels}
+
+    def packed(self, indices: Tensor, most_tokens: int) -> list[dict[str, Tensor]]:
+        """The rows `indices`, (m,) int64, in as few sequences as first fit, longest first, needs.
+
+        Args:
+            most_tokens: of one sequence; a longer row stands alone in its own.
+
+        Returns:
+            For each sequence input_ids, labels, position_ids: (1, N) int64. Positions start at 0 with each row, and
+            there is no attention mask: from such positions transformers itself builds the mask of each kind of layer
+            that keeps rows apart. Whether a model really does so `fedpft.model.packing.packs_exactly` finds out.
+        """
+        sequences: list[list[int]] = []
+        room: list[int] = []
+        for index in indices[self.lengths[indices].argsort(descending=True, stable=True)].tolist():
+            length = int(self.lengths[index])
+            place = next((place for place, free in enumerate(room) if free >= length), len(room))
+            if place == len(room):
+                sequences.append([])
+                room.append(most_tokens)
+            sequences[place].append(index)
+            room[place] -= length
+        return [self._end_to_end(torch.tensor(rows)) for rows in sequences]
+
+    def _end_to_end(self, indices: Tensor) -> dict[str, Tensor]:
+        position = torch.cat([torch.arange(length) for length in self.lengths[indices].tolist()])
+        source = self.starts[indices].repeat_interleave(self.lengths[indices]) + position
+        input_ids = self.tokens[source].long()
+        labels = input_ids.where(self.learned[source], NOT_LEARNED)
+        return {"input_ids": input_ids[None], "labels": labels[None], "position_ids": position[None]}

@@ -1,0 +1,79 @@
+"""What a run comes to: what the plugged-in FM is worth beside what it is compared with, and the files of the product."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from fedpft.config import ServerConfig
+from fedpft.data.batches import sample
+from fedpft.evaluation import Metrics, evaluate
+from fedpft.model import adapters, loading
+from fedpft.server.construction import Built, Owner
+from fedpft.tasks import TASKS
+
+log = logging.getLogger(__name__)
+
+SHOWN_ANSWERS = 5
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What was measured on the test data; nothing without any.
+
+    metrics: row -> metric -> value.
+    written: some of the test samples as they were answered in words: what was `asked` and what was `wanted`, and what
+        each row wrote.
+    """
+
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    written: list[dict[str, str]] = field(default_factory=list)
+
+
+def measure_worth(config: ServerConfig, owner: Owner, built: Built) -> Worth:
+    """The rows that one federation fills: the FM as it was, if it has a head; the tuned proxy; the plugged-in FM."""
+    test, section, task = owner.test, config.evaluation, TASKS[built.proxy.task]
+    if test is None:
+        return Worth()
+    chosen = sample(len(test), section.written_samples, config.seed, "written")
+    wanted = task.wanted(owner.processor, test, chosen)
+    metrics = {} if task.baseline is None else {task.baseline[0]: task.baseline_score(test)}
+    written = [{"asked": asked, "wanted": answer} for asked, answer in wanted]
+
+    def measure(row: str, model: nn.Module) -> None:
+        log.info("evaluation: %s", row)
+        metrics[row] = evaluate(task, model, test, section.batch)
+        if wanted:
+            texts = task.write(model, owner.processor, test, chosen, section.batch)
+            metrics[row] |= task.score_written(texts, [answer for _, answer in wanted])
+            for entry, text in zip(written, texts, strict=True):
+                entry[row] = text
+
+    if owner.untrained is not None:
+        with _as_it_was(owner.model, owner.untrained):
+            measure("zero_shot", owner.model)
+    measure("proxy", built.proxy.model)
+    measure("plugged_in", owner.model)
+    return Worth(metrics, written[:SHOWN_ANSWERS])
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, untrained: adapters.Adapter) -> Iterator[None]:
+    tuned = adapters.extract(model)
+    adapters.load(model, untrained)
+    try:
+        yield
+    finally:
+        adapters.load(model, tuned)
+
+
+def save_product(owner: Owner, config: ServerConfig, out: Path) -> None:
+    """The plugged-in FM as a PEFT adapter and merged; merging comes last, because it ends the adapter's life."""
+    base = config.product.base_model_name or str(config.model.path)
+    adapters.save_peft(owner.model, config.adapter, out / "adapter", base=base, task=config.model.task)
+    owner.processor.save_pretrained(out / "adapter")
+    adapters.merge(owner.model)
+    loading.save_model(owner.model, owner.processor, out / "merged")
