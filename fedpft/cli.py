@@ -31,7 +31,7 @@ from fedpft.report.page import format_table
 from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
 from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, kept_digests
 from fedpft.server.ledger import has_begun
-from fedpft.server.run import final_metrics, save_product
+from fedpft.server.product import measure_worth, save_product
 from fedpft.server.run import run as run_server
 from fedpft.silo.explain import explain
 from fedpft.silo.run import run as run_silo
@@ -103,8 +103,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     apply_patch(built.proxy.model, adapters.read(patch))
     adapters.load(built.proxy.model, adapter)
     adapters.plug_in(owner.model, adapter, built.selection.layers)
-    metrics = final_metrics(owner, built, config.evaluation.batch)
-    print(format_table({"task": config.model.task, "metrics": metrics}))
+    worth = measure_worth(config, owner, built)
+    print(format_table({"task": config.model.task, "metrics": worth.metrics}))
 
 
 def _provision(arguments: argparse.Namespace) -> None:

@@ -22,8 +22,9 @@ LARGEST = 1_000_000_000  # of any number of things, or of seconds
 MOST_THREADS = 1024
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
-TaskName = Literal["sequence-classification", "image-classification"]
+TaskName = Literal["sequence-classification", "image-classification", "causal-lm"]
 BadRows = Literal["refuse", "skip"]
+SharedMetric = Literal["train_loss", "seconds", "tokens", "skipped_rows", "cut_texts", "cut_completions"]
 
 
 class Section(BaseModel):
@@ -63,6 +64,9 @@ class ModelSection(Section):
         None, description="Text file with one label a line; the order gives the class indices. For tasks that have any."
     )
     max_tokens: int = Field(64, ge=1, description="Texts are cut after this many tokens. No meaning for images.")
+    chat_template: Path | None = Field(
+        None, description="File with a chat template (Jinja) for conversations; default: the tokenizer's own."
+    )
 
 
 class ProxySection(Section):
@@ -194,6 +198,9 @@ class ColumnsSection(Section):
 
     text: str = Field("text", description="Column that holds the text.")
     image: str = Field("image", description="Column that holds the image's path, relative to the data file.")
+    messages: str = Field("messages", description="Column that holds a conversation.")
+    prompt: str = Field("prompt", description="Column that holds what is asked.")
+    completion: str = Field("completion", description="Column that holds the answer to it.")
     label: str = Field("label", description="Column that holds the label.")
 
 
@@ -217,6 +224,9 @@ class EvaluationSection(Section):
         500, ge=1, description="Test samples used in a measurement between rounds; the last one uses all."
     )
     batch: int = Field(64, ge=1, description="Samples a step.")
+    written_samples: int = Field(
+        50, ge=1, description="Test samples that are answered in words at the end, for tasks whose answers are words."
+    )
 
 
 class Endpoint(Section):
@@ -312,8 +322,8 @@ class LimitsSection(Section):
 class ShareSection(Section):
     """What may leave the silo beside adapter and sample count. `fedpft silo --explain` prints all that leaves."""
 
-    metrics: tuple[Literal["train_loss", "seconds", "tokens", "skipped_rows", "cut_texts"], ...] = Field(
-        ("train_loss", "seconds", "tokens", "skipped_rows", "cut_texts"),
+    metrics: tuple[SharedMetric, ...] = Field(
+        get_args(SharedMetric),
         description="Numbers about the training and its data that go with an update.",
     )
     inactivity: bool = Field(

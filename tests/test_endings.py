@@ -184,7 +184,7 @@ def test_what_fails_in_the_farewell_does_not_hide_what_failed_before(
         outcome.result(LONG_SECONDS)
 
 
-@pytest.mark.parametrize("step", ["final_metrics", "save_product", "write_report", "_curves"])
+@pytest.mark.parametrize("step", ["measure_worth", "save_product", "write_report", "_curves"])
 def test_what_fails_after_the_last_round_is_done_again_without_the_silos(
     step: str, config: ServerConfig, background: Background, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,11 +218,10 @@ def with_template(tokenizer: Any, path: Path) -> Any:
     return tokenizer
 
 
-def _assistant_turns(messages: Any, tokenizer: Any) -> list[int]:
-    """Which messages are the assistant's; Unusable if something is wrong with any."""
-    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+def check_messages(messages: Any) -> None:
+    """Raises Unusable if they are not a conversation in which the assistant answers, whatever the tokenizer."""
+    if not isinstance(messages, list) or not messages:
         raise Unusable("messages are not a list", 'write [{"role": "user", "content": ...}, ...]')
-    marks = [text for text in _control(tokenizer).values() if text != tokenizer.unk_token]
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise Unusable(f"message {number} lacks role or content", 'write {"role": ..., "content": ...} for each')
@@ -233,23 +232,29 @@ def _assistant_turns(messages: Any, tokenizer: Any) -> list[int]:
         _check_characters(content, f"message {number}")
         if role == ASSISTANT and is_blank(content):
             raise Unusable(f"message {number}: the assistant says nothing", "remove the message")
-        if (mark := next((mark for mark in marks if mark in content), None)) is not None:
-            raise Unusable(
-                f"message {number} holds {shown(mark)}, which the tokenizer takes for a mark of its own",
-                "give contents without the marks of a chat template: it sets them itself",
-            )
-    turns = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
-    if not turns:
-        roles = list(dict.fromkeys(message["role"] for message in messages))
+    roles = list(dict.fromkeys(message["role"] for message in messages))
+    if ASSISTANT not in roles:
         raise Unusable(
             f"no message of the assistant among the roles {listed(roles)}",
             'give who is to be learned the role "assistant"',
         )
-    if turns[0] == 0:
+    if messages[0]["role"] == ASSISTANT:
         raise Unusable(
             "message 1: the assistant speaks before it is asked", "begin with a message of the user or the system"
         )
-    return turns
+
+
+def _assistant_turns(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+    """Which messages are the assistant's; Unusable if something is wrong with any."""
+    check_messages(list(messages))
+    marks = [text for text in _control(tokenizer).values() if text != tokenizer.unk_token]
+    for number, message in enumerate(messages, 1):
+        if (mark := next((mark for mark in marks if mark in message["content"]), None)) is not None:
+            raise Unusable(
+                f"message {number} holds {shown(mark)}, which the tokenizer takes for a mark of its own",
+                "give contents without the marks of a chat template: it sets them itself",
+            )
+    return [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
 
 
 def _render(messages: Sequence[Message], tokenizer: Any, *, ask: bool = False) -> str:

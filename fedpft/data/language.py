@@ -49,6 +49,18 @@ class LanguageDataset(EncodedDataset):
         )
 
     @property
+    def counts(self) -> dict[str, int]:
+        """`cut_texts`: rows of which anything was cut; `cut_completions`: those of which what is learned was."""
+        return {**super().counts, "cut_completions": self.completions_cut}
+
+    def describe_cut(self, name: object, max_tokens: int) -> str:
+        """How many rows lost the beginning of their context, and how many the end of what is learned."""
+        return (
+            f"{name}: of {len(self)} rows, {self.prompts_cut} lose the beginning of their context, and "
+            f"{self.completions_cut} the end of what is to be learned, to fit into {max_tokens} tokens"
+        )
+
+    @property
     def targets(self) -> Tensor:
         """(n,) int64: the tokens of each row that are learned."""
         total = torch.cat([torch.zeros(1, dtype=torch.int64), self.learned.cumsum(0)])

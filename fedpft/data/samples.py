@@ -8,6 +8,7 @@ What a column may hold follows from its role alone, and is checked here; what it
     n  samples in a file
 """
 
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fedpft.config import BadRows, ColumnsSection
+from fedpft.data.chat import check_messages
 from fedpft.data.images import describe_dim, open_image
-from fedpft.data.rows import Form, RowFaults, Unusable, alike, is_blank, read_rows, read_text, shown, unusable
+from fedpft.data.rows import Form, RowFaults, Unusable, alike, is_blank, one_line, read_rows, read_text, shown, unusable
 from fedpft.errors import DataError
 
 
@@ -204,6 +206,26 @@ def _text(value: Any, column: str) -> str:
     return _string(column, value, "text", "fill it in, or remove the row")
 
 
+def _prompt(value: Any, column: str) -> str:
+    """May be empty: then the completion is all there is."""
+    return value if value == "" else _string(column, value, "prompt", "leave it empty, or fill it in")
+
+
+def _completion(value: Any, column: str) -> str:
+    return _string(column, value, "completion", "fill it in, or remove the row")
+
+
+def _messages(value: Any, column: str) -> Any:
+    """A list of objects; in a table, whose cells hold text, as JSON."""
+    if isinstance(value, str) and not is_blank(value):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise Unusable(f"{column!r} is not JSON ({one_line(error)})", "write a list of objects") from None
+    check_messages(value)
+    return value
+
+
 def _label(value: Any, column: str) -> Any:
     """A name, a number that is not whole, or a list of them; a program may know only decimals, and write 7.0 for 7."""
     if isinstance(value, list):
@@ -229,7 +251,13 @@ def _strings(value: Any) -> list[str]:
 
 
 # role -> what is made of a value, given the column's name too; images, of which a file has a say as a whole, are apart
-LOOKS: dict[str, Callable[[Any, str], Any]] = {"text": _text, "label": _label}
+LOOKS: dict[str, Callable[[Any, str], Any]] = {
+    "text": _text,
+    "label": _label,
+    "messages": _messages,
+    "prompt": _prompt,
+    "completion": _completion,
+}
 
 
 def _existing(directory: Path, name: str) -> Path | None:

@@ -68,7 +68,7 @@ def score_by_round(rounds: Sequence[Mapping[str, Any]], reference: Mapping[str, 
             if points:
                 label = name.replace("_", "-")
                 axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=label, clip_on=False)
-        for (name, level), dashes in zip(reference.items(), ((5, 3), (1.5, 2.5)), strict=False):
+        for (name, level), dashes in zip(reference.items(), ((5, 3), (1.5, 2.5), (8, 2)), strict=False):
             axes.axhline(level, color=MUTED, linewidth=1.1, dashes=dashes, label=name)
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

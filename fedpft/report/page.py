@@ -16,6 +16,7 @@ from fedpft.tasks import TASKS, Metric
 
 MEANINGS = {
     **dict(task.baseline for task in TASKS.values() if task.baseline is not None),
+    "zero_shot": "the FM as it was",
     "head_only": "no adapters: a head trained federated on the frozen proxy, plugged into the FM",
     "proxy": "the tuned proxy by itself",
     "plugged_in": "the FM with the silos' adapter: the product",
@@ -27,7 +28,7 @@ MEANINGS = {
     "local_only": "mean over silos of tuning alone on their own data, plugged in",
 }
 BASELINES = tuple({task.baseline[0] for task in TASKS.values() if task.baseline is not None})
-ALWAYS = (*BASELINES, "head_only", "proxy", "plugged_in")
+ALWAYS = (*BASELINES, "zero_shot", "head_only", "proxy", "plugged_in")
 PARAMETERS = {
     "model": "the FM",
     "proxy": "the proxy: what the silos receive",
@@ -40,6 +41,12 @@ HOLDINGS = {
     "attention": "attention",
     "ffn": "FFN",
     "norms": "norms, and what else is in the layers",
+}
+DATA = {
+    "samples": "samples#",
+    "skipped_rows": "skipped rows#",
+    "cut_texts": "texts cut#",
+    "cut_completions": "answers cut#",
 }
 SERVER_DATA = {"public": "public data", "test": "test data"}
 BYTES = {"down": "server to silos", "up": "silos to server"}
@@ -99,12 +106,13 @@ def _headlines(summary: Mapping[str, Any]) -> dict[str, float]:
     return {row: found[name] for row, found in summary.get("metrics", {}).items()}
 
 
-def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def _data_table(data: Mapping[str, Any]) -> str:
     """The server's files and each silo's, as far as it shares that."""
     told = {SERVER_DATA.get(name, name): {"skipped_rows": 0} | found for name, found in data.get("server", {}).items()}
     told |= {f"silo {name}": found for name, found in sorted(data.get("silos", {}).items())}
-    keys = ("samples", "skipped_rows", "cut_texts")
-    return [(name, *(_count(found[key]) if key in found else "-" for key in keys)) for name, found in told.items()]
+    titles = {key: title for key, title in DATA.items() if any(key in found for found in told.values())}
+    rows = [(name, *(_count(found[key]) if key in found else "-" for key in titles)) for name, found in told.items()]
+    return _table("Data", ["whose", *titles.values()], rows)
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
@@ -114,7 +122,11 @@ def _headline(summary: Mapping[str, Any]) -> str:
     if "plugged_in" in found:
         others = [
             f"{metric.shown(found[name])} {words}"
-            for name, words in (("proxy", "of the proxy alone"), ("head_only", "without adapters"))
+            for name, words in (
+                ("proxy", "of the proxy alone"),
+                ("head_only", "without adapters"),
+                ("zero_shot", "before"),
+            )
             if name in found
         ]
         beside = f", against {' and '.join(others)}" if others else ""
@@ -163,7 +175,7 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
     alignment, saliency = curves.get("alignment", {}), curves.get("saliency_kept", {})
     parameters, traffic, seconds = (summary.get(key, {}) for key in ("parameters", "bytes", "seconds"))
     compared = found if found.keys() - set(ALWAYS) else {}
-    reference = {name: found[name] for name in ("head_only", *BASELINES) if name in found}
+    reference = {name: found[name] for name in ("zero_shot", "head_only", *BASELINES) if name in found}
     measured = [f"{each.title}#" for each in _metrics(summary)]
     sections = [
         _table("Result", ["row", *measured, "meaning"], _metric_rows(summary), strong="plugged_in"),
@@ -176,6 +188,7 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
             f"Test {metric.title} after each round, of the tuned proxy and of the FM with the same "
             f"adapter{_which_is_better(metric)}.",
         ),
+        _answers(summary.get("written", [])),
         _figure(
             figures.distillation_loss(curves.get("distillation", [])),
             "Distillation loss on public data: thin as measured, thick smoothed.",
@@ -201,7 +214,7 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
                 for entry in summary.get("rounds", [])
             ],
         ),
-        _table("Data", ["whose", "samples#", "skipped rows#", "texts cut#"], _data_rows(summary.get("data", {}))),
+        _data_table(summary.get("data", {})),
         _table(
             "Parameters",
             ["part", "parameters#", "share of the FM#"],
@@ -233,7 +246,7 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
     return [section for section in sections if section]
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], strong: str = "") -> str:
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], strong: str = "", look: str = "") -> str:
     """An HTML table; a column whose name ends in # holds numbers. Nothing if there are no rows."""
     if not rows:
         return ""
@@ -249,8 +262,19 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], st
     head = line("th", [column.removesuffix("#") for column in columns])
     body = "\n".join(line("td", row, " class=strong" if row[0] == strong else "") for row in rows)
     return (
-        f"<section><h2>{escape(title)}</h2>\n<div class=wide><table><thead>{head}</thead>\n"
+        f"<section><h2>{escape(title)}</h2>\n<div class=wide><table{look and f' class={look}'}><thead>{head}</thead>\n"
         f"<tbody>{body}</tbody></table></div></section>"
+    )
+
+
+def _answers(written: Sequence[Mapping[str, str]]) -> str:
+    """Some test samples as the FM answers them, before and after, beside what was wanted."""
+    rows = [
+        (sample["asked"], sample["wanted"], *(sample.get(row, "-") for row in ("zero_shot", "plugged_in")))
+        for sample in written
+    ]
+    return _table(
+        "Answers", ["asked", "wanted", "the FM as it was", "the FM with the silos' adapter"], rows, look="said"
     )
 
 
@@ -315,6 +339,8 @@ tr > :first-child { padding-left: .5rem; }
 tr > :last-child { padding-right: .5rem; }
 .strong { background: var(--tint); }
 .strong td:not(:last-child) { font-weight: 600; }
+.said { table-layout: fixed; min-width: 44rem; }
+.said td { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
 figure { margin: 2.8rem 0 0; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: system-ui, sans-serif !important; font-variant-numeric: tabular-nums; }

@@ -15,6 +15,7 @@ from torch import nn
 from fedpft import atomic, machine
 from fedpft.config import ServerConfig
 from fedpft.data.batches import EncodedDataset
+from fedpft.data.chat import with_template
 from fedpft.data.samples import Samples
 from fedpft.data.text import characters_per_token
 from fedpft.digests import Digests, differences
@@ -43,6 +44,7 @@ class Owner:
 
     contents: of the files that all of it was read from.
     characters_per_token: of the public texts; 0.0 for images.
+    untrained: the adapter with which the FM is what it was; None if part of its head was drawn, so that it was nothing.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class Owner:
     test: EncodedDataset | None
     contents: Contents
     characters_per_token: float
+    untrained: adapters.Adapter | None
 
 
 @dataclass
@@ -124,7 +127,8 @@ def load_owner(config: ServerConfig, digests: Digests) -> Owner:
     length = 0.0
     if task.has_tokens:
         length = characters_per_token(public.texts(), processor, seed=config.seed)
-    owner = Owner(model, processor, labels, encoded(public), test, found, length)
+    untrained = None if model.head_is_drawn else adapters.extract(model)
+    owner = Owner(model, processor, labels, encoded(public), test, found, length, untrained)
     check_unchanged(config, found, digests)
     return owner
 
@@ -134,6 +138,8 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
     section = config.model
     model = loading.load_model(section.path, section.task, labels, seed=config.seed).to(config.device)
     processor = loading.load_processor(section.path, section.task)
+    if section.chat_template is not None:
+        with_template(processor, section.chat_template)
     with tempfile.TemporaryDirectory() as received:
         check_travels(processor, section.task, Path(received))
         if odd := sorted(path.name for path in Path(received).iterdir() if not sendable(path)):

@@ -30,7 +30,7 @@ DIGESTS_FILE = "digests.json"
 # going on. Of `federation`, sample_fraction may not.
 CHANGEABLE = ("out", "listen", "tls", "insecure_loopback", "threads", "federation", "product", "proxy.allow_whole")
 # These are known by what they lead to; a proxy by the ledger's record of it (run.py).
-BY_CONTENT = ("model.path", "model.labels", "public_data", "test_data", "proxy_path")
+BY_CONTENT = ("model.path", "model.labels", "model.chat_template", "public_data", "test_data", "proxy_path")
 
 FOR_PEOPLE = (".md", ".yaml", ".yml", ".log")  # no file of an FM that loading reads is called so
 
@@ -79,10 +79,11 @@ def contents(config: ServerConfig, digests: Digests) -> Contents:
     Raises:
         ConfigError, DataError: as of :func:`label_list`; or a data file that names images cannot be read.
     """
-    labels = "\n".join(label_list(config))
+    labels, template = "\n".join(label_list(config)), config.model.chat_template
     return {
         "model.path": model_files(config, digests),
         "model.labels": {"": hashlib.sha256(labels.encode()).hexdigest()},
+        "model.chat_template": {} if template is None else {"": digests.of_file(template)},
         "public_data": _data(config, config.public_data, digests),
         "test_data": {} if config.test_data is None else _data(config, config.test_data, digests),
     }
@@ -101,8 +102,10 @@ def model_files(config: ServerConfig, digests: Digests) -> dict[str, str]:
 
 def difference(config: ServerConfig, before: Contents, after: Contents) -> str:
     """Which keys lead to something else now, and which files there; empty if none does."""
-    paths = {"model.path": config.model.path, "model.labels": config.model.labels or Path("not in server.yaml")}
-    paths |= {"public_data": config.public_data, "test_data": config.test_data or Path("not in server.yaml")}
+    section, none = config.model, Path("not in server.yaml")
+    paths = {"model.path": section.path, "model.labels": section.labels or none}
+    paths |= {"model.chat_template": section.chat_template or none}
+    paths |= {"public_data": config.public_data, "test_data": config.test_data or none}
     found = {key: differences(before.get(key, {}), after[key], whole="it") for key in after}
     return "; ".join(f"{key} ({paths[key]}): {what}" for key, what in found.items() if what)
 
@@ -197,7 +200,7 @@ def check_provenance(
         log.warning("%s: does not say which run it is of: made by an earlier version, not checked", adapter)
         return
     before: Contents = made["contents"]
-    essential = {key: found[key] for key in ("model.path", "model.labels")}
+    essential = {key: found[key] for key in ("model.path", "model.labels", "model.chat_template")}
     wrong = [difference(config, before, essential)]
     wrong += [f"adapter.{key} was {value}" for key, value in made["adapter"].items() if _scale(config)[key] != value]
     wrong += ["it was made with another proxy"] * (made["proxy"] != combined(proxy))

@@ -1,4 +1,4 @@
-"""What a run comes to: what the plugged-in FM is worth beside what it is compared with, and the files of the product."""
+"""What a run comes to: what the plugged-in FM is worth beside what it is compared with, and the product's files."""
 
 import logging
 from collections.abc import Iterator

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from fedpft import atomic, kernels
 from fedpft.config import ServerConfig, dump
 from fedpft.digests import Digests
 from fedpft.errors import CheckpointError
-from fedpft.evaluation import Metrics, evaluate
-from fedpft.model import adapters, loading
 from fedpft.proxy.holdings import format_holdings, holdings
 from fedpft.report.page import write_report
 from fedpft.server.construction import Built, Owner, Record, build_proxy, load_built, load_owner
@@ -35,8 +32,8 @@ from fedpft.server.identity import (
     settings,
 )
 from fedpft.server.ledger import Ledger, has_begun, try_out
+from fedpft.server.product import Worth, measure_worth, save_product
 from fedpft.server.rounds import Rounds, snapshot
-from fedpft.tasks import TASKS
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.channel import check_listen
 
@@ -117,27 +114,6 @@ def _finished(config: ServerConfig) -> dict[str, Any]:
     return summary
 
 
-def final_metrics(owner: Owner, built: Built, batch: int) -> dict[str, Metrics]:
-    """The rows that one federation fills: tuned proxy and plugged-in FM on all test data; none without test data."""
-    if owner.test is None:
-        return {}
-    task = TASKS[built.proxy.task]
-    rows = {} if task.baseline is None else {task.baseline[0]: task.baseline_score(owner.test)}
-    return rows | {
-        "proxy": evaluate(task, built.proxy.model, owner.test, batch),
-        "plugged_in": evaluate(task, owner.model, owner.test, batch),
-    }
-
-
-def save_product(owner: Owner, config: ServerConfig, out: Path) -> None:
-    """The plugged-in FM as a PEFT adapter and merged; merging comes last, because it ends the adapter's life."""
-    base = config.product.base_model_name or str(config.model.path)
-    adapters.save_peft(owner.model, config.adapter, out / "adapter", base=base, task=config.model.task)
-    owner.processor.save_pretrained(out / "adapter")
-    adapters.merge(owner.model)
-    loading.save_model(owner.model, owner.processor, out / "merged")
-
-
 def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) -> dict[str, Any]:
     """Rounds, plug-in, evaluation, files; returns the summary."""
     rounds = Rounds(config, owner, built, ledger)
@@ -149,8 +125,8 @@ def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) 
     with atomic.replacing(config.out / ADAPTER_FILE) as written:
         save_file(adapter, written, metadata=made_with)
     with built.record.timed("evaluation"):
-        metrics = final_metrics(owner, built, config.evaluation.batch)
-    summary = _summary(config, owner, rounds, metrics, sum(tensor.numel() for tensor in adapter.values()))
+        worth = measure_worth(config, owner, built)
+    summary = _summary(config, owner, rounds, worth, sum(tensor.numel() for tensor in adapter.values()))
     save_product(owner, config, config.out)
     atomic.write_text(config.out / "summary.json", json.dumps(summary, indent=1))
     curves = _curves(built, ledger.recorded("alignment"), rounds.closed)
@@ -161,13 +137,14 @@ def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) 
 
 
 def _summary(
-    config: ServerConfig, owner: Owner, rounds: Rounds, metrics: dict[str, Metrics], adapter_parameters: int
+    config: ServerConfig, owner: Owner, rounds: Rounds, worth: Worth, adapter_parameters: int
 ) -> dict[str, Any]:
     parts = holdings(owner.model, rounds.built.proxy.model)
     totals = {side: sum(part[side] for part in parts.values()) for side in ("model", "proxy")}
     return {
         "task": config.model.task,
-        "metrics": metrics,
+        "metrics": worth.metrics,
+        "written": worth.written,
         "parameters": {
             **totals,
             **{f"{side}_transformer": total - parts["embeddings"][side] for side, total in totals.items()},

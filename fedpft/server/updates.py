@@ -21,7 +21,7 @@ from fedpft.model.adapters import Adapter
 from fedpft.wire.encoding import ENCODINGS, Encoding, decode, layout
 from fedpft.wire.tensors import Spec, TensorFile
 
-COUNTS = frozenset({"skipped_rows", "cut_texts"})  # of the silo's data: the same in every round
+COUNTS = frozenset({"skipped_rows", "cut_texts", "cut_completions"})  # of the silo's data: the same in every round
 METRICS = COUNTS | {"train_loss", "seconds", "tokens"}
 LARGEST_COUNT = 1 << 48  # of samples or tokens: whatever is summed over silos stays far from the end of int64
 HEADER_BYTES = 1 << 20  # of an update's file, beside ENTRY_BYTES

@@ -58,6 +58,7 @@ def explain(config: SiloConfig) -> str:
             _row(
                 "", "skipped_rows: how many rows were left out; cut_texts: how many texts were too long for the model"
             ),
+            _row("", "and were cut; cut_completions: of how many the answer was"),
             *_inactivity(config.share.inactivity, proxy),
         ],
         "When it ends with an error": [_row("notice", "that it leaves; the reason stays here")],

@@ -216,7 +216,7 @@ class Participant:
         if result.inactivity is not None:
             groups["inactivity"] = result.inactivity
         metrics = result.metrics | self.dataset.counts
-        shared: dict[str, float] = {name: metrics[name] for name in self.config.share.metrics}
+        shared: dict[str, float] = {name: metrics[name] for name in self.config.share.metrics if name in metrics}
         return self._work.keep_update(train, groups, residual, samples=result.samples, metrics=shared)
 
     def _look_at_data(self) -> None:

@@ -2,11 +2,14 @@
 
 from fedpft.config import TaskName
 from fedpft.data.rows import Form
+from fedpft.tasks.causal_lm import CausalLM
 from fedpft.tasks.image_classification import ImageClassification
 from fedpft.tasks.sequence_classification import SequenceClassification
 from fedpft.tasks.task import Metric, Task
 
-TASKS: dict[TaskName, Task] = {task.name: task for task in (SequenceClassification(), ImageClassification())}
+TASKS: dict[TaskName, Task] = {
+    task.name: task for task in (SequenceClassification(), ImageClassification(), CausalLM())
+}
 FORMS: tuple[Form, ...] = tuple(dict.fromkeys(form for task in TASKS.values() for form in task.forms))
 
 __all__ = ["FORMS", "TASKS", "Metric", "Task"]

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from fedpft.config import BadRows
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.chat import Learnt, encode_completion, encode_messages, encode_text, shorten
-from fedpft.data.language import LanguageDataset
+from fedpft.data.language import NOT_LEARNED, LanguageDataset
 from fedpft.data.rows import RowFaults, Unusable
 from fedpft.data.samples import Samples
 from fedpft.errors import ModelError
 from fedpft.tasks.task import Batch, Metric, Task
-from fedpft.tasks.vocabulary_loss import NOT_LEARNED, linear_cross_entropy, token_losses
-
+from fedpft.tasks.vocabulary_loss import linear_cross_entropy, token_losses
 
 MOST_WRITTEN = 64  # tokens of one answer
 
@@ -53,7 +52,7 @@ class CausalLM(Task):
         if processor.pad_token_id is None:
             raise ModelError("the tokenizer has no padding token", "set pad_token in the model's tokenizer_config.json")
         rows: list[Learnt] = []
-        faults, prompts_cut, completions_cut = RowFaults(samples.path), 0, 0
+        faults, cut, prompts_cut, completions_cut = RowFaults(samples.path), 0, 0, 0
         for number, line in enumerate(samples.lines):
             try:
                 short = shorten(_encoded(samples, number, processor), max_tokens)
@@ -61,12 +60,13 @@ class CausalLM(Task):
                 faults.add(line, fault.message, fault.remedy)
                 continue
             rows.append(short.learnt)
+            cut += short.prompt_cut or short.completion_cut
             prompts_cut += short.prompt_cut
             completions_cut += short.completion_cut
         if faults and (bad_rows == "refuse" or not rows):
             raise faults.error(len(samples), way_out if rows else "")
         dataset = LanguageDataset.of(rows, processor.pad_token_id)
-        dataset.cut, dataset.cut_completions = prompts_cut, completions_cut
+        dataset.cut, dataset.prompts_cut, dataset.completions_cut = cut, prompts_cut, completions_cut
         dataset.skipped = samples.skipped + len(faults)
         return dataset
 
@@ -178,6 +178,8 @@ def _ends(model: nn.Module, tokenizer: Any, dataset: LanguageDataset) -> set[int
     """The tokens that end an answer: the tokenizer's, the model's own, and the control tokens that end the rows."""
     own = model.generation_config.eos_token_id  # type: ignore[union-attr]
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    control = set(tokenizer.all_special_ids) | {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control = set(tokenizer.all_special_ids) | {
+        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
     last = dataset.tokens[dataset.starts + dataset.lengths - 1].unique().tolist()
-    return {end for end in ends if end is not None} | (control & set(last))
+    return {end for end in ends if end is not None} | (control.union(tokenizer.all_special_ids) & set(last))

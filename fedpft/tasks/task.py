@@ -146,6 +146,18 @@ class Task(ABC):
             chosen: (m,) int64, which of the dataset they are.
         """
 
+    def write(self, model: nn.Module, processor: Any, dataset: EncodedDataset, chosen: Tensor, batch: int) -> list[str]:
+        """What a model writes for the `chosen` samples, (m,) int64; nothing if the task's answers are no words."""
+        return []
+
+    def wanted(self, processor: Any, dataset: EncodedDataset, chosen: Tensor) -> list[tuple[str, str]]:
+        """(what is asked, what is to be written) of the same samples."""
+        return []
+
+    def score_written(self, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+        """The metrics of what was written, by name."""
+        return {}
+
     def baseline_score(self, dataset: EncodedDataset) -> dict[str, float]:
         """The metrics of what knows nothing but the labels of the test data."""
         raise NotImplementedError(f"{self.name} has no baseline")
