@@ -158,8 +158,14 @@ def merge(model: nn.Module) -> None:
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model as if no LoRA were attached; the tensors are the model's own."""
-    return {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}
+    """The state dict of a model as if no LoRA were attached; the tensors are the model's own.
+
+    A parameter that two modules share, as embeddings and `lm_head` of many decoders do, is there by its first name.
+    """
+    every = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    again = set(every) - {name for name, _ in model.named_parameters()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in again}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
 
 
 def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, base: str, task: TaskName) -> None:
@@ -173,7 +179,7 @@ def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, ba
     config = _lora_config(model, settings)
     config.inference_mode = True
     config.base_model_name_or_path = base
-    config.modules_to_save = list(head_of(model))
+    config.modules_to_save = list(head_of(model)) or None
     config.task_type = TASKS[task].peft
     if config.task_type is None:  # peft has no class of its own for the task: it takes that of the model
         config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}

@@ -8,6 +8,7 @@ TASK = Task(
     model="AutoModelForImageClassification",
     processor="AutoImageProcessor",
     problem_type="single_label_classification",
+    head=True,
     peft=None,
     peft_loader="AutoPeftModel",
 )

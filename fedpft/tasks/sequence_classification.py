@@ -8,6 +8,7 @@ TASK = Task(
     model="AutoModelForSequenceClassification",
     processor="AutoTokenizer",
     problem_type="single_label_classification",
+    head=True,
     peft="SEQ_CLS",
     peft_loader="AutoPeftModelForSequenceClassification",
 )

@@ -16,6 +16,7 @@ class Task:
         model: the class of transformers that loads an FM with a head for the task.
         processor: the class of transformers that loads what goes with it.
         problem_type: what the model's loss has to be told, by transformers' name.
+        head: whether the FM gets a head for the task, which trains in full; else nothing on top of it does.
         peft: peft's name of the task; None if it has none, and takes the model's class.
         peft_loader: the class of peft that loads the product.
     """
@@ -25,6 +26,7 @@ class Task:
     model: str
     processor: str
     problem_type: str
+    head: bool
     peft: str | None
     peft_loader: str
 
