@@ -35,9 +35,7 @@ every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_ffn_projections_are_those_that_transformers_names(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
     for layer, module in enumerate(layers_of(fm)):
-        for found, wanted in zip(
-            projections(fm, module), tiny.ffns(fm.state_dict(), model_type, layer), strict=True
-        ):
+        for found, wanted in zip(projections(fm, module), tiny.ffns(fm.state_dict(), model_type, layer), strict=True):
             assert found.keys() == wanted.keys()
             for name in wanted:
                 assert torch.equal(found[name], wanted[name])
@@ -63,7 +61,7 @@ def test_stream_changes_by_what_the_table_says_is_added_to_it(model_type: str, m
     fm = make_fm(model_type)
     table, layer = architecture_of(fm), layers_of(fm)[2]
     seen: dict[str, Tensor] = {}
-    added = layer.get_submodule(table.output_norm or table.output)
+    added = layer.get_submodule(table.output_norm or (table.ffn if model_type in tiny.MIXTURES else table.output))
     added.register_forward_hook(lambda _m, _i, output: seen.update(added=output))
     if is_post_norm(fm):
         norm = layer.get_submodule(table.norm)

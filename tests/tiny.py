@@ -45,7 +45,9 @@ CONFIGS: dict[str, Any] = {
     "xlm-roberta": lambda: transformers.XLMRobertaConfig(**_BERT, **_DROPS),
     "electra": lambda: transformers.ElectraConfig(**_BERT, **_DROPS, embedding_size=16),
     "mpnet": lambda: transformers.MPNetConfig(**_BERT, **_DROPS),
-    "distilbert": lambda: transformers.DistilBertConfig(dim=D, n_layers=L, n_heads=4, hidden_dim=F, **_TEXT, dropout=0.3),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        dim=D, n_layers=L, n_heads=4, hidden_dim=F, **_TEXT, dropout=0.3
+    ),
     "deberta-v2": lambda: transformers.DebertaV2Config(
         **_BERT,
         **_DROPS,
@@ -80,6 +82,8 @@ CONFIGS: dict[str, Any] = {
     ),
     "mixtral": lambda: transformers.MixtralConfig(**_MIXTURE, num_local_experts=E),
 }
+# Whatever tokenizer lies beside an FM of this type, transformers reads it as one of a class of its own.
+OWN_TOKENIZER = "qwen2"
 IMAGES = ("vit", "deit", "dinov2", "siglip", "clip")
 MIXTURES = {"qwen3_moe": (0, 1, 3), "mixtral": (0, 1, 2, 3)}  # which layers have experts
 AUTO: dict[TaskName, Any] = {
@@ -137,9 +141,7 @@ NAMES = {
     "distilbert": Names(
         "distilbert.transformer.layer.{}.", ("ffn.lin1", True), ("ffn.lin2", False), "output_layer_norm"
     ),
-    "modernbert": Names(
-        "model.layers.{}.", ("mlp.Wi", True), ("mlp.Wo", False), "mlp_norm", biases=False, fused=True
-    ),
+    "modernbert": Names("model.layers.{}.", ("mlp.Wi", True), ("mlp.Wo", False), "mlp_norm", biases=False, fused=True),
     "vit": _vit("vit.layers.{}.", "layernorm_after"),
     "deit": _vit("deit.layers.{}.", "layernorm_after"),
     "dinov2": _vit("dinov2.encoder.layer.{}.", "norm2"),

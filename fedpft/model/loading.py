@@ -292,13 +292,14 @@ def _trained(path: Path, model: nn.Module, report: dict[str, Any], head: tuple[s
 
 def _check_precision(path: Path, model: nn.Module) -> None:
     """Integers and 8-bit floats are quantized weights, which mean nothing without their scales."""
-    base = f"{architectures.base_name(model)}."
+    base, experts = f"{architectures.base_name(model)}.", architectures.architecture_of(model).experts
     parameters = {name.removeprefix(base) for name, _ in model.named_parameters()}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a mapping)
                 kind = opened.get_slice(name).get_dtype()
-                if name.removeprefix(base) in parameters and kind not in PRECISIONS:
+                in_expert = experts is not None and f".{experts}." in name  # which are stored one by one
+                if (in_expert or name.removeprefix(base) in parameters) and kind not in PRECISIONS:
                     raise ModelError(f"{file}: {name} is stored as {kind}", "save the FM without quantization")
 
 
