@@ -12,7 +12,7 @@ from fedpft.data.batches import EncodedDataset, batches, round_window
 from fedpft.errors import DataError
 from fedpft.model import adapters
 from fedpft.model.architectures import in_head
-from fedpft.model.subffn import InactivityCounter, SubFFN, sub_ffns
+from fedpft.model.subffn import InactivityCounter, sub_ffns
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
@@ -121,10 +121,10 @@ def _optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.AdamW
 
 
 def _count_inactivity(model: nn.Module, compressed: tuple[int, ...], eps: float) -> dict[int, InactivityCounter]:
-    ffns: list[SubFFN] = list(sub_ffns(model).values())
+    ffns, device = list(sub_ffns(model).values()), next(model.parameters()).device
     counters = {}
     for layer in compressed:
-        counts = torch.zeros(ffns[layer].neurons, dtype=torch.int64, device=ffns[layer].w_in.device)
+        counts = torch.zeros(ffns[layer].neurons, dtype=torch.int64, device=device)
         counters[layer] = ffns[layer].inactivity = InactivityCounter(eps, counts)
     return counters
 

@@ -58,7 +58,7 @@ def test_adapter_is_lora_on_every_attention_projection_and_the_head(model_type: 
         for layer in range(tiny.L)
         for name in attention_weights(model_type, layer)
         for which in "AB"
-    } | {name for name in plain if name.startswith(f"{ARCHITECTURES[model_type].head}.")}
+    } | tiny.head_names(plain, model_type)
     adapter = extract(fm)
     assert adapter.keys() == wanted
     assert all(t.shape[0] == RANK for name, t in adapter.items() if "lora_A" in name)
@@ -278,8 +278,7 @@ def test_loaded_adapter_is_extracted_again_bit_for_bit(model_type: str, make_fm:
     frozen, adapter = {n: t.clone() for n, t in frozen_state(fm).items()}, tuned(fm)
     load(fm, adapter)
     assert tiny.changed(adapter, extract(fm)) == set()
-    head = f"{ARCHITECTURES[model_type].head}."
-    assert all(name.startswith(head) for name in tiny.changed(frozen, frozen_state(fm)))
+    assert tiny.changed(frozen, frozen_state(fm)) == tiny.head_names(frozen, model_type)
 
 
 def test_extracted_adapter_does_not_follow_the_model(make_fm: ModelFactory) -> None:
@@ -303,7 +302,7 @@ def test_proxy_and_fm_have_the_same_adapter(model_type: str, make_fm: ModelFacto
 def test_rank_0_is_the_head_alone(model_type: str, make_fm: ModelFactory) -> None:
     fm, plain = make_fm(model_type), make_fm(model_type)
     attach(fm, AdapterSection(rank=0), seed=0)
-    head = {name for name in plain.state_dict() if name.startswith(f"{ARCHITECTURES[model_type].head}.")}
+    head = tiny.head_names(plain.state_dict(), model_type)
     assert head
     assert extract(fm).keys() == head
     assert tiny.changed(plain.state_dict(), fm.state_dict()) == set()

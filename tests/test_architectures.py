@@ -14,8 +14,14 @@ from fedpft.model.architectures import (
     ARCHITECTURES,
     activation_of,
     architecture_of,
+    base_name,
+    base_of,
+    head_of,
+    in_head,
+    is_post_norm,
     layer_outputs,
     layers_of,
+    on_top,
     row,
 )
 from fedpft.model.subffn import projections, sub_ffns
@@ -29,25 +35,48 @@ every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_ffn_projections_are_those_that_transformers_names(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
     for layer, module in enumerate(layers_of(fm)):
-        found, wanted = projections(fm, module), tiny.ffn(fm.state_dict(), model_type, layer)
-        wanted["w_out"] = wanted["w_out"]
-        assert found.keys() == wanted.keys()
-        for name in wanted:
-            torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=0)
+        for found, wanted in zip(projections(fm, module), tiny.ffns(fm.state_dict(), model_type, layer), strict=True):
+            assert found.keys() == wanted.keys()
+            for name in wanted:
+                assert torch.equal(found[name], wanted[name])
 
 
 @every_architecture
 def test_norm_stands_right_before_or_right_after_the_ffn(model_type: str, make_fm: ModelFactory) -> None:
-    fm, table = make_fm(model_type), architecture_of(make_fm(model_type))
+    fm = make_fm(model_type)
+    table, post_norm = architecture_of(fm), is_post_norm(fm)
     seen: dict[str, Tensor] = {}
-    layer = layers_of(fm)[1]
-    norm, projection = layer.get_submodule(table.norm), layer.get_submodule(table.input)
+    layer = layers_of(fm)[2]
+    norm, projection = layer.get_submodule(table.norm), layer.get_submodule(table.ffn)
     norm.register_forward_hook(lambda _m, _i, output: seen.update(norm=output))
     projection.register_forward_pre_hook(lambda _m, inputs: seen.update(ffn=inputs[0]))
     layer.register_forward_hook(lambda _m, _i, output: seen.update(layer=output))
     tiny.logits(fm, tiny.batch(model_type))
     follows = seen["layer"][0] if isinstance(seen["layer"], tuple) else seen["layer"]
-    assert torch.equal(seen["norm"], seen["ffn"]) or torch.equal(seen["norm"], follows)
+    assert torch.equal(seen["norm"], follows if post_norm else seen["ffn"])
+
+
+@every_architecture
+def test_stream_changes_by_what_the_table_says_is_added_to_it(model_type: str, make_fm: ModelFactory) -> None:
+    fm = make_fm(model_type)
+    table, layer = architecture_of(fm), layers_of(fm)[2]
+    seen: dict[str, Tensor] = {}
+    added = layer.get_submodule(table.output_norm or (table.ffn if model_type in tiny.MIXTURES else table.output))
+    added.register_forward_hook(lambda _m, _i, output: seen.update(added=output))
+    if is_post_norm(fm):
+        norm = layer.get_submodule(table.norm)
+        norm.register_forward_pre_hook(lambda _m, given: seen.update(sum=given[0]))
+    inputs = tiny.batch(model_type)
+
+    def stream() -> Tensor:
+        (after,) = layer_outputs(fm, [2], inputs)
+        return seen.get("sum", after)
+
+    with torch.no_grad():
+        whole = stream()
+        change = seen["added"] * (1.0 if table.scale is None else layer.get_parameter(table.scale))
+        added.register_forward_hook(lambda _m, _i, output: torch.zeros_like(output))
+        torch.testing.assert_close(whole - stream(), change.view(whole.shape), rtol=1e-4, atol=1e-5)
 
 
 @every_architecture
@@ -61,9 +90,10 @@ def test_attention_is_every_projection_of_a_layer_outside_the_ffn(model_type: st
 @every_architecture
 def test_head_is_what_the_base_model_lacks(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
-    outside = [n for n, _ in fm.named_parameters() if not n.startswith(f"{fm.base_model_prefix}.")]
+    assert head_of(fm) == on_top(fm) == tiny.HEADS[model_type]
+    outside = {name for name, _ in fm.named_parameters() if not name.startswith(f"{base_name(fm)}.")}
+    assert outside == tiny.head_names(fm.state_dict(), model_type) == {n for n in fm.state_dict() if in_head(fm, n)}
     assert outside
-    assert all(name.startswith(f"{ARCHITECTURES[model_type].head}.") for name in outside)
 
 
 @every_architecture
@@ -76,9 +106,8 @@ def test_activation_is_the_function_that_the_fm_applies(model_type: str, make_fm
         "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
         "silu": nn.functional.silu,
     }
-    applied = next(
-        m for n, m in layers_of(fm)[0].named_modules() if n.split(".")[-1].startswith(("act", "intermediate_act"))
-    )
+    names = ("act", "intermediate_act")
+    applied = next(m for n, m in layers_of(fm)[2].named_modules() if n.split(".")[-1].startswith(names))
     torch.testing.assert_close(functions[activation_of(fm)](z), applied(z))
 
 
@@ -93,7 +122,8 @@ def test_activation_without_a_kernel_is_refused(make_fm: ModelFactory) -> None:
 def test_model_type_without_a_row_is_refused_with_those_that_have_one() -> None:
     with pytest.raises(ModelError, match="'mamba' is not supported") as caught:
         row("mamba")
-    assert all(model_type in caught.value.remedy for model_type in ARCHITECTURES)
+    for word in (*ARCHITECTURES, "architectures.py", "docs/models.md", "FFN", "norm", "attention"):
+        assert word in caught.value.remedy
 
 
 @every_architecture
@@ -103,9 +133,10 @@ def test_whole_proxy_holds_every_weight_of_the_fm_bit_for_bit(model_type: str, m
     state, left = fm.state_dict(), proxy.state_dict()
     ffns = list(sub_ffns(proxy).items())
     assert len(ffns) == tiny.L
-    for layer, (path, _) in enumerate(ffns):
-        for name, weight in tiny.ffn(state, model_type, layer).items():
-            assert tiny.same_bits(left.pop(f"{path}.{name}"), weight)
+    for layer, (path, ffn) in enumerate(ffns):
+        for (part, _), wanted in zip(tiny.parts(path, ffn), tiny.ffns(state, model_type, layer), strict=True):
+            for name, weight in wanted.items():
+                assert tiny.same_bits(left.pop(f"{part}.{name}"), weight)
         for name in tiny.ffn_names(model_type, layer):
             del state[name]
     assert tiny.changed(state, left) == set()  # and the two have the same names
@@ -137,7 +168,7 @@ def test_whole_proxy_has_the_fms_gradients(model_type: str, make_fm: ModelFactor
 def test_layer_outputs_are_the_hidden_states_between_the_layers(model_type: str, make_fm: ModelFactory) -> None:
     fm, inputs = make_fm(model_type), tiny.batch(model_type)
     with torch.no_grad():
-        states = fm.base_model(**inputs, output_hidden_states=True).hidden_states
+        states = base_of(fm)(**inputs, output_hidden_states=True).hidden_states
         third, first = layer_outputs(fm, [2, 0], {**inputs, "labels": torch.zeros(5, dtype=torch.int64)})
     assert torch.equal(third, states[3])
     assert torch.equal(first, states[1])

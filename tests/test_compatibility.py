@@ -18,6 +18,7 @@ from fedpft.model.compatibility import check_travels, make_fit
 
 TEXT, IMAGE = "sequence-classification", "image-classification"
 POSITIONS = 40  # of the tiny text models
+AFTER_PADDING = ("roberta", "xlm-roberta", "mpnet")  # have positions from the padding token's id on
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 every_text_architecture = pytest.mark.parametrize("model_type", [t for t in ARCHITECTURES if tiny.task_of(t) == TEXT])
 
@@ -31,13 +32,13 @@ def test_model_with_its_own_processor_fits(model_type: str, make_fm: ModelFactor
 def test_max_tokens_may_be_all_positions_and_no_more(model_type: str, make_fm: ModelFactory) -> None:
     fm, processor = make_fm(model_type), tiny.processor(model_type)
     longest = longest_input(fm)
-    assert longest == (POSITIONS - tiny.PADDING - 1 if model_type == "roberta" else POSITIONS)
+    assert longest == (POSITIONS - tiny.PADDING - 1 if model_type in AFTER_PADDING else POSITIONS)
     make_fit(fm, processor, TEXT, longest)
     with pytest.raises(ModelError, match=f"max_tokens is {longest + 1}, the FM has positions for {longest}"):
         make_fit(fm, processor, TEXT, longest + 1)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "electra", *AFTER_PADDING, "gpt2", "opt"])
 def test_the_longest_text_is_the_longest_that_the_model_itself_can_take(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
     longest = longest_input(fm)
@@ -79,9 +80,18 @@ def test_token_outside_of_the_table_is_refused(
 
 def test_model_that_counts_positions_from_another_padding_is_refused(make_fm: ModelFactory) -> None:
     fm = make_fm("roberta")
-    fm.config.pad_token_id = 1
-    with pytest.raises(ModelError, match="pads with 0, the FM counts positions from its padding id 1"):
+    fm.config.pad_token_id = 0
+    with pytest.raises(ModelError, match="pads with 1, the FM counts positions from its padding id 0"):
         make_fit(fm, tiny.processor("roberta"), TEXT, 12)
+
+
+def test_model_whose_code_fixes_the_padding_is_asked_for_no_other(make_fm: ModelFactory) -> None:
+    fm, processor = make_fm("mpnet"), tiny.processor("mpnet")
+    fm.config.pad_token_id = 0  # of no consequence
+    make_fit(fm, processor, TEXT, 12)
+    processor.pad_token = "[UNK]"
+    with pytest.raises(ModelError, match="pads with 0, the FM counts positions from its padding id 1"):
+        make_fit(make_fm("mpnet"), processor, TEXT, 12)
 
 
 def test_images_of_another_size_than_the_models_are_refused(make_fm: ModelFactory) -> None:

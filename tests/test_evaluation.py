@@ -15,7 +15,7 @@ from fedpft.data.batches import sample
 from fedpft.data.text import TextDataset
 from fedpft.evaluation import Gap, evaluate, format_gaps, measure_gap
 from fedpft.model.adapters import attach, extract, load
-from fedpft.model.architectures import ARCHITECTURES
+from fedpft.model.architectures import ARCHITECTURES, base_of
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import Selection, select
 from fedpft.seeding import derive_seed
@@ -79,7 +79,7 @@ def hidden_error_by_hand(
     proxy: nn.Module, fm: nn.Module, pairs: tuple[tuple[int, int], ...], inputs: dict[str, Tensor]
 ) -> list[float]:
     with torch.no_grad():
-        ours, theirs = (m.base_model(**inputs, output_hidden_states=True).hidden_states for m in (proxy, fm))
+        ours, theirs = (base_of(m)(**inputs, output_hidden_states=True).hidden_states for m in (proxy, fm))
     errors = []
     for on_proxy, on_fm in pairs:
         h, target = ours[on_proxy + 1].double(), theirs[on_fm + 1].double()

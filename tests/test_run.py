@@ -212,14 +212,14 @@ def test_no_dropped_neuron_crosses_the_wire_and_every_kept_one_does(
     model = loading.load_model(digits[0], "image-classification", [str(d) for d in range(10)], seed=3)
     selection = load_selection(directory / "out" / "proxy" / "selection.safetensors")
     for layer, neurons in enumerate(selection.neurons):
-        ffn = projections(model, layers_of(model)[layer])
+        (ffn,) = projections(model, layers_of(model)[layer])
         assert ffn["w_in"] is not None
         assert ffn["w_out"] is not None
         for weights in (ffn["w_in"], ffn["w_out"]):
             dropped = [j for j in range(len(weights)) if j not in set(neurons.tolist())]
             assert (len(dropped) == 0) == (layer in (0, 2))
             assert not [j for j in dropped if row_bytes(weights[j]) in wire]
-    whole = projections(model, layers_of(model)[0])["w_in"]
+    whole = projections(model, layers_of(model)[0])[0]["w_in"]
     assert whole is not None
     # HTTP/2 cuts what it carries into frames, and a row that lies across a cut is not found in one piece.
     found = sum(row_bytes(row) in wire for row in whole)

@@ -35,6 +35,8 @@ base_model: {base}
 library_name: peft
 ---
 
+"""
+_LABELLED = """\
 LoRA and task head of a federated fine-tuning with fedpft. The base model has labels of its own, or none; these go with
 the adapter:
 
@@ -47,6 +49,13 @@ the adapter:
         label2id={{label: index for index, label in enumerate(labels)}},
         ignore_mismatched_sizes=True,  # the base model's own head, if it has one
     )
+"""
+_PLAIN = """\
+LoRA of a federated fine-tuning with fedpft:
+
+    from peft import {loader}
+
+    model = {loader}.from_pretrained(".")
 """
 
 _REMEDY = "train it on this federation's proxy with this version of fedpft"
@@ -158,8 +167,14 @@ def merge(model: nn.Module) -> None:
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model as if no LoRA were attached; the tensors are the model's own."""
-    return {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items() if ".lora_" not in n}
+    """The state dict of a model as if no LoRA were attached; the tensors are the model's own.
+
+    A parameter that two modules share, as embeddings and `lm_head` of many decoders do, is there by its first name.
+    """
+    every = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    again = set(every) - {name for name, _ in model.named_parameters()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in again}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
 
 
 def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, base: str, task: TaskName) -> None:
@@ -173,7 +188,7 @@ def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, ba
     config = _lora_config(model, settings)
     config.inference_mode = True
     config.base_model_name_or_path = base
-    config.modules_to_save = list(head_of(model))
+    config.modules_to_save = list(head_of(model)) or None
     config.task_type = TASKS[task].peft
     if config.task_type is None:  # peft has no class of its own for the task: it takes that of the model
         config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
@@ -181,8 +196,9 @@ def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, ba
     tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in extract(model).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     labels = json.dumps(list(model.config.id2label.values()), ensure_ascii=False)  # type: ignore[union-attr, operator]
-    card = _CARD.format(base=json.dumps(base), loader=TASKS[task].peft_loader, labels=labels)
-    (directory / "README.md").write_text(card, "utf-8")
+    card = _CARD + (_LABELLED if TASKS[task].label_list else _PLAIN)
+    filled = card.format(base=json.dumps(base), loader=TASKS[task].peft_loader, labels=labels)
+    (directory / "README.md").write_text(filled, "utf-8")
 
 
 def _lora_forward(layer: Any, dropout: float, x: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ def _check_tokens(model: nn.Module, tokenizer: Any, max_tokens: int) -> None:
             f"the tokenizer's token {token!r} has the id {largest}, the FM's embedding has {rows} rows",
             "put this FM's own tokenizer beside it, or extend its embedding with resize_token_embeddings and save it",
         )
-    padding = model.config.pad_token_id  # type: ignore[union-attr]
-    if architectures.architecture_of(model).positions_after_padding and padding != tokenizer.pad_token_id:
+    after = architectures.architecture_of(model).positions_after_padding
+    if after and (padding := architectures.padding_of(model)) != tokenizer.pad_token_id:
         raise ModelError(
             f"the tokenizer pads with {tokenizer.pad_token_id}, the FM counts positions from its padding id {padding}",
             "give config.json the tokenizer's pad_token_id, or put this FM's own tokenizer beside it",

@@ -4,6 +4,7 @@ Whatever transformers would do in silence to make a directory load, such as draw
 error here: what the silos tune and the owner plugs into must be the FM.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -35,12 +36,13 @@ POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not f
 PRECISIONS = ("F64", "F32", "F16", "BF16")  # as safetensors calls those that weights may be stored in
 
 # What a model returns and how it goes about it, not what it computes: a config.json keeps what its last user wanted.
-_OURS = {
+_OURS: dict[str, Any] = {
     "return_dict": True,
     "output_hidden_states": False,
     "output_attentions": False,
     "chunk_size_feed_forward": 0,
     "_attn_implementation": None,
+    "architectures": [],  # of two classes for one task transformers takes the one that is named here, else the first
 }
 # Keys of config.json that make transformers build another model than the weights are for, or read other files.
 _REFUSED = {
@@ -54,8 +56,9 @@ _REFUSED = {
 def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) -> nn.Module:
     """Loads an FM for a task, in eval mode and with every parameter frozen.
 
-    The task head is drawn where the checkpoint has none of C rows; so is a module that a checkpoint may lack
-    (`architectures.Architecture.optional`), which from then on counts as part of the head. Nothing else ever is.
+    The task head, if the task has one, is drawn where the checkpoint has none of C rows; so is a module that a
+    checkpoint may lack (`architectures.Architecture.optional`), which from then on trains with the head. Nothing else
+    ever is. `trained_modules` of the model names both, and `is_drawn` says whether any was drawn.
 
     Args:
         path: directory as `save_pretrained` writes it.
@@ -68,8 +71,9 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) 
     """
     config = _config(path)
     _check_files(path)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {name: index for index, name in enumerate(labels)}
+    if TASKS[task].label_list:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: index for index, name in enumerate(labels)}
     config.problem_type = TASKS[task].problem_type
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "task head"))
@@ -93,7 +97,10 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) 
             ) from None
     if not len(architectures.layers_of(model)):
         raise ModelError(f"{path}: config.json says that the FM has no layers", "check model.path")
-    model.drawn_modules = _drawn(path, model, report)
+    head = architectures.on_top(model) if TASKS[task].head else ()
+    drawn = _drawn(path, model, report, head)
+    model.trained_modules = (*head, *(module for module in drawn if module not in head))
+    model.is_drawn = bool(drawn)
     _check_precision(path, model)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # or it stays a map of its file, and changes with whatever is written there
@@ -167,17 +174,25 @@ def _check_files(path: Path) -> None:
 def empty_model(directory: Path, task: TaskName, num_layers: int) -> nn.Module:
     """A model of the FM's shape with `num_layers` layers and meaningless weights, from config.json alone."""
     config = _config(directory)
-    set_depth(config, num_layers)
+    set_layers(config, range(num_layers))
     config.problem_type = TASKS[task].problem_type
     model: nn.Module = _model_class(task).from_config(config, dtype=torch.float32, trust_remote_code=False)
     return prepare(model)
 
 
-def set_depth(config: Any, num_layers: int) -> None:
-    """Makes a model's configuration one of `num_layers` layers, fewer than before. In place."""
-    config.num_hidden_layers = num_layers
+def set_layers(config: Any, kept: Sequence[int]) -> None:
+    """Makes a model's configuration one of the given layers of it, in their order. In place."""
+    config = architectures.config_of(config)
+    depth, config.num_hidden_layers = config.num_hidden_layers, len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in kept]
+    if hasattr(config, "mlp_only_layers"):  # a mixture's: which of its layers have one FFN and no experts
+        step = config.decoder_sparse_step
+        dense = {layer for layer in range(depth) if layer in config.mlp_only_layers or (layer + 1) % step}
+        config.mlp_only_layers = [index for index, layer in enumerate(kept) if layer in dense]
+        config.decoder_sparse_step = 1
     if hasattr(config, "stage_names"):  # a vision backbone's: the stem and each layer, and which of them it returns
-        config.stage_names = config.stage_names[: num_layers + 1]
+        config.stage_names = config.stage_names[: len(kept) + 1]
         config.set_output_features_output_indices(out_features=None, out_indices=None)
 
 
@@ -192,16 +207,18 @@ def prepare(model: nn.Module) -> nn.Module:
 
 
 def save_config(model: nn.Module, directory: Path) -> None:
-    """Writes config.json without the path that the FM was loaded from: it is nobody else's business."""
-    config: Any = model.config
+    """Writes config.json for others: without the path that the FM was loaded from, with the cache that writing needs."""
+    config: Any = copy.deepcopy(model.config)
     config._name_or_path = ""
+    if hasattr(config, "use_cache"):
+        config.use_cache = True
     config.save_pretrained(directory)
 
 
 def save_model(model: nn.Module, processor: Any, directory: Path) -> None:
     """Writes a directory that plain `transformers` loads."""
-    save_config(model, directory)
     model.save_pretrained(directory)  # type: ignore[operator]
+    save_config(model, directory)
     processor.save_pretrained(directory)
 
 
@@ -247,9 +264,14 @@ def _begins(file: Path) -> bytes:
         raise ModelError(f"{file}: cannot be read ({error.strerror})", "let this user read it") from None
 
 
-def _drawn(path: Path, model: nn.Module, report: dict[str, Any]) -> tuple[str, ...]:
-    """Which optional modules transformers has drawn; ModelError if it drew, or left out, anything else but a head."""
-    base, row = model.base_model_prefix, architectures.architecture_of(model)
+def _drawn(path: Path, model: nn.Module, report: dict[str, Any], head: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules of the head, and optional ones, that transformers has drawn; ModelError if it drew or left out any other.
+
+    Args:
+        head: the modules of the task's head.
+    """
+    base, row = architectures.base_name(model), architectures.architecture_of(model)
+    inside = tuple(f"{module}." for module in head)
     missing: set[str] = set(report["missing_keys"])
     drawn = []
     for module in (f"{base}.{optional}" for optional in row.optional):
@@ -258,15 +280,17 @@ def _drawn(path: Path, model: nn.Module, report: dict[str, Any]) -> tuple[str, .
             log.info("%s has no %s: it is drawn, and trains with the task head", path, module)
             drawn.append(module)
             missing -= names
-    head = f"{row.head}."
-    own = not any(name.startswith(head) for name in (*missing, *(name for name, *_ in report["mismatched_keys"])))
-    log.info("%s: the task head is %s", path, "the checkpoint's own" if own else "drawn from the seed")
+    if head:
+        odd = (*missing, *(name for name, *_ in report["mismatched_keys"]))
+        strange = [module for module in head if any(name.startswith(f"{module}.") for name in odd)]
+        log.info("%s: the task head is %s", path, "drawn from the seed" if strange else "the checkpoint's own")
+        drawn += strange
     for name in sorted(missing):
-        if not name.startswith(head):
+        if not name.startswith(inside):
             shape = tuple(model.state_dict()[name].shape)
             raise _other_model(path, f"the weights lack {name} {shape}")
     for name, stored, wanted in sorted(report["mismatched_keys"]):
-        if not name.startswith(head):
+        if not name.startswith(inside):
             raise _other_model(path, f"{name} is {tuple(stored)}, config.json asks for {tuple(wanted)}")
     for name in sorted(report["unexpected_keys"]):
         if name.startswith(architectures.layers_path(model)):
@@ -276,13 +300,14 @@ def _drawn(path: Path, model: nn.Module, report: dict[str, Any]) -> tuple[str, .
 
 def _check_precision(path: Path, model: nn.Module) -> None:
     """Integers and 8-bit floats are quantized weights, which mean nothing without their scales."""
-    base = f"{model.base_model_prefix}."
+    base, experts = f"{architectures.base_name(model)}.", architectures.architecture_of(model).experts
     parameters = {name.removeprefix(base) for name, _ in model.named_parameters()}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a mapping)
                 kind = opened.get_slice(name).get_dtype()
-                if name.removeprefix(base) in parameters and kind not in PRECISIONS:
+                in_expert = experts is not None and f".{experts}." in name  # which are stored one by one
+                if (in_expert or name.removeprefix(base) in parameters) and kind not in PRECISIONS:
                     raise ModelError(f"{file}: {name} is stored as {kind}", "save the FM without quantization")
 
 

@@ -3,11 +3,12 @@
     y = act(x W_in^T + b_in) W_out + b_out                               plain
     y = (act(x W_gate^T + b_gate) * (x W_in^T + b_in)) W_out + b_out     gated
 
-D hidden size, F the FM's FFN size, K neurons here, U neurons being updated, N tokens.
+D hidden size, F the FM's FFN size, K neurons here, U neurons being updated, N tokens, E experts of a mixture, M of
+which see a token.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ NEURON_PARAMETERS = ("w_in", "b_in", "w_gate", "b_gate", "w_out")
 
 @dataclass
 class InactivityCounter:
-    """Counts, for every neuron of one SubFFN, the tokens at which it is inactive (method.md, section 4).
+    """Counts, for every neuron of one layer's FFN, the tokens at which it is inactive (method.md, section 4).
 
     Attributes:
         eps: a neuron is inactive at a token if |act(z)| <= eps.
@@ -99,6 +100,22 @@ class SubFFN(nn.Module):
         product: Tensor = updated_out.t() @ updated_in + fixed_out.t() @ fixed_in
         return product
 
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether there is a b_out."""
+        return self.b_out is not None
+
+    def add_to_output(self, weights: Tensor, bias: Tensor) -> None:
+        """Adds (K, D) to the neurons' output weights, and (D,) to the output bias if there is one. In place."""
+        with torch.no_grad():
+            self.w_out.add_(weights)
+            if self.b_out is not None:
+                self.b_out.add_(bias)
+
+    def places(self, neurons: Tensor) -> dict[str, Tensor]:
+        """Where neurons are: the submodule that has them (here always this module itself, "") -> their rows in it."""
+        return {"": neurons}
+
     @contextmanager
     def training_neurons(self, neurons: Tensor | None) -> Iterator[list[nn.Parameter]]:
         """While open, the given neurons and the output bias can be trained; the others stand still.
@@ -139,18 +156,108 @@ class SubFFN(nn.Module):
         return {name: getattr(self, name) for name in NEURON_PARAMETERS}
 
 
-def projections(model: nn.Module, layer: nn.Module) -> dict[str, Tensor]:
-    """The FFN of one of the FM's layers: those of the SubFFN's parameters that it has, as views of the FM's own.
+class SubExperts(nn.Module):
+    """K neurons of each expert of a mixture, frozen. It takes the place of the experts; their router stays as it is.
+
+    To all that counts, updates or sends neurons it is one FFN of E K neurons, expert by expert. A neuron does nothing
+    for the tokens that its expert does not see, and so is inactive there.
+    """
+
+    def __init__(self, experts: Sequence[SubFFN]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        self.inactivity: InactivityCounter | None = None
+
+    @property
+    def neurons(self) -> int:
+        """E K."""
+        return sum(expert.neurons for expert in self._experts)
+
+    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """x: (N, D), chosen: (N, M) int64 experts of each token, shares: (N, M) of each in the sum -> (N, D)."""
+        y, counter = torch.zeros_like(x), self.inactivity
+        real = None
+        if counter is not None:
+            real = torch.ones_like(x[:, 0], dtype=torch.bool) if counter.mask is None else counter.mask
+            counter.tokens += int(real.sum())
+        for index, expert in enumerate(self._experts):
+            tokens, place = torch.where(chosen == index)
+            if counter is not None and real is not None:
+                counts = counter.counts[self._rows(index)]
+                counts += real.sum() - real[tokens].sum()
+                expert.inactivity = InactivityCounter(counter.eps, counts, mask=real[tokens])
+            if len(tokens):
+                y = y.index_add(0, tokens, expert(x[tokens]) * shares[tokens, place, None])
+            expert.inactivity = None
+        return y
+
+    def values(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """What each neuron passes on to the output projection, 0 where its expert is not asked: (N, E K)."""
+        values = x.new_zeros(len(x), self.neurons)
+        for index, expert in enumerate(self._experts):
+            tokens, place = torch.where(chosen == index)
+            values[tokens, self._rows(index)] = expert.values(x[tokens]) * shares[tokens, place, None]
+        return values
+
+    def product(self) -> Tensor:
+        """W_out W_in of each expert, (E, D, D)."""
+        return torch.stack([expert.product() for expert in self._experts])
+
+    @property
+    def has_output_bias(self) -> bool:
+        """No expert has one."""
+        return False
+
+    def add_to_output(self, weights: Tensor, bias: Tensor) -> None:
+        """Adds (E K, D) to the neurons' output weights. In place."""
+        for index, expert in enumerate(self._experts):
+            expert.add_to_output(weights[self._rows(index)], bias)
+
+    def places(self, neurons: Tensor) -> dict[str, Tensor]:
+        """Where neurons are: the expert's submodule -> their rows in it."""
+        return {f".experts.{index}": rows for index, rows in enumerate(self._split(neurons))}
+
+    @contextmanager
+    def training_neurons(self, neurons: Tensor | None) -> Iterator[list[nn.Parameter]]:
+        """As :meth:`SubFFN.training_neurons`."""
+        rows = [None] * len(self.experts) if neurons is None else self._split(neurons)
+        with ExitStack() as stack:
+            yield [
+                parameter
+                for expert, own in zip(self._experts, rows, strict=True)
+                for parameter in stack.enter_context(expert.training_neurons(own))
+            ]
+
+    @property
+    def _experts(self) -> list[SubFFN]:
+        return cast(list[SubFFN], list(self.experts))
+
+    def _rows(self, expert: int) -> slice:
+        start = sum(before.neurons for before in self._experts[:expert])
+        return slice(start, start + self._experts[expert].neurons)
+
+    def _split(self, neurons: Tensor) -> list[Tensor]:
+        spans = [self._rows(index) for index in range(len(self.experts))]
+        return [neurons[(neurons >= span.start) & (neurons < span.stop)] - span.start for span in spans]
+
+
+def projections(model: nn.Module, layer: nn.Module) -> list[dict[str, Tensor]]:
+    """The FFN of one of the FM's layers, or those of its experts, as views of the FM's own tensors.
 
     Returns:
-        w_in, w_gate, w_out: (F, D), b_in, b_gate: (F,), b_out: (D,).
+        Of each those of the SubFFN's parameters that it has: w_in, w_gate, w_out: (F, D), b_in, b_gate: (F,), b_out:
+        (D,).
 
     Raises:
         ModelError: the model is a variant whose FFN is not where the table says.
     """
-    row, found = architecture_of(model), {}
+    row = architecture_of(model)
+    if (experts := _experts(model, layer)) is not None:
+        both = (experts.get_parameter(name).detach() for name in ("gate_up_proj", "down_proj"))
+        return [_gated(first) | {"w_out": last.t()} for first, last in zip(*both, strict=True)]
+    found: dict[str, Tensor] = {}
     for kind, path in (("in", row.input), ("gate", row.gate), ("out", row.output)):
-        if path is None:
+        if path is None or (kind == "gate" and path == row.input):
             continue
         try:
             projection = layer.get_submodule(path)
@@ -161,24 +268,56 @@ def projections(model: nn.Module, layer: nn.Module) -> dict[str, Tensor]:
             ) from None
         weight, bias = projection.get_parameter("weight").detach(), getattr(projection, "bias", None)
         # `Conv1D` has its neurons where `nn.Linear` has them not
-        found[f"w_{kind}"] = weight.t() if row.transposed != (kind == "out") else weight
-        if bias is not None:
-            found[f"b_{kind}"] = bias.detach()
-    return found
+        weight = weight.t() if row.transposed != (kind == "out") else weight
+        bias = None if bias is None else bias.detach()
+        if kind == "in" and row.gate == row.input:
+            found |= _gated(weight, bias)
+        else:
+            found |= {f"w_{kind}": weight} if bias is None else {f"w_{kind}": weight, f"b_{kind}": bias}
+    return [found]
 
 
 def replace_ffn(model: nn.Module, layer: nn.Module, neurons: Tensor) -> None:
-    """Puts a SubFFN of the given neurons, (K,) int64, in the place of a layer's FFN. In place."""
-    row = architecture_of(model)
-    parameters = {
-        name: value[neurons] if name in NEURON_PARAMETERS else value
-        for name, value in projections(model, layer).items()
-    }
-    layer.set_submodule(row.ffn, SubFFN(parameters, activation_of(model)))
-    if row.absorbed is not None:
-        layer.set_submodule(row.absorbed, nn.Identity())
+    """Puts a SubFFN of the given neurons where a layer has its FFN, or one where it has each of its experts. In place.
+
+    Args:
+        neurons: (K,) int64; of experts (E, K), or (K,) for the same of each.
+    """
+    row, whole = architecture_of(model), projections(model, layer)
+    parts = [
+        {name: value[kept] if name in NEURON_PARAMETERS else value for name, value in ffn.items()}
+        for ffn, kept in zip(whole, neurons.expand(len(whole), -1), strict=True)
+    ]
+    ffns = [SubFFN(part, activation_of(model)) for part in parts]
+    if _experts(model, layer) is not None:
+        layer.set_submodule(str(row.experts), SubExperts(ffns))
+        return
+    layer.set_submodule(row.ffn, ffns[0])
+    for path in row.absorbed:
+        layer.set_submodule(path, nn.Identity())
 
 
-def sub_ffns(model: nn.Module) -> dict[str, SubFFN]:
-    """Every SubFFN of a proxy by its module name, in the order of the layers."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SubFFN)}
+def sub_ffns(model: nn.Module) -> dict[str, SubFFN | SubExperts]:
+    """What stands for each layer's FFN in a proxy, by its module name, in the order of the layers."""
+    found: dict[str, SubFFN | SubExperts] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SubFFN | SubExperts) and name.rpartition(".experts.")[0] not in found:
+            found[name] = module
+    return found
+
+
+def _gated(weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
+    """Both projections of a gated FFN that are one: (2 F, D), and (2 F,) if there is a bias; the gate is in front."""
+    gate, up = weight.chunk(2)
+    found = {"w_gate": gate, "w_in": up}
+    if bias is not None:
+        found["b_gate"], found["b_in"] = bias.chunk(2)
+    return found
+
+
+def _experts(model: nn.Module, layer: nn.Module) -> nn.Module | None:
+    """The module that holds the weights of a layer's experts, if it has any."""
+    path = architecture_of(model).experts
+    if path is None or not any(name == path for name, _ in layer.named_modules()):
+        return None
+    return layer.get_submodule(path)

@@ -19,9 +19,9 @@ from fedpft.errors import ModelError
 from fedpft.finite import not_finite
 from fedpft.model import architectures, loading
 from fedpft.model.adapters import frozen_state
-from fedpft.model.subffn import NEURON_PARAMETERS, replace_ffn, sub_ffns
+from fedpft.model.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def save_bundle(proxy: Proxy, directory: Path) -> None:
         "labels": proxy.labels,
         "max_tokens": proxy.max_tokens,
         "compressed": proxy.compressed,
-        "drawn": architectures.head_of(proxy.model)[1:],
+        "trained": architectures.head_of(proxy.model),
         "neurons": [ffn.neurons for ffn in sub_ffns(proxy.model).values()],
     }
     (directory / "proxy.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
@@ -75,10 +75,13 @@ def load_proxy(directory: Path) -> Proxy:
         counts, task = description["neurons"], description["task"]
         model = loading.empty_model(directory, task, len(counts))
         for layer, count in zip(architectures.layers_of(model), counts, strict=True):
-            replace_ffn(model, layer, torch.arange(count))
-        model.load_state_dict(load_file(directory / "model.safetensors"))
+            replace_ffn(model, layer, torch.arange(count // len(projections(model, layer))))
+        model.trained_modules = tuple(description["trained"])  # type: ignore[assignment]
+        tensors, expected = load_file(directory / "model.safetensors"), frozen_state(model).keys()
+        if odd := sorted(tensors.keys() ^ expected):
+            raise ValueError(f"model.safetensors {'lacks' if odd[0] in expected else 'has an unknown'} {odd[0]}")
+        model.load_state_dict(tensors, strict=False)  # without the second names of what is shared
         check_finite(model, f"the proxy in {directory}")
-        model.drawn_modules = tuple(description["drawn"])  # type: ignore[assignment]
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
         return Proxy(
             model, loading.load_processor(directory, task), task, labels, description["max_tokens"], compressed
@@ -119,14 +122,16 @@ def patch(model: nn.Module, updated: Mapping[int, Tensor], norms: Sequence[str])
         Whole tensors by their names, and rows as `<name>@rows`, (U,) int32, with `<name>@values`, (U, ...).
     """
     state = frozen_state(model)
-    modules = list(sub_ffns(model))
+    ffns = sub_ffns(model)
+    modules = list(ffns)
     whole = [*norms, *(f"{modules[layer]}.b_out" for layer in updated)]
     tensors = {name: state[name].clone() for name in whole if name in state}
     for layer, neurons in updated.items():
-        for part in NEURON_PARAMETERS:
-            if (name := f"{modules[layer]}.{part}") in state:
-                tensors[f"{name}@rows"] = neurons.to(torch.int32)
-                tensors[f"{name}@values"] = state[name][neurons].clone()
+        for inside, rows in ffns[modules[layer]].places(neurons).items():
+            for part in NEURON_PARAMETERS:
+                if (name := f"{modules[layer]}{inside}.{part}") in state:
+                    tensors[f"{name}@rows"] = rows.to(torch.int32)
+                    tensors[f"{name}@values"] = state[name][rows].clone()
     return tensors
 
 

@@ -6,7 +6,13 @@ output bias are refitted, layer by layer, so that the proxy's residual stream co
     minimise  || a dW + db - (S - s) ||^2 + r ||dW||^2
 
 a (N, K) what the kept neurons pass on, S and s (N, D) the residual streams of FM and proxy right after the FFN's output
-was added to them, N tokens, K neurons, D hidden size. The normal equations need only sums over tokens.
+was added to them, N tokens, K neurons (of all experts of a mixture), D hidden size. The normal equations need only sums
+over tokens.
+
+Where the FFN's output goes through a norm before it is added (Gemma), no linear fit brings the streams together: the
+norm undoes any change of size. There S and s are the outputs of the FFNs before that norm, so that the proxy's FFN does
+for its own stream what the FM's does for the FM's. Where whole layers were dropped that says nothing of the dropped
+ones, and the weights stay as they were cut.
 
 **Choice:** not in the paper, whose distillation starts from the weights as they were cut. One pass over a few hundred
 public samples halves the hidden-state error before the first step; docs/results.md has the figures.
@@ -18,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
-from fedpft.model.architectures import architecture_of, layer_outputs, layers_of
-from fedpft.model.subffn import SubFFN
+from fedpft.model.architectures import architecture_of, is_post_norm, layer_outputs, layers_of
+from fedpft.model.subffn import sub_ffns
 
 RIDGE = 1e-3  # r, in units of the mean square of a neuron's value; regression on fewer tokens than neurons stays sane
 
@@ -42,26 +48,25 @@ def fit_output_projections(
         public: unlabelled samples, of which `samples` are drawn with the seed, and used `batch` at a time.
     """
     row = architecture_of(proxy)
+    if row.output_norm is not None and len(layers_of(proxy)) < len(layers_of(model)):
+        return
     device = next(proxy.parameters()).device
-    chosen = sample(len(public), samples, seed, "closed form")
+    chosen, ffns = sample(len(public), samples, seed, "closed form"), list(sub_ffns(proxy).values())
     for student, teacher in matched:
-        layer = layers_of(proxy)[student]
-        ffn = layer.get_submodule(row.ffn)
-        assert isinstance(ffn, SubFFN)
+        layer, ffn = layers_of(proxy)[student], ffns[student]
         scale = layer.get_parameter(row.scale).detach() if row.scale is not None else 1.0
-        equations = _NormalEquations(ffn.neurons, ffn.w_out.shape[1], device)
+        equations: _NormalEquations | None = None
         with torch.no_grad():
             for _, inputs in evaluation_batches(public, batch, chosen):
                 inputs = {name: value.to(device) for name, value in inputs.items()}
-                mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-                x, ours = _stream(proxy, student, inputs)
-                _, theirs = _stream(model, teacher, inputs)
-                real = slice(None) if mask is None else mask
-                equations.add(ffn.values(x[real]).flatten(0, -2), ((theirs - ours) / scale)[real].flatten(0, -2))
-            weights, bias = equations.solve(with_bias=ffn.b_out is not None)
-            ffn.w_out.add_(weights)
-            if ffn.b_out is not None:
-                ffn.b_out.add_(bias)
+                given, ours = _stream(proxy, student, ffn, inputs)
+                _, theirs = _stream(model, teacher, None, inputs)
+                real = inputs["attention_mask"].bool().flatten() if "attention_mask" in inputs else slice(None)
+                values, wanted = ffn.values(*given).flatten(0, -2)[real], ((theirs - ours) / scale).flatten(0, 1)[real]
+                equations = equations or _NormalEquations(values.shape[1], wanted.shape[1], device)
+                equations.add(values, wanted)
+        if equations is not None:
+            ffn.add_to_output(*equations.solve(with_bias=ffn.has_output_bias))
 
 
 class _NormalEquations:
@@ -89,18 +94,21 @@ class _NormalEquations:
         return solution[:-1], solution[-1]
 
 
-def _stream(model: nn.Module, layer: int, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The input of a layer's FFN, and the residual stream after the FFN's output was added; both (B, T, D)."""
+def _stream(
+    model: nn.Module, layer: int, ffn: nn.Module | None, inputs: Mapping[str, Tensor]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What a layer's `ffn` was called with, and S or s as the head of this file says, (B, T, D)."""
     row, module = architecture_of(model), layers_of(model)[layer]
-    seen: dict[str, Tensor] = {}
-    points = {"ffn": row.ffn} | ({"stream": row.norm} if row.post_norm else {})
-    hooks = [
-        module.get_submodule(path).register_forward_pre_hook(lambda _m, given, name=name: seen.update({name: given[0]}))
-        for name, path in points.items()
-    ]
+    called: list[tuple[Tensor, ...]] = [()]
+    seen: list[Tensor] = []
+    hooks = []
+    if ffn is not None:
+        hooks.append(ffn.register_forward_pre_hook(lambda _m, given: called.append(given)))
+    if (norm := row.output_norm or (row.norm if is_post_norm(model) else None)) is not None:
+        hooks.append(module.get_submodule(norm).register_forward_pre_hook(lambda _m, given: seen.append(given[0])))
     try:
         (after,) = layer_outputs(model, [layer], inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen["ffn"], seen.get("stream", after)
+    return called[-1], seen[0] if seen else after

@@ -18,16 +18,20 @@ def cut(model: nn.Module, selection: Selection) -> nn.Module:
     chosen = [layers[layer] for layer in selection.layers]
     del layers[:]
     layers.extend(chosen)
-    loading.set_depth(proxy.config, len(chosen))
-    for layer, neurons in zip(chosen, selection.neurons, strict=True):
+    loading.set_layers(proxy.config, selection.layers)
+    for index, (layer, neurons) in enumerate(zip(chosen, selection.neurons, strict=True)):
         replace_ffn(proxy, layer, neurons)
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # what the silos load is numbered anew as well
+                module.layer_idx = index  # type: ignore[assignment]
     return proxy
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """For each of PARTS how many parameters an FM or a proxy has there, without task head and LoRA.
 
-    "embeddings" is all that is outside of the layers, "norms" all that is in them and in no other part.
+    "embeddings" is all that is outside of the layers. Of what is in them a router of experts belongs to "ffn", every
+    other matrix to "attention", and the rest to "norms".
     """
     row, layers = architectures.architecture_of(model), architectures.layers_path(model)
     places = {"ffn": (row.ffn, row.input, row.gate, row.output), "attention": row.attention}
@@ -39,6 +43,6 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
         if name.startswith(layers):
             inside = name.removeprefix(layers).partition(".")[2]
             within = (key for key, paths in places.items() if inside.startswith(tuple(f"{p}." for p in paths if p)))
-            part = next(within, "norms")
+            part = next(within, "attention" if parameter.dim() > 1 else "norms")
         counts[part] += parameter.numel()
     return counts

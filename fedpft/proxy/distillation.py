@@ -118,8 +118,9 @@ def least_active(inactivity: Sequence[Mapping[str, Tensor]], fraction: float) ->
 
 def ffn_norms(proxy: nn.Module, layers: Sequence[int]) -> list[str]:
     """Names of the parameters of the norms that belong to the given layers' FFNs."""
-    path, modules = architecture_of(proxy).norm, layers_of(proxy)
-    wanted = {id(parameter) for layer in layers for parameter in modules[layer].get_submodule(path).parameters()}
+    row, modules = architecture_of(proxy), layers_of(proxy)
+    norms = [modules[layer].get_submodule(path) for layer in layers for path in (row.norm, row.output_norm) if path]
+    wanted = {id(parameter) for norm in norms for parameter in norm.parameters()}
     return [name for name, parameter in proxy.named_parameters() if id(parameter) in wanted]
 
 
@@ -185,8 +186,9 @@ def _schedule(step: int, steps: int, warmup_fraction: float) -> float:
 
 
 def _product(model: nn.Module, layer: int) -> Tensor:
-    ffn = projections(model, layers_of(model)[layer])
-    return ffn["w_out"].t() @ ffn["w_in"]
+    """As `product` of a SubFFN or of SubExperts, with all neurons."""
+    products = [ffn["w_out"].t() @ ffn["w_in"] for ffn in projections(model, layers_of(model)[layer])]
+    return products[0] if len(products) == 1 else torch.stack(products)
 
 
 def _relative(p: Tensor, target: Tensor) -> Tensor:

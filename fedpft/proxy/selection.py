@@ -1,6 +1,7 @@
 """Which neurons of the FM its proxy keeps: saliency, and the choice.
 
-method.md, sections 0 and 1. D hidden size, F and K FFN neurons of FM and proxy, L layers of the FM.
+method.md, sections 0 and 1. D hidden size, F and K FFN neurons of FM and proxy, L layers of the FM. In a mixture of E
+experts each is an FFN of its own, of F neurons, K of which stay.
 """
 
 from dataclasses import dataclass
@@ -24,13 +25,14 @@ class Selection:
 
     Attributes:
         layers: for each layer of the proxy, the FM's layer it was cut from.
-        neurons: for each layer of the proxy, the kept neurons' indices in the FM, (K,) int64, ascending.
-        saliency: (L, F) float32, the saliency of every neuron of the FM.
+        neurons: for each layer of the proxy, the kept neurons' indices in the FM's FFN, (K,) int64, ascending; those in
+            each of its experts, (E, K).
+        saliency: for each layer of the FM, that of every neuron, (F,) or (E, F) float32.
     """
 
     layers: tuple[int, ...]
     neurons: tuple[Tensor, ...]
-    saliency: Tensor
+    saliency: tuple[Tensor, ...]
 
     @property
     def matched(self) -> tuple[tuple[int, int], ...]:
@@ -39,49 +41,58 @@ class Selection:
         A layer that lost neurons answers for itself. Where layers were dropped, each kept layer between the first
         and the last answers for the dropped ones that follow it too, as the emulator of offsite-tuning does.
         """
-        total, last = self.saliency.shape[0], len(self.layers) - 1
-        if len(self.layers) == total:
-            full = self.saliency.shape[1]
-            return tuple((layer, layer) for layer, kept in enumerate(self.neurons) if len(kept) < full)
-        return tuple((layer, self.layers[layer + 1] - 1) for layer in range(1, last))
+        if len(self.layers) == len(self.saliency):
+            return tuple((layer, layer) for layer, whole in enumerate(self._complete) if not whole)
+        return tuple((layer, self.layers[layer + 1] - 1) for layer in range(1, len(self.layers) - 1))
 
     @property
     def whole(self) -> bool:
         """Whether nothing of the FM's FFNs was left out: whoever has such a proxy has the FM."""
-        total, full = self.saliency.shape
-        return len(self.layers) == total and all(len(kept) == full for kept in self.neurons)
+        return len(self.layers) == len(self.saliency) and all(self._complete)
 
     @property
     def saliency_kept(self) -> list[float]:
         """For each FM layer, the share of the squared saliency that is in the proxy."""
-        squared = self.saliency.double().square()
         kept = dict(zip(self.layers, self.neurons, strict=True))
-        none = torch.empty(0, dtype=torch.int64)
-        return [float(row[kept.get(layer, none)].sum() / row.sum()) for layer, row in enumerate(squared)]
+        shares = []
+        for layer, scores in enumerate(self.saliency):
+            squared = scores.double().square()
+            shares.append(float(squared.gather(-1, kept[layer]).sum() / squared.sum()) if layer in kept else 0.0)
+        return shares
+
+    @property
+    def _complete(self) -> list[bool]:
+        """For each layer of the proxy, whether it has all neurons."""
+        pairs = zip(self.layers, self.neurons, strict=True)
+        return [kept.shape[-1] == self.saliency[layer].shape[-1] for layer, kept in pairs]
 
 
-def saliency(model: nn.Module) -> Tensor:
-    """s_j of every FFN neuron of the FM, (L, F) float32 (method.md, section 0)."""
-    ffns = [projections(model, layer) for layer in architectures.layers_of(model)]
-    w_in, w_gate, w_out = ([ffn[name] for ffn in ffns if name in ffn] for name in ("w_in", "w_gate", "w_out"))
-    return kernels.neuron_saliency(w_in, w_gate, [weight.t() for weight in w_out])
+def saliency(model: nn.Module) -> list[Tensor]:
+    """s_j of every FFN neuron of the FM, for each layer (F,) or (E, F) float32 (method.md, section 0)."""
+    scores = []
+    for layer in architectures.layers_of(model):
+        ffns = projections(model, layer)
+        w_in, w_gate, w_out = ([ffn[name] for ffn in ffns if name in ffn] for name in ("w_in", "w_gate", "w_out"))
+        found = kernels.neuron_saliency(w_in, w_gate, [weight.t() for weight in w_out])
+        scores.append(found if len(ffns) > 1 else found[0])
+    return scores
 
 
 def most_salient(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest of (F,) scores, ascending, (K,) int64; of equal scores the lower index wins."""
-    return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
+    """Indices of the `count` largest of (..., F) scores, ascending, (..., K) int64; of equal scores the lower wins."""
+    return torch.sort(scores, descending=True, stable=True).indices[..., :count].sort().values
 
 
 def select(model: nn.Module, settings: ProxySection) -> Selection:
     """Chooses layers and neurons; ModelError if the FM has fewer than are asked for."""
-    scores = saliency(model).cpu()
-    total, full = scores.shape
+    scores = tuple(layer.cpu() for layer in saliency(model))
+    everything = [torch.arange(layer.shape[-1]).expand(layer.shape) for layer in scores]
+    total = len(scores)
     if settings.keep == "layers":
         if settings.layers is None or settings.layers > total:
             raise ModelError(f"proxy.layers is {settings.layers}, the FM has {total}", f"choose 2 to {total}")
         kept_layers = torch.linspace(0, total - 1, settings.layers, dtype=torch.float64).round().long().tolist()
-        return Selection(tuple(kept_layers), tuple(torch.arange(full) for _ in kept_layers), scores)
-    count = _neuron_count(model, settings, full)
+        return Selection(tuple(kept_layers), tuple(everything[layer] for layer in kept_layers), scores)
     whole = set()
     for layer in settings.keep_layers:
         if not -total <= layer < total:
@@ -89,8 +100,11 @@ def select(model: nn.Module, settings: ProxySection) -> Selection:
                 f"proxy.keep_layers names layer {layer}, the FM has {total}", f"use {-total} to {total - 1}"
             )
         whole.add(layer % total)
+    if settings.neurons == "all":
+        return Selection(tuple(range(total)), tuple(everything), scores)
+    count = _neuron_count(model, settings, min(layer.shape[-1] for layer in scores))
     neurons = tuple(
-        torch.arange(full) if layer in whole else most_salient(scores[layer], count) for layer in range(total)
+        everything[layer] if layer in whole else most_salient(scores[layer], count) for layer in range(total)
     )
     return Selection(tuple(range(total)), neurons, scores)
 
@@ -98,25 +112,23 @@ def select(model: nn.Module, settings: ProxySection) -> Selection:
 def save_selection(selection: Selection, path: Path) -> None:
     """Writes the server's own record of what was cut from where."""
     tensors = {f"neurons.{index}": neurons.contiguous() for index, neurons in enumerate(selection.neurons)}
-    tensors |= {"layers": torch.tensor(selection.layers), "saliency": selection.saliency.contiguous()}
-    save_file(tensors, path)
+    tensors |= {f"saliency.{layer}": scores.contiguous() for layer, scores in enumerate(selection.saliency)}
+    save_file(tensors | {"layers": torch.tensor(selection.layers)}, path)
 
 
 def load_selection(path: Path) -> Selection:
     """Reads what :func:`save_selection` wrote; ModelError."""
     try:
         tensors = load_file(path)
-        layers = tuple(tensors["layers"].tolist())
-        return Selection(layers, tuple(tensors[f"neurons.{i}"] for i in range(len(layers))), tensors["saliency"])
+        layers, total = tuple(tensors["layers"].tolist()), sum(name.startswith("saliency.") for name in tensors)
+        neurons = tuple(tensors[f"neurons.{index}"] for index in range(len(layers)))
+        return Selection(layers, neurons, tuple(tensors[f"saliency.{layer}"] for layer in range(total)))
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error})", "build the proxy again") from None
 
 
 def _neuron_count(model: nn.Module, settings: ProxySection, full: int) -> int:
-    if settings.neurons == "all":
-        return full
-    hidden = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-    count = hidden if settings.neurons == "hidden" else settings.neurons
+    count = int(architectures.config_of(model.config).hidden_size if settings.neurons == "hidden" else settings.neurons)
     if not 1 <= count <= full:
         raise ModelError(f"proxy.neurons is {count}, the FM has {full} in a layer", f"choose 1 to {full}")
     return count

@@ -127,7 +127,7 @@ def load_owner(config: ServerConfig, digests: Digests) -> Owner:
     length = 0.0
     if task.has_tokens:
         length = characters_per_token(public.texts(), processor, seed=config.seed)
-    untrained = None if model.head_is_drawn else adapters.extract(model)
+    untrained = None if model.is_drawn else adapters.extract(model)
     owner = Owner(model, processor, labels, encoded(public), test, found, length, untrained)
     check_unchanged(config, found, digests)
     return owner
