@@ -207,7 +207,7 @@ def prepare(model: nn.Module) -> nn.Module:
 
 
 def save_config(model: nn.Module, directory: Path) -> None:
-    """Writes config.json for others: without the path that the FM was loaded from, with the cache that writing needs."""
+    """Writes config.json for others: without the path the FM was loaded from, with the cache that writing needs."""
     config: Any = copy.deepcopy(model.config)
     config._name_or_path = ""
     if hasattr(config, "use_cache"):
