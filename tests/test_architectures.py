@@ -12,6 +12,7 @@ from fedpft.errors import ModelError
 from fedpft.model.architectures import (
     ACTIVATION_NAMES,
     ARCHITECTURES,
+    LayerWalk,
     activation_of,
     architecture_of,
     base_name,
@@ -202,3 +203,16 @@ def test_padding_does_not_reach_the_logits_of_a_proxy(model_type: str, make_fm: 
     alone = torch.cat([tiny.logits(proxy, texts.batch(torch.tensor([index]))) for index in range(5)])
     assert len(set(texts.lengths.tolist())) > 1
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@every_architecture
+def test_a_walk_gives_what_the_layers_give(model_type: str, make_fm: ModelFactory) -> None:
+    fm, inputs = make_fm(model_type), tiny.batch(model_type)
+    with torch.no_grad():
+        wanted = layer_outputs(fm, list(range(tiny.L)), inputs)
+        walk = LayerWalk(fm, inputs)
+        for layer, states in enumerate(wanted):
+            assert walk.position == layer
+            assert torch.equal(walk.output(), states)
+            walk.advance()
+            assert torch.equal(walk.hidden, states)

@@ -327,3 +327,42 @@ def layer_outputs(model: nn.Module, layers: Sequence[int], inputs: Mapping[str, 
         for hook in hooks:
             hook.remove()
     return [found[layer] for layer in layers]
+
+
+class LayerWalk:
+    """One batch on its way through the layers of a model, each computed when it is asked for, and never again.
+
+    position: how many layers it has left behind.
+    hidden: the states after those, (B, T, D).
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        """Runs the model once, to see what else each layer is given: masks and positions, the same at any time."""
+        self._layers = layers_of(model)
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.position = 0
+        self.hidden: Tensor
+        hooks = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in self._layers]
+        try:
+            base_of(model)(**{name: value for name, value in inputs.items() if name != "labels"})
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def output(self) -> Tensor:
+        """What the next layer makes of the states, (B, T, D), which stay where they are."""
+        arguments, named = self._calls[self.position]
+        found: Tensor | tuple[Tensor, ...] = self._layers[self.position](self.hidden, *arguments, **named)
+        return found[0] if isinstance(found, tuple) else found
+
+    def advance(self, hidden: Tensor | None = None) -> None:
+        """Leaves the next layer behind, whose output is `hidden`, if that is known."""
+        self.hidden = self.output() if hidden is None else hidden
+        self.position += 1
+
+    def _note(self, _layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = dict(named)
+        hidden, *others = arguments if arguments else (given.pop("hidden_states"),)
+        if not self._calls:
+            self.hidden = hidden
+        self._calls.append((tuple(others), given))

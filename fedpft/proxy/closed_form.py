@@ -18,13 +18,13 @@ ones, and the weights stay as they were cut.
 public samples halves the hidden-state error before the first step; docs/results.md has the figures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
-from fedpft.model.architectures import architecture_of, is_post_norm, layer_outputs, layers_of
+from fedpft.model.architectures import LayerWalk, architecture_of, is_post_norm, layers_of
 from fedpft.model.subffn import sub_ffns
 
 RIDGE = 1e-3  # r, in units of the mean square of a neuron's value; regression on fewer tokens than neurons stays sane
@@ -52,21 +52,29 @@ def fit_output_projections(
         return
     device = next(proxy.parameters()).device
     chosen, ffns = sample(len(public), samples, seed, "closed form"), list(sub_ffns(proxy).values())
-    for student, teacher in matched:
-        layer, ffn = layers_of(proxy)[student], ffns[student]
-        scale = layer.get_parameter(row.scale).detach() if row.scale is not None else 1.0
-        equations: _NormalEquations | None = None
-        with torch.no_grad():
-            for _, inputs in evaluation_batches(public, batch, chosen):
-                inputs = {name: value.to(device) for name, value in inputs.items()}
-                given, ours = _stream(proxy, student, ffn, inputs)
-                _, theirs = _stream(model, teacher, None, inputs)
-                real = inputs["attention_mask"].bool().flatten() if "attention_mask" in inputs else slice(None)
-                values, wanted = ffn.values(*given).flatten(0, -2)[real], ((theirs - ours) / scale).flatten(0, 1)[real]
-                equations = equations or _NormalEquations(values.shape[1], wanted.shape[1], device)
-                equations.add(values, wanted)
-        if equations is not None:
-            ffn.add_to_output(*equations.solve(with_bias=ffn.has_output_bias))
+    with torch.no_grad():
+        walks = []
+        for _, inputs in evaluation_batches(public, batch, chosen):
+            inputs = {name: value.to(device) for name, value in inputs.items()}
+            real = inputs["attention_mask"].bool().flatten() if "attention_mask" in inputs else slice(None)
+            walks.append((LayerWalk(proxy, inputs), LayerWalk(model, inputs), real))
+        for student, teacher in matched:
+            layer, ffn = layers_of(proxy)[student], ffns[student]
+            scale = layer.get_parameter(row.scale).detach() if row.scale is not None else 1.0
+            equations: _NormalEquations | None = None
+            for ours, theirs, real in walks:
+                for walk, place in ((ours, student), (theirs, teacher)):
+                    while walk.position < place:
+                        walk.advance()
+                given, stream, _ = _look(proxy, ours, ffn)
+                _, wanted, after = _look(model, theirs, None)
+                theirs.advance(after)
+                values = ffn.values(*given).flatten(0, -2)[real]
+                missing = ((wanted - stream) / scale).flatten(0, 1)[real]
+                equations = equations or _NormalEquations(values.shape[1], missing.shape[1], device)
+                equations.add(values, missing)
+            if equations is not None:
+                ffn.add_to_output(*equations.solve(with_bias=ffn.has_output_bias))
 
 
 class _NormalEquations:
@@ -94,11 +102,9 @@ class _NormalEquations:
         return solution[:-1], solution[-1]
 
 
-def _stream(
-    model: nn.Module, layer: int, ffn: nn.Module | None, inputs: Mapping[str, Tensor]
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """What a layer's `ffn` was called with, and S or s as the head of this file says, (B, T, D)."""
-    row, module = architecture_of(model), layers_of(model)[layer]
+def _look(model: nn.Module, walk: LayerWalk, ffn: nn.Module | None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """What the next layer's `ffn` is called with, S or s as the head of this file says, and the layer's output."""
+    row, module = architecture_of(model), layers_of(model)[walk.position]
     called: list[tuple[Tensor, ...]] = [()]
     seen: list[Tensor] = []
     hooks = []
@@ -107,8 +113,8 @@ def _stream(
     if (norm := row.output_norm or (row.norm if is_post_norm(model) else None)) is not None:
         hooks.append(module.get_submodule(norm).register_forward_pre_hook(lambda _m, given: seen.append(given[0])))
     try:
-        (after,) = layer_outputs(model, [layer], inputs)
+        after = walk.output()
     finally:
         for hook in hooks:
             hook.remove()
-    return called[-1], seen[0] if seen else after
+    return called[-1], seen[0] if seen else after, after
