@@ -1,4 +1,5 @@
 # make demo   sets up .venv, compiles the extension, and runs a federation of one server and three silos
+# make demo-lm   the same with a language model: a decoder that learns how some people chat
 # make test   the same set-up, then the checks of the code and the tests
 # make dist   dist/: the sdist, and a wheel built from it alone
 # make wheel-test   installs that wheel into a new environment, with another torch, and checks the kernels there
@@ -6,7 +7,7 @@
 #   PYTHON=python3.12        another Python, 3.11 or newer
 #   TORCH=torch==2.11.0      another torch than the one that constraints.txt holds
 #   FEDPFT_CUDA=0            no CUDA kernels; 1 demands them; auto, the default, builds them if nvcc is found
-#   DEMO_ARGS=--quick        options of `fedpft demo`
+#   DEMO_ARGS=--quick        options of `fedpft demo`, of `fedpft demo --lm` for demo-lm
 #   PYTEST_ARGS='-k report'  options of pytest; -m slow runs the slow tests instead
 #   WHEEL_TORCH=torch==2.15.0  the torch of make wheel-test; the default is the oldest that is supported
 
@@ -30,7 +31,7 @@ NATIVE := $(shell find csrc -type f)
 FORMATTED := $(filter %.h %.hpp %.cpp %.cu %.cuh,$(NATIVE))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lint test dist wheel-test clean FORCE
+.PHONY: help install demo demo-lm lint test dist wheel-test clean FORCE
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -39,6 +40,9 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/fedpft demo $(DEMO_ARGS)
+
+demo-lm: $(STAMP)
+	$(BIN)/fedpft demo --lm --out demo-lm-out $(DEMO_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -61,7 +65,7 @@ wheel-test:
 	cd build && wheel-test/bin/python -c 'from fedpft.kernels import build_info; assert build_info()["compiled"]'
 
 clean:
-	rm -rf $(VENV) demo-out build dist *.egg-info fedpft/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-out demo-lm-out build dist *.egg-info fedpft/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find fedpft tests -name __pycache__ -prune -exec rm -rf {} +
 
 # torch and the build tools come first: the extension is built against this torch, without build isolation.

@@ -15,9 +15,11 @@ from typing import Any
 
 from bench.measure import commit
 from fedpft.command import run_command
-from fedpft.demo.run import FULL, run_demo
+from fedpft.demo.run import FULL, LM_FULL, Scale, run_demo
+from fedpft.tasks import TASKS
 
 ORDER = (
+    "zero_shot",
     "full_model",
     "plugged_in",
     "proxy",
@@ -31,7 +33,7 @@ ORDER = (
 )
 
 
-def compare(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
+def compare(out: Path, scale: Scale, seeds: Sequence[int]) -> dict[str, Any]:
     """Runs what is missing; returns all that docs/results.md shows."""
     summaries = []
     for seed in seeds:
@@ -39,42 +41,52 @@ def compare(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
         if path.exists():
             summaries.append(json.loads(path.read_text(encoding="utf-8")))
         else:
-            summaries.append(run_demo(path.parent, scale=FULL, seed=seed, compare=True))
+            summaries.append(run_demo(path.parent, scale=scale, seed=seed, compare=True))
     first = summaries[0]
+    rows = [row for row in ORDER if row in first["metrics"]]
+    metrics = first["metrics"]["plugged_in"]
     return {
         **commit(),
+        "task": first["task"],
         "versions": first["versions"],
         "seeds": list(seeds),
-        "training": first["config"]["training"],
-        "distillation": first["config"]["distillation"],
-        "alignment": first["config"]["alignment"],
-        "documents": {name: getattr(FULL, name) for name in ("documents", "test_documents", "public_documents")},
-        "accuracy": {row: [s["metrics"][row]["accuracy"] for s in summaries] for row in ORDER},
-        "macro_f1": {row: [s["metrics"][row]["macro_f1"] for s in summaries] for row in ORDER},
-        "closed": [_closed({row: s["metrics"][row]["accuracy"] for row in ORDER}) for s in summaries],
+        **{section: first["config"][section] for section in ("training", "distillation", "alignment")},
+        "samples": first["data"],
+        "metrics": {name: {row: [s["metrics"][row].get(name) for s in summaries] for row in rows} for name in metrics},
+        "costs": {row: [s["costs"][row] for s in summaries] for row in rows if row in first["costs"]},
     }
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: mean and standard deviation over the seeds, and each seed."""
-    seeds = results["seeds"]
+    """Markdown: mean and standard deviation over the seeds, and each seed; then what the rows took."""
+    seeds, shown = results["seeds"], [m for m in TASKS[results["task"]].metrics if m.name in results["metrics"]]
+    found = results["metrics"][shown[0].name]
     lines = [
-        f"| row | accuracy | macro-F1 | {' | '.join(f'seed {seed}' for seed in seeds)} |",
-        f"| --- | --- | --- | {' | '.join('---' for _ in seeds)} |",
+        f"| row | {' | '.join(metric.title for metric in shown)} | {' | '.join(f'seed {seed}' for seed in seeds)} |",
+        f"| --- | {' | '.join('---' for _ in (*shown, *seeds))} |",
     ]
-    for row, values in results["accuracy"].items():
+    for row, values in found.items():
         each = " | ".join(f"{value:.3f}" for value in values)
-        lines.append(f"| `{row}` | {_spread(values)} | {_spread(results['macro_f1'][row])} | {each} |")
-    lines.append(f"\nWay from `layer_drop` to `full_model` that `plugged_in` goes: {_spread(results['closed'])}")
+        spreads = " | ".join(_spread(results["metrics"][metric.name][row]) for metric in shown)
+        lines.append(f"| `{row}` | {spreads} | {each} |")
+    ours = zip(found["plugged_in"], found["layer_drop"], found["full_model"], found["proxy"], strict=True)
+    ways, gains = [], []
+    for plugged_in, layer_drop, full_model, proxy in ours:
+        ways.append((plugged_in - layer_drop) / (full_model - layer_drop))
+        gains.append((plugged_in - proxy) * (1 if shown[0].more_is_better else -1))
+    lines.append(f"\nWay from `layer_drop` to `full_model` that `plugged_in` goes: {_spread(ways)}")
+    lines.append(f"\n`plugged_in` better than `proxy` by: {_spread(gains)}\n")
+    lines += ["| row | seconds | a silo's peak memory, MB | MB a silo moved |", "| --- | --- | --- | --- |"]
+    for row, costs in results["costs"].items():
+        means = [statistics.fmean(cost[key] for cost in costs) for key in ("seconds", "silo_peak_bytes", "silo_bytes")]
+        lines.append(f"| `{row}` | {means[0]:.0f} | {means[1] / 1e6:.0f} | {means[2] / 1e6:.1f} |")
     return "\n".join(lines)
 
 
-def _closed(accuracy: dict[str, float]) -> float:
-    """The share of the way from FedOT to the full model; the paper's 62 % on RoBERTa QNLI."""
-    return (accuracy["plugged_in"] - accuracy["layer_drop"]) / (accuracy["full_model"] - accuracy["layer_drop"])
-
-
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float | None]) -> str:
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
 
@@ -86,13 +98,16 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("compare-out"), help="directory of all runs; default: %(default)s"
     )
-    parser.add_argument("--json", type=Path, default=Path("bench/results/compare.json"), help="default: %(default)s")
+    parser.add_argument("--lm", action="store_true", help="the language model's demo")
+    parser.add_argument("--json", type=Path, help="default: bench/results/compare.json, or compare-lm.json")
     arguments = parser.parse_args()
 
     def command() -> None:
-        results = compare(arguments.out, arguments.seeds)
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        name = "compare-lm" if arguments.lm else "compare"
+        results = compare(arguments.out / name, LM_FULL if arguments.lm else FULL, arguments.seeds)
+        path = arguments.json or Path("bench/results") / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(table(results))
 
     return run_command(command)

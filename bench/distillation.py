@@ -40,16 +40,8 @@ def main() -> None:
     seed = parser.parse_args().seed
     task, settings, max_tokens = TASKS[TASK], FULL.settings["distillation"], FULL.settings["model"]["max_tokens"]
     with tempfile.TemporaryDirectory() as directory:
-        data = corpora.prepare(
-            Path(directory),
-            corpus=FULL.corpus,
-            silos=SILOS,
-            documents=FULL.documents,
-            test_documents=FULL.test_documents,
-            public_documents=FULL.public_documents,
-            concentration=1.0,
-            seed=seed,
-        )
+        data = FULL.prepare(Path(directory), silos=SILOS, seed=seed)
+        assert data.labels is not None
         public, labels = task.read_public(data.public, ColumnsSection()), read_label_list(data.labels)
     processor = loading.load_processor(corpora.model_directory(), TASK)
     held_out, seen = (

@@ -47,7 +47,8 @@ def main() -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    scale = run.QUICK if arguments.quick else run.FULL
+    of_size = (run.LM_FULL, run.LM_QUICK) if arguments.lm else (run.FULL, run.QUICK)
+    scale = of_size[arguments.quick]
     with atomic.made(arguments.out, "--out") as directory:
         summary = run.run_demo(directory, scale=scale, seed=arguments.seed, compare=arguments.compare)
     print(format_table(summary))
@@ -188,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("demo-out"), help="directory for everything; default: %(default)s"
     )
     sub.add_argument("--seed", type=int, default=0, help="every random choice derives from it; default: %(default)s")
+    sub.add_argument("--lm", action="store_true", help="a decoder and dialogues in place of an encoder and news")
     sub.add_argument("--quick", action="store_true", help="a small corpus and few steps: does it run at all?")
     sub.add_argument(
         "--compare", action="store_true", help="add the rows of the paper: full model, layer drop, ablations"

@@ -150,6 +150,11 @@ class TrainingSection(Section):
         None,
         description="The same for the task head, which starts from nothing and may need more; default: learning_rate.",
     )
+    packing: bool = Field(
+        False,
+        description="Whether a language model's rows are trained end to end in sequences without padding. A silo whose "
+        "proxy cannot keep them apart exactly says so, and pads.",
+    )
     weight_decay: float = Field(0.01, ge=0.0, description="AdamW's decoupled weight decay.")
     gradient_clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
     update_encoding: Literal["exact", "bfloat16", "int8"] = Field(

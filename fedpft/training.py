@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fedpft.config import LimitsSection, RoundSettings, TrainingSection
-from fedpft.data.batches import EncodedDataset, batches, round_window
+from fedpft.data.batches import EncodedDataset, lots, round_window
+from fedpft.data.language import LanguageDataset
 from fedpft.errors import DataError
 from fedpft.model import adapters
 from fedpft.model.architectures import in_head
+from fedpft.model.packing import Way, has_varlen, packed_inputs
 from fedpft.model.subffn import InactivityCounter, sub_ffns
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
@@ -47,6 +49,7 @@ def train_round(
     compressed: tuple[int, ...],
     count_inactivity: bool,
     limits: LimitsSection,
+    packing: Way | None = None,
 ) -> LocalResult:
     """Trains the adapter in `model` for one round, in place.
 
@@ -59,6 +62,7 @@ def train_round(
         silo: its name, which seeds the order of its samples and its dropout.
         round: 1 for the first.
         compressed: layers whose inactive neurons are counted.
+        packing: how the model keeps rows of a language model apart that stand in one sequence; None: they do not.
 
     Raises:
         DataError: the loss is not finite.
@@ -69,25 +73,28 @@ def train_round(
     steps = -(-count // training.batch)
     counters = _count_inactivity(model, compressed, settings.inactive_below) if count_inactivity else {}
     optimizer = _optimizer(model, training)
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     order_seed = derive_seed(settings.seed, "order", silo)
     begun, loss_sum, weights, tokens = time.monotonic(), 0.0, 0, 0
     random_devices = [device] if device.type == "cuda" else []
     with adapters.training(model, settings.adapter.dropout), torch.random.fork_rng(devices=random_devices):
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round))
-        for step, batch in enumerate(batches(dataset, batch=training.batch, start=start, count=count, seed=order_seed)):
+        order = lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed)
+        for step, lot in enumerate(order):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * (1.0 - (round - 1 + step / steps) / training.rounds)
-            size, weight = len(batch["labels"]), task.weight(batch)
-            for part in _split(batch, limits.max_batch or size):
+            parts = list(_parts(dataset, lot, limits.max_batch or training.batch, packing))
+            weight = sum(map(task.weight, parts))
+            for part in parts:
+                share = task.weight(part) / weight
                 part = {name: value.to(device) for name, value in part.items()}
                 mask = part.get("attention_mask")
                 for counter in counters.values():
                     counter.mask = None if mask is None else mask.flatten().bool()
-                loss = task.loss(model, part) * (task.weight(part) / weight)
+                tokens += _tokens(part)
+                loss = task.loss(model, part if packing is None else packed_inputs(part, packing, dtype)) * share
                 loss.backward()
                 loss_sum += float(loss.detach()) * weight
-                tokens += len(part["labels"]) if mask is None else int(mask.sum())
             weights += weight
             if not loss_sum < float("inf"):
                 raise DataError(
@@ -129,6 +136,18 @@ def _count_inactivity(model: nn.Module, compressed: tuple[int, ...], eps: float)
     return counters
 
 
-def _split(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    for start in range(0, len(batch["labels"]), size):
-        yield {name: value[start : start + size] for name, value in batch.items()}
+def _parts(dataset: EncodedDataset, lot: Tensor, most: int, packing: Way | None) -> Iterator[dict[str, Tensor]]:
+    """A batch in parts of at most `most` samples, or of as many tokens as those can have, if they are packed."""
+    if packing is not None and isinstance(dataset, LanguageDataset):
+        yield from dataset.packed(lot, int(dataset.lengths.max()) * (most if has_varlen() else 1))
+        return
+    batch = dataset.batch(lot)
+    for start in range(0, len(lot), most):
+        yield {name: value[start : start + most] for name, value in batch.items()}
+
+
+def _tokens(part: dict[str, Tensor]) -> int:
+    """Without padding; of images the samples."""
+    if "attention_mask" in part:
+        return int(part["attention_mask"].sum())
+    return part["input_ids"].numel() if "input_ids" in part else len(part["labels"])

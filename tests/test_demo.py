@@ -39,7 +39,7 @@ def test_the_demo_prints_a_table_and_writes_what_it_promises(finished: tuple[Pat
     out, printed = finished
     summary = summary_of(out)
     assert summary.keys() == {
-        "metrics", "parameters", "data", "holdings", "task",
+        "metrics", "parameters", "data", "holdings", "task", "written", "costs",
         "bytes", "seconds", "rounds", "versions", "seed", "config",
     }  # fmt: skip
     assert summary["metrics"].keys() == {"majority", "head_only", "proxy", "plugged_in"}
@@ -117,10 +117,11 @@ def test_the_demo_may_be_given_a_mounted_directory(tmp_path: Path, monkeypatch: 
 
 
 def test_every_compared_row_changes_the_products_configuration() -> None:
-    rows = run.rows(4, compare=True)
+    rows = run.rows(4, head=True, compare=True, ablations=True)
     assert {row.partition("/")[0] for row in rows} == {
         "head_only", "full_model", "layer_drop", "no_distillation", "before_only", "during_only", "local_only",
     }  # fmt: skip
+    assert "head_only" not in run.rows(4, head=False, compare=True, ablations=False)
     assert all("training" not in changes for changes in rows.values()), "every row has the same number of steps"
 
 

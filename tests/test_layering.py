@@ -44,7 +44,7 @@ ORDER = {
     "model": ("architectures", "lora", "subffn", "loading", "compatibility", "adapters", "packing"),
     "proxy": ("selection", "cut", "holdings", "closed_form", "distillation", "bundle"),
     "report": ("figures", "page"),
-    "demo": ("corpora", "run"),
+    "demo": ("corpora", "dialogues", "run"),
 }
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 

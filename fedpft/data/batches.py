@@ -82,7 +82,12 @@ def training_order(samples: int, start: int, count: int, seed: int) -> Tensor:
 
 
 def batches(dataset: EncodedDataset, *, batch: int, start: int, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches for training, each position of the window in exactly one of them.
+    """The samples of :func:`lots` as a model takes them."""
+    return map(dataset.batch, lots(dataset, batch=batch, start=start, count=count, seed=seed))
+
+
+def lots(dataset: EncodedDataset, *, batch: int, start: int, count: int, seed: int) -> Iterator[Tensor]:
+    """Which samples are in each batch of a training, (M,) int64; each position of the window is in exactly one.
 
     Within each run of BATCHES_IN_BUCKET * batch positions the samples are sorted by length, so that a batch holds
     little padding, and the batches are then shuffled, so that length says nothing about time. All of it depends on
@@ -90,10 +95,10 @@ def batches(dataset: EncodedDataset, *, batch: int, start: int, count: int, seed
     """
     order = training_order(len(dataset), start, count, seed)
     for number, bucket in enumerate(_split(order, BATCHES_IN_BUCKET * batch)):
-        lots = _split(bucket[dataset.lengths[bucket].argsort(stable=True)], batch)
+        by_length = _split(bucket[dataset.lengths[bucket].argsort(stable=True)], batch)
         generator = torch.Generator().manual_seed(derive_seed(seed, "batches", start, number))
-        for lot in torch.randperm(len(lots), generator=generator).tolist():
-            yield dataset.batch(lots[lot])
+        for lot in torch.randperm(len(by_length), generator=generator).tolist():
+            yield by_length[lot]
 
 
 def sample(count: int, samples: int | None, seed: int, purpose: str) -> Tensor:

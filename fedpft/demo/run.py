@@ -15,19 +15,22 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fedpft import atomic
-from fedpft.demo import corpora
+from fedpft.demo import corpora, dialogues
+from fedpft.demo.corpora import DemoData
 from fedpft.errors import ConfigError, FedPFTError
 from fedpft.provision import provision
 from fedpft.report.page import write_report
+from fedpft.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +40,30 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a demo is. `settings` are sections of server.yaml."""
+    """What a demo runs on.
 
-    corpus: corpora.Corpus
-    documents: int
-    test_documents: int
-    public_documents: int
+    prepare: called with the data directory, `silos` and `seed`; writes everybody's files.
+    model: the FM's directory.
+    settings: sections of server.yaml.
+    ablations: whether `compare` adds the rows without one or both distillations.
+    """
+
+    prepare: Callable[..., DemoData]
+    model: Callable[[], Path]
     settings: Settings
+    ablations: bool = True
 
 
 FULL = Scale(
-    corpus="20newsgroups",
-    documents=2600,
-    test_documents=1000,
-    public_documents=4000,
+    prepare=partial(
+        corpora.prepare,
+        corpus="20newsgroups",
+        documents=2600,
+        test_documents=1000,
+        public_documents=4000,
+        concentration=1.0,
+    ),
+    model=corpora.model_directory,
     settings={
         "distillation": {"closed_form_samples": 256, "steps": 100, "learning_rate": 1.5e-3},
         "alignment": {"every_rounds": 1, "steps": 15, "learning_rate": 5e-4},
@@ -60,10 +73,10 @@ FULL = Scale(
     },
 )
 QUICK = Scale(
-    corpus="r8",
-    documents=360,
-    test_documents=120,
-    public_documents=200,
+    prepare=partial(
+        corpora.prepare, corpus="r8", documents=360, test_documents=120, public_documents=200, concentration=1.0
+    ),
+    model=corpora.model_directory,
     settings={
         "distillation": {"closed_form_samples": 64, "steps": 8, "batch": 8},
         "alignment": {"every_rounds": 1, "steps": 3, "batch": 8},
@@ -72,19 +85,52 @@ QUICK = Scale(
         "model": {"max_tokens": 32},
     },
 )
+# Of a gated FFN W_out W_in is not what it would be without activation, so the distillation has no term for it.
+LM_FULL = Scale(
+    prepare=partial(dialogues.prepare, rows=128, test_rows=160, public_rows=400),
+    model=dialogues.model_directory,
+    settings={
+        "distillation": {"closed_form_samples": 64, "steps": 24, "batch": 8, "weight_term": 0.0},
+        "alignment": {"every_rounds": 1, "steps": 4, "batch": 8},
+        "training": {"rounds": 3, "local_epochs": 0.5, "batch": 8, "learning_rate": 2e-3},
+        "evaluation": {"every_rounds": 0, "batch": 16, "written_samples": 16},
+        "model": {"task": "causal-lm", "max_tokens": 96},
+    },
+    ablations=False,
+)
+LM_QUICK = Scale(
+    prepare=partial(dialogues.prepare, rows=8, test_rows=8, public_rows=16),
+    model=dialogues.model_directory,
+    settings={
+        "distillation": {"closed_form_samples": 8, "steps": 2, "batch": 4, "weight_term": 0.0},
+        "alignment": {"every_rounds": 1, "steps": 1, "batch": 4},
+        "training": {"rounds": 2, "batch": 4},
+        "evaluation": {"every_rounds": 0, "batch": 8, "written_samples": 2},
+        "model": {"task": "causal-lm", "max_tokens": 48},
+    },
+    ablations=False,
+)
 
 NO_DISTILLATION: Settings = {"distillation": {"steps": 0, "closed_form_samples": 0}}
 NO_ALIGNMENT: Settings = {"alignment": {"every_rounds": 0}}
+ABLATIONS: dict[str, Settings] = {
+    "no_distillation": {**NO_DISTILLATION, **NO_ALIGNMENT},
+    "before_only": NO_ALIGNMENT,
+    "during_only": NO_DISTILLATION,
+}
 MAIN = "plugged_in"
 
 
-def rows(layers: int, *, compare: bool) -> dict[str, Settings]:
+def rows(layers: int, *, head: bool, compare: bool, ablations: bool) -> dict[str, Settings]:
     """What each row changes in the product's server.yaml. `local_only` is one federation for each silo.
 
     Args:
         layers: whole layers of the layer-drop proxy.
+        head: whether there is one to be trained alone.
+        compare: whether others than that are wanted.
+        ablations: whether those without distillation are among them.
     """
-    found: dict[str, Settings] = {"head_only": {"adapter": {"rank": 0}, **NO_ALIGNMENT}}
+    found: dict[str, Settings] = {"head_only": {"adapter": {"rank": 0}, **NO_ALIGNMENT}} if head else {}
     if compare:
         found |= {
             "full_model": {"proxy": {"neurons": "all", "allow_whole": True}, **NO_DISTILLATION, **NO_ALIGNMENT},
@@ -93,9 +139,7 @@ def rows(layers: int, *, compare: bool) -> dict[str, Settings]:
                 "distillation": {"weight_term": 0.0},
                 **NO_ALIGNMENT,
             },
-            "no_distillation": {**NO_DISTILLATION, **NO_ALIGNMENT},
-            "before_only": NO_ALIGNMENT,
-            "during_only": NO_DISTILLATION,
+            **(ABLATIONS if ablations else {}),
             **{f"local_only/{silo}": {"federation": {"silos": [silo]}} for silo in SILOS},
         }
     return found
@@ -110,23 +154,16 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, 
     """
     out = out.absolute()  # the YAML files are written below it, and their relative paths would start there
     _clear(out)
-    data = corpora.prepare(
-        out / "data",
-        corpus=scale.corpus,
-        silos=SILOS,
-        documents=scale.documents,
-        test_documents=scale.test_documents,
-        public_documents=scale.public_documents,
-        concentration=1.0,
-        seed=seed,
-    )
+    data = scale.prepare(out / "data", silos=SILOS, seed=seed)
     provision(out / "kits", SILOS)
     product = _product_settings(out, data, scale, seed)
     summary = _run_row(out, MAIN, product, data)
+    summary["costs"] = {MAIN: summary.pop("cost")}
     curves = json.loads((out / "rows" / MAIN / "out" / "curves.json").read_text(encoding="utf-8"))
     model_layers = len(curves["saliency_kept"]["layers"])
     local: list[dict[str, float]] = []
-    for row, changes in rows(_equal_layers(summary, model_layers), compare=compare).items():
+    layers, head = _equal_layers(summary, model_layers), TASKS[summary["task"]].head
+    for row, changes in rows(layers, head=head, compare=compare, ablations=scale.ablations).items():
         settings = _merged(product, changes)
         if not {"proxy", "distillation"} & changes.keys():
             settings["proxy_path"] = str(out / "rows" / MAIN / "out" / "proxy")
@@ -135,6 +172,7 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, 
             local.append(found["metrics"]["plugged_in"])
         else:
             summary["metrics"][row] = found["metrics"]["plugged_in"]
+            summary["costs"][row] = found["cost"]
     if local:
         summary["metrics"]["local_only"] = {name: statistics.fmean(m[name] for m in local) for name in local[0]}
     atomic.write_text(out / "summary.json", json.dumps(summary, indent=1))
@@ -142,12 +180,12 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, 
     return summary
 
 
-def _product_settings(out: Path, data: corpora.DemoData, scale: Scale, seed: int) -> Settings:
+def _product_settings(out: Path, data: DemoData, scale: Scale, seed: int) -> Settings:
     settings: Settings = {
         "seed": seed,
         "listen": "127.0.0.1:0",
         "tls": _certificates(out / "kits" / "server"),
-        "model": {"path": str(corpora.model_directory()), "labels": str(data.labels)},
+        "model": {"path": str(scale.model()), **({"labels": str(data.labels)} if data.labels else {})},
         "federation": {"silos": list(SILOS)},
         "public_data": str(data.public),
         "test_data": str(data.test),
@@ -164,7 +202,7 @@ def _equal_layers(summary: dict[str, Any], layers: int) -> int:
     return round(layers * parameters["proxy_transformer"] / parameters["model_transformer"])
 
 
-def _run_row(out: Path, row: str, settings: Settings, data: corpora.DemoData) -> dict[str, Any]:
+def _run_row(out: Path, row: str, settings: Settings, data: DemoData) -> dict[str, Any]:
     silos = {}
     for name in settings["federation"]["silos"]:
         kit = out / "kits" / "silos" / name
@@ -175,7 +213,8 @@ def _run_row(out: Path, row: str, settings: Settings, data: corpora.DemoData) ->
 
 
 def run_federation(directory: Path, server: Settings, silos: Mapping[str, Settings]) -> dict[str, Any]:
-    """Runs one federation of real processes on this machine; returns its summary.
+    """Runs one federation of real processes on this machine; returns its summary, with what it took as `cost`:
+    `seconds` from start to end, the largest silo's `silo_peak_bytes` of memory, and the `silo_bytes` that each moved.
 
     Args:
         directory: receives the YAML files, the silos' logs, their work directories, and the server's OUT.
@@ -185,7 +224,7 @@ def run_federation(directory: Path, server: Settings, silos: Mapping[str, Settin
     Raises:
         FedPFTError: a process failed.
     """
-    results = directory / "out"
+    results, begun, peak = directory / "out", time.monotonic(), 0
     with ExitStack() as stack:
         server_yaml = _write_yaml(directory / "server.yaml", {**server, "out": str(results)})
         processes = [stack.enter_context(_process("fedpft.server", server_yaml, None))]
@@ -198,8 +237,11 @@ def run_federation(directory: Path, server: Settings, silos: Mapping[str, Settin
             silo_yaml = _write_yaml(directory / f"silo-{name}.yaml", settings)
             processes.append(stack.enter_context(_process("fedpft.silo", silo_yaml, directory / f"silo-{name}.log")))
         while not _all_ended(processes):
+            peak = max(peak, *(_peak_bytes(process) for process in processes[1:]))
             time.sleep(0.1)
     found: dict[str, Any] = json.loads((results / "summary.json").read_text(encoding="utf-8"))
+    moved = sum(found["bytes"].values()) // len(silos)
+    found["cost"] = {"seconds": time.monotonic() - begun, "silo_peak_bytes": peak, "silo_bytes": moved}
     return found
 
 
@@ -219,6 +261,15 @@ def _process(module: str, config: Path, log_file: Path | None) -> Iterator[subpr
         finally:
             process.terminate()
             process.wait()
+
+
+def _peak_bytes(process: subprocess.Popen[bytes]) -> int:
+    """The most memory that a process has had so far; 0 if it has ended, or the system does not say."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
 
 
 def _all_ended(processes: Sequence[subprocess.Popen[bytes]]) -> bool:

@@ -222,6 +222,27 @@ def save_model(model: nn.Module, processor: Any, directory: Path) -> None:
     processor.save_pretrained(directory)
 
 
+def convert_gguf(file: Path, directory: Path) -> None:
+    """Writes a causal language model of a GGUF file, with its weights widened to float32, and its tokenizer.
+
+    Raises:
+        ModelError: the file cannot be read, or packages that transformers needs for it are missing (gguf, accelerate).
+    """
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **where)
+    except Exception as error:
+        raise ModelError(
+            f"{file}: cannot be converted ({first_line(error)})", "pip install gguf accelerate; fetch the file again"
+        ) from None
+    del read.config.quantization_config  # with it transformers refuses to save
+    model: Any = type(read)(read.config)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    save_model(model, tokenizer, directory)
+
+
 def _model_class(task: TaskName) -> Any:
     return getattr(transformers, TASKS[task].model)
 

@@ -237,6 +237,14 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
             [(BYTES.get(name, name), _size(value), _count(value)) for name, value in traffic.items()],
         ),
         _table(
+            "What each row took",
+            ["row", "seconds#", "largest silo's memory#", "bytes a silo moved#"],
+            [
+                (row, _decimal(cost["seconds"], 1), _size(cost["silo_peak_bytes"]), _size(cost["silo_bytes"]))
+                for row, cost in summary.get("costs", {}).items()
+            ],
+        ),
+        _table(
             "Time",
             ["phase", "seconds#"],
             [(name.replace("_", " "), _decimal(value, 1)) for name, value in seconds.items()],

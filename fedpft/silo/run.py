@@ -2,14 +2,17 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from fedpft import faults, machine
 from fedpft.config import ShareSection, SiloConfig
+from fedpft.data.language import LanguageDataset
 from fedpft.data.samples import Samples, image_paths
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
 from fedpft.model import adapters
+from fedpft.model.packing import Way, way_to_pack
 from fedpft.proxy.bundle import apply_patch, load_proxy
 from fedpft.silo import data
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
@@ -143,6 +146,7 @@ class Participant:
             log.warning("%s", self.dataset.describe_cut(name, longest))
         adapters.attach(self.proxy.model, self.settings.adapter, seed=self.settings.seed)
         self.proxy.model.to(config.device)
+        self._packing = self._way_to_pack() if self.settings.training.packing else None
 
     def take_part(self) -> None:
         """Does what the server asks until the federation is finished; RefusedByServer if it is broken off."""
@@ -196,6 +200,7 @@ class Participant:
             compressed=self.proxy.compressed,
             count_inactivity=train.count_inactivity and self.config.share.inactivity,
             limits=self.config.limits,
+            packing=self._packing,
         )
         log.info(
             "%s: round %d of %d: loss %.4f, %d samples, %.1f s",
@@ -218,6 +223,18 @@ class Participant:
         metrics = result.metrics | self.dataset.counts
         shared: dict[str, float] = {name: metrics[name] for name in self.config.share.metrics if name in metrics}
         return self._work.keep_update(train, groups, residual, samples=result.samples, metrics=shared)
+
+    def _way_to_pack(self) -> Way | None:
+        """How rows are packed, if they are rows of a language model and the proxy keeps them apart exactly."""
+        if not isinstance(self.dataset, LanguageDataset):
+            return None
+        model: Any = self.proxy.model
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        longest, device = int(self.dataset.lengths.max()), next(model.parameters()).device
+        way = way_to_pack(model.base_model, vocabulary=vocabulary, longest=longest, device=device)
+        if way is None:
+            log.warning("%s: rows are padded, not packed: this model cannot keep them apart exactly", self.name)
+        return way
 
     def _look_at_data(self) -> None:
         if (now := self._on_disk.changed()) is not None:
