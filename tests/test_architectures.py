@@ -105,6 +105,7 @@ def test_activation_is_the_function_that_the_fm_applies(model_type: str, make_fm
         "gelu": nn.functional.gelu,
         "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
         "silu": nn.functional.silu,
+        "quick_gelu": lambda z: z / (1 + torch.exp(-1.702 * z)),
     }
     names = ("act", "intermediate_act")
     applied = next(m for n, m in layers_of(fm)[2].named_modules() if n.split(".")[-1].startswith(names))

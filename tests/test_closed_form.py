@@ -23,7 +23,13 @@ SEEN_BEFORE_A_NORM |= {"gemma2", "gemma3_text"}  # one on the FFN's output alone
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 
 
-FUNCTIONS = {"gelu": F.gelu, "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"), "silu": F.silu, "relu": F.relu}
+FUNCTIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda v: v * torch.sigmoid(1.702 * v),
+}
 
 
 def pair(make_fm: ModelFactory, model_type: str) -> tuple[nn.Module, nn.Module, Selection]:

@@ -35,8 +35,7 @@ _WIDE = {**_DECODER, "head_dim": 16}
 _MIXTURE = {**_WIDE, "num_experts_per_tok": 2}
 _IMAGE = {"image_size": IMAGE_SIDE, "patch_size": 4}
 _VISION = {**_COMMON, **_IMAGE, "intermediate_size": F}
-_TOWER = {**_VISION, "hidden_act": "gelu"}
-_TOWERS = {"vision_config": _TOWER, "text_config": {**_COMMON, "vocab_size": 5, "intermediate_size": 8}}
+_TOWERS = {"vision_config": _VISION, "text_config": {**_COMMON, "vocab_size": 5, "intermediate_size": 8}}
 _LOCAL = {"layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]}
 # Dropout is on in every configuration that has it: the tests would show a frozen module that drops.
 CONFIGS: dict[str, Any] = {
