@@ -164,3 +164,16 @@ def test_neurons_that_are_all_silent_stay_as_they_are(make_fm: ModelFactory) -> 
     )
     assert torch.equal(ffn.w_out, before)
     assert bool(ffn.b_out.isfinite().all())
+
+
+def test_nothing_is_fitted_where_layers_were_dropped_and_outputs_are_normalised(make_fm: ModelFactory) -> None:
+    states = []
+    for model_type in ("gemma2", "llama"):
+        fm = make_fm(model_type)
+        selection = select(fm, ProxySection(keep="layers", layers=3))
+        proxy = cut(fm, selection)
+        before = tiny.snapshot(proxy)
+        public = tiny.dataset(model_type, 20, labelled=False)
+        fit_output_projections(proxy, fm, selection.matched, public, samples=20, batch=8, seed=0)
+        states.append(tiny.changed(before, proxy.state_dict()))
+    assert states == [set(), {"model.layers.1.mlp.w_out"}]

@@ -118,7 +118,7 @@ def test_dropping_layers_keeps_the_ends_and_spreads_the_rest(
 
 
 def test_kept_layer_answers_for_the_dropped_layers_that_follow_it(tmp_path: Path) -> None:
-    directory = tiny.write_model("gpt2", tmp_path, layers=6)
+    directory = tiny.write_model("gpt2", tmp_path, num_hidden_layers=6)
     fm = load_model(directory, "sequence-classification", tiny.LABELS, seed=0)
     selection = select(fm, ProxySection(keep="layers", layers=4))
     assert selection.layers == (0, 2, 3, 5)

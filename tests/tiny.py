@@ -190,12 +190,16 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def write_model(model_type: str, directory: Path, *, layers: int = L, labels: int = len(LABELS), seed: int = 0) -> Path:
-    """Writes a random model with tokenizer or image processor; returns the directory."""
+def write_model(
+    model_type: str, directory: Path, *, labels: int = len(LABELS), seed: int = 0, **settings: object
+) -> Path:
+    """Writes a random model with tokenizer or image processor; returns the directory.
+
+    Args:
+        settings: of its configuration, other than in `CONFIGS`.
+    """
     config = CONFIGS[model_type]()
-    config.num_labels = labels
-    if layers != L:
-        config.num_hidden_layers = layers
+    config.update({"num_labels": labels, **settings})
     model = randomise(AUTO[task_of(model_type)].from_config(config), seed)
     model.save_pretrained(directory)
     processor(model_type).save_pretrained(directory)
