@@ -224,7 +224,6 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         {"share_att_key": False, "conv_kernel_size": 3, "conv_act": "gelu"},
     ),
     "DeBERTa with absolute positions": ("deberta-v2", {"relative_attention": False, "position_biased_input": True}),
-    "GPT-2 that scales attention by a layer's number": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "LLaMA with biases": ("llama", {"mlp_bias": True, "attention_bias": True}),
     "ModernBERT with biases": ("modernbert", {"mlp_bias": True, "norm_bias": True, "attention_bias": True}),
     "every other layer a mixture": ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": []}),
