@@ -30,6 +30,7 @@ inline Activation activation_of(const std::string& activation, const char* what)
   if (activation == "gelu") return Activation::kGelu;
   if (activation == "gelu_tanh") return Activation::kGeluTanh;
   if (activation == "silu") return Activation::kSilu;
+  if (activation == "quick_gelu") return Activation::kQuickGelu;
   STD_TORCH_CHECK(false, what, ": unknown activation ", activation);
 }
 

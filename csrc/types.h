@@ -4,7 +4,7 @@
 
 namespace fedpft {
 
-enum class Activation : int { kRelu, kGelu, kGeluTanh, kSilu };
+enum class Activation : int { kRelu, kGelu, kGeluTanh, kSilu, kQuickGelu };
 enum class Element : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 }  // namespace fedpft

@@ -1,5 +1,7 @@
 """Each row of the table against transformers' own module tree, and the parity of a whole proxy with its FM."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -25,7 +27,9 @@ from fedpft.model.architectures import (
     on_top,
     row,
 )
+from fedpft.model.loading import load_model
 from fedpft.model.subffn import projections, sub_ffns
+from fedpft.proxy.bundle import Proxy, load_proxy, save_bundle
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import select
 
@@ -57,27 +61,31 @@ def test_norm_stands_right_before_or_right_after_the_ffn(model_type: str, make_f
     assert torch.equal(seen["norm"], follows if post_norm else seen["ffn"])
 
 
+def change_of_the_stream(fm: nn.Module, inputs: dict[str, Tensor], path: str) -> tuple[Tensor, Tensor]:
+    """What the stream after the third layer has because of its module at `path`, and what that module returns."""
+    layer, seen = layers_of(fm)[2], dict[str, Tensor]()
+    added = layer.get_submodule(path)
+    added.register_forward_hook(lambda _m, _i, output: seen.update(added=output))
+    if is_post_norm(fm):
+        norm = layer.get_submodule(architecture_of(fm).norm)
+        norm.register_forward_pre_hook(lambda _m, given: seen.update(sum=given[0]))
+    with torch.no_grad():
+        (after,) = layer_outputs(fm, [2], inputs)
+        with_it, answer = seen.get("sum", after), seen["added"]
+        added.register_forward_hook(lambda _m, _i, output: torch.zeros_like(output))
+        (after,) = layer_outputs(fm, [2], inputs)
+        return with_it - seen.get("sum", after), answer.view(with_it.shape)
+
+
 @every_architecture
 def test_stream_changes_by_what_the_table_says_is_added_to_it(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
-    table, layer = architecture_of(fm), layers_of(fm)[2]
-    seen: dict[str, Tensor] = {}
-    added = layer.get_submodule(table.output_norm or (table.ffn if model_type in tiny.MIXTURES else table.output))
-    added.register_forward_hook(lambda _m, _i, output: seen.update(added=output))
-    if is_post_norm(fm):
-        norm = layer.get_submodule(table.norm)
-        norm.register_forward_pre_hook(lambda _m, given: seen.update(sum=given[0]))
-    inputs = tiny.batch(model_type)
-
-    def stream() -> Tensor:
-        (after,) = layer_outputs(fm, [2], inputs)
-        return seen.get("sum", after)
-
-    with torch.no_grad():
-        whole = stream()
-        change = seen["added"] * (1.0 if table.scale is None else layer.get_parameter(table.scale))
-        added.register_forward_hook(lambda _m, _i, output: torch.zeros_like(output))
-        torch.testing.assert_close(whole - stream(), change.view(whole.shape), rtol=1e-4, atol=1e-5)
+    table = architecture_of(fm)
+    path = table.output_norm or (table.ffn if model_type in tiny.MIXTURES else table.output)
+    change, answer = change_of_the_stream(fm, tiny.batch(model_type), path)
+    if table.scale is not None:
+        answer = answer * layers_of(fm)[2].get_parameter(table.scale)
+    torch.testing.assert_close(change, answer, rtol=1e-4, atol=1e-5)
 
 
 @every_architecture
@@ -106,6 +114,7 @@ def test_activation_is_the_function_that_the_fm_applies(model_type: str, make_fm
         "gelu": nn.functional.gelu,
         "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
         "silu": nn.functional.silu,
+        "quick_gelu": lambda z: z / (1 + torch.exp(-1.702 * z)),
     }
     names = ("act", "intermediate_act")
     applied = next(m for n, m in layers_of(fm)[2].named_modules() if n.split(".")[-1].startswith(names))
@@ -216,3 +225,47 @@ def test_a_walk_gives_what_the_layers_give(model_type: str, make_fm: ModelFactor
             assert torch.equal(walk.output(), states)
             walk.advance()
             assert torch.equal(walk.hidden, states)
+
+
+# --- what one model type has in more than one form ---
+
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "OPT with norms at the end, as its 350m": ("opt", {"do_layer_norm_before": False}),
+    "OPT without biases": ("opt", {"enable_bias": False}),
+    "GPT-NeoX with attention and FFN in turn": ("gpt_neox", {"use_parallel_residual": False}),
+    "DeBERTa with position projections and a convolution": (
+        "deberta-v2",
+        {"share_att_key": False, "conv_kernel_size": 3, "conv_act": "gelu"},
+    ),
+    "DeBERTa with absolute positions": ("deberta-v2", {"relative_attention": False, "position_biased_input": True}),
+    "LLaMA with biases": ("llama", {"mlp_bias": True, "attention_bias": True}),
+    "ModernBERT with biases": ("modernbert", {"mlp_bias": True, "norm_bias": True, "attention_bias": True}),
+    "every other layer a mixture": ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": []}),
+    "no mixture at all": ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whole_proxy_of_a_variant_is_the_variant_and_comes_back_from_its_bundle(variant: str, tmp_path: Path) -> None:
+    model_type, settings = VARIANTS[variant]
+    task, inputs = tiny.task_of(model_type), tiny.batch(model_type)
+    fm = load_model(tiny.write_model(model_type, tmp_path / "fm", **settings), task, tiny.LABELS, seed=0)
+    wanted = tiny.logits(fm, inputs)
+    whole = tiny.logits(cut(fm, select(fm, ProxySection(neurons="all"))), inputs)
+    torch.testing.assert_close(whole, wanted, rtol=1e-4, atol=1e-5)
+    for number, kept in enumerate((ProxySection(neurons=24), ProxySection(keep="layers", layers=3))):
+        proxy = cut(fm, select(fm, kept))
+        assert (tiny.logits(proxy, inputs) - wanted).abs().max() > 0.01
+        bundle = Proxy(proxy, tiny.processor(model_type), task, tiny.LABELS, 12, ())
+        save_bundle(bundle, tmp_path / f"bundle-{number}")
+        received = load_proxy(tmp_path / f"bundle-{number}").model
+        assert torch.equal(tiny.logits(received, inputs), tiny.logits(proxy, inputs))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_where_opt_has_its_norms_is_read_from_its_configuration(first: bool, tmp_path: Path) -> None:
+    directory = tiny.write_model("opt", tmp_path, do_layer_norm_before=first)
+    fm = load_model(directory, "sequence-classification", tiny.LABELS, seed=0)
+    assert is_post_norm(fm) != first
+    change, answer = change_of_the_stream(fm, tiny.batch("opt"), "fc2")
+    torch.testing.assert_close(change, answer, rtol=1e-4, atol=1e-5)

@@ -24,7 +24,13 @@ SEEN_BEFORE_A_NORM |= {"gemma2", "gemma3_text"}  # one on the FFN's output alone
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 
 
-FUNCTIONS = {"gelu": F.gelu, "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"), "silu": F.silu, "relu": F.relu}
+FUNCTIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda v: v * torch.sigmoid(1.702 * v),
+}
 
 
 def pair(make_fm: ModelFactory, model_type: str) -> tuple[nn.Module, nn.Module, Selection]:
@@ -159,3 +165,16 @@ def test_neurons_that_are_all_silent_stay_as_they_are(make_fm: ModelFactory) -> 
     )
     assert torch.equal(ffn.w_out, before)
     assert bool(ffn.b_out.isfinite().all())
+
+
+def test_nothing_is_fitted_where_layers_were_dropped_and_outputs_are_normalised(make_fm: ModelFactory) -> None:
+    states = []
+    for model_type in ("gemma2", "llama"):
+        fm = make_fm(model_type)
+        selection = select(fm, ProxySection(keep="layers", layers=3))
+        proxy = cut(fm, selection)
+        before = tiny.snapshot(proxy)
+        public = tiny.dataset(model_type, 20, labelled=False)
+        fit_output_projections(proxy, fm, selection.matched, public, samples=20, batch=8, seed=0)
+        states.append(tiny.changed(before, proxy.state_dict()))
+    assert states == [set(), {"model.layers.1.mlp.w_out"}]

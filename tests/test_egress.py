@@ -45,7 +45,7 @@ def test_adapters_and_patches_of_the_proxy_are_written(egress: Egress, tmp_path:
     assert read_tensors(tmp_path / "patch", "patch").keys() == patch.keys()
 
 
-@pytest.mark.parametrize("model_type", ["bert", "llama"])
+@pytest.mark.parametrize("model_type", ["bert", "llama", "phi3", "gemma2"])
 def test_what_an_alignment_makes_of_the_proxy_passes_and_of_the_fm_does_not(
     model_type: str, make_fm: Callable[[str], nn.Module], tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ def eager(x: Tensor, ffn: Ffn, activation: str) -> Tensor:
         "gelu": torch.nn.functional.gelu,
         "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),
         "silu": torch.nn.functional.silu,
+        "quick_gelu": lambda z: z / (1 + torch.exp(-1.702 * z)),
     }[activation]
     z = x @ ffn.w_in.t() + (0 if ffn.b_in is None else ffn.b_in)
     if ffn.w_gate is not None:

@@ -204,6 +204,15 @@ def test_directory_that_is_not_the_fm_it_says_is_refused_in_one_line(fault: str,
     assert "\n" not in line
 
 
+def test_quantized_experts_are_refused(tmp_path: Path) -> None:
+    tiny.write_model("mixtral", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if ".experts.1." in name)
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name} is stored as I8"):
+        load_model(tmp_path, "sequence-classification", tiny.LABELS, seed=0)
+
+
 SETTINGS_OF_ITS_LAST_USE = {
     "problem_type": "multi_label_classification",
     "return_dict": False,

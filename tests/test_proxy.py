@@ -118,7 +118,7 @@ def test_dropping_layers_keeps_the_ends_and_spreads_the_rest(
 
 
 def test_kept_layer_answers_for_the_dropped_layers_that_follow_it(tmp_path: Path) -> None:
-    directory = tiny.write_model("gpt2", tmp_path, layers=6)
+    directory = tiny.write_model("gpt2", tmp_path, num_hidden_layers=6)
     fm = load_model(directory, "sequence-classification", tiny.LABELS, seed=0)
     selection = select(fm, ProxySection(keep="layers", layers=4))
     assert selection.layers == (0, 2, 3, 5)
@@ -189,6 +189,30 @@ def test_proxy_of_fewer_layers_computes_what_those_layers_do(model_type: str, ma
         config.layer_types = [config.layer_types[layer] for layer in (0, 2, 3)]
     torch.testing.assert_close(tiny.logits(proxy, inputs), tiny.logits(fm, inputs), rtol=1e-5, atol=2e-5)
     assert config_of(proxy.config).num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_proxy_of_fewer_layers_writes_with_a_cache_what_it_writes_without(model_type: str, tmp_path: Path) -> None:
+    config = tiny.CONFIGS[model_type]()
+    fm = tiny.randomise(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    fm.trained_modules = ()
+    proxy = cut(fm, select(fm, ProxySection(keep="layers", layers=3)))
+    prompt = torch.tensor([[2, 7, 9, 5]])
+    written = [
+        proxy.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=cached, eos_token_id=None)
+        for cached in (True, False)
+    ]
+    assert written[0].shape == (1, 12)
+    assert torch.equal(*written)
+
+
+def test_no_layer_is_dropped_of_an_fm_whose_layers_count_themselves(tmp_path: Path) -> None:
+    directory = tiny.write_model("gpt2", tmp_path, scale_attn_by_inverse_layer_idx=True)
+    fm = load_model(directory, "sequence-classification", tiny.LABELS, seed=0)
+    cut(fm, select(fm, ProxySection(neurons=K)))
+    with pytest.raises(ModelError, match="scales a layer's attention by its number") as caught:
+        cut(fm, select(fm, ProxySection(keep="layers", layers=3)))
+    assert "proxy.keep: neurons" in caught.value.remedy
 
 
 def test_parameters_are_counted_without_the_head(make_fm: ModelFactory) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft.model.subffn import NEURON_PARAMETERS, InactivityCounter, SubFFN
+from fedpft.model.subffn import NEURON_PARAMETERS, InactivityCounter, SubExperts, SubFFN
 
 # D hidden size, K neurons
 D, K = 6, 10
@@ -149,3 +149,105 @@ def test_counting_does_not_hide_the_gradient_of_the_input() -> None:
 def test_state_dict_holds_the_parameters_and_nothing_else() -> None:
     assert set(SubFFN(parameters(True), "silu").state_dict()) == {*NEURON_PARAMETERS, "b_out"}
     assert isinstance(SubFFN(parameters(False), "silu").w_in, nn.Parameter)
+
+
+# --- a mixture of experts ---
+
+E, N = 3, 11  # experts, tokens
+
+
+def mixture(*, spare: int | None = None) -> tuple[SubExperts, list[dict[str, Tensor]], tuple[Tensor, Tensor, Tensor]]:
+    """Experts, their weights, and what a router hands them: (N, D) tokens, (N, 2) experts of each, (N, 2) shares.
+
+    spare: an expert that no token is sent to.
+    """
+    weights = [parameters(True, biases=False, seed=seed) for seed in range(E)]
+    generator = torch.Generator().manual_seed(9)
+    asked = [expert for expert in range(E) if expert != spare]
+    draws = torch.rand(N, len(asked), generator=generator).argsort(1)[:, :2]
+    routed = torch.randn(N, D, generator=generator), torch.tensor(asked)[draws], torch.rand(N, 2, generator=generator)
+    return SubExperts([SubFFN(p, "silu") for p in weights]), weights, routed
+
+
+def mixture_by_hand(weights: list[dict[str, Tensor]], x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """Every expert for every token; the share of those that were not asked is 0."""
+    share = torch.zeros(N, E).scatter(1, chosen, shares)
+    return sum(share[:, e, None] * by_hand(x, p) for e, p in enumerate(weights))
+
+
+@pytest.mark.parametrize("spare", [None, 1])
+def test_experts_answer_for_the_tokens_that_the_router_sends_them(spare: int | None) -> None:
+    experts, weights, (x, chosen, shares) = mixture(spare=spare)
+    ours, theirs = ([t.clone().requires_grad_() for t in (x, shares)] for _ in range(2))
+    y, wanted = experts(ours[0], chosen, ours[1]), mixture_by_hand(weights, theirs[0], chosen, theirs[1])
+    assert_close(y, wanted)
+    for found, expected in zip(
+        torch.autograd.grad(y.square().sum(), ours), torch.autograd.grad(wanted.square().sum(), theirs), strict=True
+    ):
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_neuron_of_an_expert_is_inactive_where_its_expert_is_not_asked(masked: bool) -> None:
+    experts, weights, routed = mixture(spare=2)
+    x, chosen, _ = routed
+    eps, mask = 0.2, torch.arange(N) % 4 > 0
+    counter = experts.inactivity = InactivityCounter(eps, torch.zeros(E * K, dtype=torch.int64))
+    counter.mask = mask if masked else None
+    y = experts(*routed)
+    real = mask if masked else torch.ones(N, dtype=torch.bool)
+    wanted = []
+    for e, p in enumerate(weights):
+        inactive = F.silu(F.linear(x, p["w_gate"])).abs() <= eps
+        wanted.append((inactive | ~(chosen == e).any(1)[:, None])[real].sum(0))
+    assert torch.equal(counter.counts, torch.cat(wanted))
+    assert counter.tokens == int(real.sum())
+    assert 0 < int(counter.counts[:K].sum()) < K * counter.tokens
+    assert_close(y, mixture_by_hand(weights, *routed))
+
+
+@pytest.mark.parametrize("neurons", [[1, K + 4, K + 2, 3 * K - 1], [], None], ids=["four", "none", "all"])
+def test_neurons_of_experts_train_by_their_place_in_the_row_of_all(neurons: list[int] | None) -> None:
+    experts, weights, routed = mixture()
+    dense = [{name: t.clone().requires_grad_() for name, t in p.items()} for p in weights]
+    mixture_by_hand(dense, *routed).square().sum().backward()
+    chosen = list(range(E * K)) if neurons is None else sorted(neurons)
+    before = torch.cat([p["w_out"] for p in weights])
+    with experts.training_neurons(None if neurons is None else torch.tensor(neurons, dtype=torch.int64)) as trained:
+        y = experts(*routed)
+        assert_close(y, mixture_by_hand(weights, *routed))
+        gradients = torch.autograd.grad(y.square().sum(), trained)
+        for parameter in trained:
+            parameter.data += 1.0
+    names = ("w_in", "w_gate", "w_out")
+    found = [torch.cat(gradients[kind :: len(names)]) for kind in range(len(names))]
+    for gradient, name in zip(found, names, strict=True):
+        assert_close(gradient, torch.cat([p[name].grad for p in dense])[chosen])
+    after = torch.cat([expert.w_out for expert in experts.experts])
+    assert (after != before).any(1).nonzero().flatten().tolist() == chosen
+
+
+def test_place_of_a_neuron_is_its_expert_and_its_row_there() -> None:
+    experts, _, _ = mixture()
+    assert experts.neurons == E * K
+    places = experts.places(torch.tensor([0, 9, K, 2 * K + 3]))
+    assert {name: rows.tolist() for name, rows in places.items()} == {
+        ".experts.0": [0, 9],
+        ".experts.1": [0],
+        ".experts.2": [3],
+    }
+
+
+def test_values_times_output_weights_is_the_output_of_a_mixture() -> None:
+    experts, weights, routed = mixture(spare=0)
+    values = experts.values(*routed)
+    assert not values[:, :K].any()
+    assert_close(values @ torch.cat([p["w_out"] for p in weights]), mixture_by_hand(weights, *routed))
+    change = torch.randn(E * K, D)
+    experts.add_to_output(change, torch.zeros(D))
+    assert_close(experts(*routed), mixture_by_hand(weights, *routed) + values @ change)
+
+
+def test_product_of_a_mixture_is_that_of_each_expert() -> None:
+    experts, weights, _ = mixture()
+    assert_close(experts.product(), torch.stack([p["w_out"].t() @ p["w_in"] for p in weights]))

@@ -37,8 +37,7 @@ _WIDE = {**_DECODER, "head_dim": 16}
 _MIXTURE = {**_WIDE, "num_experts_per_tok": 2}
 _IMAGE = {"image_size": IMAGE_SIDE, "patch_size": 4}
 _VISION = {**_COMMON, **_IMAGE, "intermediate_size": F}
-_TOWER = {**_VISION, "hidden_act": "gelu"}
-_TOWERS = {"vision_config": _TOWER, "text_config": {**_COMMON, "vocab_size": 5, "intermediate_size": 8}}
+_TOWERS = {"vision_config": _VISION, "text_config": {**_COMMON, "vocab_size": 5, "intermediate_size": 8}}
 _LOCAL = {"layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]}
 # Dropout is on in every configuration that has it: the tests would show a frozen module that drops.
 CONFIGS: dict[str, Any] = {
@@ -193,12 +192,16 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def write_model(model_type: str, directory: Path, *, layers: int = L, labels: int = len(LABELS), seed: int = 0) -> Path:
-    """Writes a random model with tokenizer or image processor; returns the directory."""
+def write_model(
+    model_type: str, directory: Path, *, labels: int = len(LABELS), seed: int = 0, **settings: object
+) -> Path:
+    """Writes a random model with tokenizer or image processor; returns the directory.
+
+    Args:
+        settings: of its configuration, other than in `CONFIGS`.
+    """
     config = CONFIGS[model_type]()
-    config.num_labels = labels
-    if layers != L:
-        config.num_hidden_layers = layers
+    config.update({"num_labels": labels, **settings})
     model = randomise(AUTO[task_of(model_type)].from_config(config), seed)
     model.save_pretrained(directory)
     processor(model_type).save_pretrained(directory)

@@ -58,6 +58,7 @@ __device__ inline Real value(Real z) {
   if constexpr (A == Activation::kGelu) return z * detail::normal_below(z);
   if constexpr (A == Activation::kGeluTanh) return z * detail::sigmoid(detail::twice_tanh_argument(z));
   if constexpr (A == Activation::kSilu) return z * detail::sigmoid(z);
+  if constexpr (A == Activation::kQuickGelu) return z * detail::sigmoid(Real(1.702) * z);
 }
 
 // Both at once, because they share the expensive term.
@@ -77,6 +78,10 @@ __device__ inline Activated<Real> activated(Real z) {
     const Real s = detail::sigmoid(z);
     return {z * s, s + z * s * (Real(1) - s)};
   }
+  if constexpr (A == Activation::kQuickGelu) {
+    const Real s = detail::sigmoid(Real(1.702) * z);
+    return {z * s, s + Real(1.702) * z * s * (Real(1) - s)};
+  }
 }
 
 // Calls f.template run<A>() with the activation as a compile-time constant: one branch for many values.
@@ -91,6 +96,8 @@ __device__ inline void with_activation(Activation activation, F&& f) {
       return f.template run<Activation::kGeluTanh>();
     case Activation::kSilu:
       return f.template run<Activation::kSilu>();
+    case Activation::kQuickGelu:
+      return f.template run<Activation::kQuickGelu>();
   }
 }
 

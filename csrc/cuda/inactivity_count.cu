@@ -49,6 +49,8 @@ double activate(Activation activation, double z) {
       return z / (1 + std::exp(-1.59576912160573071176 * (z + 0.044715 * z * z * z)));
     case Activation::kSilu:
       return z / (1 + std::exp(-z));
+    case Activation::kQuickGelu:
+      return z / (1 + std::exp(-1.702 * z));
   }
   return z;
 }
@@ -83,9 +85,10 @@ Intervals<Real> inactive(Activation activation, double eps) {
   constexpr Real kInfinity = std::numeric_limits<Real>::infinity(), kLowest = std::numeric_limits<Real>::lowest();
   const Real most = static_cast<Real>(eps);
   if (activation == Activation::kRelu) return {-kInfinity, most, kInfinity, -kInfinity};
-  const Real minimum = activation == Activation::kSilu   ? Real(-1.2784645)
-                       : activation == Activation::kGelu ? Real(-0.7517916)
-                                                         : Real(-0.7524614);
+  const Real minimum = activation == Activation::kSilu        ? Real(-1.2784645)
+                       : activation == Activation::kQuickGelu ? Real(-0.7511542)
+                       : activation == Activation::kGelu      ? Real(-0.7517916)
+                                                              : Real(-0.7524614);
   const auto act = [&](Real z) { return static_cast<Real>(activate(activation, z)); };
   const auto above = [&](Real z) { return act(z) >= -most; };
   const auto below = [&](Real z) { return act(z) <= most; };

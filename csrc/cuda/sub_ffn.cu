@@ -128,7 +128,8 @@ struct ForwardKernels {
   using Kernel = void (*)(ForwardPass);
   static constexpr Kernel of[] = {
       forward_pass<T, V, Activation::kRelu>, forward_pass<T, V, Activation::kGelu>,
-      forward_pass<T, V, Activation::kGeluTanh>, forward_pass<T, V, Activation::kSilu>};
+      forward_pass<T, V, Activation::kGeluTanh>, forward_pass<T, V, Activation::kSilu>,
+      forward_pass<T, V, Activation::kQuickGelu>};
 };
 
 template <class T, int V>
@@ -136,7 +137,8 @@ struct BackwardKernels {
   using Kernel = void (*)(BackwardPass);
   static constexpr Kernel of[] = {
       backward_pass<T, V, Activation::kRelu>, backward_pass<T, V, Activation::kGelu>,
-      backward_pass<T, V, Activation::kGeluTanh>, backward_pass<T, V, Activation::kSilu>};
+      backward_pass<T, V, Activation::kGeluTanh>, backward_pass<T, V, Activation::kSilu>,
+      backward_pass<T, V, Activation::kQuickGelu>};
 };
 
 template <class Pass>

@@ -29,7 +29,13 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda z: F.gelu(z, approximate="tanh"), lambda grad, z: aten.gelu_backward(grad, z, approximate="tanh")
     ),
     "silu": Activation(F.silu, lambda grad, z: aten.silu_backward(grad, z)),
+    "quick_gelu": Activation(lambda z: z * torch.sigmoid(1.702 * z), lambda grad, z: _quick_gelu_backward(grad, z)),
 }
+
+
+def _quick_gelu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * z)
+    return grad * (s + 1.702 * z * s * (1 - s))
 
 
 def neuron_saliency(w_in: list[Tensor], w_gate: list[Tensor], w_out: list[Tensor]) -> Tensor:

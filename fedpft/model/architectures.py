@@ -203,6 +203,7 @@ ACTIVATION_NAMES = {
     "gelu_python_tanh": "gelu_tanh",
     "silu": "silu",
     "swish": "silu",
+    "quick_gelu": "quick_gelu",
 }
 
 

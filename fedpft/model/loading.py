@@ -181,8 +181,17 @@ def empty_model(directory: Path, task: TaskName, num_layers: int) -> nn.Module:
 
 
 def set_layers(config: Any, kept: Sequence[int]) -> None:
-    """Makes a model's configuration one of the given layers of it, in their order. In place."""
+    """Makes a model's configuration one of the given layers of it, in their order. In place.
+
+    Raises:
+        ModelError: the layers would compute something else in other places.
+    """
     config = architectures.config_of(config)
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False) and list(kept) != list(range(len(kept))):
+        raise ModelError(
+            "the FM scales a layer's attention by its number, so that no layer can be left out",
+            "choose proxy.keep: neurons",
+        )
     depth, config.num_hidden_layers = config.num_hidden_layers, len(kept)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in kept]
@@ -321,13 +330,13 @@ def _drawn(path: Path, model: nn.Module, report: dict[str, Any], head: tuple[str
 
 def _check_precision(path: Path, model: nn.Module) -> None:
     """Integers and 8-bit floats are quantized weights, which mean nothing without their scales."""
-    base, experts = f"{architectures.base_name(model)}.", architectures.architecture_of(model).experts
+    base, mixture = f"{architectures.base_name(model)}.", architectures.architecture_of(model).experts is not None
     parameters = {name.removeprefix(base) for name, _ in model.named_parameters()}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a mapping)
                 kind = opened.get_slice(name).get_dtype()
-                in_expert = experts is not None and f".{experts}." in name  # which are stored one by one
+                in_expert = mixture and ".experts." in name  # which are stored one by one, and by other names
                 if (in_expert or name.removeprefix(base) in parameters) and kind not in PRECISIONS:
                     raise ModelError(f"{file}: {name} is stored as {kind}", "save the FM without quantization")
 

@@ -22,7 +22,7 @@ def cut(model: nn.Module, selection: Selection) -> nn.Module:
     for index, (layer, neurons) in enumerate(zip(chosen, selection.neurons, strict=True)):
         replace_ffn(proxy, layer, neurons)
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # what the silos load is numbered anew as well
+            if hasattr(module, "layer_idx"):  # its place in a cache
                 module.layer_idx = index  # type: ignore[assignment]
     return proxy
 
