@@ -135,9 +135,12 @@ def test_merged_directory_is_loaded_by_plain_transformers(
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # rank 0: there is no LoRA to find
 @pytest.mark.parametrize(
-    ("rank", "labels"), [(RANK, (*tiny.LABELS, "ice")), (0, tiny.LABELS)], ids=["another head than the FM's", "no LoRA"]
+    ("model_type", "rank", "labels"),
+    [
+        (name, RANK, (*tiny.LABELS, "ice")) for name in (*ARCHITECTURES, "bert without pooler")
+    ]  # another head than the FM's
+    + [(name, 0, tiny.LABELS) for name in ("bert", "distilbert", "vit", "gpt2", "bert without pooler")],
 )
-@pytest.mark.parametrize("model_type", [*ARCHITECTURES, "bert without pooler"])
 def test_adapter_and_merged_directory_are_the_plugged_in_model_wherever_they_are_loaded(
     model_type: str, rank: int, labels: tuple[str, ...], fm_directory: FM, tmp_path: Path
 ) -> None:

@@ -240,6 +240,17 @@ def test_what_the_last_user_wanted_of_the_fm_does_not_change_what_it_computes(
     assert torch.equal(found.loss, wanted.loss)
 
 
+def test_deit_that_was_saved_with_a_distillation_head_is_loaded_as_the_class_that_can_be_trained(
+    fm_directory: FM, tmp_path: Path
+) -> None:
+    directory = tiny.write_model("deit", tmp_path)
+    config(directory, architectures=["DeiTForImageClassificationWithTeacher"])
+    fm = load_model(directory, "image-classification", tiny.LABELS, seed=0)
+    same = load_model(fm_directory("deit"), "image-classification", tiny.LABELS, seed=0)
+    assert torch.equal(tiny.logits(fm, tiny.batch("deit")), tiny.logits(same, tiny.batch("deit")))
+    assert head_of(fm) == ("classifier",)
+
+
 @every_architecture
 def test_only_the_head_may_be_missing(model_type: str, make_fm: ModelFactory, fm_directory: FM, tmp_path: Path) -> None:
     task, row = tiny.task_of(model_type), ARCHITECTURES[model_type]

@@ -171,7 +171,7 @@ class SubExperts(nn.Module):
     @property
     def neurons(self) -> int:
         """E K."""
-        return sum(expert.neurons for expert in self._experts)
+        return len(self.experts) * self._experts[0].neurons
 
     def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """x: (N, D), chosen: (N, M) int64 experts of each token, shares: (N, M) of each in the sum -> (N, D)."""
@@ -233,8 +233,8 @@ class SubExperts(nn.Module):
         return cast(list[SubFFN], list(self.experts))
 
     def _rows(self, expert: int) -> slice:
-        start = sum(before.neurons for before in self._experts[:expert])
-        return slice(start, start + self._experts[expert].neurons)
+        each = self.neurons // len(self.experts)
+        return slice(expert * each, (expert + 1) * each)
 
     def _split(self, neurons: Tensor) -> list[Tensor]:
         spans = [self._rows(index) for index in range(len(self.experts))]
