@@ -46,7 +46,7 @@ constexpr int64_t kBlock = 2048;  // neurons gathered at once
 template <class... Arguments>
 void call(const char* operation, const char* overload, const Arguments&... arguments) {
   StableIValue stack[] = {torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(operation, overload, stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(operation, overload, stack, TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);  // every operation here returns one tensor, which must be released
 }
 
@@ -72,7 +72,7 @@ Tensor columns(const Tensor& matrix, int64_t first, int64_t count) {
 Tensor gathered(const Tensor& from, const Tensor& neurons) {
   StableIValue stack[] = {
       torch::stable::detail::from(from), torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(neurons)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
