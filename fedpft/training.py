@@ -76,15 +76,15 @@ def train_round(
                 group["lr"] = group["initial_lr"] * (1.0 - (round - 1 + step / steps) / training.rounds)
             size = len(batch["labels"])
             for part in _split(batch, limits.max_batch or size):
-                part = {name: value.to(device) for name, value in part.items()}
                 mask = part.get("attention_mask")
+                tokens += len(part["labels"]) if mask is None else int(mask.sum())  # not after .to: it would wait
+                part = {name: value.to(device) for name, value in part.items()}
                 for counter in counters.values():
-                    counter.mask = None if mask is None else mask.flatten().bool()
+                    counter.mask = None if mask is None else part["attention_mask"].flatten().bool()
                 share = len(part["labels"]) / size
                 loss: Tensor = model(**part).loss * share
                 loss.backward()
                 loss_sum += float(loss.detach()) * size
-                tokens += len(part["labels"]) if mask is None else int(mask.sum())
             if not loss_sum < float("inf"):
                 raise DataError(
                     f"round {round}, step {step + 1}: the training loss is not finite",
@@ -96,7 +96,7 @@ def train_round(
     for ffn in sub_ffns(model).values():
         ffn.inactivity = None
     inactivity = {str(layer): counter.counts.cpu() for layer, counter in counters.items()} | {
-        f"{layer}.tokens": torch.tensor(counter.tokens) for layer, counter in counters.items()
+        f"{layer}.tokens": torch.tensor(int(counter.tokens)) for layer, counter in counters.items()
     }
     metrics = {"train_loss": loss_sum / count, "seconds": time.monotonic() - begun, "tokens": float(tokens)}
     return LocalResult(adapters.extract(model), count, metrics, inactivity if count_inactivity else None)
