@@ -22,8 +22,8 @@ log=$OUT/gpu.log
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 FEDPFT_CUDA=1
 
 declare -A limit=([build]=180 [check]=30 [tests]=60 [slow]=40 [memcheck]=40 [racecheck]=40 [peers]=90 [kernels]=240
-  [training]=120)
-steps=(build check tests slow memcheck racecheck peers kernels training)
+  [training]=120 [fused]=40)
+steps=(build check tests slow memcheck fused racecheck peers kernels training)
 if (($#)); then
   steps=()
   for argument; do
@@ -71,10 +71,13 @@ fi
 # One case for each way through an operator and dtype: the sanitizer makes everything many times slower.
 few_cases() {
   cat <<'PYTHON_END'
+import sys
 from fedpft.kernels.cases import cases
 from fedpft.kernels.check import compare
 marks = ("even", "tiles", "gated", "compact", "bare", "strided")
 few = {(case.operator, case.dtype, *(mark in case.label for mark in marks)): case for case in cases()}
+if sys.argv[1] == "racecheck":  # on Hopper it ends with an internal error in multiplies that use TMA, cuBLAS's too
+    few = {key: case for key, case in few.items() if not (key[0].startswith("sub_ffn") and key[1].itemsize == 2)}
 for case in few.values():
     error, tolerance = compare(case, "cuda")
     assert error <= tolerance, (str(case), error, tolerance)
@@ -91,8 +94,8 @@ sanitizer() {
   # Without torch's caching allocator every tensor has bounds of its own. Only our kernels are looked at, by their mangled
   # names: the references' would take minutes. torch's own calls may fail without harm; a launch of ours that fails is an
   # error anyway.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --kernel-name "kns=$2" --report-api-errors no \
-    --error-exitcode 1 "$PYTHON" -c "$(few_cases)"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --kernel-name kns=fedpft --report-api-errors no \
+    --error-exitcode 1 "$PYTHON" -c "$(few_cases)" "$1"
 }
 
 # shellcheck disable=SC2329
@@ -117,9 +120,8 @@ run_step() {
       "$PYTHON" -m pytest -q -m "cuda and not slow" "${files[@]}"
       ;;
     slow) "$PYTHON" -m pytest -q -m "cuda and slow" tests/test_cuda.py ;;
-    memcheck) sanitizer memcheck fedpft ;;
-    # Not CUTLASS's kernels, in whose names fedpft stands later: racecheck itself fails on them.
-    racecheck) sanitizer racecheck _ZN6fedpft ;;
+    memcheck | racecheck) sanitizer "$1" ;;
+    fused) FEDPFT_FUSED_FFN=1 sanitizer memcheck ;;
     peers) peers ;;
     kernels) "$PYTHON" -m bench.kernels --device cuda --json "$OUT/kernels-cuda.json" ;;
     training) "$PYTHON" -m bench.training --device cuda --json "$OUT/training-cuda.json" ;;

@@ -8,9 +8,8 @@
 //   rounded from float64 to float32 (float64 for float64), and GELU keeps its tail, as on the CPU.
 // Determinism: counts are sums of integers.
 // Bytes moved: z once; 8 F written. Memory-bound in every type, where act itself would not be.
-// Split: a block has a tile of neurons, 128 bytes of a row wide, and every gridDim.y-th group of rows; it adds to
-//   counts once a neuron. There are no more blocks than a GPU holds at once, twice over, so that what a block does
-//   besides loading weighs little.
+// Split: a block has a tile of neurons, 64 bytes of a row wide, and every gridDim.y-th group of rows; it adds to
+//   counts once a neuron.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -24,12 +23,11 @@ namespace fedpft::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTileBytes = 128;
+constexpr int kTileBytes = 64;
 constexpr int kLoads = 4;  // of a thread in flight
 
-// Neurons of a tile: no more threads side by side than a warp has, or a warp would not see all of its rows.
-template <class T, int V>
-constexpr int kTile = V == 1 ? kWarp : kTileBytes / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kTile = kTileBytes / static_cast<int>(sizeof(T));
 
 // Inactive: lowest <= z <= falling, or rising <= z <= highest. A value that is not a number is neither.
 template <class Real>
@@ -103,9 +101,9 @@ template <class T, int V>
 __global__ void __launch_bounds__(kThreads) count_inactive(
     const T* z, Rows tokens, Rows neurons, const bool* mask, int64_t mask_stride, Intervals<Wide<T>> intervals,
     unsigned long long* counts) {
-  __shared__ int partial[kWarps][kTile<T, V>];
-  constexpr int kLanes = kTile<T, V> / V, kRows = kThreads / kLanes;  // threads side by side, rows at once
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTile<T, V>;
+  __shared__ int partial[kWarps][kTile<T>];
+  constexpr int kLanes = kTile<T> / V, kRows = kThreads / kLanes;  // threads side by side, rows at once
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTile<T>;
   const int column = threadIdx.x % kLanes * V, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int found[V] = {};
   if (first + column < neurons.count) {
@@ -132,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) count_inactive(
     if (lane < kLanes) partial[warp][column + v] = found[v];
   }
   __syncthreads();
-  if (threadIdx.x < kTile<T, V> && first + threadIdx.x < neurons.count) {
+  if (threadIdx.x < kTile<T> && first + threadIdx.x < neurons.count) {
     int total = 0;
     for (int w = 0; w < kWarps; ++w) total += partial[w][threadIdx.x];
     if (total != 0) atomicAdd(counts + first + threadIdx.x, static_cast<unsigned long long>(total));
@@ -143,11 +141,9 @@ template <class T, int V>
 cudaError_t run(
     const T* z, Rows tokens, Rows neurons, const bool* mask, int64_t mask_stride, Activation activation, double eps,
     int64_t* counts, cudaStream_t stream) {
-  constexpr int64_t kRowsPerBlock = int64_t{kThreads} / (kTile<T, V> / V) * kLoads;
-  constexpr int64_t kMostBlocks = 2 * 132 * 2048 / kThreads;
-  const int64_t tiles = divide_up<int64_t>(neurons.count, kTile<T, V>), blocks = divide_up(tokens.count, kRowsPerBlock);
-  const int64_t most = divide_up(kMostBlocks, tiles);
-  const dim3 grid(tiles, blocks < most ? blocks : most);
+  constexpr int64_t kRowsPerBlock = int64_t{kThreads} / (kTile<T> / V) * kLoads, kMostBlocks = 65535;
+  const int64_t blocks = divide_up(tokens.count, kRowsPerBlock);
+  const dim3 grid(divide_up<int64_t>(neurons.count, kTile<T>), blocks < kMostBlocks ? blocks : kMostBlocks);
   return launch(
       count_inactive<T, V>, grid, dim3(kThreads), stream, z, tokens, neurons, mask, mask_stride,
       inactive<Wide<T>>(activation, eps), reinterpret_cast<unsigned long long*>(counts));

@@ -39,7 +39,9 @@ class _LoraLinear(torch.autograd.Function):
         grad_h = (grad_y @ b).mul_(scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _masked(grad_h @ a, keep)
+            grad_x = grad_h @ a
+            if keep is not None:
+                grad_x.mul_(keep.to(x.dtype))
             grad_x.addmm_(grad_y, weight)
         grad_a = grad_h.t() @ _masked(x, keep)
         grad_b = (h.t() @ grad_y).mul_(scale).t()  # in this order the multiply reads dy along its rows
@@ -69,17 +71,12 @@ def lora_linear(
 def _draw_kept(x: Tensor, dropped: int) -> Tensor:
     """x's shape, int8: 0 with probability `dropped` / 65536, else 1.
 
-    On the CPU four elements for one draw of 64 bits: `bernoulli_` draws for each, which took a fifth of a silo's whole
-    step. On a GPU it is one launch in place of three, and launches are what a step waits for there.
+    Four elements for one draw of 64 bits: `bernoulli_` draws for each, which took a fifth of a silo's whole step.
     """
-    if x.is_cuda:
-        return torch.empty(x.shape, dtype=torch.int8, device=x.device).bernoulli_(1.0 - dropped / _LEVELS)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
     return bits.ge_(dropped - _LEVELS // 2).to(torch.int8)
 
 
 def _masked(x: Tensor, keep: Tensor | None) -> Tensor:
-    if keep is None:
-        return x
-    return x * keep if x.is_cuda else keep.to(x.dtype).mul_(x)  # the CPU converts faster in a pass of its own
+    return x if keep is None else keep.to(x.dtype).mul_(x)
