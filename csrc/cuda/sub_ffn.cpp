@@ -2,9 +2,9 @@
 //
 // Who multiplies: the first multiply of each direction, with bias, activation, derivative and count in its epilogue, is
 //   one of ffn_gemm.h's where it is asked for and types, shapes and the GPU allow it (fused() below), else ATen's,
-//   followed by one pass of sub_ffn.cu. Every other multiply is ATen's, through the dispatcher, so cuBLAS runs it on the
-//   current stream and nothing here links a CUDA build of torch. Only `out` variants are called: autocast leaves them
-//   alone.
+//   followed by one pass of sub_ffn.cu. Every other multiply is ATen's, through the dispatcher, so cuBLAS runs it on
+//   the current stream and nothing here links a CUDA build of torch. Only `out` variants are called: autocast leaves
+//   them alone.
 // Accumulation: float32 (float64 for float64). Rounding to a half type: the hidden value, y, and z where it is kept or
 //   ATen multiplied; over a set of neurons y and grad_x once more per further block.
 // A set of neurons is gathered kBlock rows at a time, so scratch for weights is 2 (gated 3) x kBlock x D elements,
