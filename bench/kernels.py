@@ -11,7 +11,7 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from fedpft.kernels.check import kernel_of
 from fedpft.kernels.schemas import SCHEMAS
 
 FFN = "forward and gradient of x"
-QUICK_BUDGET_SECONDS, BUDGET_SECONDS = 0.02, 0.6
+QUICK_BUDGET_SECONDS, BUDGET_SECONDS = 0.02, {"cpu": 0.6, "cuda": 0.1}
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def measured(case: Case, device: str, bandwidth: Bandwidth, *, quick: bool) -> l
         sets.append({name: run for name, run in runs.items() if name in case.candidates and name not in missing})  # type: ignore[misc]
         if case.ceiling != PRODUCTS:
             sets[-1]["ceiling"] = bandwidth.runs[case.ceiling]
-    budget = QUICK_BUDGET_SECONDS if quick else BUDGET_SECONDS
+    budget = QUICK_BUDGET_SECONDS if quick else BUDGET_SECONDS[device]
     graphs = compilations["unique_graphs"]
     times = measure.interleaved(*sets, device=device, budget_seconds=budget, warmed=True)
     if compilations["unique_graphs"] != graphs:
@@ -317,12 +317,35 @@ def prepared_call(device: str, quick: bool, case: str, name: str) -> Run:
     return run
 
 
+def check(chosen: Sequence[Case]) -> int:
+    """Runs every candidate once and prints which are not there, fail or are wrong; 1 if a kernel of ours is."""
+    wrong = 0
+    for case in chosen:
+        torch._dynamo.reset()
+        prepared = case.build()
+        missing = {name: outcome for name in case.candidates if (outcome := _tried(prepared, name))}
+        wrong += sum("failed" in outcome for name, outcome in missing.items() if name.startswith("kernel"))
+        print(case, *(f"- {name}{render.why(outcome)}" for name, outcome in missing.items()), sep="\n", flush=True)
+        del prepared
+        gc.collect()
+    return int(wrong > 0)
+
+
+def _share(text: str) -> tuple[int, int]:
+    first, every = map(int, text.split("/"))
+    if not 1 <= first <= every:
+        raise ValueError(text)
+    return first, every
+
+
 def main() -> int:
     """Parses the command line, measures row by row, writes what was measured; 1 if a kernel of ours was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument("--op", choices=[name for name in SCHEMAS if not name.endswith("_backward")], nargs="+")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name holds this text")
+    parser.add_argument("--share", type=_share, default=(1, 1), metavar="I/N", help="every N-th case, from the I-th")
+    parser.add_argument("--check", action="store_true", help="time nothing: compare every candidate with the reference")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="default: all cores")
     parser.add_argument("--memory", action="store_true", help="peak memory of every case, not of the floors alone")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few repetitions, no torch.compile")
@@ -338,6 +361,10 @@ def main() -> int:
         for case in all_cases(device, quick)
         if (not arguments.op or case.operator in arguments.op) and arguments.only in str(case)
     ]
+    first, every = arguments.share
+    chosen = chosen[first - 1 :: every]
+    if arguments.check:
+        return check(chosen)
     results: dict[str, Any] = {**measure.provenance(device), "rows": [], "memory": []}
     print(f"{render.origin(results)}\nmedian, ms; each peer's time over the kernel's", flush=True)
     for threads in arguments.threads if device == "cpu" else [torch.get_num_threads()]:

@@ -221,10 +221,13 @@ def ffn_function(
     return (y,) if eps is None else (y, (active.detach().abs() <= eps).sum(0))
 
 
+_drawn = functools.lru_cache(maxsize=1)(cases.make_ffn)  # sets differ in place alone: drawing takes longer than copying
+
+
 def make_ffn(N: int, D: int, K: int, dtype: torch.dtype, device: str, gated: bool) -> tuple[cases.Ffn, Tensor]:
     """An FFN with tokens that require a gradient, and the gradient of y."""
-    ffn = cases.make_ffn(N, D, K, dtype=dtype, gated=gated, bias=not gated)
-    moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in vars(ffn).items()}
+    ffn = _drawn(N, D, K, dtype=dtype, gated=gated, bias=not gated)
+    moved: dict[str, Any] = {n: None if t is None else t.to(device, copy=True) for n, t in vars(ffn).items()}
     moved["x"].requires_grad_()
     return cases.Ffn(**moved), torch.randn(N, D, device=device).to(dtype)
 

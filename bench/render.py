@@ -53,8 +53,8 @@ def grouped(rows: Iterable[Row]) -> list[list[Row]]:
 
 def line(row: Row) -> str:
     """A row by itself, printed as soon as it is measured."""
-    texts = (f"{name} {_ratio(peer)}{_why(peer)}" for name, peer in row["peers"].items())
-    return f"{row['operator']}, {_name(row)}: {_time(row['kernel'])}{_why(row['kernel'])}; {', '.join(texts)}"
+    texts = (f"{name} {_ratio(peer)}{why(peer)}" for name, peer in row["peers"].items())
+    return f"{row['operator']}, {_name(row)}: {_time(row['kernel'])}{why(row['kernel'])}; {', '.join(texts)}"
 
 
 def memory_line(row: Row) -> str:
@@ -82,8 +82,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
         if row["runs"] == "reference":
             notes["- kernel: not compiled for this device, its reference ran"] = None
         for name, outcome in (("kernel", row["kernel"]), *row["peers"].items()):
-            if why := _why(outcome):
-                notes[f"- {name}{why}"] = None
+            if reason := why(outcome):
+                notes[f"- {name}{reason}"] = None
     return lines + ([""] if notes else []) + list(notes)
 
 
@@ -127,7 +127,8 @@ def _short(outcome: Row) -> str:
     return "failed" if "failed" in outcome else "-" if "not_run" in outcome else ""
 
 
-def _why(outcome: Row) -> str:
+def why(outcome: Row) -> str:
+    """What to say of an outcome that is no time."""
     text = outcome.get("failed") or outcome.get("not_run")
     return f": {text}" if text else ""
 

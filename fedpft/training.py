@@ -86,12 +86,13 @@ def train_round(
             parts = list(_parts(dataset, lot, limits.max_batch or training.batch, packing))
             weight = sum(map(task.weight, parts))
             for part in parts:
+                # before .to: on a GPU what is read back afterwards has to be waited for
                 share = task.weight(part) / weight
+                tokens += _tokens(part)
                 part = {name: value.to(device) for name, value in part.items()}
                 mask = part.get("attention_mask")
                 for counter in counters.values():
                     counter.mask = None if mask is None else mask.flatten().bool()
-                tokens += _tokens(part)
                 loss = task.loss(model, part if packing is None else packed_inputs(part, packing, dtype)) * share
                 loss.backward()
                 loss_sum += float(loss.detach()) * weight
@@ -107,7 +108,7 @@ def train_round(
     for ffn in sub_ffns(model).values():
         ffn.inactivity = None
     inactivity = {str(layer): counter.counts.cpu() for layer, counter in counters.items()} | {
-        f"{layer}.tokens": torch.tensor(counter.tokens) for layer, counter in counters.items()
+        f"{layer}.tokens": torch.tensor(int(counter.tokens)) for layer, counter in counters.items()
     }
     metrics = {"train_loss": loss_sum / weights, "seconds": time.monotonic() - begun, "tokens": float(tokens)}
     return LocalResult(adapters.extract(model), count, metrics, inactivity if count_inactivity else None)

@@ -12,36 +12,41 @@ N, D, E, R = 7, 5, 6, 2
 SCALE = 1.5
 dropouts = pytest.mark.parametrize("dropout", [0.0, 0.4])
 biases = pytest.mark.parametrize("with_bias", [True, False])
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, no_gpu])])
 
 
-def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def tensors(dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Tensor]:
     shapes = {"x": (N, D), "weight": (E, D), "bias": (E,), "a": (R, D), "b": (E, R)}
-    return {n: torch.randn(s, dtype=dtype, requires_grad=n in ("x", "a", "b")) for n, s in shapes.items()}
+    needed = ("x", "a", "b")
+    return {n: torch.randn(s, dtype=dtype, device=device, requires_grad=n in needed) for n, s in shapes.items()}
 
 
-def mask(dropout: float) -> Tensor:
+def mask(dropout: float, device: str = "cpu") -> Tensor:
     """The mask that seed 1 draws: the identity shows it, with A = B = I and no weight."""
     torch.manual_seed(1)
-    eye, ones = torch.eye(D, dtype=torch.float64), torch.ones(N, D, dtype=torch.float64)
+    eye, ones = (t.to(device, torch.float64) for t in (torch.eye(D), torch.ones(N, D)))
     return lora_linear(ones, torch.zeros_like(eye), None, eye, eye, scale=1.0, dropout=dropout)
 
 
+@devices
 @dropouts
 @biases
-def test_values_are_the_formula(dropout: float, with_bias: bool) -> None:
-    t = tensors()
+def test_values_are_the_formula(dropout: float, with_bias: bool, device: str) -> None:
+    t = tensors(device=device)
     bias = t["bias"] if with_bias else None
-    kept = mask(dropout)
+    kept = mask(dropout, device)
     torch.manual_seed(1)
     found = lora_linear(t["x"], t["weight"], bias, t["a"], t["b"], scale=SCALE, dropout=dropout)
     wanted = F.linear(t["x"], t["weight"], bias) + SCALE * F.linear(F.linear(t["x"] * kept, t["a"]), t["b"])
     torch.testing.assert_close(found, wanted)
 
 
+@devices
 @dropouts
 @biases
-def test_gradients(dropout: float, with_bias: bool) -> None:
-    t = tensors()
+def test_gradients(dropout: float, with_bias: bool, device: str) -> None:
+    t = tensors(device=device)
     bias = t["bias"] if with_bias else None
 
     def seeded(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -64,18 +69,20 @@ def test_transposed_weight_and_batch_dimensions() -> None:
         torch.testing.assert_close(one, other)
 
 
+@devices
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_dtype_stays_its_own(dtype: torch.dtype) -> None:
-    t = tensors(dtype)
+def test_every_dtype_stays_its_own(dtype: torch.dtype, device: str) -> None:
+    t = tensors(dtype, device)
     y = lora_linear(t["x"], t["weight"], t["bias"], t["a"], t["b"], scale=SCALE, dropout=0.4)
     y.float().square().sum().backward()
     assert {y.dtype, *(t[name].grad.dtype for name in ("x", "a", "b"))} == {dtype}
 
 
+@devices
 @pytest.mark.parametrize("dropout", [1e-3, 0.1, 0.5, 0.999])
-def test_mask_drops_with_the_given_probability_and_keeps_the_mean(dropout: float) -> None:
+def test_mask_drops_with_the_given_probability_and_keeps_the_mean(dropout: float, device: str) -> None:
     count = 1 << 20
-    x, one = torch.ones(count, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    x, one = (torch.ones(rows, 1, dtype=torch.float64, device=device) for rows in (count, 1))
     y = lora_linear(x, 0 * one, None, one, one, scale=1.0, dropout=dropout)
     share = float((y == 0).double().mean())
     deviation = (dropout * (1 - dropout) / count) ** 0.5

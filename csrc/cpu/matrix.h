@@ -38,7 +38,7 @@ struct Matrix {
 // out = a b
 template <class Real>
 void multiply(const Matrix<Real>& out, const Matrix<Real>& a, const Matrix<Real>& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.tensor().get(), a.tensor().get(), b.tensor().get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.tensor().get(), a.tensor().get(), b.tensor().get()));
 }
 
 // out = addend + a b; the addend is out itself, or one row for all.
@@ -46,7 +46,7 @@ template <class Real>
 void multiply_add(const Matrix<Real>& out, const Matrix<Real>& addend, const Matrix<Real>& a, const Matrix<Real>& b) {
   const torch::stable::Tensor result = out.tensor();
   const torch::stable::Tensor sum = addend.data == out.data ? result : addend.tensor();
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(result.get(), sum.get(), a.tensor().get(), b.tensor().get(), 1.0, 1.0));
 }
 

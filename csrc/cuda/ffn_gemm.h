@@ -54,7 +54,7 @@ struct FfnGemms {
   const char* (*backward)(const BackwardGemm&, cudaStream_t stream);
 };
 
-// Those of a half type for the current device; null if this library has none for it.
+// Those of a half type for the current device, if FEDPFT_FUSED_FFN is 1; null if this library has none for it.
 const FfnGemms* ffn_gemms(Element element);
 
 extern const FfnGemms kSm80BFloat16, kSm80Float16, kSm90BFloat16, kSm90Float16;

@@ -253,9 +253,12 @@ struct Multiply {
     arguments.epilogue.ptr_C = nullptr;
     arguments.epilogue.ptr_D = static_cast<Element*>(out);
     arguments.epilogue.dD = {ld_out, cute::_1{}, int64_t{0}};
-    if (cudaGetDevice(&arguments.hw_info.device_id) != cudaSuccess) return "no current device";
-    arguments.hw_info.sm_count =
-        cutlass::KernelHardwareInfo::query_device_multiprocessor_count(arguments.hw_info.device_id);
+    // The TMA descriptors come from the driver, which wants a current context. A thread that has not used the GPU yet,
+    // such as that of torch's backward, has none: setting the device makes it current.
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return "no current device";
+    arguments.hw_info.device_id = device;
+    arguments.hw_info.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(device);
     if (Gemm::get_workspace_size(arguments) != 0) return "the multiply asks for a workspace";
     cutlass::Status status = Gemm::can_implement(arguments);
     Gemm gemm;

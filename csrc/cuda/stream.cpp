@@ -23,7 +23,7 @@ CurrentStream find_current_stream() {
 Stream::Stream(const torch::stable::Tensor& tensor) : guard_(std::in_place, tensor.get_device()) {
   static const CurrentStream get = find_current_stream();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(tensor.get_device(), &stream));
+  TORCH_ERROR_CODE_CHECK(get(tensor.get_device(), &stream));
   stream_ = static_cast<cudaStream_t>(stream);
 }
 

@@ -1,9 +1,10 @@
 // sub_ffn, sub_ffn_train and their backwards on CUDA. Formulas and shapes are those of csrc/cpu/sub_ffn.cpp.
 //
 // Who multiplies: the first multiply of each direction, with bias, activation, derivative and count in its epilogue, is
-//   one of ffn_gemm.h's where the types, shapes and the GPU allow (fused() below), else ATen's, followed by one pass of
-//   sub_ffn.cu. Every other multiply is ATen's, through the dispatcher, so cuBLAS runs it on the current stream and
-//   nothing here links a CUDA build of torch. Only `out` variants are called: autocast leaves them alone.
+//   one of ffn_gemm.h's where it is asked for and types, shapes and the GPU allow it (fused() below), else ATen's,
+//   followed by one pass of sub_ffn.cu. Every other multiply is ATen's, through the dispatcher, so cuBLAS runs it on
+//   the current stream and nothing here links a CUDA build of torch. Only `out` variants are called: autocast leaves
+//   them alone.
 // Accumulation: float32 (float64 for float64). Rounding to a half type: the hidden value, y, and z where it is kept or
 //   ATen multiplied; over a set of neurons y and grad_x once more per further block.
 // A set of neurons is gathered kBlock rows at a time, so scratch for weights is 2 (gated 3) x kBlock x D elements,
@@ -46,7 +47,7 @@ constexpr int64_t kBlock = 2048;  // neurons gathered at once
 template <class... Arguments>
 void call(const char* operation, const char* overload, const Arguments&... arguments) {
   StableIValue stack[] = {torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(operation, overload, stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(operation, overload, stack, TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);  // every operation here returns one tensor, which must be released
 }
 
@@ -72,7 +73,7 @@ Tensor columns(const Tensor& matrix, int64_t first, int64_t count) {
 Tensor gathered(const Tensor& from, const Tensor& neurons) {
   StableIValue stack[] = {
       torch::stable::detail::from(from), torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(neurons)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -31,13 +31,13 @@ class InactivityCounter:
     Attributes:
         eps: a neuron is inactive at a token if |act(z)| <= eps.
         counts: (K,) int64, inactive tokens so far.
-        tokens: tokens so far.
+        tokens: tokens so far; under a mask a tensor on its device, so that no step waits for a GPU.
         mask: (N,) bool, the tokens of the next forward pass that count; None: all of them.
     """
 
     eps: float
     counts: Tensor
-    tokens: int = 0
+    tokens: int | Tensor = 0
     mask: Tensor | None = None
 
 
@@ -79,7 +79,7 @@ class SubFFN(nn.Module):
             return cast(Tensor, kernels.sub_ffn(x, **weights))
         y, counts = kernels.sub_ffn(x, **weights, mask=counter.mask, eps=counter.eps, count=True)
         counter.counts += counts
-        counter.tokens += x[..., 0].numel() if counter.mask is None else int(counter.mask.sum())
+        counter.tokens += x[..., 0].numel() if counter.mask is None else counter.mask.sum()
         return y
 
     def values(self, x: Tensor) -> Tensor:
