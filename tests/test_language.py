@@ -140,6 +140,11 @@ def test_packing_keeps_every_row_whole_and_once(lengths: list[int], most: int, r
         assert sum(sequence["input_ids"].shape[1] <= most // 2 for sequence in sequences) <= 1  # two would be one
 
 
+def test_rows_that_fill_a_sequence_share_it() -> None:
+    data = LanguageDataset.of(rows_of((5, 4, 6, 5)), PADDING)
+    assert [one["input_ids"].shape[1] for one in data.packed(torch.arange(4), 10)] == [10, 10]
+
+
 # --- exact ------------------------------------------------------------------------------------------------------------
 
 

@@ -77,7 +77,6 @@ def encode_messages(messages: Sequence[Message], tokenizer: Any) -> Learnt:
             "set model.chat_template in server.yaml to a file with one (Jinja), or give rows of prompt and completion",
         )
     turns = _assistant_turns(messages, tokenizer)
-    messages = messages[: turns[-1] + 1]
     texts = [_render(messages[: turn + answered], tokenizer, ask=not answered) for turn in turns for answered in (0, 1)]
     for number, text in enumerate(texts):
         if not texts[-1].startswith(text):
