@@ -13,7 +13,7 @@ from fedpft.data.language import LanguageDataset
 from fedpft.errors import DataError
 from fedpft.model import adapters
 from fedpft.model.architectures import in_head
-from fedpft.model.packing import Way, has_varlen, packed_inputs
+from fedpft.model.packing import Way, packed_inputs
 from fedpft.model.subffn import InactivityCounter, sub_ffns
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
@@ -140,7 +140,7 @@ def _count_inactivity(model: nn.Module, compressed: tuple[int, ...], eps: float)
 def _parts(dataset: EncodedDataset, lot: Tensor, most: int, packing: Way | None) -> Iterator[dict[str, Tensor]]:
     """A batch in parts of at most `most` samples, or of as many tokens as those can have, if they are packed."""
     if packing is not None and isinstance(dataset, LanguageDataset):
-        yield from dataset.packed(lot, int(dataset.lengths.max()) * (most if has_varlen() else 1))
+        yield from dataset.packed(lot, int(dataset.lengths.max()) * (most if packing == "rows" else 1))
         return
     batch = dataset.batch(lot)
     for start in range(0, len(lot), most):

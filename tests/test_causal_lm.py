@@ -28,6 +28,7 @@ from fedpft.demo.run import run_federation
 from fedpft.digests import Digests
 from fedpft.errors import DataError, FedPFTError
 from fedpft.model import adapters, loading
+from fedpft.model.packing import way_to_pack
 from fedpft.proxy.bundle import load_proxy
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import select
@@ -258,6 +259,46 @@ def test_nothing_of_the_head_trains(tied: bool, tmp_path: Path, data: LanguageDa
     assert int(result.inactivity["1.tokens"]) == int(data.lengths.sum())
 
 
+@pytest.mark.parametrize("most", [None, 2])
+def test_packed_rows_train_to_the_same_adapter(most: int | None, fm: nn.Module, data: LanguageDataset) -> None:
+    adapters.attach(fm, AdapterSection(rank=2, dropout=0.0), seed=0)
+    start = adapters.extract(fm)
+    settings = RoundSettings(
+        seed=0,
+        adapter=AdapterSection(rank=2, dropout=0.0),
+        training=TrainingSection(rounds=1, batch=3, learning_rate=0.01),
+        inactive_below=0.01,
+    )
+    proxy = cut(fm, select(fm, ProxySection(neurons=8)))
+    way = way_to_pack(proxy.base_model, vocabulary=20, longest=40, device=torch.device("cpu"))
+    assert way is not None
+    results = []
+    for packing in (None, way):
+        adapters.load(proxy, start)
+        results.append(
+            train_round(
+                TASK,
+                proxy,
+                data,
+                settings,
+                silo="north",
+                round=1,
+                compressed=(1, 2),
+                count_inactivity=True,
+                limits=LimitsSection(max_batch=most),
+                packing=packing,
+            )
+        )
+    padded, packed = results
+    assert packed.metrics["tokens"] == padded.metrics["tokens"] == int(data.lengths.sum())
+    assert packed.metrics["train_loss"] == pytest.approx(padded.metrics["train_loss"], rel=1e-5)
+    for name, tensor in padded.adapter.items():
+        torch.testing.assert_close(packed.adapter[name], tensor, rtol=1e-3, atol=1e-5)
+    assert packed.inactivity is not None
+    assert padded.inactivity is not None
+    assert torch.equal(packed.inactivity["1.tokens"], padded.inactivity["1.tokens"])
+
+
 # --- a federation -----------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +314,7 @@ def settings_of(root: Path, **model: Any) -> dict[str, Any]:
         "distillation": {"steps": 4, "batch": 4},
         "alignment": {"every_rounds": 1, "steps": 2, "batch": 4},
         "adapter": {"rank": 4, "alpha": 8},
-        "training": {"rounds": 2, "local_epochs": 16, "batch": 2, "learning_rate": 0.02},
+        "training": {"rounds": 2, "local_epochs": 16, "batch": 2, "learning_rate": 0.02, "packing": True},
         "federation": {"silos": ["north", "south"]},
         "public_data": str(written(root / "public.jsonl", [{"text": line} for line in languages.SENTENCES[:5]])),
         "test_data": str(written(root / "test.jsonl", everything)),
@@ -366,13 +407,15 @@ def test_the_chat_template_travels_with_the_proxy(run: tuple[Path, dict[str, Any
         ({}, "has no chat template"),
         ({"chat_template": "bad.jinja"}, "not a chat template"),
         ({"task": "sequence-classification"}, "model.task sequence-classification needs model.labels"),
+        ({"rank": 0}, "adapter.rank is 0, and causal-lm has no head"),
     ],
 )
 def test_what_the_server_lacks_is_named_at_the_start(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_fm(tmp_path / "fm", template=None)
     (tmp_path / "labels.txt").write_text("a\nb\n", encoding="utf-8")
     (tmp_path / "bad.jinja").write_text("{% for m in messages %}", encoding="utf-8")
-    changes = {key: str(tmp_path / value) if "." in value else value for key, value in changes.items()}
-    values = settings_of(tmp_path, **changes) | {"out": str(tmp_path / "out")}
+    changes = {key: str(tmp_path / value) if "." in str(value) else value for key, value in changes.items()}
+    rank = changes.pop("rank", 4)
+    values = settings_of(tmp_path, **changes) | {"out": str(tmp_path / "out"), "adapter": {"rank": rank}}
     with pytest.raises(FedPFTError, match=message):
         load_owner(ServerConfig.model_validate(values), Digests())

@@ -92,7 +92,7 @@ class LanguageDataset(EncodedDataset):
         Returns:
             For each sequence input_ids, labels, position_ids: (1, N) int64. Positions start at 0 with each row, and
             there is no attention mask: from such positions transformers itself builds the mask of each kind of layer
-            that keeps rows apart. Whether a model really does so `fedpft.model.packing.packs_exactly` finds out.
+            that keeps rows apart. Whether a model really does so `fedpft.model.packing.way_to_pack` finds out.
         """
         sequences: list[list[int]] = []
         room: list[int] = []

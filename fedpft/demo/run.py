@@ -31,6 +31,7 @@ from fedpft.errors import ConfigError, FedPFTError
 from fedpft.provision import provision
 from fedpft.report.page import write_report
 from fedpft.tasks import TASKS
+from fedpft.tasks.causal_lm import CausalLM
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ LM_FULL = Scale(
         "alignment": {"every_rounds": 1, "steps": 4, "batch": 8},
         "training": {"rounds": 3, "local_epochs": 0.5, "batch": 8, "learning_rate": 2e-3},
         "evaluation": {"every_rounds": 0, "batch": 16, "written_samples": 16},
-        "model": {"task": "causal-lm", "max_tokens": 96},
+        "model": {"task": CausalLM.name, "max_tokens": 96},
     },
     ablations=False,
 )
@@ -106,7 +107,7 @@ LM_QUICK = Scale(
         "alignment": {"every_rounds": 1, "steps": 1, "batch": 4},
         "training": {"rounds": 2, "batch": 4},
         "evaluation": {"every_rounds": 0, "batch": 8, "written_samples": 2},
-        "model": {"task": "causal-lm", "max_tokens": 48},
+        "model": {"task": CausalLM.name, "max_tokens": 48},
     },
     ablations=False,
 )

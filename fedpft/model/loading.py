@@ -21,6 +21,7 @@ from fedpft.config import TaskName
 from fedpft.errors import ModelError
 from fedpft.finite import not_finite
 from fedpft.model import architectures
+from fedpft.model.packing import varlen_attention
 from fedpft.seeding import derive_seed
 from fedpft.tasks import TASKS
 
@@ -229,6 +230,17 @@ def save_model(model: nn.Module, processor: Any, directory: Path) -> None:
     model.save_pretrained(directory)  # type: ignore[operator]
     save_config(model, directory)
     processor.save_pretrained(directory)
+
+
+def attend_within_rows(model: nn.Module) -> None:
+    """Lets a model whose attention is torch's own be told where packed rows end; else it computes what it did."""
+    name = "fedpft_varlen"
+    if model.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
+        attention = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        transformers.AttentionInterface.register(name, varlen_attention(attention))
+        masks = transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        transformers.AttentionMaskInterface.register(name, masks)
+        model.set_attn_implementation(name)  # type: ignore[operator]
 
 
 def convert_gguf(file: Path, directory: Path) -> None:

@@ -3,7 +3,8 @@ attention that never looks across.
 
 A packed batch (`LanguageDataset.packed`) has input_ids and position_ids that start at 0 with each row. Most models of
 transformers build from such positions the mask of each kind of layer; some read no positions there and need the mask
-made for them; some cannot be told (ALiBi, recurrent layers). That is measured on the model itself, not looked up.
+made for them; some cannot be told (ALiBi, recurrent layers). On CUDA `loading.attend_within_rows` lets a model be told
+where rows end. That is measured on the model itself, not looked up.
 
 N  tokens of a packed sequence
 R  rows in it
@@ -21,18 +22,19 @@ from torch.nn.attention import varlen
 
 from fedpft.seeding import derive_seed
 
-Way = Literal["positions", "mask"]
+Way = Literal["rows", "positions", "mask"]
 
 VARLEN_ARGUMENTS = {"scale", "window_size", "enable_gqa"}  # torch >= 2.12 has all of them
+HALVES = (torch.bfloat16, torch.float16)  # that flash attention takes
 WIDEST_HEAD = 256  # that flash attention takes
 ROWS_APART = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # rounding through a deep model
 
 
-def packed_inputs(batch: dict[str, Tensor], way: Way, dtype: torch.dtype) -> dict[str, Tensor]:
+def packed_inputs(batch: dict[str, Tensor], way: Way, dtype: torch.dtype) -> dict[str, Any]:
     """A packed batch as a model takes it that is told in this way; dtype: of the model's hidden states."""
-    if way == "positions":
-        return batch
-    return {**batch, "attention_mask": block_mask(batch["position_ids"], dtype)}
+    if way == "mask":
+        return {**batch, "attention_mask": block_mask(batch["position_ids"], dtype)}
+    return {**batch, **row_ends(batch["position_ids"])} if way == "rows" else batch
 
 
 def block_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,6 +71,8 @@ def way_to_pack(decoder: Callable[..., Any], *, vocabulary: int, longest: int, d
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     batch = {"input_ids": torch.cat(rows)[None], "position_ids": positions[None]}
     ways: tuple[Way, ...] = ("positions", "mask")
+    if has_varlen() and device.type == "cuda" and alone[0].dtype in HALVES:
+        ways = ("rows", *ways)
     for way in ways:
         try:
             packed = decoder(**packed_inputs(batch, way, alone[0].dtype)).last_hidden_state[0]
@@ -165,7 +169,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, dropout: float, softcap: fl
     return (
         has_varlen()
         and query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype in HALVES
         and query.shape[0] == 1
         and len(sizes) == 1
         and max(sizes) <= WIDEST_HEAD

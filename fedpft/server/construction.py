@@ -19,7 +19,7 @@ from fedpft.data.chat import with_template
 from fedpft.data.samples import Samples
 from fedpft.data.text import characters_per_token
 from fedpft.digests import Digests, differences
-from fedpft.errors import ModelError
+from fedpft.errors import ConfigError, ModelError
 from fedpft.evaluation import Gap, measure_gap
 from fedpft.model import adapters, loading
 from fedpft.model.compatibility import check_travels, make_fit
@@ -136,6 +136,8 @@ def load_owner(config: ServerConfig, digests: Digests) -> Owner:
 def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any]:
     """The FM, and its tokenizer or image processor; ModelError if they are not fit for a federation."""
     section = config.model
+    if not config.adapter.rank and not TASKS[section.task].head:
+        raise ConfigError(f"adapter.rank is 0, and {section.task} has no head: nothing would train", "set it to 8, say")
     model = loading.load_model(section.path, section.task, labels, seed=config.seed).to(config.device)
     processor = loading.load_processor(section.path, section.task)
     if section.chat_template is not None:

@@ -11,8 +11,8 @@ from fedpft.config import ShareSection, SiloConfig
 from fedpft.data.language import LanguageDataset
 from fedpft.data.samples import Samples, image_paths
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
-from fedpft.model import adapters
-from fedpft.model.packing import Way, way_to_pack
+from fedpft.model import adapters, loading
+from fedpft.model.packing import Way, has_varlen, way_to_pack
 from fedpft.proxy.bundle import apply_patch, load_proxy
 from fedpft.silo import data
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
@@ -231,6 +231,8 @@ class Participant:
         model: Any = self.proxy.model
         vocabulary = model.get_input_embeddings().weight.shape[0]
         longest, device = int(self.dataset.lengths.max()), next(model.parameters()).device
+        if has_varlen() and device.type == "cuda":
+            loading.attend_within_rows(model)
         way = way_to_pack(model.base_model, vocabulary=vocabulary, longest=longest, device=device)
         if way is None:
             log.warning("%s: rows are padded, not packed: this model cannot keep them apart exactly", self.name)
