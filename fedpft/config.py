@@ -22,7 +22,13 @@ LARGEST = 1_000_000_000  # of any number of things, or of seconds
 MOST_THREADS = 1024
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
-TaskName = Literal["sequence-classification", "image-classification"]
+TaskName = Literal[
+    "sequence-classification",
+    "multi-label-classification",
+    "regression",
+    "token-classification",
+    "image-classification",
+]
 BadRows = Literal["refuse", "skip"]
 
 
@@ -194,7 +200,10 @@ class ColumnsSection(Section):
 
     text: str = Field("text", description="Column that holds the text.")
     image: str = Field("image", description="Column that holds the image's path, relative to the data file.")
-    label: str = Field("label", description="Column that holds the label.")
+    words: str = Field("words", description="Column that holds the words of a text.")
+    label: str = Field("label", description="Column that holds the label, or the number.")
+    labels: str = Field("labels", description="Column that holds any number of labels.")
+    tags: str = Field("tags", description="Column that holds a tag for each word.")
 
 
 class ProductSection(Section):
@@ -324,7 +333,7 @@ class ShareSection(Section):
 class SiloDataSection(Section):
     """The institution's own labelled data."""
 
-    path: Path = Field(description="CSV, TSV or the like, with a header line, or JSON lines (data.md).")
+    path: Path = Field(description="CSV, TSV or the like, with a header line, JSON lines, or Parquet (data.md).")
     columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Which columns hold what.")
     encoding: str | None = Field(
         None, description="The file's encoding, such as `cp1252`; default: UTF-8, or what its byte order mark says."

@@ -33,7 +33,15 @@ BESIDE = {
 # The files of a room, each of which imports of its own room only files that stand before it.
 ORDER = {
     "data": ("rows", "batches", "images", "samples", "text", "partition"),
-    "tasks": ("task", "classification", "sequence_classification", "image_classification"),
+    "tasks": (
+        "task",
+        "classification",
+        "sequence_classification",
+        "image_classification",
+        "multi_label_classification",
+        "regression",
+        "token_classification",
+    ),
     "model": ("architectures", "lora", "subffn", "loading", "compatibility", "adapters"),
     "proxy": ("selection", "cut", "holdings", "closed_form", "distillation", "bundle"),
     "report": ("figures", "page"),
@@ -47,6 +55,8 @@ ONLY_IN: dict[str, set[str]] = {
     "peft": {"model/adapters"},
     "grpc": {"wire", "server", "silo"},
     "matplotlib": {"report/figures"},
+    "pyarrow": {"data/rows"},
+    "seqeval": {"tasks/token_classification"},
     "orangecontrib": set(),  # AGPL: the demo reads its data files, no code is imported
 }
 NEVER_IN = {

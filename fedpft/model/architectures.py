@@ -26,6 +26,7 @@ class Architecture:
         norm: the norm that belongs to the FFN (after it in a post-norm model, before it in a pre-norm one).
         attention: projections that carry LoRA: query, key, value and attention output.
         head: the task head, trained in full.
+        token_head: what it is called where each token has an answer, if not the same.
         activation: the configuration's field that names the FFN's activation.
         post_norm: the norm comes after the FFN and its residual, not before the FFN.
         scale: a parameter that multiplies the FFN's output, or None.
@@ -42,6 +43,7 @@ class Architecture:
     norm: str
     attention: tuple[str, ...]
     head: str
+    token_head: str | None = None
     absorbed: str | None = None
     gate: str | None = None
     activation: str = "hidden_act"
@@ -87,6 +89,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm="ln_2",
         attention=("attn.c_attn", "attn.c_proj"),
         head="score",
+        token_head="classifier",
         activation="activation_function",
         transposed=True,
     ),
@@ -143,7 +146,9 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 def head_of(model: nn.Module) -> tuple[str, ...]:
     """The modules that train in full: the task head, and what else was drawn because the FM's checkpoint lacks it."""
     drawn: tuple[str, ...] = getattr(model, "drawn_modules", ())
-    return (architecture_of(model).head, *drawn)
+    row = architecture_of(model)
+    head = row.token_head if row.token_head and hasattr(model, row.token_head) else row.head
+    return (head, *drawn)
 
 
 def in_head(model: nn.Module, name: str) -> bool:

@@ -59,7 +59,7 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) 
 
     Args:
         path: directory as `save_pretrained` writes it.
-        labels: C label names in the order of their class indices.
+        labels: C label names in the order of their class indices; none for a head of one number.
         seed: for what is drawn.
 
     Raises:
@@ -68,8 +68,10 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) 
     """
     config = _config(path)
     _check_files(path)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {name: index for index, name in enumerate(labels)}
+    if TASKS[task].head:
+        rows = labels or ("value",)
+        config.id2label = dict(enumerate(rows))
+        config.label2id = {name: index for index, name in enumerate(rows)}
     config.problem_type = TASKS[task].problem_type
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "task head"))
@@ -258,7 +260,7 @@ def _drawn(path: Path, model: nn.Module, report: dict[str, Any]) -> tuple[str, .
             log.info("%s has no %s: it is drawn, and trains with the task head", path, module)
             drawn.append(module)
             missing -= names
-    head = f"{row.head}."
+    head = f"{architectures.head_of(model)[0]}."
     own = not any(name.startswith(head) for name in (*missing, *(name for name, *_ in report["mismatched_keys"])))
     log.info("%s: the task head is %s", path, "the checkpoint's own" if own else "drawn from the seed")
     for name in sorted(missing):
