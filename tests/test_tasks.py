@@ -296,6 +296,25 @@ def test_public_data_of_tags_may_be_words_or_text(tmp_path: Path) -> None:
     assert found[0] == found[1] == [tokenizer("the red bird")["input_ids"]]
 
 
+@every_task
+def test_the_samples_of_the_documentation_are_read(name: str, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    entry = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    (tmp_path / "scans").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "scans" / "0001.png")
+    labels = ("cars", "hockey", "fever", "cough", "healthy", "O", "B-PER", "I-PER")
+    found = []
+    for kind, suffix in (("csv", "csv"), ("json", "jsonl")):
+        path = tmp_path / f"a.{suffix}"
+        path.write_text(entry.partition(f"```{kind}\n")[2].partition("```")[0], encoding="utf-8")
+        found.append(TASKS[name].read_labelled(path, COLUMNS, labels))
+    assert found[0].targets == found[1].targets
+    assert found[0].texts() == found[1].texts()
+    assert f"task: {name}" in entry
+    assert TASKS[name].model in entry
+    assert TASKS[name].peft_loader in entry
+
+
 # --- words and their tokens -------------------------------------------------------------------------------------------
 
 

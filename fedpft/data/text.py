@@ -119,20 +119,15 @@ def tokenize(
     Args:
         tokenizer: the FM's, as transformers has it.
         max_tokens: texts are cut after this many tokens, special ones included.
-        find_words: whether the samples have `words`, and it is asked where those begin.
+        find_words: whether the samples have `words`, and it is asked where those begin; of a fast tokenizer.
         bad_rows, way_out: as of :meth:`Examination.samples`, for texts without a token.
 
     Raises:
         DataError: texts without a token.
-        ModelError: a tokenizer without a padding token, or one that cannot tell where its tokens come from.
+        ModelError: a tokenizer without a padding token.
     """
     if tokenizer.pad_token_id is None:
         raise ModelError("the tokenizer has no padding token", "set pad_token in the model's tokenizer_config.json")
-    if find_words and not tokenizer.is_fast:
-        raise ModelError(
-            f"the tokenizer ({type(tokenizer).__name__}) cannot tell which word a token is of",
-            "save a fast one beside the model: one with a tokenizer.json",
-        )
     found, every_text = Tokenized(RowFaults(samples.path)), samples.texts()
     places = {"return_offsets_mapping": True} if find_words else {}
     for start in range(0, len(samples), TOKENIZED_AT_ONCE):

@@ -17,7 +17,7 @@ from fedpft.data.batches import EncodedDataset
 from fedpft.data.rows import Unusable
 from fedpft.data.samples import Reader, Samples
 from fedpft.data.text import TextDataset, Tokenized, encode_texts, tokenize
-from fedpft.errors import ConfigError
+from fedpft.errors import ConfigError, ModelError
 from fedpft.tasks.classification import ClassNames
 from fedpft.tasks.task import Batch, Metric, Task
 
@@ -69,6 +69,11 @@ class TokenClassification(Task):
         self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
     ) -> EncodedDataset:
         """Token ids of the words with blanks in between, and a tag's index for each token."""
+        if not processor.is_fast:
+            raise ModelError(
+                f"the tokenizer ({type(processor).__name__}) cannot tell which word a token is of",
+                "save a fast one beside the model: one with a tokenizer.json",
+            )
         if samples.targets is None:
             return encode_texts(samples, processor, max_tokens, None, bad_rows=bad_rows, way_out=way_out)
         found = tokenize(samples, processor, max_tokens, find_words=True, bad_rows=bad_rows, way_out=way_out)
