@@ -333,11 +333,12 @@ def word_pieces() -> Any:
 
 
 def byte_pieces() -> Any:
-    """As GPT-2 and RoBERTa have them: a blank belongs to the word after it."""
+    """As GPT-2 and RoBERTa have them: a blank belongs to the word after it. Cuts x away."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: number for number, piece in enumerate(["[PAD]", "[UNK]", *alphabet, "Ġr", "Ġre"])}
     model = models.BPE(vocabulary, [("Ġ", "r"), ("Ġr", "e")])
-    return tokenizer_of(model, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False))
+    blanks = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer_of(model, normalizer=normalizers.Replace("x", ""), pre_tokenizer=blanks)
 
 
 def tagged(tokenizer: Any, words: Sequence[list[str]], max_tokens: int = 40, **settings: Any) -> Any:
@@ -374,6 +375,12 @@ def test_a_word_is_tokenized_as_in_its_text() -> None:
     ]
 
 
+def test_a_blank_after_a_word_without_a_token_is_not_that_words() -> None:
+    tokenizer = byte_pieces()
+    found = pieces(tokenizer, tagged(tokenizer, [["b", "x", "c"]]), 0)
+    assert found == [("b", 0), ("Ġ", -100), ("Ġ", -100), ("c", 2)]
+
+
 def test_words_that_were_cut_away_carry_nothing_and_the_row_is_counted() -> None:
     dataset = tagged(word_pieces(), [["redbirds", "fly", "a"], ["a", "a"]], max_tokens=4)
     assert dataset.tags_of(0) == [0, 1]
@@ -381,11 +388,12 @@ def test_words_that_were_cut_away_carry_nothing_and_the_row_is_counted() -> None
     assert dataset.cut == 1
 
 
-def test_a_row_of_which_no_word_has_a_token_is_refused_or_left_out() -> None:
+@pytest.mark.parametrize("tokenizer", [word_pieces(), byte_pieces()], ids=["nothing", "a blank"])
+def test_a_row_of_which_no_word_has_a_token_is_refused_or_left_out(tokenizer: Any) -> None:
     words = [["a"], ["x", "xx"], ["red", "x"]]
     with pytest.raises(DataError, match=r"a\.jsonl:2: the tokenizer finds no token in 'x xx'"):
-        tagged(word_pieces(), words)
-    dataset = tagged(word_pieces(), words, bad_rows="skip")
+        tagged(tokenizer, words)
+    dataset = tagged(tokenizer, words, bad_rows="skip")
     assert (len(dataset), dataset.skipped) == (2, 1)
     assert [dataset.tags_of(index) for index in range(2)] == [[0], [0]]
     assert all(TASKS["token-classification"].weight(dataset.batch(torch.tensor([index]))) for index in range(2))
@@ -586,6 +594,14 @@ def test_metrics_of_tags_are_those_of_whole_spans() -> None:
     hits = [a == b for x, y in zip(wanted, given, strict=True) for a, b in zip(x, y, strict=True)]
     assert found["token_accuracy"] == pytest.approx(sum(hits) / len(hits))
     assert precision != pytest.approx(recall)
+
+
+def test_a_words_answer_is_that_of_its_first_token() -> None:
+    def model(**_: Tensor) -> Any:
+        return transformers.modeling_outputs.TokenClassifierOutput(logits=torch.eye(4).expand(2, 4, 4))
+
+    labels = torch.tensor([[-100, 0, -100, 1], [2, -100, -100, -100]])
+    assert TASKS["token-classification"].answers(model, {"labels": labels}) == [[1, 3], [0]]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("single_and_last", ["SE", "UL"])
