@@ -469,6 +469,7 @@ def test_every_architecture_has_a_head_for_the_task(
     case, task = CASES[name], TASKS[name]
     model = load_model(fm_directory(model_type), name, case.labels, seed=0)  # type: ignore[arg-type]
     assert type(model).__name__.endswith(case.auto.__name__.removeprefix("AutoModel"))
+    assert model.config.problem_type == task.problem_type, "pipelines go by it"  # type: ignore[union-attr]
     before = set(dict(model.named_parameters()))
     adapters.attach(model, AdapterSection(rank=2, alpha=4.0), seed=0)
     trained = {parameter for parameter in adapters.extract(model) if ".lora_" not in parameter}
@@ -704,6 +705,7 @@ def test_a_federation_learns_the_task_and_its_product_loads(
     names = {"id2label": dict(enumerate(case.labels or ("value",)))}
     merged = case.auto.from_pretrained(out / "merged").eval()
     assert merged.config.id2label == names["id2label"]
+    assert merged.config.problem_type == task.problem_type
     loader = getattr(peft, task.peft_loader)
     loaded = loader.from_pretrained(str(out / "adapter"), **names, ignore_mismatched_sizes=True).eval()
     inputs = tiny.batch(case.model_type)
