@@ -33,6 +33,7 @@ from fedpft.model.loading import load_model
 from fedpft.silo.explain import explain
 from fedpft.tasks import FORMS, TASKS
 from fedpft.tasks.token_classification import TaggedDataset
+from fedpft.wire.hello import Terms
 
 COLUMNS = ColumnsSection()
 COLORS, THINGS = ("red", "green", "blue"), ("bird", "fish", "tree")
@@ -714,8 +715,12 @@ def test_a_federation_learns_the_task_and_its_product_loads(
 
     doctor.examine(tmp_path / "run" / "server.yaml")
     assert "WRONG" not in capsys.readouterr().out
-    said = explain(load_silo_config(tmp_path / "run" / "silo-north.yaml"))
-    assert "classifier" in said, "the head is among what leaves"
+    config = load_silo_config(tmp_path / "run" / "silo-north.yaml")
+    said = doctor._silo_data(config, Terms(task.name, case.labels, max_tokens=12, characters_per_token=4.0))
+    assert f"{len(case.rows)} labelled rows" in said
+    assert (f"of {len(case.labels)} labels" in said) == task.label_list
+    assert (f"0 of {len(case.rows)} texts are longer" in said) == task.has_tokens
+    assert "classifier" in explain(config), "the head is among what leaves"
 
 
 def test_a_silo_can_look_at_its_file_before_it_knows_the_task(tmp_path: Path) -> None:
