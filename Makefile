@@ -91,6 +91,7 @@ $(CUDA_SETTINGS): $(TORCH_STAMP) FORCE
 $(STAMP): $(TORCH_STAMP) $(CUDA_SETTINGS) pyproject.toml setup.py CMakeLists.txt requirements-demo.txt $(NATIVE)
 	$(if $(NVCC),$(PIP) install --no-deps nvidia-cutlass -c $(HELD))
 	@echo "compiling the extension$(if $(NVCC), with CUDA): minutes the first time"
+	$(PIP) install seqeval rouge-score -c $(HELD) # by themselves: what they build with would have a say in this package's build, too
 	$(PIP) install --no-build-isolation --no-warn-conflicts -e '.[test]' -c $(HELD)
 	$(PIP) install --no-deps -r requirements-demo.txt
 	@touch '$@'

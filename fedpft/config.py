@@ -22,7 +22,14 @@ LARGEST = 1_000_000_000  # of any number of things, or of seconds
 MOST_THREADS = 1024
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
-TaskName = Literal["sequence-classification", "image-classification", "causal-lm"]
+TaskName = Literal[
+    "sequence-classification",
+    "multi-label-classification",
+    "regression",
+    "token-classification",
+    "image-classification",
+    "causal-lm",
+]
 BadRows = Literal["refuse", "skip"]
 SharedMetric = Literal["train_loss", "seconds", "tokens", "skipped_rows", "cut_texts", "cut_completions"]
 
@@ -203,10 +210,13 @@ class ColumnsSection(Section):
 
     text: str = Field("text", description="Column that holds the text.")
     image: str = Field("image", description="Column that holds the image's path, relative to the data file.")
+    words: str = Field("words", description="Column that holds the words of a text.")
     messages: str = Field("messages", description="Column that holds a conversation.")
     prompt: str = Field("prompt", description="Column that holds what is asked.")
     completion: str = Field("completion", description="Column that holds the answer to it.")
-    label: str = Field("label", description="Column that holds the label.")
+    label: str = Field("label", description="Column that holds the label, or the number.")
+    labels: str = Field("labels", description="Column that holds any number of labels.")
+    tags: str = Field("tags", description="Column that holds a tag for each word.")
 
 
 class ProductSection(Section):
@@ -339,7 +349,7 @@ class ShareSection(Section):
 class SiloDataSection(Section):
     """The institution's own labelled data."""
 
-    path: Path = Field(description="CSV, TSV or the like, with a header line, or JSON lines (data.md).")
+    path: Path = Field(description="CSV, TSV or the like, with a header line, JSON lines, or Parquet (data.md).")
     columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Which columns hold what.")
     encoding: str | None = Field(
         None, description="The file's encoding, such as `cp1252`; default: UTF-8, or what its byte order mark says."

@@ -232,7 +232,8 @@ def _silo_data(config: SiloConfig, terms: Terms | None) -> str:
         usable = examination.rows - len(examination.faults)
         return f"{config.data.path}: {usable} labelled rows; the server did not say which labels there are"
     samples = data.fit(examination, config, terms)
-    found = f"{config.data.path}: {len(samples)} labelled rows of {len(terms.labels)} labels"
+    found = f"{config.data.path}: {len(samples)} labelled rows"
+    found += f" of {len(terms.labels)} labels" if terms.labels else ""
     if TASKS[terms.task].has_tokens:
         found += f"; {data.describe_lengths(config, samples, terms)}"
     return _unless_warned(found, samples)

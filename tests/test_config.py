@@ -126,7 +126,7 @@ WRONG = [
     ("federation.min_silos", 3, ": federation.min_silos is 3, but only 2 silos are named"),
     ("listen", "here", ": listen: does not have the right form, got 'here' -> listen: host:port"),
     ("listen", "0.0.0.0:70000", "there is no port 70000"),
-    ("model.task", "translation", ": model.task: input should be 'sequence-classification' or"),
+    ("model.task", "translation", ": model.task: input should be 'sequence-classification', "),
     ("proxy.neurons", "some", ": proxy.neurons: input should be a valid integer"),
     ("proxy.neurons", 0, ": proxy.neurons: input should be greater than or equal to 1, got 0"),
     ("proxy.keep", "layers", ": proxy.layers is needed with proxy.keep: layers"),

@@ -38,6 +38,9 @@ ORDER = {
         "task",
         "classification",
         "sequence_classification",
+        "multi_label_classification",
+        "regression",
+        "token_classification",
         "image_classification",
         "causal_lm",
     ),
@@ -54,6 +57,9 @@ ONLY_IN: dict[str, set[str]] = {
     "peft": {"model/adapters"},
     "grpc": {"wire", "server", "silo"},
     "matplotlib": {"report/figures"},
+    "pyarrow": {"data/rows"},
+    "seqeval": {"tasks/token_classification"},
+    "rouge_score": {"tasks/causal_lm"},
     "orangecontrib": set(),  # AGPL: the demo reads its data files, no code is imported
 }
 NEVER_IN = {

@@ -1,4 +1,4 @@
-"""Rows of tables as spreadsheets and programs write them: CSV and its relatives, JSON lines (docs/data.md).
+"""Rows of tables as spreadsheets and programs write them: CSV and its relatives, JSON lines, Parquet (docs/data.md).
 
 A fault of a file as a whole is one DataError with file and line. Faults of single rows are collected in RowFaults, so
 that one reading shows all of them.
@@ -97,8 +97,8 @@ class Table:
     """The columns of a file that were asked for.
 
     roles: which they are, the keys under `columns` in the YAML file.
-    rows: for each row the line where it begins, and its values in the order of `roles`: strings, or what JSON can say,
-        objects as dicts. A null is an empty string, as an empty cell is.
+    rows: for each row the line where it begins, or in Parquet its number from 1, and its values in the order of
+        `roles`: strings, or what JSON can say, objects as dicts. A null is an empty string, as an empty cell is.
     faults: of the rows that are not among them.
     """
 
@@ -118,12 +118,8 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     """
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file", "give the path of the data file") from None
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror})", "make it a file that this user may read"
-        ) from None
+        raise _unreadable(path, error) from None
     if not data.strip():
         raise DataError(f"{path}: the file is empty", "write a header line and one row a sample")
     if what := next((what for start, what in NO_TEXT.items() if data.startswith(start)), None):
@@ -150,23 +146,34 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     return text
 
 
+def _unreadable(path: Path, error: OSError) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path}: no such file", "give the path of the data file")
+    return DataError(f"{path}: cannot be read ({error.strerror})", "make it a file that this user may read")
+
+
 def read_rows(path: Path, forms: Sequence[Form], columns: Mapping[str, str], encoding: str | None = None) -> Table:
     """Reads the columns that are asked for.
 
     Args:
         forms: what a row may consist of. The columns of one of them must be there, and those of all that are, are read.
         columns: role -> column.
-        encoding: as of :func:`read_text`.
+        encoding: as of :func:`read_text`; Parquet has none.
 
     Raises:
         DataError: the file as a whole cannot be used.
     """
-    kind = path.suffix.lower()
-    if kind not in (*SEPARATORS, ".jsonl"):
-        raise DataError(f"{path}: unknown kind of data file {kind!r}", f"use .csv, .tsv or .jsonl; {SAVE_AS_CSV}")
-    text = read_text(path, encoding)
-    asked = _Columns(forms, columns)
-    table = _json_table(path, text, asked) if kind == ".jsonl" else _csv_table(path, text, kind, asked)
+    kind, asked = path.suffix.lower(), _Columns(forms, columns)
+    if kind == ".parquet":
+        table = _parquet_table(path, asked)
+    elif kind == ".jsonl":
+        table = _json_table(path, read_text(path, encoding), asked)
+    elif kind in SEPARATORS:
+        table = _csv_table(path, read_text(path, encoding), kind, asked)
+    else:
+        raise DataError(
+            f"{path}: unknown kind of data file {kind!r}", f"use .csv, .tsv, .jsonl or .parquet; {SAVE_AS_CSV}"
+        )
     if not table.rows and not table.faults:
         raise DataError(f"{path}: a header but no rows", "write one row a sample")
     return table
@@ -347,8 +354,9 @@ def _json_table(path: Path, text: str, columns: _Columns) -> Table:
 
 def _plain(value: Any) -> Any:
     """The value with its objects as dicts, of which the last of equal keys wins; a null is an empty cell."""
-    if isinstance(value, tuple):
-        return {key: _plain(each) for key, each in value}
+    if isinstance(value, tuple | dict):
+        pairs = value.items() if isinstance(value, dict) else value
+        return {key: _plain(each) for key, each in pairs}
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return "" if value is None else value
@@ -357,6 +365,55 @@ def _plain(value: Any) -> Any:
 def _lines(text: str) -> list[str]:
     """Split where a line ends on some system. Not splitlines(): U+2028 and others may stand inside a JSON string."""
     return re.split(r"\r\n|\r|\n", text)
+
+
+# --- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+def _parquet_table(path: Path, columns: _Columns) -> Table:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise DataError(f"{path}: reading Parquet needs pyarrow", "pip install 'fedpft[parquet]'") from None
+    try:
+        opened = path.open("rb")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    with opened:
+        try:
+            file = ParquetFile(opened)
+            schema = file.schema_arrow
+            found = columns.find(schema.names)
+            for role, position in found.items():
+                if (odd := _beyond_json(schema.types[position], pyarrow.types)) is not None:
+                    raise _Missing(
+                        f"column {schema.names[position]!r} holds {odd}, which is no {role}",
+                        f"write strings, numbers, or lists or structs of them; or set columns.{role} to another column",
+                    )
+            read = file.read(columns=list({schema.names[position] for position in found.values()}))
+            values = [read.column(schema.names[position]).to_pylist() for position in found.values()]
+        except _Missing as missing:
+            message, remedy = missing.args
+            raise DataError(f"{path}: {message}", remedy) from None
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise DataError(
+                f"{path}: cannot be read as Parquet ({one_line(error)})", "write it again, whole and without encryption"
+            ) from None
+    rows = [(number, [_plain(value) for value in row]) for number, row in enumerate(zip(*values, strict=True), 1)]
+    return Table(tuple(found), RowFaults(path), rows)
+
+
+def _beyond_json(kind: Any, types: Any) -> str | None:
+    """What in a type of Arrow's JSON could not say; None if there is nothing."""
+    if types.is_dictionary(kind):  # the categories of a data frame
+        return _beyond_json(kind.value_type, types)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _beyond_json(kind.value_type, types)
+    if types.is_struct(kind):
+        return next((odd for part in kind.fields if (odd := _beyond_json(part.type, types)) is not None), None)
+    plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return None if any(each(kind) for each in (*plain, types.is_string_view, types.is_null)) else str(kind)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -29,10 +29,12 @@ class Reader:
 
     roles: whose values it looks at.
     read: is given those, of one row; raises Unusable.
+    labels: the task's label list.
     """
 
     roles: Form
     read: Callable[..., Any]
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Samples:
     values: for each role of the form n values: texts, paths of images, labels as the file has them, lists, ...
     lines: n line numbers, where each row begins.
     targets: what a task makes of each row's labels; None if it has none, or they were not asked for.
+    labels: the label list that they are of, if the task has one.
     skipped: rows that were left out because something is wrong with them.
     warnings: of the file as a whole, each with a remedy.
     """
@@ -52,6 +55,7 @@ class Samples:
     targets: list[Any] | None
     skipped: int = 0
     warnings: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -61,8 +65,11 @@ class Samples:
 
     def texts(self) -> list[str]:
         """All words of each sample, labels left out."""
-        columns = [values for role, values in self.values.items() if role not in ("image", "label", "tags")]
+        columns = [values for role, values in self.values.items() if role not in ("image", *LABELLING)]
         return [" ".join(word for value in row for word in _strings(value)) for row in zip(*columns, strict=True)]
+
+
+LABELLING = ("label", "labels", "tags")  # roles of what is to be learned
 
 
 class Examination:
@@ -106,8 +113,9 @@ class Examination:
         certain = [role for role in widest[0] if all(role in form for form in widest)] if widest else []
         self._lines = [line for line, _ in table.rows]
         self._targets: list[Any] | None = None
+        self._labels: tuple[str, ...] = ()
         self._values: dict[str, list[Any]] = {}
-        for role in sorted(certain, key=lambda role: role == "label"):
+        for role in sorted(certain, key=lambda role: role in LABELLING):
             given = [values[table.roles.index(role)] for _, values in table.rows]
             if role == "image":
                 self._values[role] = self._check_images(given)
@@ -122,6 +130,7 @@ class Examination:
         """Reads each row's label as the task does; None if it has none."""
         if reader is None:
             return
+        self._labels = reader.labels
         columns = [self._values[role] for role in reader.roles]
         self._targets = [
             None if None in values else self._looked_at(line, reader.read, *values)
@@ -151,6 +160,7 @@ class Examination:
             None if self._targets is None else [self._targets[number] for number in kept],
             len(self.faults),
             (*self._warnings, *([f"skipped: {self.faults.error(self.rows)}"] if self.faults else [])),
+            self._labels,
         )
 
     def _looked_at(self, line: int, look: Callable[..., Any], *given: Any) -> Any:
@@ -227,14 +237,37 @@ def _messages(value: Any, column: str) -> Any:
 
 
 def _label(value: Any, column: str) -> Any:
-    """A name, a number that is not whole, or a list of them; a program may know only decimals, and write 7.0 for 7."""
-    if isinstance(value, list):
-        return [_label(each, column) for each in value]
+    """A name, or a number that is not whole; a program may know only decimals, and write 7.0 for 7."""
     if isinstance(value, float) and not value.is_integer():
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(int(value))
     return _string(column, value, "label", "give the row a label, or remove the row").strip()
+
+
+def _labels(value: Any, column: str) -> list[Any]:
+    """A list, or one string of names with | between them; with nothing in it: none of the labels."""
+    if isinstance(value, str):
+        value = [] if is_blank(value) else value.split("|")
+    return [_label(each, column) for each in (value if isinstance(value, list) else [value])]
+
+
+def _words(value: Any, column: str) -> list[str]:
+    return [_string(column, word, "word", "give it a letter, or remove it") for word in _split("words", value, column)]
+
+
+def _tags(value: Any, column: str) -> list[Any]:
+    return [_label(tag, column) for tag in _split("tags", value, column)]
+
+
+def _split(what: str, value: Any, column: str) -> list[Any]:
+    """A list, or one string with blanks in between; other white space than ASCII's may belong to a word."""
+    found = re.findall(r"[^ \t\r\n]+", value) if isinstance(value, str) else value
+    if not isinstance(found, list):
+        raise Unusable(f"{column!r} is {_kind(value)}, not a list", "write a list of strings")
+    if not found:
+        raise Unusable(f"there are no {what}", "fill them in, or remove the row")
+    return found
 
 
 def _kind(value: Any) -> str:
@@ -253,10 +286,13 @@ def _strings(value: Any) -> list[str]:
 # role -> what is made of a value, given the column's name too; images, of which a file has a say as a whole, are apart
 LOOKS: dict[str, Callable[[Any, str], Any]] = {
     "text": _text,
-    "label": _label,
+    "words": _words,
     "messages": _messages,
     "prompt": _prompt,
     "completion": _completion,
+    "label": _label,
+    "labels": _labels,
+    "tags": _tags,
 }
 
 

@@ -63,7 +63,7 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) 
 
     Args:
         path: directory as `save_pretrained` writes it.
-        labels: C label names in the order of their class indices.
+        labels: C label names in the order of their class indices; none for a head of one number.
         seed: for what is drawn.
 
     Raises:
@@ -72,9 +72,10 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) 
     """
     config = _config(path)
     _check_files(path)
-    if TASKS[task].label_list:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: index for index, name in enumerate(labels)}
+    if TASKS[task].head:
+        rows = labels or ("value",)
+        config.id2label = dict(enumerate(rows))
+        config.label2id = {name: index for index, name in enumerate(rows)}
     config.problem_type = TASKS[task].problem_type
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "task head"))

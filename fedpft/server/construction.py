@@ -213,7 +213,8 @@ def check_made_for(config: ServerConfig, directory: Path, proxy: Proxy) -> None:
     """Raises ModelError if a proxy is for another task, other labels or texts of another length."""
     section = config.model
     if (proxy.task, proxy.labels) != (section.task, label_list(config)):
-        raise ModelError(f"{directory}: built for other labels than {section.labels}", "build the proxy again")
+        other = "another task" if proxy.task != section.task else f"other labels than {section.labels}"
+        raise ModelError(f"{directory}: built for {other}", "build the proxy again")
     if TASKS[proxy.task].has_tokens and proxy.max_tokens != section.max_tokens:
         raise ModelError(
             f"{directory}: built for texts of {proxy.max_tokens} tokens, model.max_tokens is {section.max_tokens}",

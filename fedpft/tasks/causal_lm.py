@@ -5,19 +5,19 @@ M rows in one batch, T tokens, D hidden size, V words of the vocabulary.
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 
-from fedpft.config import BadRows
+from fedpft.config import BadRows, ColumnsSection
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.chat import Learnt, encode_completion, encode_messages, encode_text, shorten
 from fedpft.data.language import NOT_LEARNED, LanguageDataset
 from fedpft.data.rows import RowFaults, Unusable
 from fedpft.data.samples import Samples
-from fedpft.errors import ModelError
+from fedpft.errors import ConfigError, ModelError
 from fedpft.tasks.task import Batch, Metric, Task
 from fedpft.tasks.vocabulary_loss import linear_cross_entropy, token_losses
 
@@ -69,6 +69,13 @@ class CausalLM(Task):
         dataset.cut, dataset.prompts_cut, dataset.completions_cut = cut, prompts_cut, completions_cut
         dataset.skipped = samples.skipped + len(faults)
         return dataset
+
+    def read_labelled(
+        self, path: Path, columns: ColumnsSection, labels: Sequence[str], encoding: str | None = None
+    ) -> Samples:
+        """The owner reads so what will be measured; ConfigError if nothing is installed to measure it by."""
+        _rouge()
+        return super().read_labelled(path, columns, labels, encoding)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean cross-entropy, in nats, of the tokens that are learned."""
@@ -137,7 +144,7 @@ class CausalLM(Task):
 
     def score_written(self, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
         """Share of answers that are the wanted one but for white space at the ends, and ROUGE-L's F-measure."""
-        scorer = RougeScorer(["rougeL"])
+        scorer = _rouge().RougeScorer(["rougeL"])
         found = [scorer.score(target, text)["rougeL"].fmeasure for text, target in zip(written, wanted, strict=True)]
         same = [text.strip() == target.strip() for text, target in zip(written, wanted, strict=True)]
         return {"exact_match": sum(same) / len(same), "rouge_l": sum(found) / len(found)}
@@ -148,6 +155,17 @@ def output_layer(model: nn.Module) -> dict[str, Any]:
     layer = model.get_output_embeddings()  # type: ignore[operator]
     softcap = getattr(model.config, "final_logit_softcapping", None)
     return {"weight": layer.weight, "bias": getattr(layer, "bias", None), "softcap": softcap}
+
+
+def _rouge() -> Any:
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise ConfigError(
+            f"what causal-lm writes is measured by rouge-score, which cannot be imported ({error.name})",
+            "pip install 'fedpft[causal-lm]'",
+        ) from None
+    return rouge_scorer
 
 
 def _predicting(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ class Classification(Task):
 
     def reader(self, labels: Sequence[str]) -> Reader:
         """A row's label is the name of a class."""
-        return Reader(("label",), ClassNames(labels).index)
+        return Reader(("label",), ClassNames(labels).index, tuple(labels))
 
     def answers(self, model: nn.Module, batch: Batch) -> list[int]:
         """The index of the class that the model names."""
@@ -50,21 +50,21 @@ class Classification(Task):
 class ClassNames:
     """A label list in which names are found as people write them."""
 
-    def __init__(self, labels: Sequence[str]) -> None:
-        self._labels = labels
+    def __init__(self, labels: Sequence[str], column: str = "label") -> None:
+        self._labels, self._column = labels, column
         self._indices = {alike(name): number for number, name in enumerate(labels)}
 
     def index(self, name: object) -> int:
         """The index of the class with this name; Unusable if there is none."""
         if not isinstance(name, str):
-            what = "a list" if isinstance(name, list) else type(name).__name__
-            raise Unusable(f"'label' is {what}, not a string", "write one name, between quotes")
+            what = f"{self._column!r} is {type(name).__name__}, not a string"
+            raise Unusable(what, "write one name, between quotes")
         key = alike(name)
         if key not in self._indices and (decimal := DECIMAL.fullmatch(key)):
             key = decimal[1]
         if key not in self._indices:
             remedy = closest(name, self._labels, f"use one of its {len(self._labels)} labels: {listed(self._labels)}")
-            raise Unusable(f"label {shown(name)} is not in the server's label list", remedy)
+            raise Unusable(f"{self._column} {shown(name)} is not in the server's label list", remedy)
         return self._indices[key]
 
 

@@ -54,7 +54,7 @@ class Task(ABC):
         public_forms: the same of the server's public data, which has no labels.
         has_tokens: whether an input has a length, which `max_tokens` bounds.
         label_list: whether the owner names the classes, in `model.labels`.
-        head: whether the FM gets a head for the task, which trains in full.
+        head: whether the FM gets a head for the task, which trains in full: a row for each class, or one for a number.
         metrics: what :meth:`score` finds; the first is the headline.
         baseline: the row of a table that :meth:`baseline_score` fills, and what it means; None: there is none.
     """
