@@ -239,6 +239,12 @@ class EvaluationSection(Section):
         500, ge=1, description="Test samples used in a measurement between rounds; the last one uses all."
     )
     batch: int = Field(64, ge=1, description="Samples a step.")
+    gap_samples: int = Field(
+        16,
+        ge=0,
+        description="Public samples on which hidden states and adapter gradients of proxy and FM are compared, before "
+        "and after each distillation; 0: they are not.",
+    )
     written_samples: int = Field(
         50, ge=1, description="Test samples that are answered in words at the end, for tasks whose answers are words."
     )

@@ -88,13 +88,13 @@ QUICK = Scale(
 )
 # Of a gated FFN W_out W_in is not what it would be without activation, so the distillation has no term for it.
 LM_FULL = Scale(
-    prepare=partial(dialogues.prepare, rows=128, test_rows=160, public_rows=400),
+    prepare=partial(dialogues.prepare, rows=128, test_rows=100, public_rows=400),
     model=dialogues.model_directory,
     settings={
-        "distillation": {"closed_form_samples": 64, "steps": 24, "batch": 8, "weight_term": 0.0},
+        "distillation": {"closed_form_samples": 64, "steps": 16, "batch": 8, "weight_term": 0.0},
         "alignment": {"every_rounds": 1, "steps": 4, "batch": 8},
         "training": {"rounds": 3, "local_epochs": 0.5, "batch": 8, "learning_rate": 2e-3},
-        "evaluation": {"every_rounds": 0, "batch": 16, "written_samples": 16},
+        "evaluation": {"every_rounds": 0, "batch": 16, "gap_samples": 4, "written_samples": 16},
         "model": {"task": CausalLM.name, "max_tokens": 96},
     },
     ablations=False,
@@ -106,7 +106,7 @@ LM_QUICK = Scale(
         "distillation": {"closed_form_samples": 8, "steps": 2, "batch": 4, "weight_term": 0.0},
         "alignment": {"every_rounds": 1, "steps": 1, "batch": 4},
         "training": {"rounds": 2, "batch": 4},
-        "evaluation": {"every_rounds": 0, "batch": 8, "written_samples": 2},
+        "evaluation": {"every_rounds": 0, "batch": 8, "gap_samples": 0, "written_samples": 2},
         "model": {"task": CausalLM.name, "max_tokens": 48},
     },
     ablations=False,

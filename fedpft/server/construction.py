@@ -35,8 +35,6 @@ from fedpft.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
-GAP_SAMPLES = 16  # public samples on which proxy and FM are compared
-
 
 @dataclass(frozen=True)
 class Owner:
@@ -247,8 +245,9 @@ def record_gap(config: ServerConfig, owner: Owner, built: Built, stage: str) -> 
 
 
 def measure(config: ServerConfig, owner: Owner, model: nn.Module, selection: Selection) -> Gap | None:
-    """How far a proxy's model is from the FM; None if there is no LoRA or no compressed layer to measure."""
-    if not config.adapter.rank or not selection.matched:
+    """How far a proxy's model is from the FM; None without LoRA, without a compressed layer, or if nobody wants it."""
+    samples = config.evaluation.gap_samples
+    if not config.adapter.rank or not selection.matched or not samples:
         return None
     task, pairs = TASKS[config.model.task], selection.matched
-    return measure_gap(task, model, owner.model, pairs, owner.public, samples=GAP_SAMPLES, seed=config.seed)
+    return measure_gap(task, model, owner.model, pairs, owner.public, samples=samples, seed=config.seed)
