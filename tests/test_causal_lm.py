@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import languages
 import peft
 import pytest
 import tiny
 import torch
 import transformers
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -157,6 +159,18 @@ def test_what_is_cut_is_counted(tmp_path: Path) -> None:
     assert dataset.counts == {"skipped_rows": 0, "cut_texts": 2, "cut_completions": 1}
     assert "2 lose the beginning of their context, and 1 the end" in dataset.describe_cut("a.jsonl", 6)
     assert int(lengths.min()) > 6
+
+
+def test_the_samples_of_the_documentation_are_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    entry = page.partition("\n## causal-lm\n")[2].partition("\n## ")[0]
+    rows = []
+    for kind, suffix in (("json", "jsonl"), ("csv", "csv")):
+        path = tmp_path / f"a.{suffix}"
+        path.write_text(entry.partition(f"```{kind}\n")[2].partition("```")[0], encoding="utf-8")
+        rows.append(len(encoded(path, languages.tokenizer(languages.CHATML))))
+    assert rows == [2, 1]
+    assert all(name in entry for name in (TASK.model, TASK.peft_loader, "task: causal-lm"))
 
 
 # --- the loss, and what is measured -----------------------------------------------------------------------------------
@@ -392,6 +406,22 @@ def test_the_product_loads_where_people_load_it(run: tuple[Path, dict[str, Any]]
     with torch.no_grad():
         found = TASK.score(TASK.answers(merged, batch), dataset, torch.arange(5))
     assert found["loss"] == pytest.approx(summary["metrics"]["plugged_in"]["loss"], rel=1e-4)
+
+
+def test_the_test_data_is_written_as_others_measure_it(run: tuple[Path, dict[str, Any]]) -> None:
+    directory = run[0] / "benchmark"
+    rows = [json.loads(line) for line in (directory / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows[0]["prompt"].endswith("colour of the sea?<|im_end|>\n<|im_start|>assistant\n")
+    assert rows[0]["completion"] == "blue, as a rule.<|im_end|>"
+    for name in ("fedpft_loss", "fedpft_answers"):
+        task = yaml.safe_load((directory / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert task["task"] == name
+        assert task["dataset_kwargs"]["data_files"]["test"] == str(directory / "test.jsonl")
+        assert task["target_delimiter"] == ""
+        template = jinja2.Template(task["doc_to_target"])
+        assert template.render(rows[0]) in ("blue, as a rule.", "blue, as a rule.<|im_end|>")
+        assert jinja2.Template(task["doc_to_text"]).render(rows[0]) == rows[0]["prompt"].rstrip("\n")
+    assert task["generation_kwargs"]["until"] == ["<|im_end|>"]
 
 
 def test_the_chat_template_travels_with_the_proxy(run: tuple[Path, dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fedpft import atomic
 from fedpft.config import ServerConfig
 from fedpft.data.batches import sample
 from fedpft.evaluation import Metrics, evaluate
@@ -75,5 +76,10 @@ def save_product(owner: Owner, config: ServerConfig, out: Path) -> None:
     base = config.product.base_model_name or str(config.model.path)
     adapters.save_peft(owner.model, config.adapter, out / "adapter", base=base, task=config.model.task)
     owner.processor.save_pretrained(out / "adapter")
+    if owner.test is not None:
+        directory = out / "benchmark"
+        for name, text in TASKS[config.model.task].benchmark(directory, owner.processor, owner.test).items():
+            directory.mkdir(exist_ok=True)
+            atomic.write_text(directory / name, text)
     adapters.merge(owner.model)
     loading.save_model(owner.model, owner.processor, out / "merged")

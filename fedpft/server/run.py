@@ -56,6 +56,7 @@ def run(config: ServerConfig) -> dict[str, Any]:
     OUT/adapter.safetensors  the last round's adapter
     OUT/adapter/             the same as a PEFT adapter for the FM
     OUT/merged/              the adapted FM, a directory that plain transformers loads
+    OUT/benchmark/           for some tasks the test data as other programs measure it
     OUT/summary.json, OUT/curves.json, OUT/report.html
 
     Raises:

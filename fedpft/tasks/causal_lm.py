@@ -3,6 +3,7 @@
 M rows in one batch, T tokens, D hidden size, V words of the vocabulary.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,35 @@ from fedpft.tasks.task import Batch, Metric, Task
 from fedpft.tasks.vocabulary_loss import linear_cross_entropy, token_losses
 
 MOST_WRITTEN = 64  # tokens of one answer
+_HARNESS = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {test}
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+target_delimiter: ""
+"""
+_MEASURED = {
+    "fedpft_loss": """\
+doc_to_target: "{{completion}}"
+output_type: loglikelihood
+metric_list:
+  - metric: perplexity # of a whole answer, not of a token
+  - metric: acc
+""",
+    "fedpft_answers": """\
+doc_to_target: '{{completion | replace(END, "")}}'
+output_type: generate_until
+generation_kwargs:
+  until: [END]
+  max_gen_toks: 64
+  do_sample: false
+metric_list:
+  - metric: exact_match
+""",
+}
 
 
 class CausalLM(Task):
@@ -141,6 +171,21 @@ class CausalLM(Task):
             (processor.decode(question), processor.decode(answer, skip_special_tokens=True))
             for question, answer in pairs
         ]
+
+    def benchmark(self, directory: Path, processor: Any, dataset: EncodedDataset) -> dict[str, str]:
+        """Two tasks of lm-evaluation-harness over test.jsonl: what an answer costs, and whether it is written."""
+        assert isinstance(dataset, LanguageDataset)
+        pairs = [dataset.question(index) for index in range(len(dataset))]
+        rows = [{"prompt": processor.decode(asked), "completion": processor.decode(answer)} for asked, answer in pairs]
+        test, end = (
+            json.dumps(str((directory / "test.jsonl").absolute())),
+            json.dumps(processor.decode(pairs[0][1][-1:])),
+        )
+        files = {f"{name}.yaml": _HARNESS.format(name=name, test=test) + text for name, text in _MEASURED.items()}
+        return {
+            "test.jsonl": "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows),
+            **{name: text.replace("END", end) for name, text in files.items()},
+        }
 
     def score_written(self, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
         """Share of answers that are the wanted one but for white space at the ends, and ROUGE-L's F-measure."""

@@ -154,6 +154,10 @@ class Task(ABC):
         """(what is asked, what is to be written) of the same samples."""
         return []
 
+    def benchmark(self, directory: Path, processor: Any, dataset: EncodedDataset) -> dict[str, str]:
+        """The test data as others measure it, if there is such a form: name of a file in `directory` -> its content."""
+        return {}
+
     def score_written(self, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
         """The metrics of what was written, by name."""
         return {}
