@@ -22,6 +22,7 @@ LARGEST = 1_000_000_000  # of any number of things, or of seconds
 MOST_THREADS = 1024
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TaskName = Literal[
     "sequence-classification",
     "multi-label-classification",
@@ -69,6 +70,11 @@ class ModelSection(Section):
     task: TaskName = Field("sequence-classification", description="What the silos' labels are for.")
     labels: Path | None = Field(
         None, description="Text file with one label a line; the order gives the class indices. For tasks that have any."
+    )
+    dtype: Dtype = Field(
+        "auto",
+        description="What FM and proxy are held and sent in, and merged/ is written in; `auto`: what the FM is stored "
+        "in. LoRA, task head and optimizer are float32 in any case.",
     )
     max_tokens: int = Field(64, ge=1, description="Texts are cut after this many tokens. No meaning for images.")
     chat_template: Path | None = Field(

@@ -19,6 +19,7 @@ from fedpft.digests import Digests
 from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse
 from fedpft.kernels.check import check_operators
 from fedpft.machine import check_device
+from fedpft.model.precision import dtype_of, name_of
 from fedpft.proxy.bundle import load_proxy
 from fedpft.proxy.cut import cut
 from fedpft.proxy.holdings import check_holdings, format_holdings, holdings
@@ -277,7 +278,7 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
     labels = findings.check("labels", lambda: label_list(config), lambda seen: _labels(config, seen))
     fm, processor = None, None
     if labels is not None and (
-        loaded := findings.check("model", lambda: load_fm(usable, labels), lambda _: _model(config))
+        loaded := findings.check("model", lambda: load_fm(usable, labels), lambda seen: _model(config, seen[0]))
     ):
         fm, processor = loaded
     if fm is not None:
@@ -315,9 +316,10 @@ def _labels(config: ServerConfig, labels: tuple[str, ...]) -> str:
     return f"{config.model.labels}: {len(labels)} labels"
 
 
-def _model(config: ServerConfig) -> str:
-    path, section = config.model.path, config.model
-    return f"{path}: {_bytes(path) / GIB:.2f} GiB, fit for {section.task} of up to {section.max_tokens} tokens"
+def _model(config: ServerConfig, fm: nn.Module) -> str:
+    path, section, held = config.model.path, config.model, name_of(dtype_of(fm))
+    fit = f"fit for {section.task} of up to {section.max_tokens} tokens"
+    return f"{path}: {_bytes(path) / GIB:.2f} GiB, held in {held}, {fit}"
 
 
 def _proxy(config: ServerConfig, fm: nn.Module, digests: Digests) -> str:
@@ -330,7 +332,7 @@ def _proxy(config: ServerConfig, fm: nn.Module, digests: Digests) -> str:
         check_cut_from(config, path, record.model, model_files(config, digests))
         check_as_built(path, record, proxy_files(path, digests))
     proxy = load_proxy(path / "bundle")
-    check_made_for(config, path, proxy)
+    check_made_for(config, path, proxy, dtype_of(fm))
     check_holdings(load_selection(path / "selection.safetensors"), config.proxy)
     if not record.model:
         raise Worry(f"{path}: {UNKNOWN_FM} -> build it again, or be sure that it was cut from {config.model.path}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedpft import kernels
 from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
 from fedpft.model.architectures import layer_outputs, layers_path
+from fedpft.model.precision import TASK_SCALE, loss_scaler
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
@@ -92,7 +93,7 @@ def measure_gap(
 def _lora_gradients(task: Task, model: nn.Module, layers: Sequence[int], batch: Mapping[str, Tensor]) -> list[Tensor]:
     """The gradient of each layer's LoRA, flattened, float32. Leaves no gradient behind."""
     path = layers_path(model)
-    loss = task.loss(model, batch)
+    loss = loss_scaler(model, TASK_SCALE).scale(task.loss(model, batch))  # a cosine knows no scale
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if ".lora_" in n], strict=True)
     gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
     return [

@@ -14,6 +14,7 @@ from fedpft.errors import DataError
 from fedpft.model import adapters
 from fedpft.model.architectures import in_head
 from fedpft.model.packing import Way, packed_inputs
+from fedpft.model.precision import TASK_SCALE, loss_scaler
 from fedpft.model.subffn import InactivityCounter, sub_ffns
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
@@ -72,7 +73,7 @@ def train_round(
     start, count = round_window(len(dataset), epochs, round - 1)
     steps = -(-count // training.batch)
     counters = _count_inactivity(model, compressed, settings.inactive_below) if count_inactivity else {}
-    optimizer = _optimizer(model, training)
+    optimizer, scaler = _optimizer(model, training), loss_scaler(model, TASK_SCALE)
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     order_seed = derive_seed(settings.seed, "order", silo)
     begun, loss_sum, weights, tokens = time.monotonic(), 0.0, 0, 0
@@ -94,7 +95,7 @@ def train_round(
                 for counter in counters.values():
                     counter.mask = None if mask is None else mask.flatten().bool()
                 loss = task.loss(model, part if packing is None else packed_inputs(part, packing, dtype)) * share
-                loss.backward()
+                scaler.scale(loss).backward()
                 loss_sum += float(loss.detach()) * weight
             weights += weight
             if not loss_sum < float("inf"):
@@ -102,8 +103,10 @@ def train_round(
                     f"round {round}, step {step + 1}: the training loss is not finite",
                     "look for extreme inputs in this silo's data, or have the server lower training.learning_rate",
                 )
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], training.gradient_clip)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
     for ffn in sub_ffns(model).values():
         ffn.inactivity = None

@@ -154,6 +154,7 @@ def test_a_server_in_order(examine, server_yaml):
     code, found = examine(server_yaml)
     assert verdicts(found) == dict.fromkeys([*ANYWHERE, "configuration", *SERVER], "ok")
     assert code == 0
+    assert "held in float32, fit for sequence-classification of up to 12 tokens" in found["model"][1]
     assert not (server_yaml.parent / "out").exists(), "a look changes nothing"
 
 

@@ -273,7 +273,7 @@ def test_every_path_of_server_yaml_is_known_by_content_or_may_change() -> None:
     values |= {"test_data": "/secret/t", "proxy_path": "/secret/x"}
     kept = identity.settings(ServerConfig.model_validate(values))
     assert "/secret" not in json.dumps(kept)
-    assert kept["model"] == {"task": "sequence-classification", "max_tokens": 64}
+    assert kept["model"] == {"task": "sequence-classification", "dtype": "auto", "max_tokens": 64}
     assert kept["sample_fraction"] == 1.0
     assert "federation" not in kept
 

@@ -44,7 +44,7 @@ ORDER = {
         "image_classification",
         "causal_lm",
     ),
-    "model": ("architectures", "lora", "subffn", "packing", "loading", "compatibility", "adapters"),
+    "model": ("architectures", "precision", "lora", "subffn", "packing", "loading", "compatibility", "adapters"),
     "proxy": ("selection", "cut", "holdings", "closed_form", "distillation", "bundle"),
     "report": ("figures", "page"),
     "demo": ("corpora", "dialogues", "run"),

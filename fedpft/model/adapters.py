@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -24,6 +24,7 @@ from fedpft.errors import InvalidUpdate, ModelError
 from fedpft.finite import is_finite
 from fedpft.model.architectures import architecture_of, head_of, in_head, layers_of, layers_path
 from fedpft.model.lora import lora_linear
+from fedpft.model.precision import dtype_of, name_of, narrow, wide
 from fedpft.seeding import derive_seed
 from fedpft.tasks import TASKS
 
@@ -64,7 +65,7 @@ _REMEDY = "train it on this federation's proxy with this version of fedpft"
 def attach(model: nn.Module, settings: AdapterSection, *, seed: int) -> None:
     """Puts an untrained adapter into a model: LoRA's A random from the seed, B zero, the head as it is. In place.
 
-    Afterwards LoRA and head require gradients and nothing else does.
+    Afterwards LoRA and head require gradients and nothing else does. Both are float32, whatever the model is.
     """
     if settings.rank > 0:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -72,6 +73,8 @@ def attach(model: nn.Module, settings: AdapterSection, *, seed: int) -> None:
             # peft still asks transformers by an older name whether checkpoints of activations are on
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             inject_adapter_in_model(_lora_config(model, settings), model)
+        for parameter in _parameters(model).values():  # peft gives LoRA the model's type
+            parameter.data = wide(parameter.data)
     model.eval()  # peft adds its dropout in training mode
     adapted = set(_parameters(model).values())
     for parameter in model.parameters():
@@ -158,12 +161,25 @@ def plug_in(model: nn.Module, adapter: Adapter, layers: Sequence[int]) -> None:
 
 
 def merge(model: nn.Module) -> None:
-    """Adds B A alpha / R to each weight that carries LoRA and takes LoRA away. In place."""
+    """Adds B A alpha / R to each weight that carries LoRA and takes LoRA away. In place.
+
+    Afterwards all of the model has one type, that of the FM; each sum was rounded to it once.
+
+    Raises:
+        ModelError: a weight is too large for the type.
+    """
+    dtype = dtype_of(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)
-            model.set_submodule(name, module.get_base_layer())
-    model.requires_grad_(False)
+            base, (active,) = cast(nn.Linear, module.get_base_layer()), module.active_adapters
+            change: Tensor = module.get_delta_weight(active)  # type: ignore[attr-defined]
+            base.weight.data = (base.weight.data + change).to(dtype)
+            if not is_finite(base.weight.data):
+                raise ModelError(
+                    f"{name}: its weight with LoRA is too large for {name_of(dtype)}", "set model.dtype: bfloat16"
+                )
+            model.set_submodule(name, base)
+    narrow(model.requires_grad_(False), dtype)
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:

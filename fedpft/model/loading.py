@@ -7,21 +7,23 @@ error here: what the silos tune and the owner plugs into must be the FM.
 import copy
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fedpft import faults
-from fedpft.config import TaskName
+from fedpft.config import Dtype, TaskName
 from fedpft.errors import ModelError
 from fedpft.finite import not_finite
 from fedpft.model import architectures
 from fedpft.model.packing import varlen_attention
+from fedpft.model.precision import DTYPES, hold_wide, name_of
 from fedpft.seeding import derive_seed
 from fedpft.tasks import TASKS
 
@@ -34,7 +36,8 @@ transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 
-PRECISIONS = ("F64", "F32", "F16", "BF16")  # as safetensors calls those that weights may be stored in
+# What safetensors calls the types that weights may be stored in, and what they are held in then. The widest come first.
+PRECISIONS = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 # What a model returns and how it goes about it, not what it computes: a config.json keeps what its last user wanted.
 _OURS: dict[str, Any] = {
@@ -54,17 +57,19 @@ _REFUSED = {
 }
 
 
-def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) -> nn.Module:
+def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int, dtype: Dtype = "auto") -> nn.Module:
     """Loads an FM for a task, in eval mode and with every parameter frozen.
 
     The task head, if the task has one, is drawn where the checkpoint has none of C rows; so is a module that a
     checkpoint may lack (`architectures.Architecture.optional`), which from then on trains with the head. Nothing else
-    ever is. `trained_modules` of the model names both, and `is_drawn` says whether any was drawn.
+    ever is. `trained_modules` of the model names both, and `is_drawn` says whether any was drawn. They are held in
+    float32, whatever the type of the others, and what is drawn for them does not depend on that.
 
     Args:
         path: directory as `save_pretrained` writes it.
         labels: C label names in the order of their class indices; none for a head of one number.
         seed: for what is drawn.
+        dtype: what the FM is held in; `auto`: what most of its values are stored in (of float64: float32).
 
     Raises:
         ModelError: no such directory, not a model, weights that are not those that config.json asks for or hold NaN, or
@@ -77,13 +82,14 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) 
         config.id2label = dict(enumerate(rows))
         config.label2id = {name: index for index, name in enumerate(rows)}
     config.problem_type = TASKS[task].problem_type
+    held = _stored_in(path) if dtype == "auto" else DTYPES[dtype]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "task head"))
         try:
             model, report = _model_class(task).from_pretrained(
                 path,
                 config=config,
-                dtype=torch.float32,
+                dtype=held,
                 ignore_mismatched_sizes=True,  # of the head; of all else it is said below
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -104,10 +110,19 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int) 
     model.trained_modules = (*head, *(module for module in drawn if module not in head))
     model.is_drawn = bool(drawn)
     _check_precision(path, model)
+    if drawn and held != torch.float32:
+        _draw_in_float32(model, report, derive_seed(seed, "task head"))
+    hold_wide(model, model.trained_modules)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # or it stays a map of its file, and changes with whatever is written there
     if (name := not_finite(model.state_dict())) is not None:
-        raise ModelError(f"{path}: {name} holds NaN or infinity", "restore the FM's weights from where they came from")
+        raise ModelError(
+            f"{path}: {name} holds NaN or infinity in {name_of(held)}",
+            "restore the FM's weights from where they came from"
+            if held != torch.float16
+            else "set model.dtype: bfloat16 if its numbers are too large for float16, or restore its weights",
+        )
+    log.info("%s: the FM is held in %s", path, name_of(held))
     return prepare(model)
 
 
@@ -174,11 +189,17 @@ def _check_files(path: Path) -> None:
 
 
 def empty_model(directory: Path, task: TaskName, num_layers: int) -> nn.Module:
-    """A model of the FM's shape with `num_layers` layers and meaningless weights, from config.json alone."""
+    """A model of the FM's shape and type with `num_layers` layers and meaningless weights, from config.json alone.
+
+    Raises:
+        ValueError: config.json names a type in which no FM is held.
+    """
     config = _config(directory)
+    if (held := name_of(config.dtype)) not in DTYPES:
+        raise ValueError(f"config.json: dtype is {held}")
     set_layers(config, range(num_layers))
     config.problem_type = TASKS[task].problem_type
-    model: nn.Module = _model_class(task).from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model: nn.Module = _model_class(task).from_config(config, dtype=DTYPES[held], trust_remote_code=False)
     return prepare(model)
 
 
@@ -289,12 +310,56 @@ def _config(path: Path) -> Any:
     return config
 
 
-def _check_shards(path: Path) -> None:
+def _stored_in(path: Path) -> torch.dtype:
+    """What most values of an FM are stored in. Who wants the others as they are, says it in the configuration."""
+    counts = dict.fromkeys(PRECISIONS, 0)
+    files = [path / WEIGHTS] if (path / WEIGHTS).exists() else [path / name for name in _shards(path)]
+    try:
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                    stored = opened.get_slice(name)
+                    if (kind := stored.get_dtype()) in counts:
+                        counts[kind] += math.prod(stored.get_shape())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: cannot be loaded ({first_line(error)})", "check model.path") from None
+    most = max(counts, key=lambda kind: counts[kind])
+    if others := [f"{count:,} as {kind}" for kind, count in counts.items() if count and kind != most]:
+        log.warning(
+            "%s: of its values %s are stored as %s, %s: all are held in %s; model.dtype chooses another type",
+            path,
+            f"{counts[most]:,}",
+            most,
+            ", ".join(others),
+            name_of(PRECISIONS[most]),
+        )
+    return PRECISIONS[most]
+
+
+def _draw_in_float32(model: Any, report: dict[str, Any], seed: int) -> None:
+    """Draws once more what was drawn in a narrow type, where the numbers are others, and coarse."""
+    for name in (*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])):
+        owner, _, last = name.rpartition(".")
+        empty = torch.empty_like(model.get_parameter(name), dtype=torch.float32)
+        setattr(model.get_submodule(owner), last, nn.Parameter(empty))
+    for module in model.modules():
+        module._is_hf_initialized = False  # transformers goes by those of the parameters then
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.initialize_weights()
+
+
+def _shards(path: Path) -> list[str]:
+    """The files that an index names; ModelError."""
     try:
         names = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ModelError(f"{path / INDEX}: cannot be read ({first_line(error)})", "save the FM again") from None
-    for name in sorted(map(str, names)):
+    return sorted(map(str, names))
+
+
+def _check_shards(path: Path) -> None:
+    for name in _shards(path):
         if Path(name).name != name or not (path / name).is_file():
             raise ModelError(f"{path / INDEX}: names {name}, which is not there", "copy all files of the FM")
 

@@ -3,7 +3,8 @@
     y  = x W^T + bias + s (m * x) A^T B^T                m: dropout's mask, 0 or 1 / (1 - p)
     dx = dy W + m * (s dy B) A        dA = (s dy B)^T (m * x)        dB = s dy^T ((m * x) A^T)
 
-N tokens, D input features, E output features, R rank; x (N, D), W (E, D), A (R, D), B (E, R), in one dtype.
+N tokens, D input features, E output features, R rank; x (N, D), W (E, D), A (R, D), B (E, R). x and W have one dtype,
+in which all is computed and summed up in float32 or wider; A and B may have a wider one, and so have their gradients.
 
 Kept for backward: x itself, which query, key and value share, m in one byte an element, and (m * x) A^T of (N, R).
 Composed of torch's operators the same keeps m and m * x of each layer in x's dtype, and does each `+` and `*` above
@@ -25,9 +26,9 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         keep = _draw_kept(x, dropped) if dropped else None
         ctx.kept_scale = _LEVELS / (_LEVELS - dropped)
-        h = _masked(x, keep) @ a.t()
+        h = _masked(x, keep) @ a.to(x.dtype).t()
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-        y.addmm_(h, b.t(), alpha=scale * ctx.kept_scale)
+        y.addmm_(h, b.to(x.dtype).t(), alpha=scale * ctx.kept_scale)
         ctx.save_for_backward(x, weight, a, b, h, keep)
         ctx.scale = scale
         return y
@@ -36,16 +37,16 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, h, keep = ctx.saved_tensors
         scale = ctx.scale * ctx.kept_scale
-        grad_h = (grad_y @ b).mul_(scale)
+        grad_h = (grad_y @ b.to(x.dtype)).mul_(scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_h @ a
+            grad_x = grad_h @ a.to(x.dtype)
             if keep is not None:
                 grad_x.mul_(keep.to(x.dtype))
             grad_x.addmm_(grad_y, weight)
         grad_a = grad_h.t() @ _masked(x, keep)
         grad_b = (h.t() @ grad_y).mul_(scale).t()  # in this order the multiply reads dy along its rows
-        return grad_x, None, None, grad_a, grad_b, None, None
+        return grad_x, None, None, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None
 
 
 def lora_linear(
@@ -56,7 +57,7 @@ def lora_linear(
     Args:
         x: (..., D).
         weight: (E, D), bias: (E,) or None. Frozen.
-        a: (R, D), b: (E, R).
+        a: (R, D), b: (E, R), of x's dtype or a wider one.
         scale: s.
         dropout: p in [0, 1), rounded to a multiple of 1 / 65536; 1 / (1 - p) is that of the rounded one.
 

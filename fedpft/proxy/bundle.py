@@ -19,6 +19,7 @@ from fedpft.errors import ModelError
 from fedpft.finite import not_finite
 from fedpft.model import architectures, loading
 from fedpft.model.adapters import frozen_state
+from fedpft.model.precision import hold_wide
 from fedpft.model.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
 
 _FORMAT = 3
@@ -77,9 +78,12 @@ def load_proxy(directory: Path) -> Proxy:
         for layer, count in zip(architectures.layers_of(model), counts, strict=True):
             replace_ffn(model, layer, torch.arange(count // len(projections(model, layer))))
         model.trained_modules = tuple(description["trained"])  # type: ignore[assignment]
-        tensors, expected = load_file(directory / "model.safetensors"), frozen_state(model).keys()
+        hold_wide(model, architectures.head_of(model))
+        tensors, expected = load_file(directory / "model.safetensors"), frozen_state(model)
         if odd := sorted(tensors.keys() ^ expected):
             raise ValueError(f"model.safetensors {'lacks' if odd[0] in expected else 'has an unknown'} {odd[0]}")
+        if odd := sorted(name for name, tensor in tensors.items() if tensor.dtype != expected[name].dtype):
+            raise ValueError(f"model.safetensors: {odd[0]} is {tensors[odd[0]].dtype}, not {expected[odd[0]].dtype}")
         model.load_state_dict(tensors, strict=False)  # without the second names of what is shared
         check_finite(model, f"the proxy in {directory}")
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
 from fedpft.model.architectures import LayerWalk, architecture_of, is_post_norm, layers_of
+from fedpft.model.precision import wide
 from fedpft.model.subffn import sub_ffns
 
 RIDGE = 1e-3  # r, in units of the mean square of a neuron's value; regression on fewer tokens than neurons stays sane
@@ -70,7 +71,7 @@ def fit_output_projections(
                 _, wanted, after = _look(model, theirs, None)
                 theirs.advance(after)
                 values = ffn.values(*given).flatten(0, -2)[real]
-                missing = ((wanted - stream) / scale).flatten(0, 1)[real]
+                missing = ((wide(wanted) - wide(stream)) / scale).flatten(0, 1)[real]
                 equations = equations or _NormalEquations(values.shape[1], missing.shape[1], device)
                 equations.add(values, missing)
             if equations is not None:

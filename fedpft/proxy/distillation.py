@@ -18,6 +18,7 @@ from fedpft.config import AlignmentSection, DistillationSection
 from fedpft.data.batches import EncodedDataset, batches
 from fedpft.errors import ModelError
 from fedpft.model.architectures import architecture_of, layer_outputs, layers_of
+from fedpft.model.precision import DISTILLATION_SCALE, Masters, loss_scaler, wide
 from fedpft.model.subffn import projections, sub_ffns
 from fedpft.proxy.closed_form import fit_output_projections
 from fedpft.seeding import derive_seed
@@ -150,7 +151,8 @@ def _distil(
         parameters = [proxy.get_parameter(name).requires_grad_(True) for name in ffn_norms(proxy, students)]
         for layer in students:
             parameters += stack.enter_context(ffns[layer].training_neurons(updated[layer]))
-        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+        masters, scaler = Masters(parameters), loss_scaler(proxy, DISTILLATION_SCALE)
+        optimizer = torch.optim.AdamW(masters.wide, lr=settings.learning_rate, weight_decay=0.0)
         count = settings.steps * settings.batch
         for step, batch in enumerate(batches(public, batch=settings.batch, start=0, count=count, seed=seed)):
             for group in optimizer.param_groups:
@@ -165,10 +167,13 @@ def _distil(
                 if weight_term:
                     loss = loss + weight_term * _relative(ffns[layer].product(), products[layer])
             loss = loss / len(matched)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
-            optimizer.step()
+            scaler.scale(loss).backward()
+            masters.take_gradients()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(masters.wide, settings.gradient_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            masters.round()
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise ModelError(
@@ -192,7 +197,8 @@ def _product(model: nn.Module, layer: int) -> Tensor:
 
 
 def _relative(p: Tensor, target: Tensor) -> Tensor:
-    """mean(((P - p) / rms(P))^2)."""
+    """mean(((P - p) / rms(P))^2), float32 or wider."""
+    p, target = wide(p), wide(target)
     return (target - p).square().mean() / target.square().mean()
 
 

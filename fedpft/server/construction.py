@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedpft import atomic, machine
@@ -23,6 +24,7 @@ from fedpft.errors import ConfigError, ModelError
 from fedpft.evaluation import Gap, measure_gap
 from fedpft.model import adapters, loading
 from fedpft.model.compatibility import check_travels, make_fit
+from fedpft.model.precision import dtype_of, name_of
 from fedpft.progress import progress
 from fedpft.proxy.bundle import Proxy, check_finite, load_proxy, save_bundle
 from fedpft.proxy.cut import cut
@@ -136,7 +138,8 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
     section = config.model
     if not config.adapter.rank and not TASKS[section.task].head:
         raise ConfigError(f"adapter.rank is 0, and {section.task} has no head: nothing would train", "set it to 8, say")
-    model = loading.load_model(section.path, section.task, labels, seed=config.seed).to(config.device)
+    model = loading.load_model(section.path, section.task, labels, seed=config.seed, dtype=section.dtype)
+    model.to(config.device)
     processor = loading.load_processor(section.path, section.task)
     if section.chat_template is not None:
         with_template(processor, section.chat_template)
@@ -199,7 +202,7 @@ def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Dig
     files = proxy_files(directory, digests)
     check_as_built(directory, record, files)
     proxy = load_proxy(directory / "bundle")
-    check_made_for(config, directory, proxy)
+    check_made_for(config, directory, proxy, dtype_of(owner.model))
     selection = load_selection(directory / "selection.safetensors")
     check_holdings(selection, config.proxy)
     proxy.model.to(config.device)
@@ -207,8 +210,12 @@ def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Dig
     return Built(directory, proxy, selection, record, files)
 
 
-def check_made_for(config: ServerConfig, directory: Path, proxy: Proxy) -> None:
-    """Raises ModelError if a proxy is for another task, other labels or texts of another length."""
+def check_made_for(config: ServerConfig, directory: Path, proxy: Proxy, dtype: torch.dtype) -> None:
+    """Raises ModelError if a proxy is for another task, other labels or texts of another length, or of another type.
+
+    Args:
+        dtype: what the FM is held in.
+    """
     section = config.model
     if (proxy.task, proxy.labels) != (section.task, label_list(config)):
         other = "another task" if proxy.task != section.task else f"other labels than {section.labels}"
@@ -217,6 +224,11 @@ def check_made_for(config: ServerConfig, directory: Path, proxy: Proxy) -> None:
         raise ModelError(
             f"{directory}: built for texts of {proxy.max_tokens} tokens, model.max_tokens is {section.max_tokens}",
             "set model.max_tokens to the proxy's, or build the proxy again",
+        )
+    if (held := dtype_of(proxy.model)) != dtype:
+        raise ModelError(
+            f"{directory}: built in {name_of(held)}, the FM is held in {name_of(dtype)}",
+            f"set model.dtype: {name_of(held)}, or build the proxy again",
         )
 
 
