@@ -95,10 +95,10 @@ class Trip:
         return torch.cat([(self.round.adapter[name] - self.start[name]).flatten() for name in sorted(self.start)])
 
 
-def travel(model_type: str, directory: Path, root: Path, dtype: Dtype) -> Trip:
+def travel(model_type: str, directory: Path, root: Path, dtype: Dtype, device: str = "cpu") -> Trip:
     """Load, cut, distil, send, train a round, plug in, merge, and load the product with transformers."""
     task, inputs, data = tiny.task_of(model_type), tiny.batch(model_type), tiny.dataset(model_type, 24)
-    fm = loading.load_model(directory, task, tiny.LABELS, seed=0, dtype=dtype)
+    fm = loading.load_model(directory, task, tiny.LABELS, seed=0, dtype=dtype).to(device)
     adapters.attach(fm, LORA, seed=0)
     selection = select(fm, ProxySection(neurons=K))
     proxy = cut(fm, selection)
@@ -113,7 +113,7 @@ def travel(model_type: str, directory: Path, root: Path, dtype: Dtype) -> Trip:
     )
     whole = Proxy(proxy, tiny.processor(model_type), task, tiny.LABELS, 12, (1, 2))
     save_bundle(whole, root / "bundle")
-    received = load_proxy(root / "bundle").model
+    received = load_proxy(root / "bundle").model.to(device)
     adapters.attach(received, LORA, seed=0)
     start = adapters.extract(received)
     result = train_round(
@@ -132,7 +132,7 @@ def travel(model_type: str, directory: Path, root: Path, dtype: Dtype) -> Trip:
         count_inactivity=True,
         limits=LimitsSection(max_batch=4),
     )
-    adapters.plug_in(fm, result.adapter, selection.layers)
+    adapters.plug_in(fm.cpu(), result.adapter, selection.layers)
     plugged_in = tiny.logits(fm, inputs)
     adapters.merge(fm)
     loading.save_model(fm, tiny.processor(model_type), root / "merged")
@@ -159,6 +159,26 @@ def test_all_of_the_method_in_a_narrow_type_comes_to_what_float32_comes_to(
     assert {tensor.dtype for tensor in merged.values()} == {kind}
     for directory in ("merged", "bundle"):
         assert json.loads((tmp_path / dtype / directory / "config.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("model_type", [*SOME, "clip"])
+def test_all_of_the_method_on_a_gpu_comes_to_what_a_cpu_comes_to(
+    model_type: str, dtype: Dtype, fm_directory: FM, tmp_path: Path
+) -> None:
+    wide = travel(model_type, fm_directory(model_type), tmp_path / "cpu", "float32")
+    found = travel(model_type, fm_directory(model_type), tmp_path / "cuda", dtype, "cuda")
+    apart = APART.get(dtype, 0.01)
+    assert found.distillation == pytest.approx(wide.distillation, rel=apart)
+    assert found.round.metrics["train_loss"] == pytest.approx(wide.round.metrics["train_loss"], rel=apart)
+    assert float(torch.cosine_similarity(found.change, wide.change, dim=0)) > 1.0 - apart
+    assert distance(found.plugged_in, wide.plugged_in) < apart
+    assert found.round.inactivity is not None
+    assert wide.round.inactivity is not None
+    for name, counts in wide.round.inactivity.items():
+        assert int((found.round.inactivity[name] - counts).abs().max()) <= max(1, apart * int(counts.max()))
 
 
 def test_what_the_silos_hold_is_what_the_server_holds_bit_for_bit(fm_directory: FM, tmp_path: Path) -> None:
