@@ -177,8 +177,9 @@ def test_all_of_the_method_on_a_gpu_comes_to_what_a_cpu_comes_to(
     assert distance(found.plugged_in, wide.plugged_in) < apart
     assert found.round.inactivity is not None
     assert wide.round.inactivity is not None
-    for name, counts in wide.round.inactivity.items():
-        assert int((found.round.inactivity[name] - counts).abs().max()) <= max(1, apart * int(counts.max()))
+    tokens = int(wide.round.inactivity["1.tokens"])
+    for name, counts in wide.round.inactivity.items():  # a value at the threshold falls on either side of it
+        assert int((found.round.inactivity[name] - counts).abs().max()) <= max(1, apart * tokens)
 
 
 def test_what_the_silos_hold_is_what_the_server_holds_bit_for_bit(fm_directory: FM, tmp_path: Path) -> None:
