@@ -167,7 +167,9 @@ def captured(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_tiny_vit_federation_beats_the_majority_and_fills_the_summary(captured: tuple[Path, bytes]) -> None:
     summary = json.loads((captured[0] / "out" / "summary.json").read_text(encoding="utf-8"))
     accuracy = {row: metrics["accuracy"] for row, metrics in summary["metrics"].items()}
+    assert list(accuracy) == ["majority", "zero_shot", "proxy", "plugged_in"], "this FM has a head of its own"
     assert accuracy["plugged_in"] > accuracy["majority"] + 0.2
+    assert accuracy["plugged_in"] > accuracy["zero_shot"] + 0.2
     first, last = summary["rounds"]
     assert (first["round"], first["silos"], last["silos"]) == (1, 2, 2)
     assert first["alignment_loss"] > 0

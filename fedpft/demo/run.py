@@ -88,14 +88,14 @@ QUICK = Scale(
 )
 # Of a gated FFN W_out W_in is not what it would be without activation, so the distillation has no term for it.
 LM_FULL = Scale(
-    prepare=partial(dialogues.prepare, rows=128, test_rows=100, public_rows=400),
+    prepare=partial(dialogues.prepare, rows=120, test_rows=100, public_rows=400),
     model=dialogues.model_directory,
     settings={
         "distillation": {"closed_form_samples": 64, "steps": 16, "batch": 8, "weight_term": 0.0},
         "alignment": {"every_rounds": 1, "steps": 4, "batch": 8},
-        "training": {"rounds": 3, "local_epochs": 0.5, "batch": 8, "learning_rate": 2e-3},
+        "training": {"rounds": 3, "local_epochs": 0.4, "batch": 8, "learning_rate": 2e-3},
         "evaluation": {"every_rounds": 0, "batch": 16, "gap_samples": 4, "written_samples": 16},
-        "model": {"task": CausalLM.name, "max_tokens": 96},
+        "model": {"task": CausalLM.name, "max_tokens": 128},
     },
     ablations=False,
 )
