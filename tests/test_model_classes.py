@@ -1,7 +1,6 @@
 """A row serves every class with which transformers loads its model type: causal language models, tagging of tokens."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft.config import AdapterSection, ProxySection
+from fedpft.config import AdapterSection, ProxySection, TaskName
 from fedpft.errors import ModelError
 from fedpft.model.adapters import attach, extract, frozen_state, merge, plug_in
 from fedpft.model.architectures import ARCHITECTURES, head_of, layers_of
@@ -23,7 +22,9 @@ from fedpft.proxy.selection import select
 from fedpft.tasks import TASKS
 
 # T tokens, V words
-TASK = "sequence-classification"  # in whose place the others are put here
+SEQUENCES = "AutoModelForSequenceClassification"  # which all other tests are about
+TASK_OF: dict[str, TaskName] = {task.model: name for name, task in TASKS.items() if task.model != SEQUENCES}
+DECODERS = "AutoModelForCausalLM"
 K = 24
 SETTINGS = AdapterSection(rank=2, alpha=6.0)
 TAGGED = ["bert", "roberta", "xlm-roberta", "electra", "mpnet", "distilbert", "deberta-v2", "modernbert"]
@@ -32,25 +33,22 @@ Load = Callable[..., nn.Module]
 
 
 @pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Writes a tiny FM of a class, and loads it for a task of that class; `model.auto` is the class."""
+def load(tmp_path: Path) -> Load:
+    """Writes a tiny FM of a class, and loads it for the task of that class."""
 
     def loaded(model_type: str, class_name: str, **settings: object) -> nn.Module:
-        head = class_name != "AutoModelForCausalLM"
-        monkeypatch.setitem(TASKS, TASK, replace(TASKS[TASK], model=class_name, head=head))
         config = tiny.CONFIGS[model_type]()
         config.update({"num_labels": len(tiny.LABELS), **settings})
         written = tiny.randomise(getattr(transformers, class_name).from_config(config))
         written.save_pretrained(tmp_path / "fm")
-        return load_model(tmp_path / "fm", TASK, tiny.LABELS, seed=0)
+        return load_model(tmp_path / "fm", TASK_OF[class_name], tiny.LABELS, seed=0)
 
     return loaded
 
 
 every_class = pytest.mark.parametrize(
     ("model_type", "class_name"),
-    [(name, "AutoModelForTokenClassification") for name in TAGGED]
-    + [(name, "AutoModelForCausalLM") for name in CAUSAL],
+    [(name, "AutoModelForTokenClassification") for name in TAGGED] + [(name, DECODERS) for name in CAUSAL],
 )
 every_decoder = pytest.mark.parametrize("model_type", CAUSAL)
 either_way = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -91,12 +89,19 @@ def test_whole_proxy_is_the_model_in_weights_outputs_and_gradients(
 @every_class
 def test_bundle_is_the_proxy_and_says_what_trains(model_type: str, class_name: str, load: Load, tmp_path: Path) -> None:
     fm, inputs = load(model_type, class_name), tiny.batch(model_type)
-    proxy = Proxy(cut(fm, select(fm, ProxySection(neurons=K))), tiny.processor(model_type), TASK, tiny.LABELS, 12, ())
+    proxy = Proxy(
+        cut(fm, select(fm, ProxySection(neurons=K))),
+        tiny.processor(model_type),
+        TASK_OF[class_name],
+        tiny.LABELS,
+        12,
+        (),
+    )
     save_bundle(proxy, tmp_path / "bundle")
     received = load_proxy(tmp_path / "bundle").model
     assert tiny.changed(proxy.model.state_dict(), received.state_dict()) == set()
     assert torch.equal(tiny.logits(received, inputs), tiny.logits(proxy.model, inputs))
-    causal = class_name == "AutoModelForCausalLM"
+    causal = class_name == DECODERS
     heads = () if causal else ("head", "classifier") if model_type == "modernbert" else ("classifier",)
     assert head_of(received) == head_of(fm) == heads
     attach(received, SETTINGS, seed=0)
@@ -122,7 +127,7 @@ def test_adapter_of_a_proxy_merged_into_the_fm_is_loaded_by_plain_transformers(
 
 @every_decoder
 def test_all_that_a_decoder_has_on_top_is_counted_with_its_embeddings(model_type: str, load: Load) -> None:
-    fm = load(model_type, "AutoModelForCausalLM")
+    fm = load(model_type, DECODERS)
     counts = parameter_counts(fm)
     assert sum(counts.values()) == sum(parameter.numel() for parameter in fm.parameters())
     inside = sum(parameter.numel() for parameter in layers_of(fm).parameters())
@@ -132,11 +137,11 @@ def test_all_that_a_decoder_has_on_top_is_counted_with_its_embeddings(model_type
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text"])
 @either_way
 def test_embeddings_travel_once_if_they_are_shared(model_type: str, tied: bool, load: Load, tmp_path: Path) -> None:
-    fm = load(model_type, "AutoModelForCausalLM", tie_word_embeddings=tied)
+    fm = load(model_type, DECODERS, tie_word_embeddings=tied)
     embedding, last = fm.get_input_embeddings(), fm.get_output_embeddings()
     assert (last.weight is embedding.weight) == tied
     model = cut(fm, select(fm, ProxySection(neurons=K)))
-    save_bundle(Proxy(model, tiny.processor(model_type), TASK, tiny.LABELS, 12, ()), tmp_path / "bundle")
+    save_bundle(Proxy(model, tiny.processor(model_type), TASK_OF[DECODERS], tiny.LABELS, 12, ()), tmp_path / "bundle")
     kept = load_file(tmp_path / "bundle" / "model.safetensors")
     assert kept.keys() == frozen_state(fm).keys() - {
         name for layer in range(tiny.L) for name in tiny.ffn_names(model_type, layer)
@@ -151,13 +156,13 @@ def test_embeddings_travel_once_if_they_are_shared(model_type: str, tied: bool, 
 def test_decoder_whose_last_projection_is_missing_is_refused_unless_it_is_the_embedding(
     tied: bool, load: Load, tmp_path: Path
 ) -> None:
-    load("llama", "AutoModelForCausalLM", tie_word_embeddings=tied)
+    load("llama", DECODERS, tie_word_embeddings=tied)
     file = tmp_path / "fm" / "model.safetensors"
     tensors = load_file(file)
     assert ("lm_head.weight" in tensors) != tied
     save_file({n: t for n, t in tensors.items() if n != "lm_head.weight"}, file, metadata={"format": "pt"})
     if tied:
-        load_model(tmp_path / "fm", TASK, tiny.LABELS, seed=0)
+        load_model(tmp_path / "fm", TASK_OF[DECODERS], tiny.LABELS, seed=0)
     else:
         with pytest.raises(ModelError, match=r"the weights lack lm_head\.weight"):
-            load_model(tmp_path / "fm", TASK, tiny.LABELS, seed=0)
+            load_model(tmp_path / "fm", TASK_OF[DECODERS], tiny.LABELS, seed=0)
