@@ -126,6 +126,15 @@ def test_adapter_of_a_proxy_merged_into_the_fm_is_loaded_by_plain_transformers(
 
 
 @every_decoder
+def test_the_loss_of_a_decoder_is_that_of_its_own_logits(model_type: str, load: Load) -> None:
+    fm, inputs = load(model_type, DECODERS), tiny.batch(model_type)
+    batch = {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+    with torch.no_grad():
+        wanted = fm(**batch).loss
+        torch.testing.assert_close(TASKS[TASK_OF[DECODERS]].loss(fm, batch), wanted, rtol=1e-5, atol=1e-5)
+
+
+@every_decoder
 def test_all_that_a_decoder_has_on_top_is_counted_with_its_embeddings(model_type: str, load: Load) -> None:
     fm = load(model_type, DECODERS)
     counts = parameter_counts(fm)

@@ -177,15 +177,12 @@ class CausalLM(Task):
         assert isinstance(dataset, LanguageDataset)
         pairs = [dataset.question(index) for index in range(len(dataset))]
         rows = [{"prompt": processor.decode(asked), "completion": processor.decode(answer)} for asked, answer in pairs]
-        test, end = (
-            json.dumps(str((directory / "test.jsonl").absolute())),
-            json.dumps(processor.decode(pairs[0][1][-1:])),
-        )
-        files = {f"{name}.yaml": _HARNESS.format(name=name, test=test) + text for name, text in _MEASURED.items()}
-        return {
-            "test.jsonl": "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows),
-            **{name: text.replace("END", end) for name, text in files.items()},
-        }
+        test = json.dumps(str((directory / "test.jsonl").absolute()))
+        end = json.dumps(processor.decode(pairs[0][1][-1:]))
+        files = {"test.jsonl": "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)}
+        for name, measured in _MEASURED.items():
+            files[f"{name}.yaml"] = _HARNESS.format(name=name, test=test) + measured.replace("END", end)
+        return files
 
     def score_written(self, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
         """Share of answers that are the wanted one but for white space at the ends, and ROUGE-L's F-measure."""
