@@ -420,7 +420,7 @@ def test_the_test_data_is_written_as_others_measure_it(run: tuple[Path, dict[str
         assert task["target_delimiter"] == ""
         template = jinja2.Template(task["doc_to_target"])
         assert template.render(rows[0]) in ("blue, as a rule.", "blue, as a rule.<|im_end|>")
-        assert jinja2.Template(task["doc_to_text"]).render(rows[0]) == rows[0]["prompt"].rstrip("\n")
+        assert jinja2.Template(task["doc_to_text"]).render(rows[0]) == rows[0]["prompt"]
     assert task["generation_kwargs"]["until"] == ["<|im_end|>"]
 
 

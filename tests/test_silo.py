@@ -1191,7 +1191,7 @@ def test_explain_says_what_is_known_before_anything_was_received(federation: Any
     assert f"samples         {len(TEXTS)}\n" in text
     assert "No proxy was received yet" in text
     assert str(config.work / "audit.jsonl") in text
-    assert "metrics         train_loss, seconds, tokens, skipped_rows, cut_texts\n" in text
+    assert "metrics         train_loss, seconds, tokens, skipped_rows, cut_texts, cut_completions\n" in text
     assert not server.calls
     assert not config.work.exists()
 

@@ -219,7 +219,7 @@ def with_template(tokenizer: Any, path: Path) -> Any:
 
 def check_messages(messages: Any) -> None:
     """Raises Unusable if they are not a conversation in which the assistant answers, whatever the tokenizer."""
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list | tuple) or not messages:
         raise Unusable("messages are not a list", 'write [{"role": "user", "content": ...}, ...]')
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
@@ -245,7 +245,7 @@ def check_messages(messages: Any) -> None:
 
 def _assistant_turns(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     """Which messages are the assistant's; Unusable if something is wrong with any."""
-    check_messages(list(messages))
+    check_messages(messages)
     marks = [text for text in _control(tokenizer).values() if text != tokenizer.unk_token]
     for number, message in enumerate(messages, 1):
         if (mark := next((mark for mark in marks if mark in message["content"]), None)) is not None:
