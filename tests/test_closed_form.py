@@ -21,7 +21,7 @@ from fedpft.proxy.selection import Selection, select
 K = 24
 SEEN_BEFORE_A_NORM = {"bert", "roberta", "xlm-roberta", "electra", "mpnet", "distilbert", "deberta-v2"}  # post-norm
 SEEN_BEFORE_A_NORM |= {"gemma2", "gemma3_text"}  # one on the FFN's output alone
-every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
+every_kind = pytest.mark.parametrize("model_type", tiny.KINDS)
 
 
 FUNCTIONS = {
@@ -63,9 +63,7 @@ def seen_at(model: nn.Module, model_type: str, layer: int, inputs: dict[str, Ten
     return seen["x"].view(stream.shape)[real], stream[real]
 
 
-@pytest.mark.parametrize(
-    "model_type", [name for name in ARCHITECTURES if name != "mixtral"]
-)  # all its FFNs are mixtures
+@pytest.mark.parametrize("model_type", [name for name in tiny.KINDS if name != "mixtral"])  # all its FFNs are mixtures
 def test_fit_is_the_least_squares_solution(
     model_type: str, make_fm: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +90,7 @@ def test_fit_is_the_least_squares_solution(
     torch.testing.assert_close(design @ change, design @ solution, rtol=1e-3, atol=1e-3)
 
 
-@every_architecture
+@every_kind
 def test_fit_brings_the_residual_streams_together(model_type: str, make_fm: ModelFactory) -> None:
     proxy, fm, selection = pair(make_fm, model_type)
     unseen = tiny.dataset(model_type, 30, labelled=False, seed=9).batch(torch.arange(30))
@@ -108,7 +106,7 @@ def test_fit_brings_the_residual_streams_together(model_type: str, make_fm: Mode
     assert error(2) < 0.95 * before[1]
 
 
-@every_architecture
+@every_kind
 def test_fit_changes_output_projections_and_biases_of_compressed_layers_only(
     model_type: str, make_fm: ModelFactory
 ) -> None:

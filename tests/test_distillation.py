@@ -13,7 +13,7 @@ from fedpft.data.batches import EncodedDataset
 from fedpft.data.text import TextDataset
 from fedpft.errors import ModelError
 from fedpft.model.adapters import attach, extract, load
-from fedpft.model.architectures import ARCHITECTURES, base_of, layer_outputs, layers_of
+from fedpft.model.architectures import base_of, layer_outputs, layers_of
 from fedpft.model.subffn import sub_ffns
 from fedpft.proxy.bundle import apply_patch, patch
 from fedpft.proxy.cut import cut
@@ -22,7 +22,7 @@ from fedpft.proxy.selection import Selection, select
 
 K = 24
 MATCHED = ((1, 1), (2, 2))
-every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
+every_kind = pytest.mark.parametrize("model_type", tiny.KINDS)
 
 
 def pair(make_fm: ModelFactory, model_type: str, **settings: object) -> tuple[nn.Module, nn.Module, Selection]:
@@ -85,7 +85,7 @@ def product_by_hand(fm: nn.Module, model_type: str, layer: int, neurons: Tensor)
 # --- layer-level ---
 
 
-@every_architecture
+@every_kind
 def test_layer_level_brings_proxy_and_fm_together(model_type: str, make_fm: ModelFactory) -> None:
     proxy, fm, _ = pair(make_fm, model_type)
     public, inputs = tiny.dataset(model_type, 24, labelled=False), tiny.batch(model_type)
@@ -96,7 +96,7 @@ def test_layer_level_brings_proxy_and_fm_together(model_type: str, make_fm: Mode
     assert sum(alignment_by_hand(proxy, fm, inputs)) < 0.9 * before
 
 
-@every_architecture
+@every_kind
 def test_layer_level_changes_ffns_and_their_norms_in_compressed_layers_only(
     model_type: str, make_fm: ModelFactory
 ) -> None:
@@ -274,7 +274,7 @@ def test_flags_and_weights_are_put_back_after_an_error(make_fm: ModelFactory) ->
 # --- neuron-level ---
 
 
-@every_architecture
+@every_kind
 def test_neuron_level_changes_the_updated_neurons_biases_and_norms_only(model_type: str, make_fm: ModelFactory) -> None:
     proxy, fm, _ = pair(make_fm, model_type)
     for model in (proxy, fm):
@@ -405,7 +405,7 @@ def test_layer_without_a_token_does_not_divide_by_0() -> None:
     assert least_active([counts(1, [0, 0], 0)], 0.5)[1].tolist() == [0]
 
 
-@every_architecture
+@every_kind
 def test_ffn_norms_are_those_that_transformers_names(model_type: str, make_fm: ModelFactory) -> None:
     proxy, _, _ = pair(make_fm, model_type)
     names = tiny.NAMES[model_type]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedpft.config import AdapterSection, ProxySection
 from fedpft.errors import ModelError
 from fedpft.model import adapters
-from fedpft.model.architectures import ARCHITECTURES, config_of, layer_outputs, layers_of, layers_path
+from fedpft.model.architectures import config_of, layer_outputs, layers_of, layers_path
 from fedpft.model.loading import load_model, load_processor
 from fedpft.model.subffn import sub_ffns
 from fedpft.proxy.bundle import Proxy, apply_patch, check_finite, load_proxy, patch, save_bundle
@@ -25,7 +25,7 @@ from fedpft.proxy.selection import Selection, load_selection, most_salient, sali
 
 FM = Callable[[str], Path]
 K = 24
-every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
+every_kind = pytest.mark.parametrize("model_type", tiny.KINDS)
 
 
 def published_choice(fm: nn.Module, model_type: str, layer: int, count: int) -> Tensor:
@@ -53,7 +53,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 # --- saliency and selection ---
 
 
-@every_architecture
+@every_kind
 def test_saliency_is_the_norm_of_all_weights_of_a_neuron(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
     for layer, scores in enumerate(saliency(fm)):
@@ -64,7 +64,7 @@ def test_saliency_is_the_norm_of_all_weights_of_a_neuron(model_type: str, make_f
             torch.testing.assert_close(own.double(), squares.sqrt(), rtol=1e-6, atol=0)
 
 
-@every_architecture
+@every_kind
 @pytest.mark.parametrize("count", [1, K, tiny.F - 1])
 def test_neurons_are_those_of_the_published_code(model_type: str, count: int, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
@@ -140,7 +140,7 @@ def test_more_than_the_fm_has_is_refused(settings: dict[str, object], message: s
 # --- the proxy ---
 
 
-@every_architecture
+@every_kind
 def test_proxy_differs_from_the_fm_in_compressed_layers_only(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
     before = tiny.snapshot(fm)
@@ -161,7 +161,7 @@ def test_proxy_differs_from_the_fm_in_compressed_layers_only(model_type: str, ma
     assert tiny.changed(before, left) == set()
 
 
-@every_architecture
+@every_kind
 def test_proxy_computes_what_the_fm_does_with_the_other_neurons_silenced(
     model_type: str, make_fm: ModelFactory
 ) -> None:
@@ -178,7 +178,7 @@ def test_proxy_computes_what_the_fm_does_with_the_other_neurons_silenced(
     torch.testing.assert_close(tiny.logits(proxy, inputs), wanted, rtol=1e-5, atol=2e-5)
 
 
-@every_architecture
+@every_kind
 def test_proxy_of_fewer_layers_computes_what_those_layers_do(model_type: str, make_fm: ModelFactory) -> None:
     fm, inputs = make_fm(model_type), tiny.batch(model_type)
     proxy = cut(fm, select(fm, ProxySection(keep="layers", layers=3)))
@@ -225,7 +225,7 @@ def test_parameters_are_counted_without_the_head(make_fm: ModelFactory) -> None:
     assert parameter_counts(proxy) == counts | {"ffn": counts["ffn"] - dropped}
 
 
-@every_architecture
+@every_kind
 def test_every_parameter_is_counted_in_its_part(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
     ffn = {name for layer in range(tiny.L) for name in tiny.ffn_names(model_type, layer)}
@@ -290,7 +290,7 @@ def test_pooler_that_was_drawn_trains_at_the_silo_too(tmp_path: Path) -> None:
 # --- the bundle ---
 
 
-@every_architecture
+@every_kind
 @pytest.mark.parametrize("settings", [{"neurons": K}, {"keep": "layers", "layers": 3}], ids=["neurons", "layers"])
 def test_loaded_bundle_is_the_saved_proxy(
     model_type: str, settings: dict[str, object], make_fm: ModelFactory, tmp_path: Path
@@ -307,7 +307,7 @@ def test_loaded_bundle_is_the_saved_proxy(
         assert loaded.processor("a warm stone")["input_ids"] == proxy.processor("a warm stone")["input_ids"]
 
 
-@every_architecture
+@every_kind
 def test_no_weight_of_a_dropped_neuron_is_in_the_bundle(model_type: str, make_fm: ModelFactory, tmp_path: Path) -> None:
     fm = make_fm(model_type)
     _, selection = bundle_of(fm, model_type, tmp_path, neurons=K)
@@ -338,7 +338,7 @@ def test_dropped_layer_is_not_in_the_bundle(make_fm: ModelFactory, tmp_path: Pat
     assert sum(held(2)) >= 14  # all but the transposed output projection and a column of it
 
 
-@every_architecture
+@every_kind
 def test_bundle_says_nothing_of_where_the_fm_lies(model_type: str, fm_directory: FM, tmp_path: Path) -> None:
     place, task = fm_directory(model_type), tiny.task_of(model_type)
     fm = load_model(place, task, tiny.LABELS, seed=0)

@@ -17,7 +17,6 @@ from fedpft.data.text import TextDataset
 from fedpft.errors import DataError
 from fedpft.model import adapters
 from fedpft.model.adapters import attach, extract, frozen_state
-from fedpft.model.architectures import ARCHITECTURES
 from fedpft.model.subffn import sub_ffns
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import Selection, select
@@ -29,7 +28,7 @@ TASK = TASKS["sequence-classification"]
 
 K = 24
 EPS = 0.05
-every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
+every_kind = pytest.mark.parametrize("model_type", tiny.KINDS)
 
 
 def settings(seed: int = 0, rank: int = 2, dropout: float = 0.0, **training: Any) -> RoundSettings:
@@ -90,7 +89,7 @@ def test_training_leaves_the_callers_random_numbers_alone(make_fm: ModelFactory)
     assert torch.equal(torch.rand(3), expected)
 
 
-@every_architecture
+@every_kind
 def test_frozen_part_of_the_proxy_stays_bit_for_bit(model_type: str, make_fm: ModelFactory) -> None:
     wanted = settings()
     model, _ = proxy_for(make_fm, model_type, wanted)
@@ -102,7 +101,7 @@ def test_frozen_part_of_the_proxy_stays_bit_for_bit(model_type: str, make_fm: Mo
     assert tiny.changed(extract(model), result.adapter) == set()
 
 
-@every_architecture
+@every_kind
 def test_training_is_what_plain_torch_does_to_the_fm(model_type: str, make_fm: ModelFactory) -> None:
     """LoRA written out by hand on the FM's own classes, against a proxy that keeps every neuron."""
     wanted = settings(learning_rate=1e-3, head_learning_rate=5e-3, weight_decay=0.1, rounds=3)
@@ -143,7 +142,7 @@ def test_training_is_what_plain_torch_does_to_the_fm(model_type: str, make_fm: M
         assert (result.adapter[name] - tensor.detach()).norm() <= 0.01 * moved, name
 
 
-@every_architecture
+@every_kind
 @pytest.mark.parametrize("max_batch", [None, 3])
 def test_losses_gradients_and_counts_are_those_of_pefts_own_layers(
     model_type: str, max_batch: int | None, make_fm: ModelFactory, monkeypatch: pytest.MonkeyPatch
@@ -358,7 +357,7 @@ def test_loss_that_is_not_finite_ends_the_round_and_says_where(value: float, mak
     assert tiny.changed(before, extract(model)) == set()
 
 
-@every_architecture
+@every_kind
 def test_rank_0_trains_the_head_alone(model_type: str, make_fm: ModelFactory) -> None:
     wanted = settings(rank=0)
     model, _ = proxy_for(make_fm, model_type, wanted)

@@ -88,6 +88,9 @@ CONFIGS: dict[str, Any] = {
 OWN_TOKENIZER = "qwen2"
 IMAGES = ("vit", "deit", "dinov2", "siglip", "clip")
 MIXTURES = {"qwen3_moe": (0, 1, 3), "mixtral": (0, 1, 2, 3)}  # which layers have experts
+# One for each thing that a row can say; what is about rows themselves is tried with all of them.
+KINDS = ("bert", "distilbert", "deberta-v2", "modernbert", "vit", "dinov2", "clip", "gpt2", "opt", "gpt_neox", "llama")
+KINDS += ("gemma2", "qwen3_moe", "mixtral")
 AUTO: dict[TaskName, Any] = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
     "image-classification": transformers.AutoModelForImageClassification,

@@ -4,6 +4,7 @@ M rows in one batch, T tokens, D hidden size, V words of the vocabulary.
 """
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -207,6 +208,7 @@ def _rouge() -> Any:
             f"what causal-lm writes is measured by rouge-score, which cannot be imported ({error.name})",
             "pip install 'fedpft[causal-lm]'",
         ) from None
+    logging.getLogger("absl").setLevel(logging.WARNING)  # it says which tokenizer it takes, each time
     return rouge_scorer
 
 
