@@ -51,6 +51,7 @@ STYLE: Any = {
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.wspace": 0.06,
 }
+EACH_LAYER_NAMED = 14  # beyond so many there is no room
 WIDTH_INCHES, HEIGHT_INCHES = 7.4, 2.7
 
 
@@ -135,8 +136,7 @@ def alignment_gap(layers: Sequence[int], stages: Sequence[Mapping[str, Any]]) ->
                 )
                 axes.plot(layers, stage[key], label=stage["stage"], clip_on=False, **look)
             axes.set_title(title)
-            axes.set_xlabel("layer")
-            axes.set_xticks(list(layers))
+            _layers(axes, layers)
             axes.set_ylim(bottom=min(0.0, *(value for stage in shown for value in stage[key])))
             if key == "gradient_cosine":
                 axes.set_ylim(top=1.0)
@@ -157,9 +157,9 @@ def saliency_kept(layers: Sequence[int], share: Sequence[float]) -> str:
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _panels(1)
         bars = axes.bar(layers, share, width=0.62, color=[THIRD if value >= 1 else ACCENT for value in share])
-        axes.bar_label(bars, [f"{value:.0%}" for value in share], padding=3, color=INK)
-        axes.set_xticks(list(layers))
-        axes.set_xlabel("layer")
+        if len(layers) <= EACH_LAYER_NAMED:
+            axes.bar_label(bars, [f"{value:.0%}" for value in share], padding=3, color=INK)
+        _layers(axes, layers)
         axes.set_ylim(0, 1.12)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
         _percent(axes)
@@ -189,6 +189,14 @@ def rows_compared(found: Mapping[str, float], metric: Metric) -> str:
 def _panels(count: int, height_inches: float = HEIGHT_INCHES) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH_INCHES, height_inches))
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _layers(axes: Axes, layers: Sequence[int]) -> None:
+    axes.set_xlabel("layer")
+    if len(layers) <= EACH_LAYER_NAMED:
+        axes.set_xticks(list(layers))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _percent(axes: Axes) -> None:

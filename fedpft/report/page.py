@@ -348,6 +348,8 @@ tr > :last-child { padding-right: .5rem; }
 .strong { background: var(--tint); }
 .strong td:not(:last-child) { font-weight: 600; }
 .said { table-layout: fixed; min-width: 44rem; }
+.said th { white-space: normal; }
+td:last-child:not(.n) { min-width: 8rem; }
 .said td { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
 figure { margin: 2.8rem 0 0; }
 figure svg { display: block; width: 100%; height: auto; }
