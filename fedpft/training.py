@@ -14,7 +14,7 @@ from fedpft.errors import DataError
 from fedpft.model import adapters
 from fedpft.model.architectures import in_head
 from fedpft.model.packing import Way, packed_inputs
-from fedpft.model.precision import TASK_SCALE, loss_scaler
+from fedpft.model.precision import TASK_SCALE, dtype_of, loss_scaler
 from fedpft.model.subffn import InactivityCounter, sub_ffns
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
@@ -74,7 +74,7 @@ def train_round(
     steps = -(-count // training.batch)
     counters = _count_inactivity(model, compressed, settings.inactive_below) if count_inactivity else {}
     optimizer, scaler = _optimizer(model, training), loss_scaler(model, TASK_SCALE)
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    device, dtype = next(model.parameters()).device, dtype_of(model)
     order_seed = derive_seed(settings.seed, "order", silo)
     begun, loss_sum, weights, tokens = time.monotonic(), 0.0, 0, 0
     random_devices = [device] if device.type == "cuda" else []
@@ -85,16 +85,18 @@ def train_round(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * (1.0 - (round - 1 + step / steps) / training.rounds)
             parts = list(_parts(dataset, lot, limits.max_batch or training.batch, packing))
-            weight = sum(map(task.weight, parts))
-            for part in parts:
-                # before .to: on a GPU what is read back afterwards has to be waited for
-                share = task.weight(part) / weight
+            # before .to: on a GPU what is read back afterwards has to be waited for
+            each = [task.weight(part) for part in parts]
+            weight = sum(each)
+            for part, own in zip(parts, each, strict=True):
                 tokens += _tokens(part)
                 part = {name: value.to(device) for name, value in part.items()}
                 mask = part.get("attention_mask")
                 for counter in counters.values():
                     counter.mask = None if mask is None else mask.flatten().bool()
-                loss = task.loss(model, part if packing is None else packed_inputs(part, packing, dtype)) * share
+                loss = task.loss(model, part if packing is None else packed_inputs(part, packing, dtype)) * (
+                    own / weight
+                )
                 scaler.scale(loss).backward()
                 loss_sum += float(loss.detach()) * weight
             weights += weight

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedpft.data.batches import EncodedDataset
 from fedpft.data.chat import Learnt
+from fedpft.data.text import TextDataset
 
 NOT_LEARNED = -100  # as transformers marks a label that is none
 
 
-class LanguageDataset(EncodedDataset):
+class LanguageDataset(TextDataset):
     """Token ids of all rows end to end, without padding, and which of them are learned.
 
     Labels stand where transformers wants them, at the token itself: the loss shifts them, so that a token is predicted
@@ -33,8 +33,7 @@ class LanguageDataset(EncodedDataset):
         """Args:
         tokens: (sum of lengths,) int32. learned: as long, bool. lengths: (n,) int64. padding: id that fills a batch.
         """
-        self.tokens, self.lengths, self.padding, self.labels = tokens, lengths, padding, None
-        self.starts = lengths.cumsum(0) - lengths
+        super().__init__(tokens, lengths, padding, None)
         self.learned = learned.clone()
         self.learned[self.starts] = False
 
@@ -75,13 +74,9 @@ class LanguageDataset(EncodedDataset):
 
     def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels: (M, T) int64, padded on the right."""
-        lengths = self.lengths[indices]
-        position = torch.arange(int(lengths.max()))
-        real = position < lengths[:, None]
-        source = (self.starts[indices][:, None] + position).where(real, 0)
-        input_ids = self.tokens[source].long().where(real, self.padding)
-        labels = input_ids.where(real & self.learned[source], NOT_LEARNED)
-        return {"input_ids": input_ids, "attention_mask": real.long(), "labels": labels}
+        inputs = super()._inputs(indices)
+        learned = self._padded(self.learned, indices, 0).bool()
+        return {**inputs, "labels": inputs["input_ids"].where(learned, NOT_LEARNED)}
 
     def packed(self, indices: Tensor, most_tokens: int) -> list[dict[str, Tensor]]:
         """The rows `indices`, (m,) int64, in as few sequences as first fit, longest first, needs.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedpft.config import BadRows
 from fedpft.errors import DataError
 
 Form = tuple[str, ...]  # the roles of the columns that make a row, which are the keys under `columns` in the YAML file
@@ -71,6 +72,19 @@ class RowFaults:
     def __len__(self) -> int:
         """The number of rows that have a fault."""
         return len(self._found)
+
+    def against(self, rows: int, bad_rows: BadRows = "refuse", way_out: str = "") -> DataError | None:
+        """What speaks against going on with the other rows; None if nothing does.
+
+        Args:
+            rows: that the file has, good and bad.
+            bad_rows: whether those that cannot be used speak against the others.
+            way_out: what the error adds to its remedy where not all rows are bad.
+        """
+        some_left = len(self) < rows
+        if not self or (bad_rows == "skip" and some_left):
+            return None
+        return self.error(rows, way_out if some_left else "")
 
     def error(self, rows: int, way_out: str = "") -> DataError:
         """All of it in one line.

@@ -144,9 +144,7 @@ class Examination:
             bad_rows: whether those that cannot be used speak against the others.
             way_out: what the error adds to its remedy where not all rows are bad.
         """
-        if not self.faults or (bad_rows == "skip" and len(self.faults) < self.rows):
-            return None
-        return self.faults.error(self.rows, way_out if len(self.faults) < self.rows else "")
+        return self.faults.against(self.rows, bad_rows, way_out)
 
     def samples(self, bad_rows: BadRows = "refuse", way_out: str = "") -> Samples:
         """The samples that can be used, of a form that is known; raises what :meth:`fault` returns."""

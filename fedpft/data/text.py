@@ -126,8 +126,7 @@ def tokenize(
         DataError: texts without a token.
         ModelError: a tokenizer without a padding token.
     """
-    if tokenizer.pad_token_id is None:
-        raise ModelError("the tokenizer has no padding token", "set pad_token in the model's tokenizer_config.json")
+    check_padding(tokenizer)
     found, every_text = Tokenized(RowFaults(samples.path)), samples.texts()
     places = {"return_offsets_mapping": True} if find_words else {}
     for start in range(0, len(samples), TOKENIZED_AT_ONCE):
@@ -148,9 +147,15 @@ def tokenize(
             found.rows.append(number)
             found.ids.append(ids)
             found.words.append(words)
-    if found.faults and (bad_rows == "refuse" or not found.rows):
-        raise found.faults.error(len(samples), way_out if found.rows else "")
+    if (fault := found.faults.against(len(samples), bad_rows, way_out)) is not None:
+        raise fault
     return found
+
+
+def check_padding(tokenizer: Any) -> None:
+    """Raises ModelError for a tokenizer without a padding token."""
+    if tokenizer.pad_token_id is None:
+        raise ModelError("the tokenizer has no padding token", "set pad_token in the model's tokenizer_config.json")
 
 
 def characters_per_token(texts: Sequence[str], tokenizer: Any, *, seed: int) -> float:

@@ -19,7 +19,8 @@ from fedpft.data.chat import Learnt, encode_completion, encode_messages, encode_
 from fedpft.data.language import NOT_LEARNED, LanguageDataset
 from fedpft.data.rows import RowFaults, Unusable
 from fedpft.data.samples import Samples
-from fedpft.errors import ConfigError, ModelError
+from fedpft.data.text import check_padding
+from fedpft.errors import ConfigError
 from fedpft.tasks.task import Batch, Metric, Task
 from fedpft.tasks.vocabulary_loss import linear_cross_entropy, token_losses
 
@@ -80,22 +81,21 @@ class CausalLM(Task):
         self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
     ) -> EncodedDataset:
         """Token ids, and which of them are to be learned; see `fedpft.data.chat`."""
-        if processor.pad_token_id is None:
-            raise ModelError("the tokenizer has no padding token", "set pad_token in the model's tokenizer_config.json")
+        check_padding(processor)
         rows: list[Learnt] = []
         faults, cut, prompts_cut, completions_cut = RowFaults(samples.path), 0, 0, 0
         for number, line in enumerate(samples.lines):
             try:
                 short = shorten(_encoded(samples, number, processor), max_tokens)
-            except Unusable as fault:
-                faults.add(line, fault.message, fault.remedy)
+            except Unusable as found:
+                faults.add(line, found.message, found.remedy)
                 continue
             rows.append(short.learnt)
             cut += short.prompt_cut or short.completion_cut
             prompts_cut += short.prompt_cut
             completions_cut += short.completion_cut
-        if faults and (bad_rows == "refuse" or not rows):
-            raise faults.error(len(samples), way_out if rows else "")
+        if (fault := faults.against(len(samples), bad_rows, way_out)) is not None:
+            raise fault
         dataset = LanguageDataset.of(rows, processor.pad_token_id)
         dataset.cut, dataset.prompts_cut, dataset.completions_cut = cut, prompts_cut, completions_cut
         dataset.skipped = samples.skipped + len(faults)
