@@ -242,18 +242,18 @@ def test_written_answers_are_scored_by_match_and_rouge() -> None:
     assert found["rouge_l"] == pytest.approx((1 + 0.75 + 0) / 3)
 
 
+def one_round(adapter: AdapterSection) -> RoundSettings:
+    training = TrainingSection(rounds=1, batch=3, learning_rate=0.01)
+    return RoundSettings(seed=0, adapter=adapter, training=training, inactive_below=0.01)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_nothing_of_the_head_trains(tied: bool, tmp_path: Path, data: LanguageDataset) -> None:
     fm = loading.load_model(write_fm(tmp_path / "fm2", tied=tied), "causal-lm", (), seed=0)
     adapters.attach(fm, AdapterSection(rank=2), seed=0)
     proxy = cut(fm, select(fm, ProxySection(neurons=8)))
     before = tiny.snapshot(proxy)
-    settings = RoundSettings(
-        seed=0,
-        adapter=AdapterSection(rank=2),
-        training=TrainingSection(rounds=1, batch=3, learning_rate=0.01),
-        inactive_below=0.01,
-    )
+    settings = one_round(AdapterSection(rank=2))
     result = train_round(
         TASK,
         proxy,
@@ -277,12 +277,7 @@ def test_nothing_of_the_head_trains(tied: bool, tmp_path: Path, data: LanguageDa
 def test_packed_rows_train_to_the_same_adapter(most: int | None, fm: nn.Module, data: LanguageDataset) -> None:
     adapters.attach(fm, AdapterSection(rank=2, dropout=0.0), seed=0)
     start = adapters.extract(fm)
-    settings = RoundSettings(
-        seed=0,
-        adapter=AdapterSection(rank=2, dropout=0.0),
-        training=TrainingSection(rounds=1, batch=3, learning_rate=0.01),
-        inactive_below=0.01,
-    )
+    settings = one_round(AdapterSection(rank=2, dropout=0.0))
     proxy = cut(fm, select(fm, ProxySection(neurons=8)))
     way = way_to_pack(proxy.base_model, vocabulary=20, longest=40, device=torch.device("cpu"))
     assert way is not None
