@@ -321,11 +321,55 @@ class ServerConfig(Endpoint):
             raise ValueError(f"federation.silos: {odd!r} is not a name of up to 63 letters, digits, _, . and -")
         if len(set(silos)) != len(silos):
             raise ValueError("federation.silos names a silo twice")
-        if wanted > len(silos):
+        if silos and wanted > len(silos):
             raise ValueError(f"federation.min_silos is {wanted}, but only {len(silos)} silos are named")
         if self.proxy.keep == "layers" and self.proxy.layers is None:
             raise ValueError("proxy.layers is needed with proxy.keep: layers")
         return self
+
+
+class SimulationSection(Section):
+    """The silos of `fedpft simulate`, which are no processes of their own."""
+
+    data: Path = Field(
+        description="The silos' labelled data: one file that is dealt out to them, or a directory with a file for each, "
+        "called as the silo.",
+    )
+    silos: int | None = Field(
+        None, ge=1, description="How many silos the file is dealt out to; default: those that `federation.silos` names."
+    )
+    partition: PartitionSection = Field(default_factory=PartitionSection, description="How the file is dealt out.")
+    bad_rows: BadRows = Field("refuse", description="As `data.bad_rows` in silo.yaml.")
+    threads: int = Field(
+        1,
+        ge=1,
+        le=MOST_THREADS,
+        description="CPU threads of torch for one silo's training. The last bits of a result depend on it.",
+    )
+    drop_out_fraction: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Share of the silos picked that fail in a round, and are back in the next."
+    )
+
+
+class SimulatedFederationSection(FederationSection):
+    """Who takes part, and what a round waits for."""
+
+    silos: tuple[str, ...] = Field(
+        (), description="Names of the silos; default: made up, or those of the files in `simulation.data`."
+    )
+
+
+class SimulationConfig(ServerConfig):
+    """`fedpft simulate`: server.yaml with a section more. `listen`, `tls` and `insecure_loopback` are not looked at."""
+
+    listen: Address = Field("127.0.0.1:0", description="Not used.")
+    federation: SimulatedFederationSection = Field(
+        default_factory=SimulatedFederationSection, description="Who takes part."
+    )
+    simulation: SimulationSection = Field(description="The silos.")
+
+    def _check_transport(self, address: str) -> None:
+        """There is none."""
 
 
 class RoundSettings(Section):
@@ -400,13 +444,18 @@ class SiloConfig(Endpoint):
         return self
 
 
-AnyConfig = TypeVar("AnyConfig", ServerConfig, SiloConfig)
+AnyConfig = TypeVar("AnyConfig", ServerConfig, SimulationConfig, SiloConfig)
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_server_config(path: Path) -> ServerConfig:
     """Reads server.yaml; raises ConfigError naming the file, the key and, for a typo, what was probably meant."""
     return _load(path, ServerConfig)
+
+
+def load_simulation_config(path: Path) -> SimulationConfig:
+    """Reads simulation.yaml; raises as :func:`load_server_config` does."""
+    return _load(path, SimulationConfig)
 
 
 def load_silo_config(path: Path) -> SiloConfig:
@@ -509,16 +558,20 @@ def reference() -> str:
     return "\n".join(
         [
             "# Configuration\n",
-            "Two YAML files, both checked on start: an unknown key is an error that says what was probably meant.",
+            "YAML files, all checked on start: an unknown key is an error that says what was probably meant.",
             f"No number of things or seconds may be above {LARGEST}.",
             "This page is printed by `python -m fedpft.config`; `examples/three_silos/` is a complete working set.\n",
             *_describe("## `server.yaml`", ServerConfig),
             *_describe("## `silo.yaml`", SiloConfig),
+            *_describe("## `simulation.yaml`", SimulationConfig, beside=ServerConfig),
         ]
     )
 
 
-def _describe(title: str, kind: type[Section], prefix: str = "") -> list[str]:
+def _describe(
+    title: str, kind: type[Section], prefix: str = "", beside: type[Section] | None = None
+) -> list[str]:
+    """Tables of a section and of those within it, without what stands in another one `beside` it just the same."""
     lines = [
         title,
         "",
@@ -529,6 +582,8 @@ def _describe(title: str, kind: type[Section], prefix: str = "") -> list[str]:
     ]
     sections: list[str] = []
     for name, field in kind.model_fields.items():
+        if beside is not None and repr(beside.model_fields.get(name)) == repr(field):
+            continue
         inner = _section_of(field)
         if inner is not None:
             sections += _describe(f"### `{prefix}{name}`", inner, f"{prefix}{name}.")

@@ -27,6 +27,7 @@ from fedpft.errors import (
 from fedpft.server import run as server_run
 from fedpft.server import service
 from fedpft.server.run import run
+from fedpft.silo import learner as silo_learner
 from fedpft.silo import run as silo_run
 
 SECRET = "Mrs Miller, 1948"
@@ -115,7 +116,7 @@ def test_whatever_fails_in_a_silo_is_one_line_a_file_and_a_goodbye(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     outcome, address = background.start(config)
-    monkeypatch.setattr(silo_run, "train_round", failing(error))
+    monkeypatch.setattr(silo_learner, "train_round", failing(error))
     with pytest.raises(kind) as caught:
         silo_run.run(silo(tmp_path, address))
     with pytest.raises(QuorumLost, match="north: it left; its own log says why"):
@@ -220,7 +221,7 @@ def test_a_silo_that_was_stopped_takes_part_again_at_once(
     caplog.set_level(logging.INFO)
     outcome, address = background.start(config)
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(silo_run, "train_round", failing(KeyboardInterrupt()))
+        patch.setattr(silo_learner, "train_round", failing(KeyboardInterrupt()))
         silo_run.run(silo(tmp_path, address))
     silo_run.run(silo(tmp_path, address))
     assert len(outcome.result(LONG_SECONDS)["rounds"]) == 1

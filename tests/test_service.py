@@ -298,7 +298,7 @@ def test_the_same_kit_from_another_work_directory_is_refused_and_the_first_notic
         with pytest.raises(RefusedByServer, match="north takes part already, from another work directory") as caught:
             run(silo_config(tmp_path, address, "north", work=tmp_path / "second", data=rows(tmp_path)))
         assert "stop one of the two" in caught.value.remedy
-    assert server._inbox._samples["north"] == 7, "the second's are not the first's"
+    assert server._files.inbox._samples["north"] == 7, "the second's are not the first's"
     assert server._live._federation.present == {"north"}, "though the second said that it leaves"
     refused = [entry.fields for entry in audit.read(tmp_path / "out/audit.jsonl") if entry.event == "refused"]
     assert refused == [{"peer": "north", "reason": "north takes part already, from another work directory"}] * 2
@@ -312,7 +312,7 @@ def test_a_silo_moves_to_another_work_directory_once_the_first_has_left(start, d
     first = dial(address, "north")
     first.leave()
     dial(address, "north", work=tmp_path / "second").enrol(9)
-    assert server._inbox._samples["north"] == 9
+    assert server._files.inbox._samples["north"] == 9
     for call in (first.next_assignment, lambda: submit(first, 1, result())):
         with pytest.raises(
             RefusedByServer, match="another process takes part as north now, with another work"

@@ -54,6 +54,7 @@ from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import select
 from fedpft.silo import __main__ as command
 from fedpft.silo import data as silo_data
+from fedpft.silo import learner as silo_learner
 from fedpft.silo import run as silo_run
 from fedpft.silo.connection import ServerConnection
 from fedpft.silo.explain import explain
@@ -611,13 +612,13 @@ def federation(serve: Callable[..., Server], bundle: Path, wire_files: Path, tmp
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rounds that were trained, by any silo."""
     trained: list[int] = []
-    train_round = silo_run.train_round
+    train_round = silo_learner.train_round
 
     def counting(*arguments: Any, **named: Any) -> Any:
         trained.append(named["round"])
         return train_round(*arguments, **named)
 
-    monkeypatch.setattr(silo_run, "train_round", counting)
+    monkeypatch.setattr(silo_learner, "train_round", counting)
     return trained
 
 
@@ -915,13 +916,13 @@ def test_what_was_rounded_off_goes_into_the_next_update_that_counts(
     federation: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, torch.Tensor]] = []
-    encode = silo_run.encode
+    encode = silo_learner.encode
 
     def watching(trained: Any, start: Any, encoding: Any, residual: Any) -> Any:
         seen.append(residual)
         return encode(trained, start, encoding, residual)
 
-    monkeypatch.setattr(silo_run, "encode", watching)
+    monkeypatch.setattr(silo_learner, "encode", watching)
     server, config = federation("int8")
 
     def too_late(context: grpc.ServicerContext) -> None:
@@ -1043,7 +1044,7 @@ def test_a_stopped_silo_says_that_it_can_go_on(
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(silo_run, "encode", interrupt)
+    monkeypatch.setattr(silo_learner, "encode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     assert caplog.messages[-1] == "north: stopped in round 1; run it again, it goes on from there"

@@ -13,8 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fedpft.config import ServerConfig, dump
-from fedpft.data.samples import image_paths, read_label_list
+from fedpft.config import ServerConfig, SimulationConfig, dump
+from fedpft.data.samples import image_paths, read_label_list, silo_files
 from fedpft.digests import Digests, combined, differences
 from fedpft.errors import CheckpointError, ConfigError, DataError, ModelError
 from fedpft.tasks import TASKS
@@ -30,7 +30,15 @@ DIGESTS_FILE = "digests.json"
 # going on. Of `federation`, sample_fraction may not.
 CHANGEABLE = ("out", "listen", "tls", "insecure_loopback", "threads", "federation", "product", "proxy.allow_whole")
 # These are known by what they lead to; a proxy by the ledger's record of it (run.py).
-BY_CONTENT = ("model.path", "model.labels", "model.chat_template", "public_data", "test_data", "proxy_path")
+BY_CONTENT = (
+    "model.path",
+    "model.labels",
+    "model.chat_template",
+    "public_data",
+    "test_data",
+    "proxy_path",
+    "simulation.data",
+)
 
 FOR_PEOPLE = (".md", ".yaml", ".yml", ".log")  # no file of an FM that loading reads is called so
 
@@ -49,8 +57,10 @@ def settings(config: ServerConfig) -> dict[str, Any]:
         *sections, name = key.split(".")
         place = values
         for section in sections:
-            place = place[section]
-        del place[name]
+            place = place.get(section, {})  # a server.yaml has no simulation
+        place.pop(name, None)
+    if isinstance(config, SimulationConfig):
+        values["silos"] = list(config.federation.silos)
     return values | {"sample_fraction": config.federation.sample_fraction}
 
 
@@ -86,6 +96,7 @@ def contents(config: ServerConfig, digests: Digests) -> Contents:
         "model.chat_template": {} if template is None else {"": digests.of_file(template)},
         "public_data": _data(config, config.public_data, digests),
         "test_data": {} if config.test_data is None else _data(config, config.test_data, digests),
+        **({"simulation.data": _silos_data(config, digests)} if isinstance(config, SimulationConfig) else {}),
     }
 
 
@@ -106,6 +117,8 @@ def difference(config: ServerConfig, before: Contents, after: Contents) -> str:
     paths = {"model.path": section.path, "model.labels": section.labels or none}
     paths |= {"model.chat_template": section.chat_template or none}
     paths |= {"public_data": config.public_data, "test_data": config.test_data or none}
+    if isinstance(config, SimulationConfig):
+        paths["simulation.data"] = config.simulation.data
     found = {key: differences(before.get(key, {}), after[key], whole="it") for key in after}
     return "; ".join(f"{key} ({paths[key]}): {what}" for key, what in found.items() if what)
 
@@ -231,4 +244,13 @@ def _data(config: ServerConfig, path: Path, digests: Digests) -> dict[str, str]:
     found = {"": digests.of_file(path)}
     if TASKS[config.model.task].has_images:
         found[_IMAGES] = digests.of_files(image_paths(path, config.columns, config.encoding))
+    return found
+
+
+def _silos_data(config: SimulationConfig, digests: Digests) -> dict[str, str]:
+    """Of the one file, or of each silo's by its name."""
+    found: dict[str, str] = {}
+    for path in silo_files(config.simulation.data):
+        name = "" if path == config.simulation.data else path.name
+        found |= {f"{name}{': ' if name and part else ''}{part}": digest for part, digest in _data(config, path, digests).items()}
     return found

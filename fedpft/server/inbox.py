@@ -123,13 +123,28 @@ class Inbox:
             InvalidUpdate: it cannot be used, naming silo and tensor.
             TransferCorrupt: it did not arrive as it was sent.
         """
-        order = self._check_size(silo, header)
-        name = f"{silo}-{header.file.sha256.hex()[:16]}-{secrets.token_hex(4)}.safetensors"
-        path = self._place(order.round) / name  # of its own: what counts is neither written over nor deleted
+        order, path = self._check_size(silo, header), self._path(silo, header)
         if header.file.content:
             self._write(path, header.file)
         else:
             self._receive(path, silo, header, chunks)
+        return self._checked(silo, header, path, order)
+
+    def take_in(self, silo: str, header: UpdateHeader, file: Path) -> Update:
+        """The same of a file on this machine, of which a copy is taken; raises InvalidUpdate or RoundOver."""
+        order, path = self._check_size(silo, header), self._path(silo, header)
+        with atomic.replacing(path) as written:
+            shutil.copyfile(file, written)
+        self._count(header.file.total_bytes)
+        return self._checked(silo, header, path, order)
+
+    def _path(self, silo: str, header: UpdateHeader) -> Path:
+        """Of its own: what counts is neither written over nor deleted."""
+        name = f"{silo}-{header.file.sha256.hex()[:16]}-{secrets.token_hex(4)}.safetensors"
+        return self._place(header.round) / name
+
+    def _checked(self, silo: str, header: UpdateHeader, path: Path, order: Order) -> Update:
+        """The update in a file, which is deleted if it cannot be used."""
         update = Update(silo, header.samples, dict(header.metrics), path, order.start, self._training.update_encoding)
         _, most_samples = round_window(self._samples.get(silo, 0), self._training.local_epochs, order.round - 1)
         try:

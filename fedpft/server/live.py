@@ -70,7 +70,7 @@ class LiveFederation:
             actions = self._federation.handle(event)
             substitutions = self._substitutions
             for action in actions:
-                _log(action)
+                log_action(action)
                 if isinstance(action, Aggregate | LoseQuorum):
                     self._outcome = action
                 if isinstance(action, Substitute):
@@ -245,7 +245,8 @@ def _silos(outcome: Aggregate | LoseQuorum | None) -> tuple[str, ...]:
             raise QuorumLost("the federation ended in the middle of a round", "start the server again")
 
 
-def _log(action: Action) -> None:
+def log_action(action: Action) -> None:
+    """Says what the state machine has decided."""
     match action:
         case Begin(silos):
             log.info("the federation begins with %s", ", ".join(silos))

@@ -13,10 +13,10 @@ result yet, and comes to the same bits.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ from fedpft.proxy.distillation import ffn_norms, least_active, neuron_level
 from fedpft.server.construction import Built, Owner, record_gap
 from fedpft.server.egress import Egress
 from fedpft.server.ledger import Ledger
-from fedpft.server.service import FederationServer
 from fedpft.server.updates import COUNTS, Update, aggregate
 from fedpft.tasks import TASKS
 from fedpft.wire.hello import Terms
@@ -44,13 +43,58 @@ from fedpft.wire.tensors import read_tensors
 log = logging.getLogger(__name__)
 
 
+class Silos(Protocol):
+    """The silos as the rounds see them, whatever way they are reached; each method as FederationServer's."""
+
+    @property
+    def bytes_down(self) -> int:
+        """Payload bytes that went to them."""
+
+    @property
+    def bytes_up(self) -> int:
+        """Payload bytes that came from them."""
+
+    def start(self) -> object:
+        """They can be reached."""
+
+    def wait_for_silos(self) -> None:
+        """Enough of them are there."""
+
+    def run_round(self, round: int, *, count_inactivity: bool) -> list[Update]:
+        """They train."""
+
+    def updates(self, round: int) -> list[Update]:
+        """What they trained."""
+
+    def close_round(self) -> None:
+        """Deletes it."""
+
+    def publish_patch(self) -> int:
+        """They train on another version of the proxy from now on."""
+
+    def finish(self) -> None:
+        """They can go."""
+
+    def abort(self, reason: str) -> None:
+        """They have to go."""
+
+    def close(self) -> None:
+        """They cannot be reached any more."""
+
+    def curves(self) -> dict[str, Any]:
+        """What report.html draws of them alone: who has what, where this side knows it."""
+
+
+Reach = Callable[[ServerConfig, Path, RoundSettings, Ledger, Terms], Silos]  # arguments as of FederationServer
+
+
 class Rounds:
     """Afterwards proxy and FM carry the last round's adapter.
 
     closed: for each closed round what the journal has of it.
     """
 
-    def __init__(self, config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) -> None:
+    def __init__(self, config: ServerConfig, owner: Owner, built: Built, ledger: Ledger, reach: Reach) -> None:
         """Brings proxy and FM to where the ledger says they were; CheckpointError if what it names is not there."""
         self.config, self.owner, self.built, self.record, self.ledger = config, owner, built, built.record, ledger
         settings = RoundSettings(
@@ -65,7 +109,7 @@ class Rounds:
         self._restore()
         proxy = built.proxy
         terms = Terms(proxy.task, proxy.labels, proxy.max_tokens, owner.characters_per_token)
-        self._server = FederationServer(config, built.bundle, settings, ledger, terms)
+        self._silos = reach(config, built.bundle, settings, ledger, terms)
 
     def complete(self) -> Adapter:
         """Runs what is left of the rounds, and tells the silos that it is over; returns the last adapter.
@@ -75,22 +119,22 @@ class Rounds:
                 can be gone on with: they keep trying to reach the server.
         """
         try:
-            self._server.start()
+            self._silos.start()
             self._run(self.config.training.rounds)
         finally:
             with faults.tidying("the server's port"):
-                self._server.close()
+                self._silos.close()
         return self._adapter(self.config.training.rounds)
 
     def _run(self, total: int) -> None:
         try:
             if len(self.closed) < total:
                 with self.record.timed("enrolment"):
-                    self._server.wait_for_silos()
+                    self._silos.wait_for_silos()
             for number in range(len(self.closed) + 1, total + 1):
                 self._round(number)
-            self._server.close_round()
-            self._server.finish()
+            self._silos.close_round()
+            self._silos.finish()
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | QuorumLost | LedgerUnusable) or faults.is_of_the_disk(error):
                 log.warning(
@@ -98,7 +142,7 @@ class Rounds:
                 )
             else:
                 with faults.tidying("the silos' farewell"):
-                    self._server.abort(f"the server stopped: {type(error).__name__}")
+                    self._silos.abort(f"the server stopped: {type(error).__name__}")
             raise
 
     def _restore(self) -> None:
@@ -134,9 +178,9 @@ class Rounds:
         path = self.ledger.adapter_path(number)
         with self.record.timed("rounds"):
             if self.ledger.entered(path):
-                updates = self._server.updates(number)
+                updates = self._silos.updates(number)
             else:
-                updates = self._server.run_round(number, count_inactivity=align)
+                updates = self._silos.run_round(number, count_inactivity=align)
                 self._save(path, "adapter", aggregate(updates))
         self._load(self._adapter(number))
         alignment_loss = self._align(number, updates) if align else None
@@ -157,7 +201,7 @@ class Rounds:
         }
         self.ledger.record("round", number, closed)
         self.closed.append(closed)
-        self._server.close_round()
+        self._silos.close_round()
         log.info("round %d of %d: %s", number, total, json.dumps(entry))
 
     def _align(self, number: int, updates: list[Update]) -> float | None:
@@ -201,7 +245,7 @@ class Rounds:
         gaps = [(stage, asdict(gap)) for stage, gap in self.record.gaps[known:]]
         entry = {"round": number, "loss": losses, "gaps": gaps}
         ledger.record("alignment", number, entry)
-        self._server.publish_patch()
+        self._silos.publish_patch()
         ledger.snapshot_path(version - 1).unlink(missing_ok=True)
         return entry
 
@@ -222,9 +266,13 @@ class Rounds:
         enrolled = {entry["silo"]: entry["samples"] for entry in self.ledger.recorded("enrolled")}
         return {silo: counts | {"samples": enrolled[silo]} for silo, counts in told.items() if silo in enrolled}
 
+    def silos_curves(self) -> dict[str, Any]:
+        """What there is to draw of the silos beside that."""
+        return self._silos.curves()
+
     def traffic(self) -> dict[str, int]:
         """Payload bytes of the run; what a killed process moved since its last closed round is not in it."""
-        down, up = self._server.bytes_down, self._server.bytes_up
+        down, up = self._silos.bytes_down, self._silos.bytes_up
         return {"down": self._earlier["down"] + down, "up": self._earlier["up"] + up}
 
 

@@ -33,7 +33,8 @@ from fedpft.server.identity import (
 )
 from fedpft.server.ledger import Ledger, has_begun, try_out
 from fedpft.server.product import Worth, measure_worth, save_product
-from fedpft.server.rounds import Rounds, snapshot
+from fedpft.server.rounds import Reach, Rounds, snapshot
+from fedpft.server.service import FederationServer
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.channel import check_listen
 
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 VERSIONED = ("fedpft", "torch", "transformers", "peft", "grpcio", "safetensors")
 
 
-def run(config: ServerConfig) -> dict[str, Any]:
+def run(config: ServerConfig, reach: Reach = FederationServer) -> dict[str, Any]:
     """Runs a whole federation and writes OUT; returns what is in OUT/summary.json.
 
     A run that a former process began in OUT goes on where that stopped, to the same bits; one that is finished is only
@@ -58,6 +59,9 @@ def run(config: ServerConfig) -> dict[str, Any]:
     OUT/merged/              the adapted FM, a directory that plain transformers loads
     OUT/benchmark/           for some tasks the test data as other programs measure it
     OUT/summary.json, OUT/curves.json, OUT/report.html
+
+    Args:
+        reach: makes what the rounds reach the silos by.
 
     Raises:
         KeyboardInterrupt: of the operator; the run can be gone on with.
@@ -92,7 +96,7 @@ def run(config: ServerConfig) -> dict[str, Any]:
             if not check_proxy(directory, digests, ledger.recorded("proxy")):
                 ledger.record("proxy", None, proxy_digest(directory, digests))
             digests.save()
-            return _complete(config, owner, built, ledger)
+            return _complete(config, owner, built, ledger, reach)
 
 
 @contextlib.contextmanager
@@ -115,9 +119,9 @@ def _finished(config: ServerConfig) -> dict[str, Any]:
     return summary
 
 
-def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) -> dict[str, Any]:
+def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger, reach: Reach) -> dict[str, Any]:
     """Rounds, plug-in, evaluation, files; returns the summary."""
-    rounds = Rounds(config, owner, built, ledger)
+    rounds = Rounds(config, owner, built, ledger, reach)
     adapter = rounds.complete()
     # What `fedpft evaluate` and `fedpft plug-in` start from, beside the proxy directory.
     with atomic.replacing(config.out / PATCH_FILE) as written:
@@ -130,7 +134,7 @@ def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger) 
     summary = _summary(config, owner, rounds, worth, sum(tensor.numel() for tensor in adapter.values()))
     save_product(owner, config, config.out)
     atomic.write_text(config.out / "summary.json", json.dumps(summary, indent=1))
-    curves = _curves(built, ledger.recorded("alignment"), rounds.closed)
+    curves = _curves(built, ledger.recorded("alignment"), rounds.closed) | rounds.silos_curves()
     atomic.write_text(config.out / "curves.json", json.dumps(curves))
     write_report(summary, curves, config.out / "report.html")
     ledger.record("finished", None, None)

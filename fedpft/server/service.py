@@ -2,11 +2,10 @@
 
 import contextlib
 import ctypes
-import dataclasses
 import logging
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -14,12 +13,12 @@ from fedpft import atomic, audit
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, ServerConfig
 from fedpft.errors import CheckpointError, QuorumLost
-from fedpft.federation import AbortRequested, Federation, FinishRequested, PatchPublished, StartRound, Substitute
+from fedpft.federation import AbortRequested, Federation, FinishRequested, PatchPublished
 from fedpft.server.admission import Admission
-from fedpft.server.inbox import Inbox
-from fedpft.server.ledger import Ledger, RoundRow
+from fedpft.server.ledger import Ledger
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
+from fedpft.server.roundfiles import RoundFiles
 from fedpft.server.servicer import FederationServicer, ReadyFrames
 from fedpft.server.updates import Update
 from fedpft.wire.channel import SERVER_OPTIONS, listen
@@ -67,16 +66,15 @@ class FederationServer:
             seed=settings.seed,
         )
         self._live = LiveFederation(federation)
-        self._open: int | None = None
-        self._farewell: frozenset[str] = frozenset()
         self._audit = AuditLog(config.out / "audit.jsonl")
-        self._inbox = Inbox(bundle, ledger, training=settings.training, max_norm=section.max_update_norm)
+        self._files = RoundFiles(config, bundle, settings, ledger)
         self._outbox = Outbox(bundle, self._record_sent)
-        self._resume(federation)
+        self._farewell = self._files.resume(federation)
+        self._announce()
         self._complete_audit(config.out / "audit.jsonl")
         servicer = FederationServicer(
             self._live,
-            self._inbox,
+            self._files.inbox,
             self._outbox,
             self._audit,
             settings.model_dump_json(),
@@ -123,24 +121,25 @@ class FederationServer:
         Raises:
             QuorumLost: naming each missing silo with the reason.
         """
-        if round != self._open:
-            self._open_round(round, count_inactivity=count_inactivity)
+        if round != self._files.open_round:
+            self._files.open(round, count_inactivity=count_inactivity)
+            self._announce()
         deadline = self._config.federation.round_deadline_seconds
         try:
-            self._live.await_round(round, deadline, self._enter_round)
+            self._live.await_round(round, deadline, self._files.enter)
         except QuorumLost:
-            self._ledger.record("lost", round, {"round": round, "silos": self._live.failed})
+            self._files.lose(round, self._live.failed)
             raise
         _trim_heap()
         return self.updates(round)
 
     def updates(self, round: int) -> list[Update]:
         """The updates that a round counts, as :meth:`run_round` returns them."""
-        return self._inbox.updates(round, self._ledger.adapter_path(round - 1))
+        return self._files.updates(round)
 
     def close_round(self) -> None:
         """Deletes the round's updates; the ledger keeps who sent what."""
-        self._inbox.close_round()
+        self._files.inbox.close_round()
 
     def publish_patch(self) -> int:
         """Changes the proxy to its next version, which the ledger has; every silo gets it before its next round.
@@ -148,7 +147,8 @@ class FederationServer:
         Returns:
             The proxy's new version.
         """
-        self._put_patch(self._live.proxy_version + 1)
+        self._files.put_patch(self._live.proxy_version + 1)
+        self._announce()
         self._live.handle(PatchPublished())
         return self._live.proxy_version
 
@@ -167,6 +167,10 @@ class FederationServer:
         """Stops listening. May be called more than once."""
         self._server.stop(CLOSING_SECONDS).wait()
 
+    def curves(self) -> dict[str, Any]:
+        """Nothing: what the silos have, they keep to themselves."""
+        return {}
+
     @property
     def bytes_down(self) -> int:
         """Payload bytes sent: proxies, adapters, patches."""
@@ -175,36 +179,13 @@ class FederationServer:
     @property
     def bytes_up(self) -> int:
         """Payload bytes received: updates."""
-        return self._inbox.bytes_up
+        return self._files.inbox.bytes_up
 
-    def _resume(self, federation: Federation) -> None:
-        """Puts the state machine and the files where the ledger says the run stopped."""
-        version = len(self._ledger.recorded("alignment"))
-        if version:
-            self._put_patch(version)
-        last = self._ledger.last_round()
-        if last is None:
-            return
-        attempt = last.attempt + 1
-        counted: dict[int, list[str]] = {}
-        for row in self._ledger.updates():
-            counted.setdefault(row.round, []).append(row.silo)
-        aggregated = self._ledger.entered(self._ledger.adapter_path(last.round))
-        if not aggregated:
-            self._ledger.begin_round(dataclasses.replace(last, attempt=attempt))
-            self._open_round(last.round, count_inactivity=last.count_inactivity)
-            self._inbox.updates(last.round, self._ledger.adapter_path(last.round - 1))  # a torn one ends the start here
-        federation.resume(
-            StartRound(last.round, attempt, last.silos),
-            present=last.present,
-            counted=counted,
-            proxy_version=version,
-            aggregated=aggregated,
-            lost=[
-                silo for each in self._ledger.recorded("lost") if each["round"] == last.round for silo in each["silos"]
-            ],
-        )
-        self._farewell = frozenset(last.present)
+    def _announce(self) -> None:
+        """What the silos can fetch is what the files are now."""
+        if self._files.adapter is not None:
+            self._outbox.put_adapter(self._files.adapter)
+        self._outbox.patch, self._outbox.snapshot = self._files.patch, self._files.snapshot
 
     def _complete_audit(self, path: Path) -> None:
         """Adds the lines that a process did not come to write, which was killed right after an update's row.
@@ -232,27 +213,6 @@ class FederationServer:
                 self._audit.append("received", peer=silo, **line, verdict="accept", late=True)
         for round, silo in sorted(told - rows.keys()):
             log.warning("%s has an update of %s in round %d that the ledger has lost", path, silo, round)
-
-    def _open_round(self, round: int, *, count_inactivity: bool) -> None:
-        start = self._ledger.verified(self._ledger.adapter_path(round - 1))
-        self._outbox.put_adapter(start)
-        self._inbox.open_round(round, start.path, count_inactivity=count_inactivity)
-        self._open = round
-
-    def _enter_round(self, picked: StartRound | Substitute, present: Collection[str]) -> None:
-        self._ledger.begin_round(
-            RoundRow(
-                picked.round,
-                picked.attempt,
-                picked.silos,
-                tuple(sorted(present)),
-                count_inactivity=self._inbox.counts_inactivity,
-            )
-        )
-
-    def _put_patch(self, version: int) -> None:
-        self._outbox.patch = self._ledger.verified(self._ledger.patch_path(version))
-        self._outbox.snapshot = self._ledger.verified(self._ledger.snapshot_path(version))
 
     def _record_sent(self, silo: str, file: Payload, offset: int) -> None:
         self._audit.append(

@@ -2,29 +2,19 @@
 
 import logging
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from fedpft import faults, machine
 from fedpft.config import ShareSection, SiloConfig
-from fedpft.data.language import LanguageDataset
 from fedpft.data.samples import Samples, image_paths
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
-from fedpft.model import adapters, loading
-from fedpft.model.packing import Way, has_varlen, way_to_pack
-from fedpft.proxy.bundle import apply_patch, load_proxy
 from fedpft.silo import data
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
+from fedpft.silo.learner import Learner
 from fedpft.silo.ondisk import DataOnDisk
 from fedpft.silo.work import Update, Work, opened
-from fedpft.tasks import TASKS
-from fedpft.training import train_round
 from fedpft.wire.certificates import check_certificates
-from fedpft.wire.encoding import encode
 from fedpft.wire.hello import Terms
 from fedpft.wire.status import sanitised
-from fedpft.wire.tensors import Group, read_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -103,7 +93,6 @@ def submit(server: ServerConnection, work: Work, update: Update, *, attempt: int
 class Participant:
     """A silo that has enrolled, with its data and its proxy.
 
-    version: of the proxy.
     round: the last that was begun; 0 before.
     """
 
@@ -129,24 +118,22 @@ class Participant:
             RefusedByServer: the proxy is for another task or other labels than the server said before.
         """
         self.name, self.config, self.settings = name, config, enrolment.settings
-        self.version = self.round = 0
+        self.round = 0
         self._work, self._server, self._on_disk = work, server, on_disk
-        self.proxy = load_proxy(server.fetch_proxy(enrolment))
-        task, longest = self.proxy.task, self.proxy.max_tokens
-        if (task, self.proxy.labels) != (terms.task, terms.labels):
+        self.learner = Learner(server.fetch_proxy(enrolment), self.settings, config.device)
+        proxy = self.learner.proxy
+        if (proxy.task, proxy.labels) != (terms.task, terms.labels):
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
-        self._task = TASKS[task]
-        if self._task.has_images:
+        task, longest = self.learner.task, proxy.max_tokens
+        if task.has_images:
             on_disk.add_images(image_paths(config.data.path, config.data.columns, config.data.encoding))
-        self.dataset = self._task.encode(
-            samples, self.proxy.processor, longest, bad_rows=config.data.bad_rows, way_out=data.WAY_OUT
+        self.dataset = task.encode(
+            samples, proxy.processor, longest, bad_rows=config.data.bad_rows, way_out=data.WAY_OUT
         )
         on_disk.check_read()
         if self.dataset.cut:
             log.warning("%s", self.dataset.describe_cut(name, longest))
-        adapters.attach(self.proxy.model, self.settings.adapter, seed=self.settings.seed)
-        self.proxy.model.to(config.device)
-        self._packing = self._way_to_pack() if self.settings.training.packing else None
+        self._packing = self.learner.way_to_pack(name, self.dataset)
 
     def take_part(self) -> None:
         """Does what the server asks until the federation is finished; RefusedByServer if it is broken off."""
@@ -188,55 +175,16 @@ class Participant:
 
     def train(self, train: pb.Train) -> Update:
         """Trains on the round's adapter and version of the proxy; the update is in `work` afterwards."""
-        start = self._fetch(train)
-        adapters.load(self.proxy.model, read_tensors(start, "adapter"))
-        result = train_round(
-            self._task,
-            self.proxy.model,
+        return self.learner.train(
+            self.name,
             self.dataset,
-            self.settings,
-            silo=self.name,
-            round=train.round,
-            compressed=self.proxy.compressed,
-            count_inactivity=train.count_inactivity and self.config.share.inactivity,
+            train,
+            self._fetch(train),
+            self._work,
             limits=self.config.limits,
+            share=self.config.share,
             packing=self._packing,
         )
-        log.info(
-            "%s: round %d of %d: loss %.4f, %d samples, %.1f s",
-            self.name,
-            train.round,
-            self.settings.training.rounds,
-            result.metrics["train_loss"],
-            result.samples,
-            result.metrics["seconds"],
-        )
-        groups: dict[Group, dict[str, Tensor]]
-        groups, residual = encode(
-            result.adapter,
-            read_tensors(start, "adapter"),
-            self.settings.training.update_encoding,
-            self._work.residual(train.round),
-        )
-        if result.inactivity is not None:
-            groups["inactivity"] = result.inactivity
-        metrics = result.metrics | self.dataset.counts
-        shared: dict[str, float] = {name: metrics[name] for name in self.config.share.metrics if name in metrics}
-        return self._work.keep_update(train, groups, residual, samples=result.samples, metrics=shared)
-
-    def _way_to_pack(self) -> Way | None:
-        """How rows are packed, if they are rows of a language model and the proxy keeps them apart exactly."""
-        if not isinstance(self.dataset, LanguageDataset):
-            return None
-        model: Any = self.proxy.model
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        longest, device = int(self.dataset.lengths.max()), next(model.parameters()).device
-        if has_varlen() and device.type == "cuda":
-            loading.attend_within_rows(model)
-        way = way_to_pack(model.base_model, vocabulary=vocabulary, longest=longest, device=device)
-        if way is None:
-            log.warning("%s: rows are padded, not packed: this model cannot keep them apart exactly", self.name)
-        return way
 
     def _look_at_data(self) -> None:
         if (now := self._on_disk.changed()) is not None:
@@ -251,17 +199,17 @@ class Participant:
 
     def _fetch(self, train: pb.Train) -> Path:
         """Brings the proxy to the round's version; returns the file of the round's adapter."""
-        if train.proxy_version < self.version:
+        version = self.learner.version
+        if train.proxy_version < version:
             raise StaleProxy(
-                f"this silo has version {self.version} of the proxy, round {train.round} is on {train.proxy_version}",
+                f"this silo has version {version} of the proxy, round {train.round} is on {train.proxy_version}",
                 "restart the silo: it begins with version 0 again",
             )
         wanted = [train.adapter]
-        if train.proxy_version > self.version:
-            wanted.append(train.patch if train.proxy_version == self.version + 1 else train.snapshot)
+        if train.proxy_version > version:
+            wanted.append(train.patch if train.proxy_version == version + 1 else train.snapshot)
         self._work.keep_received(wanted)
         start, *patches = [self._server.fetch(file, *self._work.received(file)) for file in wanted]
         for patch in patches:
-            apply_patch(self.proxy.model, read_tensors(patch, "patch"))
-            self.version = train.proxy_version
+            self.learner.bring_to(train.proxy_version, patch)
         return start

@@ -1,0 +1,100 @@
+"""What the rounds of a run have on disk: what each starts from, what arrived for it, and the ledger's row of it.
+
+It is the same whatever way the silos are reached: over the wire, or in a simulation.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+from fedpft.config import RoundSettings, ServerConfig
+from fedpft.federation import Federation, StartRound, Substitute
+from fedpft.server.inbox import Inbox
+from fedpft.server.ledger import Ledger, RoundRow
+from fedpft.server.updates import Update
+from fedpft.wire.transfer import Payload
+
+
+class RoundFiles:
+    """One round is open at a time.
+
+    inbox: where updates arrive.
+    open_round: the round that takes updates; None before the first.
+    adapter: the one that it starts from.
+    patch, snapshot: to the present version of the proxy, from the one before and from any; None for version 0.
+    """
+
+    def __init__(self, config: ServerConfig, bundle: Path, settings: RoundSettings, ledger: Ledger) -> None:
+        """Raises ModelError if the bundle is none."""
+        self._ledger = ledger
+        self.inbox = Inbox(bundle, ledger, training=settings.training, max_norm=config.federation.max_update_norm)
+        self.open_round: int | None = None
+        self.adapter: Payload | None = None
+        self.patch: Payload | None = None
+        self.snapshot: Payload | None = None
+
+    def resume(self, federation: Federation) -> frozenset[str]:
+        """Puts state machine and files where the ledger says the run stopped; returns the silos that were there.
+
+        A round that was open is open again, with one attempt more.
+
+        Raises:
+            CheckpointError: what a former process left is torn or changed.
+        """
+        version = len(self._ledger.recorded("alignment"))
+        if version:
+            self.put_patch(version)
+        last = self._ledger.last_round()
+        if last is None:
+            return frozenset()
+        attempt = last.attempt + 1
+        counted: dict[int, list[str]] = {}
+        for row in self._ledger.updates():
+            counted.setdefault(row.round, []).append(row.silo)
+        aggregated = self._ledger.entered(self._ledger.adapter_path(last.round))
+        if not aggregated:
+            self._ledger.begin_round(dataclasses.replace(last, attempt=attempt))
+            self.open(last.round, count_inactivity=last.count_inactivity)
+            self.updates(last.round)  # a torn one ends the start here
+        federation.resume(
+            StartRound(last.round, attempt, last.silos),
+            present=last.present,
+            counted=counted,
+            proxy_version=version,
+            aggregated=aggregated,
+            lost=[
+                silo for each in self._ledger.recorded("lost") if each["round"] == last.round for silo in each["silos"]
+            ],
+        )
+        return frozenset(last.present)
+
+    def open(self, round: int, *, count_inactivity: bool) -> None:
+        """From now on the round takes updates; it starts from the adapter of the one before."""
+        self.adapter = self._ledger.verified(self._ledger.adapter_path(round - 1))
+        self.inbox.open_round(round, self.adapter.path, count_inactivity=count_inactivity)
+        self.open_round = round
+
+    def enter(self, picked: StartRound | Substitute, present: Collection[str]) -> None:
+        """The silos of the open round, out of those that are present."""
+        self._ledger.begin_round(
+            RoundRow(
+                picked.round,
+                picked.attempt,
+                picked.silos,
+                tuple(sorted(present)),
+                count_inactivity=self.inbox.counts_inactivity,
+            )
+        )
+
+    def lose(self, round: int, silos: Collection[str]) -> None:
+        """The round has lost its quorum, for want of these silos."""
+        self._ledger.record("lost", round, {"round": round, "silos": sorted(silos)})
+
+    def updates(self, round: int) -> list[Update]:
+        """The updates that a round counts, in the order of the silos' names; read until the round is closed."""
+        return self.inbox.updates(round, self._ledger.adapter_path(round - 1))
+
+    def put_patch(self, version: int) -> None:
+        """The proxy has this version now, which the ledger has."""
+        self.patch = self._ledger.verified(self._ledger.patch_path(version))
+        self.snapshot = self._ledger.verified(self._ledger.snapshot_path(version))

@@ -1,0 +1,111 @@
+"""The training of a silo, apart from how it hears what to train on: a process's own, or one after the other's."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedpft.config import LimitsSection, RoundSettings, ShareSection
+from fedpft.data.batches import EncodedDataset
+from fedpft.data.language import LanguageDataset
+from fedpft.model import adapters, loading
+from fedpft.model.packing import Way, has_varlen, way_to_pack
+from fedpft.proxy.bundle import apply_patch, load_proxy
+from fedpft.silo.work import Update, Work
+from fedpft.tasks import TASKS
+from fedpft.training import train_round
+from fedpft.wire.encoding import encode
+from fedpft.wire.tensors import Group, read_tensors
+from fedpft.wire.v1 import federation_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+
+class Learner:
+    """A proxy with an adapter attached, on which silos train.
+
+    version: of the proxy.
+    """
+
+    def __init__(self, bundle: Path, settings: RoundSettings, device: str) -> None:
+        """Reads the proxy as it was when the federation began; ModelError if it is none."""
+        self.proxy, self.settings, self.version = load_proxy(bundle), settings, 0
+        self.task = TASKS[self.proxy.task]
+        adapters.attach(self.proxy.model, settings.adapter, seed=settings.seed)
+        self.proxy.model.to(device)
+
+    def bring_to(self, version: int, patch: Path) -> None:
+        """Brings the proxy to a version, by a patch from the one before or a snapshot."""
+        apply_patch(self.proxy.model, read_tensors(patch, "patch"))
+        self.version = version
+
+    def way_to_pack(self, silo: str, dataset: EncodedDataset) -> Way | None:
+        """How rows are packed, if they are to be, are a language model's, and the proxy keeps them apart exactly."""
+        if not self.settings.training.packing or not isinstance(dataset, LanguageDataset):
+            return None
+        model: Any = self.proxy.model
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        longest, device = int(dataset.lengths.max()), next(model.parameters()).device
+        if has_varlen() and device.type == "cuda":
+            loading.attend_within_rows(model)
+        way = way_to_pack(model.base_model, vocabulary=vocabulary, longest=longest, device=device)
+        if way is None:
+            log.warning("%s: rows are padded, not packed: this model cannot keep them apart exactly", silo)
+        return way
+
+    def train(
+        self,
+        silo: str,
+        dataset: EncodedDataset,
+        train: pb.Train,
+        start: Path,
+        work: Work,
+        *,
+        limits: LimitsSection,
+        share: ShareSection,
+        packing: Way | None,
+    ) -> Update:
+        """Trains on the round's adapter; the update is in `work` afterwards.
+
+        Args:
+            train: the round, which is on this version of the proxy.
+            start: the file of its adapter.
+            packing: as of :meth:`way_to_pack`.
+
+        Raises:
+            DataError: the loss is not finite.
+            InvalidUpdate: what was trained cannot be sent.
+        """
+        adapter = read_tensors(start, "adapter")
+        adapters.load(self.proxy.model, adapter)
+        result = train_round(
+            self.task,
+            self.proxy.model,
+            dataset,
+            self.settings,
+            silo=silo,
+            round=train.round,
+            compressed=self.proxy.compressed,
+            count_inactivity=train.count_inactivity and share.inactivity,
+            limits=limits,
+            packing=packing,
+        )
+        log.info(
+            "%s: round %d of %d: loss %.4f, %d samples, %.1f s",
+            silo,
+            train.round,
+            self.settings.training.rounds,
+            result.metrics["train_loss"],
+            result.samples,
+            result.metrics["seconds"],
+        )
+        groups: dict[Group, dict[str, Tensor]]
+        groups, residual = encode(
+            result.adapter, adapter, self.settings.training.update_encoding, work.residual(train.round)
+        )
+        if result.inactivity is not None:
+            groups["inactivity"] = result.inactivity
+        metrics = result.metrics | dataset.counts
+        shared: dict[str, float] = {name: metrics[name] for name in share.metrics if name in metrics}
+        return work.keep_update(train, groups, residual, samples=result.samples, metrics=shared)
