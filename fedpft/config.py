@@ -279,6 +279,34 @@ class Endpoint(Section):
             raise ValueError("exactly one of tls and insecure_loopback must be given")
 
 
+class PartitionSection(Section):
+    """How one labelled file is dealt out to simulated silos."""
+
+    kind: Literal["iid", "dirichlet", "quantity", "shards", "column"] = Field(
+        "iid",
+        description="`iid`: evenly, at random. `dirichlet`: each class in uneven shares. `quantity`: at random, in "
+        "uneven sizes. `shards`: few classes each. `column`: by the values of a column, such as a speaker or a hospital.",
+    )
+    concentration: float = Field(
+        1.0, gt=0.0, description="Of the Dirichlet that shares are drawn from: near 0 very uneven, large even."
+    )
+    shards: int = Field(2, ge=1, description="With `kind: shards`, how many shards of the sorted file a silo gets.")
+    column: str | None = Field(
+        None,
+        min_length=1,
+        description="With `kind: column`, the column whose values stay whole; with `dirichlet`, the one that takes the "
+        "place of the label.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PartitionSection":
+        if self.kind == "column" and self.column is None:
+            raise ValueError("kind: column needs `column`, the name of a column of the data file")
+        if self.column is not None and self.kind not in ("column", "dirichlet"):
+            raise ValueError(f"`column` has no meaning with kind: {self.kind}; it is for kind: column and dirichlet")
+        return self
+
+
 class ServerConfig(Endpoint):
     """The FM owner's side. Relative paths start at the file's own directory."""
 

@@ -20,6 +20,8 @@ from fedpft.config import BadRows
 from fedpft.errors import DataError
 
 Form = tuple[str, ...]  # the roles of the columns that make a row, which are the keys under `columns` in the YAML file
+GROUP = "group"  # the role of a column that is no part of a sample, by which a file is dealt out
+GROUP_KEY = "simulation.partition.column"
 
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"}  # the likeliest first
 SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n"])"?[^\S\r\n]*(\r\n|\r|\n)', re.IGNORECASE)  # as Excel writes and reads it
@@ -217,10 +219,10 @@ class _Columns:
         most = self.present(there)
         roles = dict.fromkeys(missing[0] for form, missing in found if len(form) - len(missing) == most)
         ours = " nor ".join(repr(self._columns[role]) for role in roles)
-        keys = " or ".join(f"columns.{role}" for role in roles)
+        keys = " or ".join(_key(role) for role in roles)
         remedy = f"set {keys} to the one that holds {'it' if len(roles) > 1 else f'the {next(iter(roles))}'}"
         for role in roles:
-            remedy = closest(self._columns[role], there, remedy, f" (set columns.{role})")
+            remedy = closest(self._columns[role], there, remedy, f" (set {_key(role)})")
         raise _Missing(f"no column {ours} among {listed(there)}", remedy)
 
     def _missing(self, there: Sequence[str]) -> list[tuple[Form, list[str]]]:
@@ -236,6 +238,11 @@ class _Columns:
 
 class _Missing(Exception):
     """Message and remedy: of the file if it has one header, of a row if each has its own."""
+
+
+def _key(role: str) -> str:
+    """Where the YAML file says what the column is called."""
+    return GROUP_KEY if role == GROUP else f"columns.{role}"
 
 
 def _column_name(cell: str) -> str:
@@ -403,7 +410,7 @@ def _parquet_table(path: Path, columns: _Columns) -> Table:
                 if (odd := _beyond_json(schema.types[position], pyarrow.types)) is not None:
                     raise _Missing(
                         f"column {schema.names[position]!r} holds {odd}, which is no {role}",
-                        f"write strings, numbers, or lists or structs of them; or set columns.{role} to another column",
+                        f"write strings, numbers, or lists or structs of them; or set {_key(role)} to another column",
                     )
             read = file.read(columns=list({schema.names[position] for position in found.values()}))
             values = [read.column(schema.names[position]).to_pylist() for position in found.values()]

@@ -16,10 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedpft.config import BadRows, ColumnsSection
 from fedpft.data.chat import check_messages
 from fedpft.data.images import describe_dim, open_image
-from fedpft.data.rows import Form, RowFaults, Unusable, alike, is_blank, one_line, read_rows, read_text, shown, unusable
+from fedpft.data.rows import (
+    GROUP,
+    Form,
+    RowFaults,
+    Unusable,
+    alike,
+    is_blank,
+    one_line,
+    read_rows,
+    read_text,
+    shown,
+    unusable,
+)
 from fedpft.errors import DataError
 
 
@@ -45,6 +59,7 @@ class Samples:
     lines: n line numbers, where each row begins.
     targets: what a task makes of each row's labels; None if it has none, or they were not asked for.
     labels: the label list that they are of, if the task has one.
+    groups: what each row has in a column that is no part of a sample, such as a speaker, if one was asked for.
     skipped: rows that were left out because something is wrong with them.
     warnings: of the file as a whole, each with a remedy.
     """
@@ -56,12 +71,33 @@ class Samples:
     skipped: int = 0
     warnings: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    groups: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, role: str) -> list[Any]:
         return self.values[role]
+
+    def subset(self, chosen: Tensor) -> "Samples":
+        """Those samples alone, in that order, as if no others had been in the file.
+
+        Args:
+            chosen: (m,) int64.
+        """
+        numbers: list[int] = chosen.tolist()
+
+        def of(values: list[Any]) -> list[Any]:
+            return [values[number] for number in numbers]
+
+        return Samples(
+            self.path,
+            {role: of(values) for role, values in self.values.items()},
+            of(self.lines),
+            None if self.targets is None else of(self.targets),
+            labels=self.labels,
+            groups=None if self.groups is None else of(self.groups),
+        )
 
     def texts(self) -> list[str]:
         """All words of each sample, labels left out."""
@@ -88,6 +124,7 @@ class Examination:
         *,
         first_counts: bool = True,
         encoding: str | None = None,
+        group: str | None = None,
     ) -> None:
         """Reads the file, and looks at each column of which it is certain that it will be used.
 
@@ -97,12 +134,14 @@ class Examination:
             forms: what a row may consist of.
             first_counts: whether the first of several forms that all are there counts, or only the next look will tell.
             encoding: of the file, as of :func:`read_text`.
+            group: the column of :attr:`Samples.groups`; one of the form's own may be it, too.
 
         Raises:
             DataError: the file as a whole cannot be used.
         """
         self.path, self._warnings = path, list[str]()
-        table = read_rows(path, forms, columns.model_dump(), encoding)
+        grouping, names = ((), {}) if group is None else ((GROUP,), {GROUP: group})
+        table = read_rows(path, [(*form, *grouping) for form in forms], columns.model_dump() | names, encoding)
         self.faults, self.rows = table.faults, len(table.rows) + len(table.faults)
         there = [form for form in forms if not table.rows or set(form) <= set(table.roles)]
         if first_counts:
@@ -125,6 +164,12 @@ class Examination:
                     self._looked_at(line, LOOKS[role], value, column)
                     for line, value in zip(self._lines, given, strict=True)
                 ]
+        self._groups: list[Any] | None = None
+        if group is not None:
+            given = [values[table.roles.index(GROUP)] for _, values in table.rows]
+            self._groups = [
+                self._looked_at(line, _group, value, group) for line, value in zip(self._lines, given, strict=True)
+            ]
 
     def resolve(self, reader: Reader | None) -> None:
         """Reads each row's label as the task does; None if it has none."""
@@ -159,6 +204,7 @@ class Examination:
             len(self.faults),
             (*self._warnings, *([f"skipped: {self.faults.error(self.rows)}"] if self.faults else [])),
             self._labels,
+            None if self._groups is None else [self._groups[number] for number in kept],
         )
 
     def _looked_at(self, line: int, look: Callable[..., Any], *given: Any) -> Any:
@@ -250,6 +296,16 @@ def _labels(value: Any, column: str) -> list[Any]:
     return [_label(each, column) for each in (value if isinstance(value, list) else [value])]
 
 
+def _group(value: Any, column: str) -> str:
+    """A name, or a number as it is written; groups that look the same are the same."""
+    if value != value:  # what data frames have for nothing among numbers
+        value = ""
+    if isinstance(value, bool | int | float):
+        whole = isinstance(value, float) and value.is_integer()
+        return str(int(value)) if whole else json.dumps(value)
+    return alike(_string(column, value, f"cell of {column!r}", "fill it in, or remove the row"))
+
+
 def _words(value: Any, column: str) -> list[str]:
     return [_string(column, word, "word", "give it a letter, or remove it") for word in _split("words", value, column)]
 
@@ -311,9 +367,10 @@ def read_samples(
     forms: Sequence[Form],
     reader: Reader | None = None,
     encoding: str | None = None,
+    group: str | None = None,
 ) -> Samples:
     """Reads a data file of which every row has to be in order; arguments and errors as of Examination."""
-    examination = Examination(path, columns, forms, encoding=encoding)
+    examination = Examination(path, columns, forms, encoding=encoding, group=group)
     examination.resolve(reader)
     return examination.samples()
 
