@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpft import __version__, atomic, audit, doctor
 from fedpft.command import run_command
-from fedpft.config import ServerConfig, load_server_config, load_silo_config
+from fedpft.config import ServerConfig, load_server_config, load_silo_config, load_simulation_config
 from fedpft.demo import run
 from fedpft.digests import Digests
 from fedpft.errors import ConfigError
@@ -35,6 +35,8 @@ from fedpft.server.product import measure_worth, save_product
 from fedpft.server.run import run as run_server
 from fedpft.silo.explain import explain
 from fedpft.silo.run import run as run_silo
+from fedpft.simulation.data import SilosData
+from fedpft.simulation.run import simulate
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -77,6 +79,18 @@ def _silo(arguments: argparse.Namespace) -> None:
         print(explain(config))
     else:
         run_silo(config)
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    config = load_simulation_config(arguments.config)
+    if arguments.write_split is not None:
+        with atomic.made(arguments.write_split, "--write-split") as directory:
+            SilosData(config).write(directory)
+        print(f"a file for each silo: {arguments.write_split}")
+        return
+    summary = simulate(config, processes=arguments.processes, ray=arguments.ray)
+    print(format_table(summary))
+    print(f"\nreport: {config.out / 'report.html'}    numbers: {config.out / 'summary.json'}")
 
 
 def _plug_in(arguments: argparse.Namespace) -> None:
@@ -210,6 +224,18 @@ def _parser() -> argparse.ArgumentParser:
         help="only print what leaves this institution and where to; connects to nobody",
     )
 
+    sub = add("simulate", _simulate, "Run a whole federation in one process: does the method suit this data?")
+    sub.add_argument(
+        "--config", type=Path, required=True, metavar="simulation.yaml", help="a server.yaml with a simulation section"
+    )
+    sub.add_argument(
+        "--processes", type=_count, default=1, metavar="N", help="train N silos at the same time; default: %(default)s"
+    )
+    sub.add_argument("--ray", metavar="ADDRESS", help="train on an existing Ray cluster: its address, or auto")
+    sub.add_argument(
+        "--write-split", type=Path, metavar="DIR", help="only write what each silo gets, as a data file for a real one"
+    )
+
     sub = with_server_yaml(add("plug-in", _plug_in, "Put an adapter into the FM and save the result."))
     sub.add_argument("--adapter", type=Path, help="adapter.safetensors of a run; default: the one in OUT")
     sub.add_argument("--out", type=Path, required=True, help="directory that receives adapter/ and merged/")
@@ -262,6 +288,13 @@ def _parser() -> argparse.ArgumentParser:
         "--since", default="", metavar="TIME", help="print later lines only, such as 2026-01-31 or 2026-01-31T12; UTC"
     )
     return parser
+
+
+def _count(text: str) -> int:
+    """A whole number from 1; argparse says what is wrong with another."""
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return count
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ class PartitionSection(Section):
     kind: Literal["iid", "dirichlet", "quantity", "shards", "column"] = Field(
         "iid",
         description="`iid`: evenly, at random. `dirichlet`: each class in uneven shares. `quantity`: at random, in "
-        "uneven sizes. `shards`: few classes each. `column`: by the values of a column, such as a speaker or a hospital.",
+        "uneven sizes. `shards`: few classes each. `column`: by the values of a column, such as a speaker.",
     )
     concentration: float = Field(
         1.0, gt=0.0, description="Of the Dirichlet that shares are drawn from: near 0 very uneven, large even."
@@ -360,8 +360,8 @@ class SimulationSection(Section):
     """The silos of `fedpft simulate`, which are no processes of their own."""
 
     data: Path = Field(
-        description="The silos' labelled data: one file that is dealt out to them, or a directory with a file for each, "
-        "called as the silo.",
+        description="Labelled data: one file that is dealt out to the silos, or a directory with one for each, called "
+        "as the silo."
     )
     silos: int | None = Field(
         None, ge=1, description="How many silos the file is dealt out to; default: those that `federation.silos` names."
@@ -596,9 +596,7 @@ def reference() -> str:
     )
 
 
-def _describe(
-    title: str, kind: type[Section], prefix: str = "", beside: type[Section] | None = None
-) -> list[str]:
+def _describe(title: str, kind: type[Section], prefix: str = "", beside: type[Section] | None = None) -> list[str]:
     """Tables of a section and of those within it, without what stands in another one `beside` it just the same."""
     lines = [
         title,

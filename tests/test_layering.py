@@ -21,6 +21,7 @@ ROWS: list[set[str]] = [
     {"proxy", "training", "evaluation"},
     {"report", "wire"},
     {"server", "silo", "provision"},
+    {"simulation"},
     {"demo", "doctor", "cli"},
 ]
 BESIDE = {
@@ -47,6 +48,7 @@ ORDER = {
     "model": ("architectures", "precision", "lora", "subffn", "packing", "loading", "compatibility", "adapters"),
     "proxy": ("selection", "cut", "holdings", "closed_form", "distillation", "bundle"),
     "report": ("figures", "page"),
+    "simulation": ("data", "crew", "silos", "run"),
     "demo": ("corpora", "dialogues", "run"),
 }
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
@@ -58,6 +60,7 @@ ONLY_IN: dict[str, set[str]] = {
     "grpc": {"wire", "server", "silo"},
     "matplotlib": {"report/figures"},
     "pyarrow": {"data/rows"},
+    "ray": {"simulation/crew"},
     "seqeval": {"tasks/token_classification"},
     "rouge_score": {"tasks/causal_lm"},
     "orangecontrib": set(),  # AGPL: the demo reads its data files, no code is imported

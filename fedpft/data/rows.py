@@ -24,6 +24,7 @@ GROUP = "group"  # the role of a column that is no part of a sample, by which a 
 GROUP_KEY = "simulation.partition.column"
 
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"}  # the likeliest first
+KINDS = (*SEPARATORS, ".jsonl", ".parquet")  # of data files, by their suffix
 SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n"])"?[^\S\r\n]*(\r\n|\r|\n)', re.IGNORECASE)  # as Excel writes and reads it
 LONGEST_FIELD = 1 << 26  # characters; the csv module's own limit, 131,072, is short for a document
 MARKS = (

@@ -8,6 +8,7 @@ What a column may hold follows from its role alone, and is checked here; what it
     n  samples in a file
 """
 
+import itertools
 import json
 import re
 import unicodedata
@@ -23,6 +24,7 @@ from fedpft.data.chat import check_messages
 from fedpft.data.images import describe_dim, open_image
 from fedpft.data.rows import (
     GROUP,
+    KINDS,
     Form,
     RowFaults,
     Unusable,
@@ -380,6 +382,18 @@ def image_paths(path: Path, columns: ColumnsSection, encoding: str | None = None
     table = read_rows(path, [("image",)], columns.model_dump(), encoding)
     names = [name for _, (name,) in table.rows if isinstance(name, str)]
     return [_existing(path.parent, name) or path.parent / name for name in names]
+
+
+def silo_files(path: Path) -> list[Path]:
+    """The data files of simulated silos: the one, or those in a directory; DataError if there is none."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(each for each in path.iterdir() if each.is_file() and each.suffix.lower() in KINDS)
+    if not found:
+        raise DataError(f"{path}: no data file in this directory", f"put one for each silo there: {', '.join(KINDS)}")
+    if twice := next((a for a, b in itertools.pairwise(found) if a.stem == b.stem), None):
+        raise DataError(f"{path}: two files of silo {twice.stem!r}", "leave one for each silo")
+    return found
 
 
 def read_label_list(path: Path, encoding: str | None = None) -> tuple[str, ...]:

@@ -188,7 +188,8 @@ def provenance(config: ServerConfig, found: Contents, proxy: Mapping[str, str], 
         proxy: the files of its proxy directory.
         patch: digest of its patch.safetensors.
     """
-    made = {"contents": found, "proxy": combined(proxy), "patch": patch, "adapter": _scale(config)}
+    owners = {key: found[key] for key in found if not key.startswith("simulation.")}  # who has the rest is no matter
+    made = {"contents": owners, "proxy": combined(proxy), "patch": patch, "adapter": _scale(config)}
     return {_METADATA: json.dumps(made, sort_keys=True)}
 
 
@@ -252,5 +253,6 @@ def _silos_data(config: SimulationConfig, digests: Digests) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in silo_files(config.simulation.data):
         name = "" if path == config.simulation.data else path.name
-        found |= {f"{name}{': ' if name and part else ''}{part}": digest for part, digest in _data(config, path, digests).items()}
+        digested = _data(config, path, digests)
+        found |= {": ".join(filter(None, (name, part))): digest for part, digest in digested.items()}
     return found

@@ -1,0 +1,195 @@
+"""Who trains in the place of the silos: this process, a pool of processes, or a Ray cluster. The bytes are the same."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fedpft import machine
+from fedpft.config import LimitsSection, RoundSettings, ShareSection
+from fedpft.errors import ConfigError, FedPFTError, OutOfMemory
+from fedpft.silo.learner import Learner
+from fedpft.silo.work import Update, Work
+from fedpft.simulation.data import WAY_OUT, SilosData
+from fedpft.wire.v1 import federation_pb2 as pb
+
+SHARE, LIMITS = ShareSection(), LimitsSection()  # a simulated silo keeps nothing back
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A silo's part in a round. start: file of the adapter; snapshot: of the proxy's version, None for 0."""
+
+    silo: str
+    train: pb.Train
+    start: Path
+    snapshot: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A silo has trained, or has not: `fault` says why."""
+
+    silo: str
+    trained: Update | None
+    fault: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Post:
+    """What it takes to train in the place of any silo.
+
+    silos: directory of what each has on disk.
+    """
+
+    bundle: Path
+    settings: RoundSettings
+    device: str
+    threads: int
+    data: SilosData
+    silos: Path
+
+
+class Worker:
+    """Trains for one silo after the other."""
+
+    def __init__(self, post: Post) -> None:
+        self._post, self._learner = post, Learner(post.bundle, post.settings, post.device)
+
+    def do(self, job: Job) -> Done:
+        """Trains; what was trained before this process was killed is not trained again."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._post.threads)
+        try:
+            return Done(job.silo, self._train(job))
+        except (OutOfMemory, OSError):
+            raise  # of this machine, not of the silo
+        except FedPFTError as error:
+            return Done(job.silo, None, error.message)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _train(self, job: Job) -> Update:
+        work = Work(self._post.silos / job.silo)
+        work.path.mkdir(parents=True, exist_ok=True)
+        if (trained := work.update(SHARE)) is not None and trained.answers(job.train):
+            return trained
+        learner, proxy = self._learner, self._learner.proxy
+        if job.snapshot is not None and job.train.proxy_version != learner.version:
+            learner.bring_to(job.train.proxy_version, job.snapshot)
+        config = self._post.data.config
+        dataset = learner.task.encode(
+            self._post.data.samples(job.silo),
+            proxy.processor,
+            proxy.max_tokens,
+            bad_rows=config.simulation.bad_rows,
+            way_out=WAY_OUT,
+        )
+        packing = learner.way_to_pack(job.silo, dataset)
+        return learner.train(job.silo, dataset, job.train, job.start, work, limits=LIMITS, share=SHARE, packing=packing)
+
+
+class Crew(Protocol):
+    """One or several workers."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Done]:
+        """Does the jobs, in any order."""
+
+    def close(self) -> None:
+        """Lets them go."""
+
+
+class _Alone:
+    """In this process; the worker is made when there is the first job."""
+
+    def __init__(self, post: Post) -> None:
+        self._post = post
+        self._worker: Worker | None = None
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Done]:
+        for job in jobs:
+            self._worker = self._worker or Worker(self._post)
+            yield self._worker.do(job)
+
+    def close(self) -> None:
+        self._worker = None
+
+
+class _Pool:
+    """In processes of their own, each with a proxy of its own."""
+
+    def __init__(self, post: Post, processes: int) -> None:
+        self._pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (post,))
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Done]:
+        futures = [self._pool.submit(_do, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool:
+            raise FedPFTError(
+                "a process of the simulation was killed, most likely for want of memory",
+                "start it again with fewer --processes; it goes on from there",
+            ) from None
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+class _Ray:
+    """On a Ray cluster, all of whose nodes see the same files; with as many workers as it has CPUs or GPUs to give."""
+
+    def __init__(self, post: Post, address: str) -> None:
+        try:
+            import ray
+            from ray.util import ActorPool
+        except ImportError:
+            raise ConfigError("--ray needs ray, which is not installed", "pip install 'fedpft[ray]'") from None
+        try:
+            ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"--ray {address}: no cluster there ({error})", "start one with `ray start`") from None
+        on_gpu = torch.device(post.device).type == "cuda"
+        count = int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0)) // (1 if on_gpu else post.threads)
+        if not count:
+            raise ConfigError(f"--ray {address}: the cluster has nothing to train on", "add a node to it")
+        wanted = {"num_gpus": 1} if on_gpu else {"num_cpus": post.threads}
+        remote = ray.remote(**wanted)(Worker)
+        self._ray, self._actors = ray, [remote.remote(post) for _ in range(count)]
+        self._pool = ActorPool(self._actors)
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Done]:
+        try:
+            yield from self._pool.map_unordered(lambda actor, job: actor.do.remote(job), list(jobs))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+
+    def close(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+
+
+def crew(post: Post, processes: int, ray: str | None) -> Crew:
+    """Whoever is to do it; ConfigError if there is no such cluster."""
+    if ray is not None:
+        return _Ray(post, ray)
+    return _Alone(post) if processes == 1 else _Pool(post, processes)
+
+
+_worker: Worker | None = None  # of a process of a pool
+
+
+def _begin(post: Post) -> None:
+    global _worker
+    machine.prepare(post.device, post.threads)
+    _worker = Worker(post)
+
+
+def _do(job: Job) -> Done:
+    assert _worker is not None
+    return _worker.do(job)

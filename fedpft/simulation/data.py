@@ -1,0 +1,92 @@
+"""Who of the simulated silos has what."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedpft.config import SimulationConfig
+from fedpft.data.partition import deal, split_counts, write_split
+from fedpft.data.samples import Examination, Samples, silo_files
+from fedpft.errors import ConfigError
+from fedpft.server.identity import label_list
+from fedpft.tasks import TASKS
+
+log = logging.getLogger(__name__)
+
+WAY_OUT = "; or set simulation.bad_rows: skip to go on without them"
+
+
+class SilosData:
+    """A silo's samples are made when it trains, and not kept.
+
+    config: with the silos' names.
+    """
+
+    def __init__(self, config: SimulationConfig) -> None:
+        """Reads what is dealt out, and deals it out; or looks where each silo's file is.
+
+        Raises:
+            DataError: a file cannot be used, or not be dealt out so.
+            ConfigError: silos are named that have no file, or fewer are there than a round needs.
+        """
+        section, named = config.simulation, config.federation.silos
+        self._labels = label_list(config)
+        self._files = {path.stem: path for path in silo_files(section.data)} if section.data.is_dir() else {}
+        self._dealt: Samples | None = None
+        self._parts: dict[str, Tensor] = {}
+        if self._files:
+            if lacking := sorted(set(named) - self._files.keys()):
+                raise ConfigError(f"{section.data}: has no file of {lacking[0]}", "name the silos as their files")
+            names = named or tuple(sorted(self._files))
+        else:
+            count = section.silos or len(named)
+            if not count or (named and count != len(named)):
+                raise ConfigError(
+                    f"simulation.silos is {section.silos}, federation.silos names {len(named)}", "give one of the two"
+                )
+            names = named or tuple(f"silo-{number:0{len(str(count))}d}" for number in range(1, count + 1))
+            self._dealt = self._read(config, section.data, section.partition.column)
+            for warning in self._dealt.warnings:
+                log.warning("%s", warning)
+            parts = deal(section.partition, self._dealt, count, config.seed)
+            self._parts = dict(zip(names, parts, strict=True))
+        if (config.federation.min_silos or 1) > len(names):
+            raise ConfigError(
+                f"federation.min_silos is {config.federation.min_silos}, but there are {len(names)} silos",
+                "lower it, or simulate more",
+            )
+        federation = config.federation.model_copy(update={"silos": names})
+        self.config = config.model_copy(update={"federation": federation, "listen": "127.0.0.1:0", "tls": None})
+        self._sizes = {silo: len(part) for silo, part in self._parts.items()}
+
+    def samples(self, silo: str) -> Samples:
+        """A silo's own, as if it had read them from a file of its own."""
+        if self._dealt is not None:
+            return self._dealt.subset(self._parts[silo])
+        return self._read(self.config, self._files[silo], None)
+
+    def size(self, silo: str) -> int:
+        """How many a silo has."""
+        if silo not in self._sizes:
+            self._sizes[silo] = len(self.samples(silo))
+        return self._sizes[silo]
+
+    def split(self) -> dict[str, Any]:
+        """What report.html draws of it."""
+        if self._dealt is None:
+            return {"labels": [], "silos": {silo: [self.size(silo)] for silo in self.config.federation.silos}}
+        return split_counts(self._dealt, self._parts, self._labels)
+
+    def write(self, directory: Path) -> None:
+        """As a file for each silo; ConfigError if it was no one file that was dealt out."""
+        if self._dealt is None:
+            raise ConfigError(f"{self.config.simulation.data}: has a file for each silo already", "use those")
+        write_split(self._dealt, self._parts, directory)
+
+    def _read(self, config: SimulationConfig, path: Path, group: str | None) -> Samples:
+        task = TASKS[config.model.task]
+        examination = Examination(path, config.columns, task.forms, encoding=config.encoding, group=group)
+        examination.resolve(task.reader(self._labels))
+        return examination.samples(config.simulation.bad_rows, WAY_OUT)

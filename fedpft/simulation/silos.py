@@ -1,0 +1,246 @@
+"""The silos as the rounds see them, simulated: state machine, files and checks are the server's own."""
+
+import contextlib
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from fedpft.config import RoundSettings, SimulationConfig
+from fedpft.errors import InvalidUpdate
+from fedpft.federation import (
+    Accept,
+    Aggregate,
+    Enrolled,
+    Event,
+    Federation,
+    FinishRequested,
+    LoseQuorum,
+    PatchPublished,
+    RoundRequested,
+    SiloFailed,
+    StartRound,
+    Substitute,
+    UpdateArrived,
+)
+from fedpft.seeding import derive_seed
+from fedpft.server.ledger import Ledger
+from fedpft.server.live import log_action
+from fedpft.server.roundfiles import RoundFiles
+from fedpft.server.updates import Update
+from fedpft.silo.work import Update as Trained
+from fedpft.silo.work import Work
+from fedpft.simulation.crew import SHARE, Crew, Done, Job
+from fedpft.simulation.data import SilosData
+from fedpft.wire.transfer import payload
+from fedpft.wire.v1 import federation_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 15.0  # between two lines on how far a round is
+LARGEST_DRAW = float(1 << 63)
+
+
+class SimulatedSilos:
+    """What rounds.py takes for the silos; each method is as of FederationServer.
+
+    bytes_down, bytes_up: what would have gone over the wire.
+    """
+
+    def __init__(
+        self,
+        config: SimulationConfig,
+        bundle: Path,
+        settings: RoundSettings,
+        ledger: Ledger,
+        data: SilosData,
+        crew: Crew,
+    ) -> None:
+        self._config, self._ledger, self._data, self._crew = config, ledger, data, crew
+        section = config.federation
+        self._federation = Federation(
+            section.silos, min_silos=section.min_silos, sample_fraction=section.sample_fraction, seed=settings.seed
+        )
+        self._files = RoundFiles(config, bundle, settings, ledger)
+        self._files.resume(self._federation)
+        self._keep_residuals()
+        self._bundle_bytes = sum(path.stat().st_size for path in bundle.iterdir())
+        self._versions = self._versions_so_far()
+        self.bytes_down = 0
+        self._rounds = settings.training.rounds
+        self._clock = _Clock()
+
+    @property
+    def bytes_up(self) -> int:
+        """Updates."""
+        return self._files.inbox.bytes_up
+
+    def start(self) -> None:
+        """Nothing has to listen."""
+
+    def wait_for_silos(self) -> None:
+        """Nobody has to be waited for."""
+        if self._ledger.last_round() is None:
+            self.bytes_down += self._bundle_bytes * len(self._federation.silos)
+        for silo in sorted(self._federation.silos):
+            self._files.inbox.enrolled(silo, self._data.size(silo))
+            self._federation.handle(Enrolled(silo))
+
+    def run_round(self, round: int, *, count_inactivity: bool) -> list[Update]:
+        """Lets the round's silos train."""
+        if round != self._files.open_round:
+            self._files.open(round, count_inactivity=count_inactivity)
+        for silo in self._federation.silos:  # whoever dropped out is back
+            self._federation.handle(Enrolled(silo))
+        outcome = self._handle(RoundRequested(round))
+        while outcome is None:
+            outcome = self._train(round)
+        if isinstance(outcome, LoseQuorum):
+            self._files.lose(round, self._federation.failed)
+            raise outcome.error
+        return self.updates(round)
+
+    def updates(self, round: int) -> list[Update]:
+        """Those that the round counts."""
+        return self._files.updates(round)
+
+    def close_round(self) -> None:
+        """Deletes the round's updates."""
+        self._files.inbox.close_round()
+
+    def publish_patch(self) -> int:
+        """The proxy has its next version."""
+        self._files.put_patch(self._federation.proxy_version + 1)
+        self._federation.handle(PatchPublished())
+        return self._federation.proxy_version
+
+    def finish(self) -> None:
+        """What the silos had on disk is of no more use."""
+        self._federation.handle(FinishRequested())
+        shutil.rmtree(self._config.out / "silos", ignore_errors=True)
+
+    def abort(self, reason: str) -> None:
+        """There is nobody to be told."""
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._crew.close()
+
+    def curves(self) -> dict[str, Any]:
+        """Who has what."""
+        return {"split": self._data.split()}
+
+    def _train(self, round: int) -> Aggregate | LoseQuorum | None:
+        """One go at all that the round still waits for; some of it may fail, and others take its place."""
+        pending = sorted(self._federation.pending)
+        outcome: Aggregate | LoseQuorum | None = None
+        out = {silo for silo in pending if drops_out(self._config, round, silo)}
+        for silo in sorted(out):
+            outcome = self._handle(SiloFailed(silo, "it dropped out", round)) or outcome
+        jobs = [self._job(round, silo) for silo in pending if silo not in out]
+        counted = len(self._federation.accepted)
+        for number, done in enumerate(self._crew.run(jobs), 1):
+            outcome = self._take(round, done) or outcome
+            rest = len(jobs) - number + (self._rounds - round) * (counted + len(jobs))
+            self._clock.tick(f"round {round} of {self._rounds}: {counted + number} silos have trained", rest)
+        return outcome
+
+    def _job(self, round: int, silo: str) -> Job:
+        files, federation, inbox = self._files, self._federation, self._files.inbox
+        assert files.adapter is not None  # a round begins with one
+        version, known = federation.proxy_version, self._versions.get(silo, 0)
+        self.bytes_down += files.adapter.total_bytes
+        if version > known and files.patch is not None and files.snapshot is not None:
+            self.bytes_down += (files.patch if version == known + 1 else files.snapshot).total_bytes
+        self._versions[silo] = version
+        train = pb.Train(
+            round=round,
+            attempt=federation.attempt,
+            adapter=files.adapter.announcement(),
+            proxy_version=version,
+            count_inactivity=inbox.counts_inactivity,
+        )
+        return Job(silo, train, files.adapter.path, files.snapshot.path if files.snapshot else None)
+
+    def _take(self, round: int, done: Done) -> Aggregate | LoseQuorum | None:
+        """Lets what a silo trained count, after the same look at it as at any update."""
+        trained, silo = done.trained, done.silo
+        if trained is None:
+            return self._handle(SiloFailed(silo, done.fault, round))
+        work = self._work(silo)
+        file = payload(work.update_path)
+        header = pb.UpdateHeader(
+            round=round,
+            attempt=self._federation.attempt,
+            proxy_version=trained.proxy_version,
+            samples=trained.samples,
+            metrics=trained.metrics,
+            file=file.announcement(),
+        )
+        try:
+            update = self._files.inbox.take_in(silo, header, work.update_path)
+        except InvalidUpdate as error:
+            work.drop_update()
+            return self._handle(SiloFailed(silo, error.message, round))
+        arrived = UpdateArrived(silo, round, trained.proxy_version, self._federation.attempt)
+        if isinstance(self._federation.judge(arrived), Accept):
+            self._files.inbox.keep(update, header)
+            self._files.inbox.sync()
+        outcome = self._handle(arrived)
+        self._keep_residual(work, trained)
+        return outcome
+
+    def _handle(self, event: Event) -> Aggregate | LoseQuorum | None:
+        outcome: Aggregate | LoseQuorum | None = None
+        for action in self._federation.handle(event):
+            log_action(action)
+            if isinstance(action, Aggregate | LoseQuorum):
+                outcome = action
+            elif isinstance(action, Substitute) or (isinstance(action, StartRound) and not action.attempt):
+                self._files.enter(action, self._federation.present)
+        return outcome
+
+    def _work(self, silo: str) -> Work:
+        return Work(self._config.out / "silos" / silo)
+
+    def _keep_residual(self, work: Work, trained: Trained) -> None:
+        """The update counts: of all that the silo has on disk, what was rounded off it is for later."""
+        work.count_update(trained)
+        work.drop_update()
+        with contextlib.suppress(OSError):  # something was rounded off
+            work.path.rmdir()
+
+    def _keep_residuals(self) -> None:
+        """The same of updates that count, where a former process was killed in between."""
+        for row in self._ledger.updates(self._federation.round):
+            work = self._work(row.silo)
+            if (trained := work.update(SHARE)) is not None and trained.round == row.round:
+                self._keep_residual(work, trained)
+
+    def _versions_so_far(self) -> dict[str, int]:
+        """Which version of the proxy each silo has seen."""
+        aligned = [entry["round"] for entry in self._ledger.recorded("alignment")]
+        return {row.silo: sum(round < row.round for round in aligned) for row in self._ledger.updates()}
+
+
+def drops_out(config: SimulationConfig, round: int, silo: str) -> bool:
+    """Whether a silo fails in a round if it is picked."""
+    return derive_seed(config.seed, "drops out", round, silo) < config.simulation.drop_out_fraction * LARGEST_DRAW
+
+
+class _Clock:
+    """Says how long it will still take."""
+
+    def __init__(self) -> None:
+        self._begun = self._said = time.monotonic()
+        self._done = 0
+
+    def tick(self, what: str, rest: int) -> None:
+        """One more is done, and so many are left."""
+        self._done += 1
+        now = time.monotonic()
+        if now - self._said >= REPORT_SECONDS:
+            self._said = now
+            minutes = (now - self._begun) / self._done * rest / 60
+            log.info("%s; about %s left", what, f"{minutes:.0f} min" if minutes >= 2 else f"{60 * minutes:.0f} s")
