@@ -1,0 +1,413 @@
+"""What is simulated is what a federation of real processes comes to, to the byte, in whatever way it is run."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from faults import PATIENCE, Deployment
+
+from fedpft.config import SimulationConfig, load_server_config, load_simulation_config
+from fedpft.demo.run import run_federation
+from fedpft.errors import ConfigError, DataError, FedPFTError, QuorumLost
+from fedpft.seeding import derive_seed
+from fedpft.server.identity import settings as settings_of_run
+from fedpft.server.inbox import Inbox
+from fedpft.server.ledger import Ledger
+from fedpft.silo.learner import Learner
+from fedpft.silo.work import Work
+from fedpft.simulation.crew import Worker
+from fedpft.simulation.data import SilosData
+from fedpft.simulation.run import simulate
+from fedpft.simulation.silos import drops_out
+
+Settings = dict[str, Any]
+
+
+class Killed(BaseException):
+    """As `kill -9`: no handler of the code's own catches it."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT, one labelled file, public and test data."""
+    root = tmp_path_factory.mktemp("inputs")
+    tiny.write_model("bert", root / "model")
+    (root / "labels.txt").write_text("\n".join(tiny.LABELS) + "\n", encoding="utf-8")
+    draw = random.Random(0)
+    for name, rows in {"train": 90, "public": 32, "test": 20}.items():
+        lines = ["text,label,ward"]
+        for _ in range(rows):
+            words = " ".join(draw.choices(tiny.WORDS[4:], k=draw.randint(2, 9)))
+            lines.append(f"{words},{draw.choice(tiny.LABELS)},{draw.choice('abcdefg')}")
+        (root / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def server_settings(root: Path, **changes: Any) -> Settings:
+    settings: Settings = {
+        "seed": 5,
+        "threads": 1,
+        "model": {"path": str(root / "model"), "labels": str(root / "labels.txt"), "max_tokens": 12},
+        "proxy": {"neurons": 40},
+        "distillation": {"closed_form_samples": 16, "steps": 2, "batch": 8},
+        "alignment": {"every_rounds": 1, "steps": 2, "batch": 8},
+        "adapter": {"rank": 2, "alpha": 4},
+        "training": {"rounds": 3, "local_epochs": 0.5, "batch": 10, "learning_rate": 0.01},
+        "public_data": str(root / "public.csv"),
+        "test_data": str(root / "test.csv"),
+    }
+    for section, values in changes.items():
+        settings[section] = {**settings[section], **values} if section in settings else values
+    return settings
+
+
+def written(directory: Path, settings: Settings) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "simulation.yaml"
+    path.write_text(yaml.safe_dump({"out": str(directory / "out"), **settings}), encoding="utf-8")
+    return path
+
+
+def simulated(directory: Path, root: Path, simulation: Settings | None = None, **changes: Any) -> SimulationConfig:
+    section = {"data": str(root / "train.csv"), "silos": 4} if simulation is None else simulation
+    return load_simulation_config(written(directory, server_settings(root, **changes) | {"simulation": section}))
+
+
+def left(out: Path) -> dict[str, str]:
+    """SHA-256 of all that a federation leaves for good."""
+    patterns = ("*.safetensors", "merged/*.safetensors", "adapter/*.safetensors", "rounds/*/*", "patches/*")
+    paths = [path for pattern in patterns for path in out.glob(pattern)]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def updates(out: Path) -> list[tuple[int, str, str, int]]:
+    """(round, silo, SHA-256, samples) of each update that counts."""
+    import sqlite3
+
+    with closing(sqlite3.connect(out / "ledger.sqlite")) as database:
+        return database.execute("SELECT round, silo, sha256, samples FROM updates ORDER BY round, silo").fetchall()
+
+
+def real(directory: Path, config: SimulationConfig, root: Path, **changes: Any) -> tuple[Settings, dict[str, Settings]]:
+    """Settings of a server and of silos that have each what they are dealt out in the simulation."""
+    dealt = SilosData(config)
+    dealt.write(directory / "silos")
+    silos = {
+        silo: {
+            "insecure_loopback": True,
+            "insecure_name": silo,
+            "data": {"path": str(directory / "silos" / f"{silo}.jsonl")},
+            "threads": 1,
+        }
+        for silo in dealt.config.federation.silos
+    }
+    federation = {**changes.pop("federation", {}), "silos": list(silos)}
+    server = server_settings(root, federation=federation, **changes)
+    return server | {"listen": "127.0.0.1:0", "insecure_loopback": True}, silos
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"simulation": {"silos": 2}},
+        {
+            "simulation": {"silos": 5, "partition": {"kind": "dirichlet", "concentration": 0.5}},
+            "federation": {"sample_fraction": 0.5},
+            "training": {"update_encoding": "int8"},
+        },
+    ],
+    ids=["all-exact", "sampled-int8"],
+)
+def test_simulation_gives_the_bytes_of_real_processes(changes: Settings, inputs: Path, tmp_path: Path) -> None:
+    section = {"data": str(inputs / "train.csv"), **changes["simulation"]}
+    rest = {name: values for name, values in changes.items() if name != "simulation"}
+    config = simulated(tmp_path / "simulated", inputs, section, **rest)
+    server, silos = real(tmp_path / "real", config, inputs, **rest)
+    federated = run_federation(tmp_path / "real", server, silos)
+    summary = simulate(config)
+
+    assert left(config.out) == left(tmp_path / "real" / "out")
+    assert "patches/patch-2.safetensors" in left(config.out), "the proxy was aligned"
+    assert updates(config.out) == updates(tmp_path / "real" / "out")
+    assert summary["metrics"] == federated["metrics"]
+    assert summary["bytes"] == federated["bytes"]
+    assert summary["data"] == federated["data"]
+
+
+def test_silo_that_drops_out_is_missing_as_a_real_one_is(inputs: Path, tmp_path: Path) -> None:
+    section = {"data": str(inputs / "train.csv"), "silos": 3, "drop_out_fraction": 0.3}
+    changes: Settings = {"training": {"rounds": 2, "update_encoding": "bfloat16"}, "federation": {"min_silos": 2}}
+    config = simulated(tmp_path / "simulated", inputs, section, **changes)
+    server, silos = real(tmp_path / "real", config, inputs, **changes)
+    out = [(round, silo) for round in (1, 2) for silo in silos if drops_out(config, round, silo)]
+    assert out == [(2, "silo-2")], "of this seed"
+
+    simulate(config)
+    with Deployment(tmp_path / "real", server, silos) as running:
+        running.start()
+        leaving = running.silos["silo-2"]
+        leaving.halt_at(r"^log silo-2: round 1 of 2: sent")
+        leaving.await_halt()
+        leaving.signal(signal.SIGINT)
+        leaving.release()
+        for party in (running.server, running.silos["silo-1"], running.silos["silo-3"]):
+            assert party.await_end() == 0
+        assert left(config.out) == left(tmp_path / "real" / "out")
+        assert updates(config.out) == updates(tmp_path / "real" / "out")
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT of a simulation in this process, which nothing disturbs."""
+    config = simulated(tmp_path_factory.mktemp("alone"), inputs, training={"update_encoding": "int8"})
+    simulate(config)
+    return config.out
+
+
+def test_pool_of_processes_gives_the_same_bytes(alone: Path, inputs: Path, tmp_path: Path) -> None:
+    config = simulated(tmp_path, inputs, training={"update_encoding": "int8"})
+    summary = simulate(config, processes=2)
+    assert left(config.out) == left(alone)
+    assert summary["bytes"] == json.loads((alone / "summary.json").read_text(encoding="utf-8"))["bytes"]
+
+
+def test_ray_gives_the_same_bytes(alone: Path, inputs: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        config = simulated(tmp_path, inputs, training={"update_encoding": "int8"})
+        simulate(config, ray="auto")
+    finally:
+        ray.shutdown()
+    assert left(config.out) == left(alone)
+
+
+def test_without_ray_or_a_cluster_the_error_says_what_to_do(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match="needs ray") as caught:
+        simulate(simulated(tmp_path, inputs), ray="auto")
+    assert "pip install 'fedpft[ray]'" in caught.value.remedy
+
+
+MOMENTS: list[tuple[type, str]] = [
+    (Learner, "train"),
+    (Work, "keep_update"),
+    (Inbox, "take_in"),
+    (Inbox, "keep"),
+    (Work, "count_update"),
+    (Work, "drop_update"),
+    (Ledger, "enter_file"),
+    (Ledger, "begin_round"),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("kind", "method"), MOMENTS, ids=[method for _, method in MOMENTS])
+def test_simulation_that_was_killed_goes_on_to_the_same_bytes(
+    kind: type, method: str, when: str, alone: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies at the sixth call, which is in the second round, or in the first of what is called less often."""
+    calls, whole = 0, getattr(kind, method)
+    last = {"enter_file": 3, "begin_round": 2}.get(method, 6)
+
+    def deadly(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == last and when == "before":
+            raise Killed
+        result = whole(*arguments, **options)
+        if calls == last:
+            raise Killed
+        return result
+
+    config = simulated(tmp_path, inputs, training={"update_encoding": "int8"})
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, method, deadly)
+        with pytest.raises(Killed):
+            simulate(config)
+    simulate(config)
+    assert left(config.out) == left(alone)
+    assert updates(config.out) == updates(alone)
+
+
+def test_process_that_is_killed_goes_on(alone: Path, inputs: Path, tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        server_settings(inputs, training={"update_encoding": "int8"})
+        | {"simulation": {"data": str(inputs / "train.csv"), "silos": 4}},
+    )
+    command = [sys.executable, "-m", "fedpft.cli", "simulate", "--config", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + PATIENCE
+        while not (tmp_path / "out" / "rounds" / "1").exists() and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "plugged_in" in done.stdout
+    assert left(tmp_path / "out") == left(alone)
+
+
+def test_one_proxy_serves_all_silos(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Learner] = []
+    initialise = Learner.__init__
+
+    def counting(learner: Learner, *arguments: Any) -> None:
+        made.append(learner)
+        initialise(learner, *arguments)
+
+    monkeypatch.setattr(Learner, "__init__", counting)
+    config = simulated(tmp_path, inputs, {"data": str(inputs / "train.csv"), "silos": 30})
+    simulate(config)
+    assert len(made) == 1
+    assert not (config.out / "silos").exists(), "nothing of them is left on disk"
+
+
+def test_silo_whose_training_fails_is_named_and_others_take_its_place(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = Learner.train
+
+    def failing(learner: Learner, silo: str, *arguments: Any, **options: Any) -> Any:
+        if silo == "silo-3":
+            raise DataError("round 1, step 1: the training loss is not finite", "look at the data")
+        return train(learner, silo, *arguments, **options)
+
+    monkeypatch.setattr(Learner, "train", failing)
+    simulate(simulated(tmp_path / "quorum", inputs, federation={"min_silos": 3}))
+    assert {silo for _, silo, *_ in updates(tmp_path / "quorum" / "out")} == {"silo-1", "silo-2", "silo-4"}
+    with pytest.raises(QuorumLost, match="silo-3.*not finite"):
+        simulate(simulated(tmp_path / "all", inputs))
+
+
+def test_update_that_cannot_be_used_counts_in_no_round(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: Settings = {"federation": {"max_update_norm": 1e-9}}
+    with pytest.raises(QuorumLost, match="L2 norm of the change"):
+        simulate(simulated(tmp_path, inputs, **changes))
+    assert updates(tmp_path / "out") == []
+
+
+def test_a_directory_has_a_file_for_each_silo(inputs: Path, tmp_path: Path) -> None:
+    config = simulated(tmp_path / "one", inputs)
+    SilosData(config).write(tmp_path / "split")
+    simulate(config)
+    again = simulated(tmp_path / "many", inputs, {"data": str(tmp_path / "split")})
+    simulate(again)
+    assert left(config.out) == left(again.out)
+
+
+@pytest.mark.parametrize(
+    ("section", "federation", "message"),
+    [
+        ({"silos": 3}, {"silos": ["a", "b"]}, "simulation.silos is 3, federation.silos names 2"),
+        ({}, {}, "simulation.silos is None, federation.silos names 0"),
+        ({"silos": 3}, {"min_silos": 4}, "federation.min_silos is 4, but there are 3 silos"),
+        ({"data": "."}, {}, "no data file in this directory"),
+        ({"silos": 91}, {}, "90 samples cannot be dealt out to 91 silos"),
+        ({"silos": 2, "partition": {"kind": "column", "column": "hospital"}}, {}, "hospital"),
+    ],
+)
+def test_what_cannot_be_dealt_out_is_one_clear_error(
+    section: Settings, federation: Settings, message: str, inputs: Path, tmp_path: Path
+) -> None:
+    data = str(inputs / "train.csv")
+    with pytest.raises(FedPFTError, match=message):
+        if section.get("data") == ".":
+            (tmp_path / "empty").mkdir()
+            data = str(tmp_path / "empty")
+        simulate(simulated(tmp_path, inputs, {**section, "data": data}, federation=federation))
+    assert not (tmp_path / "out" / "ledger.sqlite").exists()
+
+
+def test_directory_without_a_named_silo_is_refused(inputs: Path, tmp_path: Path) -> None:
+    SilosData(simulated(tmp_path, inputs)).write(tmp_path / "split")
+    config = simulated(tmp_path, inputs, {"data": str(tmp_path / "split")}, federation={"silos": ["silo-1", "north"]})
+    with pytest.raises(ConfigError, match="has no file of north"):
+        simulate(config)
+
+
+def test_a_natural_split_keeps_each_value_of_the_column_together(inputs: Path, tmp_path: Path) -> None:
+    config = simulated(
+        tmp_path, inputs, {"data": str(inputs / "train.csv"), "silos": 3, "partition": {"kind": "column", "column": "ward"}}
+    )
+    data = SilosData(config)
+    wards = [set(data.samples(silo).groups or ()) for silo in data.config.federation.silos]
+    assert sum(map(len, wards)) == len(set.union(*wards)) == 7
+    assert sum(data.size(silo) for silo in data.config.federation.silos) == 90
+
+
+def test_report_draws_who_has_what(alone: Path) -> None:
+    split = json.loads((alone / "curves.json").read_text(encoding="utf-8"))["split"]
+    assert split["labels"] == list(tiny.LABELS)
+    assert sum(sum(counts) for counts in split["silos"].values()) == 90
+
+
+def test_run_cannot_go_on_with_another_split(alone: Path, inputs: Path) -> None:
+    config = simulated(alone.parent, inputs, {"data": str(inputs / "train.csv"), "silos": 3})
+    with pytest.raises(ConfigError, match="begun with another"):
+        simulate(config)
+
+
+def test_server_yaml_is_a_simulation_but_for_its_section(inputs: Path, tmp_path: Path) -> None:
+    """listen and tls may stay: nothing listens, and no certificate is read."""
+    settings = server_settings(inputs, federation={"silos": ["a", "b"]}) | {
+        "listen": "0.0.0.0:1",
+        "tls": {name: f"{name}.pem" for name in ("ca", "certificate", "key")},
+    }
+    load_server_config(written(tmp_path, settings))
+    path = written(tmp_path, settings | {"simulation": {"data": str(inputs / "train.csv")}})
+    summary = simulate(load_simulation_config(path))
+    assert summary["rounds"][-1]["silos"] == 2
+    with pytest.raises(ConfigError, match="unknown key 'simulation'"):
+        load_server_config(path)
+
+
+def test_threads_and_silos_belong_to_what_a_run_is(inputs: Path, tmp_path: Path) -> None:
+    config = SilosData(simulated(tmp_path, inputs)).config
+    settings = settings_of_run(config)
+    assert settings["simulation"]["threads"] == 1
+    assert settings["silos"] == [f"silo-{number}" for number in range(1, 5)]
+    assert "data" not in settings["simulation"]
+
+
+def test_torch_has_its_threads_back_after_a_silo(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    train: Callable[..., Any] = Worker._train
+    monkeypatch.setattr(Worker, "_train", lambda *job: (seen.append(torch.get_num_threads()), train(*job))[1])
+    threads = torch.get_num_threads()
+    settings = server_settings(inputs) | {
+        "threads": 2,
+        "simulation": {"data": str(inputs / "train.csv"), "silos": 2, "threads": 1},
+    }
+    try:
+        simulate(load_simulation_config(written(tmp_path, settings)))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert set(seen) == {1}
+
+
+def test_share_of_silos_that_drop_out() -> None:
+    draws = [derive_seed(0, "drops out", round, f"silo-{silo}") / 2**63 for round in range(20) for silo in range(100)]
+    assert 0.18 < sum(draw < 0.2 for draw in draws) / len(draws) < 0.22
