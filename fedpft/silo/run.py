@@ -147,6 +147,9 @@ class Participant:
         adapters.attach(self.proxy.model, self.settings.adapter, seed=self.settings.seed)
         self.proxy.model.to(config.device)
         self._packing = self._way_to_pack() if self.settings.training.packing else None
+        self._shift: Tensor | None = None
+        if self.settings.training.logit_adjustment == "own":
+            self._shift = self._task.logit_shift(self._task.label_counts(self.dataset, len(self.proxy.labels)))
 
     def take_part(self) -> None:
         """Does what the server asks until the federation is finished; RefusedByServer if it is broken off."""
@@ -201,6 +204,7 @@ class Participant:
             count_inactivity=train.count_inactivity and self.config.share.inactivity,
             limits=self.config.limits,
             packing=self._packing,
+            shift=self._shift,
         )
         log.info(
             "%s: round %d of %d: loss %.4f, %d samples, %.1f s",
