@@ -197,8 +197,9 @@ class TrainingSection(Section):
     logit_adjustment: Literal["none", "own"] = Field(
         "none",
         description="`own`: a silo's loss shifts each class's logit by the log of the class's share among the silo's "
-        "own labels, so that it learns what tells the classes apart, and not how often it has each. Only for tasks "
-        "with a label list.",
+        "own labels, so that it learns what tells the classes apart, and not how often it has each. Goes with a larger "
+        "`adam_epsilon`: AdamW makes steps of the usual size of the small gradients that are left. Only for tasks with "
+        "a label list.",
     )
     update_encoding: Literal["exact", "bfloat16", "int8"] = Field(
         "exact",

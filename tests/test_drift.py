@@ -154,25 +154,15 @@ def test_rates_follow_the_schedule_over_the_steps_of_all_rounds(
 def test_the_proximal_term_is_mu_times_the_way_from_the_rounds_adapter(
     max_batch: int | None, trained: Trained, gradients: Gradients
 ) -> None:
-    """The first step is the same with and without, so that both are in the same place before the second."""
-    mu, others = 3.0, {"max_batch": max_batch, "weight_decay": 0.0}
-    start, after_one_step = trained(4, **others)
-    trained(8, **others)
-    plain = gradients[1:]
-    del gradients[:]
-    _, pulled_once = trained(4, proximal=mu, **others)
-    assert tiny.changed(after_one_step.adapter, pulled_once.adapter) == set(), "nothing pulls at the start"
-    _, result = trained(8, proximal=mu, **others)
-    for a, b in zip(plain[0], gradients[1], strict=True):
-        assert torch.equal(a, b)
-    pulls = [pulled - without for pulled, without in zip(gradients[2], plain[1], strict=True)]
-    # 8 samples are drawn in another order than 4, so their first step is another one: of Adam, the rate for each value
-    ways = [pull / mu for pull in pulls]
-    assert sum(map(Tensor.numel, ways)) == sum(map(Tensor.numel, start.values()))
-    sizes = torch.cat([way.flatten().abs() for way in ways])
-    assert float(sizes.median()) == pytest.approx(0.01, rel=1e-2)
-    assert float(sizes.max()) == pytest.approx(0.01, rel=1e-2)
-    assert result.metrics["train_loss"] > 0
+    """Seen before the second step; the first goes by Adam's rate against the sign of each value's gradient."""
+    mu, rate, others = 3.0, 0.01, {"max_batch": max_batch, "weight_decay": 0.0}
+    trained(8, learning_rate=rate, **others)
+    trained(8, learning_rate=rate, proximal=mu, **others)
+    first, second, first_pulled, second_pulled = (torch.cat([g.flatten() for g in step]) for step in gradients)
+    assert torch.equal(first, first_pulled), "nothing pulls at the start"
+    clear = first.abs() > 1e-4  # of AdamW's epsilon
+    assert float(clear.double().mean()) > 0.9
+    torch.testing.assert_close((second_pulled - second)[clear], -mu * rate * first.sign()[clear], rtol=1e-2, atol=1e-4)
 
 
 def test_a_strong_pull_keeps_a_silo_near_the_rounds_adapter(trained: Trained) -> None:

@@ -205,7 +205,7 @@ def log_shares(counts: Tensor, of_all: Tensor | None = None) -> Tensor:
             share everywhere, so that it is learned that it does not occur.
     """
     own = counts.double()
-    everywhere = torch.ones_like(own) if of_all is None else of_all.double().maximum(own)  # the silo is one of all
+    everywhere = torch.ones_like(own) if of_all is None else of_all.double()
     usual, samples = everywhere / everywhere.sum(0), own.sum(0)
     relative = torch.where(everywhere > 0, own / usual, samples)
     return ((relative + 1) / (samples + 1)).log().float()
