@@ -32,6 +32,7 @@ TaskName = Literal[
     "causal-lm",
 ]
 BadRows = Literal["refuse", "skip"]
+Schedule = Literal["linear", "cosine", "constant"]
 SharedMetric = Literal["train_loss", "seconds", "tokens", "skipped_rows", "cut_texts", "cut_completions"]
 
 
@@ -157,11 +158,16 @@ class TrainingSection(Section):
     )
     batch: int = Field(32, ge=1, description="Samples a step.")
     learning_rate: Rate = Field(
-        8e-4, description="AdamW's rate for LoRA in the first step; decays linearly to 0 over all rounds."
+        8e-4, description="AdamW's rate for LoRA in the first step; `schedule` says what becomes of it."
     )
     head_learning_rate: Rate | None = Field(
         None,
         description="The same for the task head, which starts from nothing and may need more; default: learning_rate.",
+    )
+    schedule: Schedule = Field(
+        "linear",
+        description="How the rates fall over the steps of all rounds: to 0 in a straight line, to 0 along half a "
+        "cosine, or not at all.",
     )
     packing: bool = Field(
         False,
@@ -169,7 +175,32 @@ class TrainingSection(Section):
         "proxy cannot keep them apart exactly says so, and pads.",
     )
     weight_decay: float = Field(0.01, ge=0.0, description="AdamW's decoupled weight decay.")
+    adam_epsilon: float = Field(
+        1e-8,
+        ge=1e-12,
+        lt=1.0,
+        description="AdamW's epsilon: gradients that are much smaller than it make small steps, all others steps of "
+        "the same size. A larger one lets a silo rest that has nothing more to learn.",
+    )
     gradient_clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
+    proximal: float = Field(
+        0.0,
+        ge=0.0,
+        le=1e6,
+        description="mu of FedProx: how hard a silo is pulled back to the adapter that the round began with; 0: not.",
+    )
+    frozen_a: bool = Field(
+        False,
+        description="Whether LoRA's A stays as it was drawn, so that only B and the task head train (FFA-LoRA): the "
+        "mean of the silos' adapters is then exactly the mean of their changes to the weights.",
+    )
+    logit_adjustment: Literal["none", "own"] = Field(
+        "none",
+        description="`own`: a silo's loss shifts each class's logit by the log of the class's share among the silo's "
+        "own labels, so that it learns what tells the classes apart, and not how often it has each. Goes with a larger "
+        "`adam_epsilon`: AdamW makes steps of the usual size of the small gradients that are left. Only for tasks with "
+        "a label list.",
+    )
     update_encoding: Literal["exact", "bfloat16", "int8"] = Field(
         "exact",
         description="How an update travels: the adapter bit for bit, or its change in the round as bfloat16 or as int8 "

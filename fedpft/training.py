@@ -1,5 +1,6 @@
 """One silo's local fine-tuning: LoRA and head on the frozen proxy (method.md, section 3)."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedpft.config import LimitsSection, RoundSettings, TrainingSection
+from fedpft.config import LimitsSection, RoundSettings, Schedule, TrainingSection
 from fedpft.data.batches import EncodedDataset, lots, round_window
 from fedpft.data.language import LanguageDataset
 from fedpft.errors import DataError
@@ -51,11 +52,15 @@ def train_round(
     count_inactivity: bool,
     limits: LimitsSection,
     packing: Way | None = None,
+    shift: Tensor | None = None,
 ) -> LocalResult:
     """Trains the adapter in `model` for one round, in place.
 
     The optimizer starts afresh each round, as in federated averaging. Only LoRA's own dropout is on: the frozen
     modules stay as the server sees them when it aligns.
+
+    With `training.frozen_a` LoRA's A stays, and its mean over silos too, bit for bit: mean(B_i) A = mean(B_i A)
+    (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313).
 
     Args:
         task: whose loss is minimised.
@@ -64,6 +69,7 @@ def train_round(
         round: 1 for the first.
         compressed: layers whose inactive neurons are counted.
         packing: how the model keeps rows of a language model apart that stand in one sequence; None: they do not.
+        shift: the silo's :meth:`Task.logit_shift`, (C,), for its loss; None: the plain loss.
 
     Raises:
         DataError: the loss is not finite.
@@ -73,17 +79,22 @@ def train_round(
     start, count = round_window(len(dataset), epochs, round - 1)
     steps = -(-count // training.batch)
     counters = _count_inactivity(model, compressed, settings.inactive_below) if count_inactivity else {}
-    optimizer, scaler = _optimizer(model, training), loss_scaler(model, TASK_SCALE)
     device, dtype = next(model.parameters()).device, dtype_of(model)
+    shift = None if shift is None else shift.to(device)
     order_seed = derive_seed(settings.seed, "order", silo)
     begun, loss_sum, weights, tokens = time.monotonic(), 0.0, 0, 0
     random_devices = [device] if device.type == "cuda" else []
-    with adapters.training(model, settings.adapter.dropout), torch.random.fork_rng(devices=random_devices):
+    lora_trains = adapters.training(model, settings.adapter.dropout, frozen_a=training.frozen_a)
+    with lora_trains, torch.random.fork_rng(devices=random_devices):
+        optimizer, scaler = _optimizer(model, training), loss_scaler(model, TASK_SCALE)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        begun_with = [parameter.detach().clone() for parameter in parameters] if training.proximal else []
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round))
         order = lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed)
         for step, lot in enumerate(order):
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * (1.0 - (round - 1 + step / steps) / training.rounds)
+                done = (round - 1 + step / steps) / training.rounds
+                group["lr"] = group["initial_lr"] * rate_share(training.schedule, done)
             parts = list(_parts(dataset, lot, limits.max_batch or training.batch, packing))
             # before .to: on a GPU what is read back afterwards has to be waited for
             each = [task.weight(part) for part in parts]
@@ -94,9 +105,9 @@ def train_round(
                 mask = part.get("attention_mask")
                 for counter in counters.values():
                     counter.mask = None if mask is None else mask.flatten().bool()
-                loss = task.loss(model, part if packing is None else packed_inputs(part, packing, dtype)) * (
-                    own / weight
-                )
+                inputs = part if packing is None else packed_inputs(part, packing, dtype)
+                loss = task.loss(model, inputs) if shift is None else task.shifted_loss(model, inputs, shift)
+                loss = loss * (own / weight)
                 scaler.scale(loss).backward()
                 loss_sum += float(loss.detach()) * weight
             weights += weight
@@ -106,7 +117,9 @@ def train_round(
                     "look for extreme inputs in this silo's data, or have the server lower training.learning_rate",
                 )
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], training.gradient_clip)
+            if training.proximal:
+                _pull_back(parameters, begun_with, training.proximal)
+            nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -119,6 +132,33 @@ def train_round(
     return LocalResult(adapters.extract(model), count, metrics, inactivity if count_inactivity else None)
 
 
+def rate_share(schedule: Schedule, done: float) -> float:
+    """What is left of a rate when this share of all rounds' steps is done, in [0, 1].
+
+    The cosine is that of SGDR without restarts (Loshchilov and Hutter 2017, arXiv 1608.03983).
+    """
+    match schedule:
+        case "linear":
+            return 1.0 - done
+        case "cosine":
+            return (1.0 + math.cos(math.pi * done)) / 2.0
+        case "constant":
+            return 1.0
+
+
+def _pull_back(parameters: list[nn.Parameter], begun_with: list[Tensor], mu: float) -> None:
+    """Adds FedProx's term (Li et al. 2020, arXiv 1812.06127) to the gradients: mu (A - A_r) of mu/2 ||A - A_r||^2.
+
+    As a gradient, not as part of the loss: it counts once a step, however many parts a batch has, and the loss that a
+    silo reports stays that of its data. Before clipping, since it belongs to what is minimised. AdamW divides each
+    gradient by its own size, so a step stays as long as the rate says: mu turns it back as far as mu ||A - A_r||
+    compares with the rest of the gradient.
+    """
+    for parameter, start in zip(parameters, begun_with, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - start, alpha=mu)
+
+
 def _optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.AdamW:
     head: list[nn.Parameter] = []
     lora: list[nn.Parameter] = []
@@ -129,6 +169,7 @@ def _optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.AdamW
     return torch.optim.AdamW(
         [{"params": parameters, "lr": rate, "initial_lr": rate} for parameters, rate in groups if parameters],
         weight_decay=training.weight_decay,
+        eps=training.adam_epsilon,
         fused=True,
     )
 

@@ -139,6 +139,11 @@ WRONG = [
     ("evaluation", {"batch": 10**30}, ": evaluation.batch: must be at most 1000000000, got"),
     ("federation.round_deadline_seconds", 1e300, ": federation.round_deadline_seconds: must be at most 1000000000"),
     ("model.path", 7, ": model.path: input is not a valid path"),
+    ("training.schedule", "step", ": training.schedule: input should be 'linear', 'cosine' or 'constant', got 'step'"),
+    ("training.logit_adjustment", "mine", ": training.logit_adjustment: input should be 'none' or 'own', got 'mine'"),
+    ("training.proximal", -0.1, ": training.proximal: input should be greater than or equal to 0"),
+    ("training.adam_epsilon", 0.0, ": training.adam_epsilon: input should be greater than or equal to 0.0000"),
+    ("training.frozen_a", "half", ": training.frozen_a: input should be a valid boolean"),
 ]
 
 

@@ -106,3 +106,17 @@ def test_kept_for_backward_are_the_input_itself_a_byte_mask_and_little_else() ->
     assert {n.data_ptr() for n in kept} >= given
     new = {tuple(tensor.shape): tensor.dtype for tensor in kept if tensor.data_ptr() not in given}
     assert new == {(N, D): torch.int8, (N, R): torch.float32}
+
+
+def test_an_a_without_gradient_costs_nothing_and_changes_no_other() -> None:
+    t, kept, found = tensors(torch.float32), [], []
+    for trains in (True, False):
+        t["a"].requires_grad_(trains)
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda n: kept.append(n.data_ptr()) or n, lambda n: n):
+            y = lora_linear(t["x"], t["weight"], t["bias"], t["a"], t["b"], scale=SCALE, dropout=0.4)
+        assert (t["x"].data_ptr() in kept) == trains
+        found.append(torch.autograd.grad(y.square().sum(), (t["x"], t["b"])))
+        kept.clear()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -672,6 +673,27 @@ def test_a_silo_fetches_one_patch_or_the_snapshot_and_keeps_what_the_round_needs
     run(config)
     assert "snapshot-2.safetensors" in [late.files[sha256].name for sha256, _ in late.asked("FetchFile")]
     assert late.updates[3][1] == server.updates[3][1], "both ways lead to the same proxy"
+
+
+@pytest.mark.parametrize("adjustment", ["none", "own"])
+def test_a_silo_shifts_its_loss_by_its_own_label_shares_if_the_server_says_so(
+    adjustment: str, federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shifts, train_round = [], silo_run.train_round
+    monkeypatch.setattr(
+        silo_run, "train_round", lambda *a, **named: shifts.append(named["shift"]) or train_round(*a, **named)
+    )
+    server, config = federation(rounds=(1,))
+    rows = [f"{text},{label}\n" for text, label in zip(TEXTS, ["earth"] * 7 + ["sea"] * 2, strict=True)]
+    (tmp_path / "data.csv").write_text("text,label\n" + "".join(rows))
+    training = server.settings.training.model_copy(update={"logit_adjustment": adjustment})
+    server.settings = server.settings.model_copy(update={"training": training})
+    run(config)
+    assert sorted(server.updates) == [1]
+    if adjustment == "none":
+        assert shifts == [None]
+    else:
+        assert shifts[0].tolist() == pytest.approx([math.log((3 * n + 1) / 10) for n in (7, 2, 0)])
 
 
 def test_a_killed_silo_offers_its_update_again_without_training(federation: Any, trainings: list[int]) -> None:

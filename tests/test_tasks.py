@@ -421,6 +421,67 @@ def test_the_loss_is_its_definition(name: str, fm: Callable[[str], nn.Module], t
     assert float(TASKS[name].loss(model, batch)) == pytest.approx(float(wanted), rel=1e-5)
 
 
+COUNTS = {  # of CASES' rows
+    "sequence-classification": [3, 3, 3],
+    "image-classification": [3, 3, 3],
+    "multi-label-classification": [[6, 6, 6], [3, 3, 3]],
+    "token-classification": [9, 9, 9, 9],
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_labels_are_counted(name: str, tmp_path: Path) -> None:
+    dataset = encoded(name, tmp_path)
+    counts = TASKS[name].label_counts(dataset, len(CASES[name].labels))
+    assert (counts.tolist(), counts.dtype) == (COUNTS[name], torch.int64)
+    more = TASKS[name].label_counts(dataset, len(CASES[name].labels) + 2)
+    assert more.shape[-1] == len(CASES[name].labels) + (2 if counts.dim() == 1 else 0), "a class that the silo lacks"
+
+
+def test_every_task_with_a_label_list_counts_its_labels_and_no_other_does() -> None:
+    assert COUNTS.keys() == {name for name, task in TASKS.items() if task.label_list}
+    for name in TASKS.keys() - COUNTS.keys():
+        with pytest.raises(NotImplementedError, match=f"{name} has no classes"):
+            TASKS[name].label_counts(dataset_of(torch.zeros(3)), 1)
+
+
+def test_a_words_tag_that_was_cut_away_is_not_counted() -> None:
+    dataset = tagged(tiny.processor("bert"), [["red", "bird", "moves", "the"]], max_tokens=4)
+    assert TASKS["token-classification"].label_counts(dataset, 3).sum() == 2
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_shifted_loss_is_that_of_shifted_logits_and_of_no_shift_the_models_own(
+    name: str, fm: Callable[[str], nn.Module], tmp_path: Path
+) -> None:
+    task, model, dataset = TASKS[name], fm(name), encoded(name, tmp_path)
+    classes, batch = len(CASES[name].labels), dataset.batch(torch.arange(9))
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    plain = task.shifted_loss(model, batch, torch.zeros(classes))
+    torch.testing.assert_close(plain, task.loss(model, batch), rtol=1e-6, atol=0)
+    counts = task.label_counts(dataset, classes)
+    counts[-1] *= 50  # the last class, or having a label at all: far from even
+    shift = task.logit_shift(counts)
+    assert (shift.shape, shift.dtype) == ((classes,), torch.float32)
+    found = float(task.shifted_loss(model, batch, shift))
+    assert found == pytest.approx(
+        float(CASES[name].loss(tiny.logits(model, inputs) + shift, batch["labels"])), rel=1e-5
+    )
+    assert abs(found - float(plain)) > 0.1
+
+
+def test_a_label_is_shifted_by_the_odds_of_having_it() -> None:
+    task = TASKS["multi-label-classification"]
+    labels = torch.zeros(1000, 3)
+    labels[:900, 0] = labels[:500, 1] = 1.0
+    counts = task.label_counts(dataset_of(labels), 3)
+    shift = task.logit_shift(counts)
+    assert shift.tolist() == pytest.approx([math.log(9), 0.0, math.log(0.5 / 1000.5)], abs=1e-2)
+    of_all = counts * torch.tensor([7, 7, 7])
+    of_all[1, 2] += 1
+    assert task.logit_shift(counts, of_all).tolist() == pytest.approx([0.0, 0.0, -math.log(1001)], abs=1e-2)
+
+
 @every_task
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(
     name: str, fm: Callable[[str], nn.Module], tmp_path: Path

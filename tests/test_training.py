@@ -164,7 +164,7 @@ def test_losses_gradients_and_counts_are_those_of_pefts_own_layers(
         )
         with monkeypatch.context() as patch:
             if not fused:
-                patch.setattr(adapters, "training", lambda _model, _dropout: contextlib.nullcontext())
+                patch.setattr(adapters, "training", lambda _model, _dropout, **_: contextlib.nullcontext())
             limits = LimitsSection(max_batch=max_batch)
             results.append((train(model, data, wanted, count_inactivity=True, limits=limits), gradients))
     (ours, our_gradients), (plain, plain_gradients) = results

@@ -82,19 +82,24 @@ def attach(model: nn.Module, settings: AdapterSection, *, seed: int) -> None:
 
 
 @contextmanager
-def training(model: nn.Module, dropout: float) -> Iterator[None]:
+def training(model: nn.Module, dropout: float, *, frozen_a: bool = False) -> Iterator[None]:
     """While open, LoRA drops its input with this probability, and peft's layers compute by `lora_linear`.
 
-    No module is put into training mode, so that nothing else drops.
+    No module is put into training mode, so that nothing else drops. With `frozen_a` LoRA's A requires no gradient.
     """
+    resting = [parameter for name, parameter in _parameters(model).items() if frozen_a and ".lora_A." in name]
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         layer.forward = partial(_lora_forward, layer, dropout)
+    for parameter in resting:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward  # the instance's; the class's is peft's own
+        for parameter in resting:
+            parameter.requires_grad_(True)
 
 
 def extract(model: nn.Module) -> Adapter:

@@ -6,7 +6,8 @@
 N tokens, D input features, E output features, R rank; x (N, D), W (E, D), A (R, D), B (E, R). x and W have one dtype,
 in which all is computed and summed up in float32 or wider; A and B may have a wider one, and so have their gradients.
 
-Kept for backward: x itself, which query, key and value share, m in one byte an element, and (m * x) A^T of (N, R).
+Kept for backward: x itself, which query, key and value share, m in one byte an element, and (m * x) A^T of (N, R). An A
+that has no gradient costs neither x nor a multiply.
 Composed of torch's operators the same keeps m and m * x of each layer in x's dtype, and does each `+` and `*` above
 in a pass of its own; here the sums are left to the matrix multiplies. W and bias get no gradient.
 """
@@ -29,7 +30,7 @@ class _LoraLinear(torch.autograd.Function):
         h = _masked(x, keep) @ a.to(x.dtype).t()
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
         y.addmm_(h, b.to(x.dtype).t(), alpha=scale * ctx.kept_scale)
-        ctx.save_for_backward(x, weight, a, b, h, keep)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, a, b, h, keep)
         ctx.scale = scale
         return y
 
@@ -37,16 +38,17 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, h, keep = ctx.saved_tensors
         scale = ctx.scale * ctx.kept_scale
-        grad_h = (grad_y @ b.to(x.dtype)).mul_(scale)
-        grad_x = None
+        grad_h = (grad_y @ b.to(weight.dtype)).mul_(scale)
+        grad_x = grad_a = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_h @ a.to(x.dtype)
+            grad_x = grad_h @ a.to(weight.dtype)
             if keep is not None:
-                grad_x.mul_(keep.to(x.dtype))
+                grad_x.mul_(keep.to(weight.dtype))
             grad_x.addmm_(grad_y, weight)
-        grad_a = grad_h.t() @ _masked(x, keep)
+        if ctx.needs_input_grad[3]:
+            grad_a = (grad_h.t() @ _masked(x, keep)).to(a.dtype)
         grad_b = (h.t() @ grad_y).mul_(scale).t()  # in this order the multiply reads dy along its rows
-        return grad_x, None, None, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None
+        return grad_x, None, None, grad_a, grad_b.to(b.dtype), None, None
 
 
 def lora_linear(

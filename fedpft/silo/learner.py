@@ -54,6 +54,11 @@ class Learner:
             log.warning("%s: rows are padded, not packed: this model cannot keep them apart exactly", silo)
         return way
 
+    def _logit_shift(self, dataset: EncodedDataset) -> Tensor | None:
+        if self.settings.training.logit_adjustment == "none":
+            return None
+        return self.task.logit_shift(self.task.label_counts(dataset, len(self.proxy.labels)))
+
     def train(
         self,
         silo: str,
@@ -90,6 +95,7 @@ class Learner:
             count_inactivity=train.count_inactivity and share.inactivity,
             limits=limits,
             packing=packing,
+            shift=self._logit_shift(dataset),
         )
         log.info(
             "%s: round %d of %d: loss %.4f, %d samples, %.1f s",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.rows import Unusable, alike, closest, listed, shown
@@ -24,6 +25,15 @@ class Classification(Task):
     def reader(self, labels: Sequence[str]) -> Reader:
         """A row's label is the name of a class."""
         return Reader(("label",), ClassNames(labels).index, tuple(labels))
+
+    def label_counts(self, dataset: EncodedDataset, classes: int) -> Tensor:
+        """The samples of each class."""
+        assert dataset.labels is not None
+        return dataset.labels.bincount(minlength=classes)
+
+    def logit_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy."""
+        return F.cross_entropy(logits, labels)
 
     def answers(self, model: nn.Module, batch: Batch) -> list[int]:
         """The index of the class that the model names."""

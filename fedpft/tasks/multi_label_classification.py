@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedpft.config import BadRows
 from fedpft.data.batches import EncodedDataset
@@ -15,7 +16,7 @@ from fedpft.data.rows import Unusable, shown
 from fedpft.data.samples import Reader, Samples
 from fedpft.data.text import encode_texts
 from fedpft.tasks.classification import ClassNames
-from fedpft.tasks.task import Batch, Metric, Task
+from fedpft.tasks.task import Batch, Metric, Task, log_shares
 
 
 class MultiLabelClassification(Task):
@@ -57,6 +58,22 @@ class MultiLabelClassification(Task):
         """Token ids, and (n, C) float32 of 0 and 1."""
         labels = None if samples.targets is None else torch.tensor(samples.targets)
         return encode_texts(samples, processor, max_tokens, labels, bad_rows=bad_rows, way_out=way_out)
+
+    def label_counts(self, dataset: EncodedDataset, classes: int) -> Tensor:
+        """(2, C): the texts without and with each label."""
+        assert dataset.labels is not None
+        those_with = dataset.labels.long().sum(0)
+        return torch.stack([len(dataset) - those_with, those_with])
+
+    def logit_shift(self, counts: Tensor, of_all: Tensor | None = None) -> Tensor:
+        """Of each label by itself: a logit is the log of with against without."""
+        those_without, those_with = log_shares(counts, of_all)
+        shift: Tensor = those_with - those_without
+        return shift
+
+    def logit_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Binary cross-entropy, the mean over texts and labels."""
+        return F.binary_cross_entropy_with_logits(logits, labels)
 
     def with_any_labels(self, inputs: Batch, classes: int, generator: torch.Generator) -> Batch:
         """Each label is there or not with equal probability."""

@@ -53,7 +53,7 @@ class Task(ABC):
         forms: what a row of labelled data may consist of; of several that a file has the first counts.
         public_forms: the same of the server's public data, which has no labels.
         has_tokens: whether an input has a length, which `max_tokens` bounds.
-        label_list: whether the owner names the classes, in `model.labels`.
+        label_list: whether the owner names the classes, in `model.labels`; then there is :meth:`label_counts` as well.
         head: whether the FM gets a head for the task, which trains in full: a row for each class, or one for a number.
         metrics: what :meth:`score` finds; the first is the headline.
         baseline: the row of a table that :meth:`baseline_score` fills, and what it means; None: there is none.
@@ -128,6 +128,31 @@ class Task(ABC):
         loss: Tensor = model(**batch).loss
         return loss
 
+    def label_counts(self, dataset: EncodedDataset, classes: int) -> Tensor:
+        """How often each label occurs, int64, by default (C,); the sum over silos is that of all their data."""
+        raise NotImplementedError(f"{self.name} has no classes")
+
+    def logit_shift(self, counts: Tensor, of_all: Tensor | None = None) -> Tensor:
+        """What a silo's label shares add to the logits, (C,) float32: 0 where its shares are the usual ones.
+
+        Logit adjustment (Menon et al. 2021, arXiv 2007.07314) by each silo's own labels; FedLC (Zhang et al. 2022,
+        arXiv 2209.00189) does so with a margin of another form. What is learned names a class as often as is usual.
+
+        Args:
+            counts: :meth:`label_counts` of the silo.
+            of_all: of all silos, whose shares are then the usual ones; None: equal shares.
+        """
+        return log_shares(counts, of_all)
+
+    def shifted_loss(self, model: nn.Module, batch: Batch, shift: Tensor) -> Tensor:
+        """As :meth:`loss`, with a :meth:`logit_shift` added to the logits in float32."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return self.logit_loss(model(**inputs).logits.float() + shift, batch["labels"])
+
+    def logit_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean that is :meth:`loss`, from (..., C) float32."""
+        raise NotImplementedError(f"{self.name} has no classes")
+
     def weight(self, batch: Batch) -> int:
         """Over how many things the loss of a batch is a mean; by default over its samples."""
         return len(batch["labels"])
@@ -170,3 +195,22 @@ class Task(ABC):
     def baseline_score(self, dataset: EncodedDataset) -> dict[str, float]:
         """The metrics of what knows nothing but the labels of the test data."""
         raise NotImplementedError(f"{self.name} has no baseline")
+
+
+def log_shares(counts: Tensor, of_all: Tensor | None = None) -> Tensor:
+    """The log of each value's share over its usual share: of counts of V values, (V, ...), float32.
+
+    One more sample, of which each value has its usual share, keeps it finite. So what a silo never saw weighs 1 in
+    n + 1 together, however many classes that are: with one class only, hardly a gradient is left. Laplace's one more of
+    each value would give 49 classes that are not there nearly half of the weight beside 51 samples of the fiftieth.
+
+    Args:
+        counts: of a silo.
+        of_all: of all silos, which have the usual shares; None: equal shares. A value that occurs nowhere has its usual
+            share everywhere, so that it is learned that it does not occur.
+    """
+    own = counts.double()
+    everywhere = torch.ones_like(own) if of_all is None else of_all.double()
+    usual, samples = everywhere / everywhere.sum(0), own.sum(0)
+    relative = torch.where(everywhere > 0, own / usual, samples)
+    return ((relative + 1) / (samples + 1)).log().float()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedpft.config import BadRows, ColumnsSection
 from fedpft.data.batches import EncodedDataset
@@ -85,6 +86,15 @@ class TokenClassification(Task):
         dataset = TaggedDataset(found, processor.pad_token_id, samples)
         dataset.cut, dataset.skipped = found.cut, samples.skipped + len(found.faults)
         return dataset
+
+    def label_counts(self, dataset: EncodedDataset, classes: int) -> Tensor:
+        """The tokens that carry each tag."""
+        assert isinstance(dataset, TaggedDataset)
+        return dataset.tags[dataset.tags != UNTAGGED].bincount(minlength=classes)
+
+    def logit_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the tokens that carry a tag."""
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=UNTAGGED)
 
     def weight(self, batch: Batch) -> int:
         """The tokens that carry a tag: at least one in each sample."""
