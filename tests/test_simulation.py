@@ -150,7 +150,11 @@ def test_simulation_gives_the_bytes_of_real_processes(changes: Settings, inputs:
 
 def test_silo_that_drops_out_is_missing_as_a_real_one_is(inputs: Path, tmp_path: Path) -> None:
     section = {"data": str(inputs / "train.csv"), "silos": 3, "drop_out_fraction": 0.3}
-    changes: Settings = {"seed": 6, "training": {"rounds": 2, "update_encoding": "bfloat16"}, "federation": {"min_silos": 2}}
+    changes: Settings = {
+        "seed": 6,
+        "training": {"rounds": 2, "update_encoding": "bfloat16"},
+        "federation": {"min_silos": 2},
+    }
     config = simulated(tmp_path / "simulated", inputs, section, **changes)
     server, silos = real(tmp_path / "real", config, inputs, **changes)
     out = [(round, silo) for round in (1, 2) for silo in silos if drops_out(config, round, silo)]
@@ -350,7 +354,9 @@ def test_directory_without_a_named_silo_is_refused(inputs: Path, tmp_path: Path)
 
 def test_a_natural_split_keeps_each_value_of_the_column_together(inputs: Path, tmp_path: Path) -> None:
     config = simulated(
-        tmp_path, inputs, {"data": str(inputs / "train.csv"), "silos": 3, "partition": {"kind": "column", "column": "ward"}}
+        tmp_path,
+        inputs,
+        {"data": str(inputs / "train.csv"), "silos": 3, "partition": {"kind": "column", "column": "ward"}},
     )
     data = SilosData(config)
     wards = [set(data.samples(silo).groups or ()) for silo in data.config.federation.silos]
