@@ -679,9 +679,9 @@ def test_a_silo_fetches_one_patch_or_the_snapshot_and_keeps_what_the_round_needs
 def test_a_silo_shifts_its_loss_by_its_own_label_shares_if_the_server_says_so(
     adjustment: str, federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shifts, train_round = [], silo_run.train_round
+    shifts, train_round = [], silo_learner.train_round
     monkeypatch.setattr(
-        silo_run, "train_round", lambda *a, **named: shifts.append(named["shift"]) or train_round(*a, **named)
+        silo_learner, "train_round", lambda *a, **named: shifts.append(named["shift"]) or train_round(*a, **named)
     )
     server, config = federation(rounds=(1,))
     rows = [f"{text},{label}\n" for text, label in zip(TEXTS, ["earth"] * 7 + ["sea"] * 2, strict=True)]

@@ -300,7 +300,7 @@ def test_silo_whose_training_fails_is_named_and_others_take_its_place(
     monkeypatch.setattr(Learner, "train", failing)
     simulate(simulated(tmp_path / "quorum", inputs, federation={"min_silos": 3}))
     assert {silo for _, silo, *_ in updates(tmp_path / "quorum" / "out")} == {"silo-1", "silo-2", "silo-4"}
-    with pytest.raises(QuorumLost, match="silo-3.*not finite"):
+    with pytest.raises(QuorumLost, match=r"silo-3.*not finite"):
         simulate(simulated(tmp_path / "all", inputs))
 
 
@@ -336,12 +336,13 @@ def test_a_directory_has_a_file_for_each_silo(inputs: Path, tmp_path: Path) -> N
 def test_what_cannot_be_dealt_out_is_one_clear_error(
     section: Settings, federation: Settings, message: str, inputs: Path, tmp_path: Path
 ) -> None:
-    data = str(inputs / "train.csv")
+    (tmp_path / "empty").mkdir()
+    section = {"data": str(inputs / "train.csv"), **section}
+    if section["data"] == ".":
+        section["data"] = str(tmp_path / "empty")
+    config = simulated(tmp_path, inputs, section, federation=federation)
     with pytest.raises(FedPFTError, match=message):
-        if section.get("data") == ".":
-            (tmp_path / "empty").mkdir()
-            data = str(tmp_path / "empty")
-        simulate(simulated(tmp_path, inputs, {**section, "data": data}, federation=federation))
+        simulate(config)
     assert not (tmp_path / "out" / "ledger.sqlite").exists()
 
 
