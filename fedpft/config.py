@@ -285,7 +285,7 @@ class PartitionSection(Section):
     kind: Literal["iid", "dirichlet", "quantity", "shards", "column"] = Field(
         "iid",
         description="`iid`: evenly, at random. `dirichlet`: each class in uneven shares. `quantity`: at random, in "
-        "uneven sizes. `shards`: few classes each. `column`: by the values of a column, such as a speaker or a hospital.",
+        "uneven sizes. `shards`: few classes each. `column`: by the values of a column, such as a speaker.",
     )
     concentration: float = Field(
         1.0, gt=0.0, description="Of the Dirichlet that shares are drawn from: near 0 very uneven, large even."
