@@ -170,10 +170,10 @@ def test_more_shards_than_samples_are_refused() -> None:
 
 
 def test_as_many_values_as_silos_are_a_silo_each() -> None:
-    groups = ["south", "north", "west", "north", "south", "north"]
+    groups = ["south", "north", "west", "west", "south", "west"]
     for seed in (0, 1):
         parts = deal(section("column"), samples_of(None, groups, 6), 3, seed)
-        assert [part.tolist() for part in parts] == [[1, 3, 5], [0, 4], [2]]
+        assert [part.tolist() for part in parts] == [[1], [0, 4], [2, 3, 5]]
 
 
 @settings(deadline=None)
@@ -186,6 +186,17 @@ def test_more_values_than_silos_stay_whole_and_are_grouped_evenly(groups: list[i
     if len(set(groups)) > silos:
         largest = max(map(groups.count, groups))
         assert max(map(len, parts)) <= math.ceil(len(groups) / silos) + largest, "as a list schedule keeps to"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_largest_values_are_grouped_with_the_smallest(seed: int) -> None:
+    groups = "abbcccddddeeeeeffffff"
+    parts = deal(section("column"), samples_of(None, groups, len(groups)), 3, seed)
+    assert sorted(sorted({groups[index] for index in part.tolist()}) for part in parts) == [
+        ["a", "f"],
+        ["b", "e"],
+        ["c", "d"],
+    ]
 
 
 def test_fewer_values_than_silos_are_refused() -> None:

@@ -213,7 +213,10 @@ def test_a_large_split_is_drawn_up_to_120_silos_in_order_of_size(
     html = page(tmp_path, SUMMARY, {"split": split})
     (drawing,) = drawings(html)
     assert cells(drawing) == shown * labels
-    assert drawing.count("fill: var(--third)") == shown
+    bars = re.findall(r'<path d="M \S+ (\S+) \nL \S+ \S+ \nL \S+ (\S+) [^"]*"[^>]*style="fill: var\(--third\)', drawing)
+    heights = [float(foot) - float(top) for foot, top in bars]
+    assert len(heights) == shown
+    assert heights == sorted(heights, reverse=silos > 20)
     assert ("largest first" in drawing) == (silos > 20)
     assert ("120 of the" in html) == (silos > 120)
     assert f"{silos} silos with {max(1, labels)} to {silos * max(1, labels)} rows" in drawing

@@ -155,7 +155,7 @@ def _shards(samples: Samples, silos: int, each: int, seed: int) -> Owners:
 
 
 def _by_group(samples: Samples, silos: int, column: str, seed: int) -> Owners:
-    """Each value of the column at one silo: the N values in their alphabet's order, or more of them evenly by rows.
+    """Each value of the column at one silo: the N values sorted as texts, or more of them evenly by rows.
 
     For that the largest goes first, each to the silo that has fewest rows by then.
     """
@@ -202,7 +202,7 @@ def _classes(samples: Samples) -> Owners:
 
 
 def _groups(samples: Samples) -> tuple[list[str], Owners]:
-    """The different groups in the order of the alphabet, and (n,) which of them each sample is of."""
+    """The different groups, sorted as texts, and (n,) which of them each sample is of."""
     assert samples.groups is not None, "to be read with the section's column"
     names = sorted(set(samples.groups))
     numbers = {name: number for number, name in enumerate(names)}
