@@ -1,4 +1,4 @@
-"""Encoding, batching, drawing and partitioning of silo data. Reading: test_samples.py, test_images.py."""
+"""Encoding, batching and drawing of silo data. Reading: test_samples.py, test_images.py."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,6 @@ from fedpft.data.batches import (
     sample,
     training_order,
 )
-from fedpft.data.partition import dirichlet_partition
 from fedpft.data.samples import Samples
 from fedpft.data.text import characters_per_token
 from fedpft.errors import DataError, ModelError
@@ -231,57 +230,3 @@ def test_a_sample_is_the_same_for_one_seed_and_purpose_and_takes_from_everywhere
 @pytest.mark.parametrize("wanted", [None, 5, 6])
 def test_a_sample_of_all_is_all_in_order(wanted: int | None) -> None:
     assert sample(5, wanted, 0, "test").tolist() == [0, 1, 2, 3, 4]
-
-
-# --- partitioning -----------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    labels=st.lists(st.integers(0, 5), min_size=12, max_size=80),
-    silos=st.integers(1, 4),
-    concentration=st.sampled_from([0.3, 1.0, 10.0]),
-    seed=st.integers(0, 99),
-)
-def test_a_partition_gives_each_sample_to_one_silo(
-    labels: list[int], silos: int, concentration: float, seed: int
-) -> None:
-    parts = dirichlet_partition(labels, silos, concentration, seed)
-    assert len(parts) == silos
-    assert all(len(part) for part in parts)
-    assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
-
-
-def test_a_partition_is_the_same_for_the_same_seed() -> None:
-    labels = torch.arange(200) % 5
-    first, again, other = (dirichlet_partition(labels, 3, 1.0, seed) for seed in (4, 4, 5))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-def test_a_small_concentration_is_more_uneven_than_a_large_one() -> None:
-    labels = torch.arange(2000) % 10
-
-    def unevenness(concentration: float) -> float:
-        counts = torch.stack(
-            [labels[part].bincount(minlength=10) for part in dirichlet_partition(labels, 4, concentration, 0)]
-        )
-        return counts.double().std(dim=0).mean().item()
-
-    assert unevenness(0.1) > 2 * unevenness(100.0)
-
-
-def test_an_empty_silo_is_drawn_again() -> None:
-    for seed in range(20):
-        assert all(len(part) for part in dirichlet_partition([0, 0, 0, 1, 1], 3, 0.2, seed))
-
-
-@pytest.mark.parametrize(("silos", "concentration"), [(4, 1.0), (0, 1.0), (2, 0.0)])
-def test_an_impossible_partition_is_refused(silos: int, concentration: float) -> None:
-    with pytest.raises(DataError, match="cannot be dealt out"):
-        dirichlet_partition([0, 1, 2], silos, concentration, 0)
-
-
-def test_a_partition_that_no_draw_gives_is_refused() -> None:
-    with pytest.raises(DataError, match="no draw of 1000"):
-        dirichlet_partition([0] * 10, 10, 1e-6, 0)

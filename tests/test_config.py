@@ -1,5 +1,6 @@
 """What server.yaml and silo.yaml may say, and what a mistake in them ends in."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from fedpft.config import ServerConfig, dump, load_server_config, load_silo_config, reference
+from fedpft.config import PartitionSection, ServerConfig, dump, load_server_config, load_silo_config, reference
 from fedpft.errors import ConfigError
 
 TLS = {"ca": "ca.pem", "certificate": "me.pem", "key": "me.key"}
@@ -260,3 +262,25 @@ def test_a_silo_has_no_place_for_a_path_to_the_model(tmp_path: Path) -> None:
 
 def test_the_server_has_no_place_for_a_path_to_silo_data(tmp_path: Path) -> None:
     assert "unknown key 'data'" in fault(tmp_path, changed(SERVER, {"data.path": "train.csv"}))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"kind": "column"}, "kind: column needs `column`, the name of a column of the data file"),
+        ({"column": "ward"}, "`column` has no meaning with kind: iid"),
+        ({"kind": "shards", "column": "ward"}, "`column` has no meaning with kind: shards"),
+        ({"kind": "quantity", "concentration": 0}, "greater than 0"),
+        ({"kind": "shards", "shards": 0}, "greater than or equal to 1"),
+        ({"kind": "label"}, "'iid', 'dirichlet', 'quantity', 'shards' or 'column'"),
+    ],
+)
+def test_a_partition_that_says_too_little_or_too_much_is_refused(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        PartitionSection.model_validate(section)
+
+
+def test_a_column_goes_with_what_can_be_dealt_out_by_it() -> None:
+    assert PartitionSection.model_validate({}).kind == "iid"
+    for kind in ("column", "dirichlet"):
+        assert PartitionSection.model_validate({"kind": kind, "column": "ward"}).column == "ward"

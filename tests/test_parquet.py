@@ -57,6 +57,16 @@ def test_numbers_lists_and_structs_are_as_in_json_lines(tmp_path: Path) -> None:
     ]
 
 
+def test_a_column_of_groups_is_read_as_text(tmp_path: Path) -> None:
+    columns = {"text": ["first", "second"], "label": ["sport", "science"], "ward": [7.0, 8.5], "seen": [b"x", b"y"]}
+    path = written(tmp_path, columns)
+    assert TEXT.read_labelled(path, COLUMNS, LABELS, group="ward").groups == ["7", "8.5"]
+    assert TEXT.read_labelled(path, COLUMNS, LABELS, group="text").groups == ["first", "second"]
+    with pytest.raises(DataError, match=r"a\.parquet: column 'seen' holds binary, which is no group") as raised:
+        TEXT.read_labelled(path, COLUMNS, LABELS, group="seen")
+    assert "set simulation.partition.column to another column" in raised.value.remedy
+
+
 def test_rows_that_cannot_be_used_are_named_by_number(tmp_path: Path) -> None:
     path = written(tmp_path, {"text": ["a", None, "c"], "label": ["sport", "sport", "sprot"]})
     with pytest.raises(DataError) as raised:

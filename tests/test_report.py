@@ -1,7 +1,9 @@
 """The run's page and table."""
 
 import re
+import warnings
 import xml.etree.ElementTree as ET
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,7 @@ CURVES: dict[str, Any] = {
     },
     "saliency_kept": {"layers": [0, 1, 2, 3], "share": [1.0, 0.31, 0.33, 1.0]},
     "rounds": [{"round": 1, "proxy": 0.3, "plugged_in": 0.31}, {"round": 2, "proxy": 0.5, "plugged_in": 0.52}],
+    "split": {"labels": ["sport", "$x$ <b>"], "silos": {"north": [120, 31], "south": [0, 77]}},
 }
 
 
@@ -127,7 +130,7 @@ def test_tags_are_balanced(whole: str) -> None:
 
 def test_every_figure_is_well_formed_and_says_what_it_shows(whole: str) -> None:
     found = drawings(whole)
-    assert len(found) == 5
+    assert len(found) == 6
     labels = []
     for drawing in found:
         root = ET.fromstring(drawing.replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1))
@@ -138,6 +141,7 @@ def test_every_figure_is_well_formed_and_says_what_it_shows(whole: str) -> None:
     assert any("round 2 from 0.1 to 0.08" in label for label in labels)
     assert any("gradient cosine 0.75 distilled" in label for label in labels)
     assert any("layer 1 31%" in label for label in labels)
+    assert any("2 silos with 77 to 151 rows of 2 labels, of which a silo has 1 to 2" in label for label in labels)
     assert any("full_model 58.0%, plugged_in 57.1%" in label for label in labels)
 
 
@@ -171,6 +175,7 @@ def test_empty_curves_leave_no_figure(tmp_path: Path) -> None:
         "alignment": {"layers": [], "stages": []},
         "saliency_kept": {"layers": [], "share": []},
         "rounds": [{"round": 1, "proxy": None, "plugged_in": None}],
+        "split": {"labels": [], "silos": {}},
     }
     assert drawings(page(tmp_path, SUMMARY, curves)) == []
 
@@ -182,6 +187,59 @@ def test_one_stage_and_one_step_are_drawn(tmp_path: Path) -> None:
         "rounds": [{"round": 1, "proxy": 0.2}],
     }
     assert len(drawings(page(tmp_path, SUMMARY, curves))) == 3
+
+
+def cells(drawing: str) -> int:
+    """How many rectangles the shares of a split are drawn as, over all shades; the legend's are not clipped."""
+    paths = re.findall(r'<path d="([^"]*)" clip-path="[^"]*" style="fill: var\(--accent\)', drawing)
+    return sum(path.count("z") for path in paths)
+
+
+def test_a_small_split_is_drawn_with_every_count_and_name(tmp_path: Path) -> None:
+    (drawing,) = drawings(page(tmp_path, SUMMARY, {"split": CURVES["split"]}))
+    texts = [unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawing)]
+    for shown in ("north", "south", "sport", "$x$ <b>", "120", "31", "151", "60% to 100%"):
+        assert shown in texts, shown
+    assert texts.count("77") == 2, "above its bar, and in its cell"
+    assert "0" not in texts[texts.index("120") :], "a label that a silo does not have has no cell"
+
+
+@pytest.mark.parametrize(("silos", "labels", "shown"), [(20, 3, 20), (100, 20, 100), (121, 2, 120), (1000, 0, 120)])
+def test_a_large_split_is_drawn_up_to_120_silos_in_order_of_size(
+    silos: int, labels: int, shown: int, tmp_path: Path
+) -> None:
+    counts = {f"silo {silo}": [silo + 1] * max(1, labels) for silo in range(silos)}
+    split = {"labels": [f"label {label}" for label in range(labels)], "silos": counts}
+    html = page(tmp_path, SUMMARY, {"split": split})
+    (drawing,) = drawings(html)
+    assert cells(drawing) == shown * labels
+    bars = re.findall(r'<path d="M \S+ (\S+) \nL \S+ \S+ \nL \S+ (\S+) [^"]*"[^>]*style="fill: var\(--third\)', drawing)
+    heights = [float(foot) - float(top) for foot, top in bars]
+    assert len(heights) == shown
+    assert heights == sorted(heights, reverse=silos > 20)
+    assert ("largest first" in drawing) == (silos > 20)
+    assert ("120 of the" in html) == (silos > 120)
+    assert f"{silos} silos with {max(1, labels)} to {silos * max(1, labels)} rows" in drawing
+
+
+def test_the_rarest_of_very_many_labels_are_drawn_as_one(tmp_path: Path) -> None:
+    names = [f"label {label}" for label in range(102)]
+    split = {"labels": names, "silos": {"a": list(range(1, 103)), "b": [0] * 101 + [5]}}
+    (drawing,) = drawings(page(tmp_path, SUMMARY, {"split": split}))
+    assert [name in drawing for name in ("label 73<", "label 72<", "73 others<")] == [True, False, True]
+    assert f">{sum(range(1, 74))}<" in drawing
+    assert cells(drawing) == 30 + 1
+    assert "of 102 labels, of which a silo has 1 to 102" in drawing
+
+
+def test_names_of_any_letters_are_drawn_without_a_word(tmp_path: Path) -> None:
+    long = "a-silo-of-the-north-coast-07"
+    split = {"labels": ["\u8d1f\u9762", "a\x01b", "$\\x^{"], "silos": {long: [1, 2, 3], "$b_$": [1, 0, 0]}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (drawing,) = drawings(page(tmp_path, SUMMARY, {"split": split}))
+    for shown in ("\u8d1f\u9762<", ">ab<", "$\\x^{<", "a-silo-of\u2026coast-07<", "$b_$<"):
+        assert shown in drawing, shown
 
 
 def test_the_data_of_the_server_and_of_each_silo_is_counted_as_far_as_it_is_shared(whole: str) -> None:

@@ -1,15 +1,17 @@
 """What institutions bring as data files: spreadsheets of the world, JSON lines, bad rows, labels that look the same."""
 
 import codecs
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fedpft.config import ColumnsSection
+from fedpft.config import ColumnsSection, TaskName
 from fedpft.data.rows import Form, alike
 from fedpft.data.samples import Examination, Samples, read_label_list
 from fedpft.errors import DataError
@@ -539,3 +541,111 @@ def test_dim_16_bit_images_are_a_warning_of_the_file(tmp_path: Path) -> None:
     (warning,) = read_unlabelled(path, COLUMNS, IMAGE).warnings
     assert warning.startswith(f"{path}: 1 of 2 images of 16 bits use less than a quarter of their range")
     assert read_unlabelled(written(tmp_path, "b.csv", "image\nbright.png\nplain.png\n"), COLUMNS, IMAGE).warnings == ()
+
+
+# --- a column by which a file is dealt out ----------------------------------------------------------------------------
+
+GROUPED = {
+    "a.csv": "text;Ward ;label\nfirst;north;sport\nsecond; St.  Ann\u200b;science\nthird;7;sport\n",
+    "a.jsonl": '{"Ward": "north", "text": "first", "label": "sport"}\n{"text": "second", "label": "science", '
+    '"Ward": "St. Ann"}\n{"text": "third", "label": "sport", "Ward": 7.0}\n',
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_column_of_groups_is_read_beside_the_samples(name: str, tmp_path: Path) -> None:
+    path = written(tmp_path, name, GROUPED[name])
+    samples = TEXT.read_labelled(path, COLUMNS, LABELS, group="Ward")
+    assert samples.groups == ["north", "St. Ann", "7"]
+    assert samples.values.keys() == {"text", "label"}
+    assert samples.texts() == ["first", "second", "third"]
+    assert TEXT.read_labelled(path, COLUMNS, LABELS).groups is None
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_reads_groups(name: TaskName, tmp_path: Path) -> None:
+    Image.new("L", (4, 3)).save(tmp_path / "a.png")
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"text": "a", "image": "a.png", "words": ["a"], "tags": ["1"], "label": 1, "labels": ["1"], "messages": talk}
+    path = written(tmp_path, "a.jsonl", f"{json.dumps(row | {'ward': 'north'})}\n")
+    assert TASKS[name].read_labelled(path, COLUMNS, ("0", "1"), group="ward").groups == ["north"]
+
+
+@pytest.mark.parametrize(
+    ("value", "group"),
+    [("2", "2"), ("2.0", "2"), ("2.5", "2.5"), ("true", "true"), ('"2.0"', "2.0"), ("1e400", "Infinity")],
+)
+def test_a_number_is_taken_as_its_text(value: str, group: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", f'{{"text": "first", "label": "sport", "ward": {value}}}\n')
+    assert TEXT.read_labelled(path, COLUMNS, LABELS, group="ward").groups == [group]
+
+
+def test_a_column_of_the_sample_may_be_that_of_the_groups(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", "text,label\nfirst,sport\nsecond,science\n")
+    samples = TEXT.read_labelled(path, COLUMNS, LABELS, group="label")
+    assert (samples.groups, samples.targets) == (["sport", "science"], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "remedy"),
+    [
+        (
+            "a.csv",
+            "text,label,wrad\nfirst,sport,1\n",
+            "a.csv:1: no column 'ward' among text, label, wrad",
+            "did you mean 'wrad'? (set simulation.partition.column)",
+        ),
+        (
+            "a.csv",
+            "text,label,b\nfirst,sport,1\n",
+            "a.csv:1: no column 'ward' among text, label, b",
+            "set simulation.partition.column to the one that holds the group",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "first", "label": "sport", "ward": "x"}\n{"text": "first", "label": "sport"}\n',
+            "a.jsonl:2: no column 'ward' among text, label",
+            "set simulation.partition.column",
+        ),
+        ("a.csv", "text,label,ward\na,sport,1\nb,sport, \n", "a.csv:3: the cell of 'ward' is empty", "fill it in"),
+        ("a.csv", "text,label,ward,ward\na,sport,1,2\n", "a.csv:1: column 'ward' is there twice", "rename one"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "sport", "ward": null}\n{"text": "b", "label": "sport", "ward": NaN}\n',
+            "2 of 2 rows cannot be used: a.jsonl:1: the cell of 'ward' is empty; a.jsonl:2: the cell of 'ward'",
+            "fill it in",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "sport", "ward": ["x"]}\n',
+            "a.jsonl:1: 'ward' is a list, not a string",
+            "between quotes",
+        ),
+    ],
+)
+def test_groups_that_cannot_be_used_are_one_clear_error(
+    name: str, content: str, message: str, remedy: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as raised:
+        TEXT.read_labelled(written(tmp_path, name, content), COLUMNS, LABELS, group="ward")
+    assert message in raised.value.message
+    assert remedy in raised.value.remedy
+
+
+def test_groups_of_rows_that_are_skipped_are_left_out(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", "text,label,ward\nfirst,sport,1\n,sport,2\nthird,science,3\n")
+    examination = Examination(path, COLUMNS, TEXT.forms, group="ward")
+    samples = examination.samples("skip")
+    assert (samples.groups, samples.lines, samples.skipped) == (["1", "3"], [2, 4], 1)
+
+
+def test_a_subset_holds_all_of_its_samples_and_nothing_of_the_others(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", "text,label,ward\nfirst,sport,1\n,sport,2\nthird,science,3\nfourth,sport,4\n")
+    examination = Examination(path, COLUMNS, TEXT.forms, group="ward")
+    examination.resolve(TEXT.reader(LABELS))
+    whole = examination.samples("skip")
+    assert whole.skipped == len(whole.warnings) == 1
+    values = {"text": ["fourth", "first"], "label": ["sport", "sport"]}
+    assert whole.subset(torch.tensor([2, 0])) == Samples(path, values, [5, 2], [0, 0], 0, (), LABELS, ["4", "1"])
+    bare = Samples(path, {"text": ["first", "second"]}, [1, 2], None)
+    assert bare.subset(torch.tensor([1])) == Samples(path, {"text": ["second"]}, [2], None)

@@ -25,6 +25,7 @@ from fedpft.errors import ConfigError, DataError
 from fedpft.seeding import derive_seed
 
 PARTITION_DRAWS = 1000
+MOST_SHARES = 50_000_000  # of all draws together: what takes seconds
 KIND = "simulation.partition.kind"
 
 Owners = NDArray[np.int64]  # (n,), of each sample the number of its silo
@@ -58,20 +59,22 @@ def deal(section: PartitionSection, samples: Samples, silos: int, seed: int) -> 
             return _parts(_by_group(samples, silos, str(section.column), seed), silos)
         case "dirichlet":
             labels = _classes(samples) if section.column is None else _groups(samples)[1]
-            return dirichlet_partition(labels, silos, section.concentration, seed)
+            return dirichlet_partition(labels, silos, section.concentration, seed, turned=True)
 
 
 def dirichlet_partition(
-    labels: Tensor | Sequence[int] | Owners, silos: int, concentration: float, seed: int
+    labels: Tensor | Sequence[int] | Owners, silos: int, concentration: float, seed: int, *, turned: bool = False
 ) -> list[Tensor]:
     """Deals samples out to silos so that each class is spread unevenly: its shares are drawn from a Dirichlet.
 
-    A draw that leaves a silo empty is drawn again. With many silos each of them does: of PARTITION_DRAWS the one with
-    the fewest empty silos counts, and each of those gets one sample of the silo that has most.
+    A draw that leaves a silo empty is drawn again. With many silos every draw does: then, of PARTITION_DRAWS or fewer,
+    the one with the fewest empty silos counts, and each of those gets one sample of the silo that has most.
 
     Args:
         labels: (n,) class indices.
         concentration: of the symmetric Dirichlet; near 0 one silo gets nearly all of a class, large is even.
+        turned: whether a class with fewer samples than silos begins at a random silo. Otherwise rounding leaves the
+            first and the last silos without any of it.
 
     Returns:
         As of :func:`deal`.
@@ -88,13 +91,16 @@ def dirichlet_partition(
     _, counts = np.unique(classes, return_counts=True)
     of_each = np.split(np.argsort(classes, kind="stable"), np.cumsum(counts)[:-1])
     owners, fewest = np.zeros(len(classes), np.int64), silos
-    for draw in range(PARTITION_DRAWS):
+    for draw in range(max(1, min(PARTITION_DRAWS, MOST_SHARES // (silos * len(of_each))))):
         generator = np.random.default_rng(derive_seed(seed, "dirichlet", draw))
         sizes, dealt = np.zeros(silos, np.int64), []
         for of_class in of_each:
             members = generator.permutation(of_class)
-            dealt.append((members, _split(len(members), generator.dirichlet(np.full(silos, concentration)))))
-            sizes += dealt[-1][1]
+            each = _split(len(members), generator.dirichlet(np.full(silos, concentration)))
+            if turned and len(members) < silos:
+                each = np.roll(each, generator.integers(silos))
+            dealt.append((members, each))
+            sizes += each
         if (empty := int((sizes == 0).sum())) < fewest:
             fewest = empty
             for members, each in dealt:
@@ -149,7 +155,7 @@ def _shards(samples: Samples, silos: int, each: int, seed: int) -> Owners:
 
 
 def _by_group(samples: Samples, silos: int, column: str, seed: int) -> Owners:
-    """Each value of the column at one silo: the N values in their alphabet's order, or more of them evenly by rows.
+    """Each value of the column at one silo: the N values sorted as texts, or more of them evenly by rows.
 
     For that the largest goes first, each to the silo that has fewest rows by then.
     """
@@ -196,7 +202,7 @@ def _classes(samples: Samples) -> Owners:
 
 
 def _groups(samples: Samples) -> tuple[list[str], Owners]:
-    """The different groups in the order of the alphabet, and (n,) which of them each sample is of."""
+    """The different groups, sorted as texts, and (n,) which of them each sample is of."""
     assert samples.groups is not None, "to be read with the section's column"
     names = sorted(set(samples.groups))
     numbers = {name: number for number, name in enumerate(names)}

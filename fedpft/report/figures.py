@@ -6,6 +6,7 @@ readable on a light and on a dark page.
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -13,12 +14,16 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedpft.data.rows import alike
 from fedpft.tasks import Metric
 
-INK, MUTED, RULE, ACCENT, SECOND, THIRD = (f"#0000{number:02x}" for number in range(1, 7))
+INK, MUTED, RULE, ACCENT, SECOND, THIRD, PAGE = (f"#0000{number:02x}" for number in range(1, 8))
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", ACCENT: "accent", SECOND: "second", THIRD: "third"}
+VARIABLES[PAGE] = "page"
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -53,6 +58,12 @@ STYLE: Any = {
 }
 EACH_LAYER_NAMED = 14  # beyond so many there is no room
 WIDTH_INCHES, HEIGHT_INCHES = 7.4, 2.7
+MOST_SILOS, MOST_LABELS = 120, 30  # that are told apart
+EACH_SILO_NAMED, EACH_SILO_COUNTED = 20, 8
+NAME_CHARACTERS = 18
+# Up to this share: so opaque. No limit is near the share of one of few or of 10 or 20 equal labels.
+SHADES = ((0.03, 0.12), (0.12, 0.28), (0.28, 0.48), (0.6, 0.72), (1.0, 1.0))
+LIGHT_TEXT_ABOVE = 0.28
 
 
 def score_by_round(rounds: Sequence[Mapping[str, Any]], reference: Mapping[str, float], metric: Metric) -> str:
@@ -186,6 +197,105 @@ def rows_compared(found: Mapping[str, float], metric: Metric) -> str:
         return _svg(figure, f"Bar chart of test {metric.title}: {said}.")
 
 
+def who_has_what(split: Mapping[str, Any]) -> str:
+    """Each silo's rows as bars and, if they have labels, what share of them has which.
+
+    Args:
+        split: {"labels": names, "silos": {name: count of each label}}; without labels: one count, of rows.
+    """
+    silos: dict[str, Sequence[int]] = dict(split.get("silos", {}))
+    if not silos:
+        return ""
+    names, counts = _most_frequent(split["labels"], list(silos.values()))
+    rows = [sum(count) for count in counts]
+    shown = list(range(len(silos)))
+    if by_size := len(silos) > EACH_SILO_NAMED:
+        shown = sorted(shown, key=lambda silo: -rows[silo])
+        taken = min(len(shown), MOST_SILOS)
+        shown = [shown[round(place * (len(shown) - 1) / max(1, taken - 1))] for place in range(taken)]
+    with matplotlib.rc_context(STYLE):
+        heights = [1.1, 0.35 + 0.19 * len(names)] if names else [1.7]
+        figure = Figure(figsize=(WIDTH_INCHES, sum(heights) + 0.5))
+        all_axes: list[Axes] = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+        bars = all_axes[0].bar(range(len(shown)), [rows[silo] for silo in shown], width=0.8, color=THIRD)
+        if len(shown) <= EACH_SILO_COUNTED:
+            all_axes[0].bar_label(bars, padding=2, color=INK)
+        all_axes[0].set_ylabel("rows")
+        all_axes[0].yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        if names:
+            shades = _shares(all_axes[1], names, [counts[silo] for silo in shown])
+            place: Any = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.05), "borderaxespad": 0}
+            all_axes[0].legend(handles=shades, title="share of\na silo's rows", handlelength=1.2, **place)
+        for axes in all_axes:
+            axes.set_xlim(-0.6, len(shown) - 0.4)
+            axes.set_xticks([])
+        if by_size:
+            all_axes[-1].set_xlabel(f"{len(shown)} silos, largest first")
+        else:
+            ticks = [_short(name) for name in silos]
+            turned = sum(map(len, ticks)) + 2 * len(ticks) > 90
+            all_axes[-1].set_xticks(shown, ticks, rotation=90 if turned else 0, parse_math=False)
+            all_axes[-1].tick_params(axis="x", length=0)
+        said = f"{len(silos)} silos with {min(rows)} to {max(rows)} rows"
+        if names:
+            said += f" of {len(split['labels'])} labels, of which a silo has "
+            held = [sum(each > 0 for each in count) for count in silos.values()]
+            said += f"{min(held)} to {max(held)}"
+        return _svg(figure, f"Who has what: {said}.")
+
+
+def _most_frequent(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> tuple[list[str], list[list[int]]]:
+    """Names and, of each silo, counts; of very many labels the rarest are one."""
+    if len(labels) <= MOST_LABELS:
+        return list(labels), [list(count) for count in counts]
+    totals = [sum(column) for column in zip(*counts, strict=True)]
+    kept = sorted(sorted(range(len(labels)), key=lambda label: -totals[label])[: MOST_LABELS - 1])
+    return (
+        [*(labels[label] for label in kept), f"{len(labels) - len(kept)} others"],
+        [[*(count[label] for label in kept), sum(count) - sum(count[label] for label in kept)] for count in counts],
+    )
+
+
+def _shares(axes: Axes, names: Sequence[str], counts: Sequence[Sequence[int]]) -> list[PathPatch]:
+    """A cell for each label and silo that has it, the more opaque the larger its share of the silo's rows.
+
+    Returns:
+        What the legend shows of each shade.
+    """
+    cells: dict[float, list[Path]] = {opacity: [] for _, opacity in SHADES}
+    for silo, count in enumerate(counts):
+        for label, rows in enumerate(count):
+            if not rows:
+                continue
+            share = rows / sum(count)
+            opacity = next(opacity for most, opacity in SHADES if share <= most)
+            corners = [(silo + x, label + y) for x, y in ((-0.45, -0.42), (0.45, -0.42), (0.45, 0.42), (-0.45, 0.42))]
+            cells[opacity].append(Path([*corners, corners[0]], closed=True))
+            if len(counts) <= EACH_SILO_COUNTED:
+                color = PAGE if share > LIGHT_TEXT_ABOVE else INK
+                axes.text(silo, label, str(rows), ha="center", va="center", color=color, fontsize=8.5)
+    shades, least = [], 0.0
+    for most, opacity in SHADES:
+        look: Any = {"facecolor": ACCENT, "alpha": opacity, "linewidth": 0}
+        if cells[opacity]:
+            axes.add_patch(PathPatch(Path.make_compound_path(*cells[opacity]), **look))
+        shades.append(PathPatch(Path([(0, 0)]), **look, label=f"{least:.0%} to {most:.0%}"))
+        least = most
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), [_short(name) for name in names], parse_math=False)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+    return shades
+
+
+def _short(name: str) -> str:
+    """Without its middle, if it is long: names that are alike differ at one of their ends."""
+    if len(name := alike(name)) <= NAME_CHARACTERS:
+        return name
+    return f"{name[: NAME_CHARACTERS // 2]}\u2026{name[1 - NAME_CHARACTERS // 2 :]}"
+
+
 def _panels(count: int, height_inches: float = HEIGHT_INCHES) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH_INCHES, height_inches))
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
@@ -228,7 +338,9 @@ def _mean(values: Sequence[float]) -> float:
 def _svg(figure: Figure, alternative: str) -> str:
     """The drawing as an element for an HTML page, with `alternative` for those who cannot see it."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # that matplotlib's own font lacks: the page's has it
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

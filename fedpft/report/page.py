@@ -76,7 +76,9 @@ def write_report(summary: Mapping[str, Any], curves: Mapping[str, Any], path: Pa
         curves: {"distillation": [{"stage": "layer-level" or "round 2", "loss": [..]}],
             "alignment": {"layers": [..], "stages": [{"stage": str, "hidden_error": [..], "gradient_cosine": [..]}]},
             "saliency_kept": {"layers": [..], "share": [..]},
-            "rounds": [{"round": i, "proxy": headline, "plugged_in": headline}]}; any of them may be missing.
+            "rounds": [{"round": i, "proxy": headline, "plugged_in": headline}],
+            "split": {"labels": [name, ..], "silos": {name: [rows of each label]}}, or without labels a silo's rows};
+            any of them may be missing.
     """
     atomic.write_text(path, _page(_headline(summary), _sections(summary, curves)))
 
@@ -202,6 +204,7 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
             figures.saliency_kept(saliency.get("layers", []), saliency.get("share", [])),
             "Share of each layer's squared saliency that the kept neurons hold.",
         ),
+        _figure(figures.who_has_what(curves.get("split", {})), _split_caption(curves.get("split", {}))),
         _table(
             "Rounds",
             ["round#", "silos#", "training loss#", f"{metric.title}#", "alignment loss#"],
@@ -288,6 +291,16 @@ def _answers(written: Sequence[Mapping[str, str]]) -> str:
 
 def _figure(svg: str, caption: str) -> str:
     return svg and f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _split_caption(split: Mapping[str, Any]) -> str:
+    silos = len(split.get("silos", {}))
+    shown = ""
+    if silos > figures.MOST_SILOS:
+        shown = f" {figures.MOST_SILOS} of the {silos} silos are drawn, taken evenly in order of size."
+    if not split.get("labels"):
+        return f"How the data was dealt out: each silo's rows.{shown}"
+    return f"How the data was dealt out: each silo's rows, and which labels they have, fuller colour for more.{shown}"
 
 
 def _setup(summary: Mapping[str, Any]) -> str:
