@@ -202,23 +202,25 @@ class AggregationSection(Section):
         description="`weighted`: all updates, by `weights`. The others resist silos that send nonsense or lie, and do "
         "not weigh by samples, which are a silo's own claim. `trimmed`: of each value the mean without the largest and "
         "the smallest; `median`: of each value the median; `krum`: multi-Krum, the plain mean without those "
-        "`byzantine` updates that are farthest from the others.",
+        "`byzantine` updates that are farthest from the others. With `trimmed` or `median` a round has 3 updates or "
+        "more.",
     )
     weights: Literal["samples", "equal", "steps"] = Field(
         "samples",
         description="How much an update counts in the `weighted` mean. `samples`: by those it was trained on; `equal`: "
         "each the same; `steps`: by samples, but each silo's change is first divided by its number of local steps, so "
-        "that one that took more of them does not pull farther (FedNova).",
+        "that one that took more of them does not pull farther (FedNova); the more unlike the silos' sizes, the "
+        "nearer this is to the sum of their changes.",
     )
     trimmed_fraction: float = Field(
         0.2,
         ge=0.0,
         lt=0.5,
         description="With `trimmed`, the share of the updates that is left out on each side, rounded down, but at "
-        "least one; 0: none. Above the share of silos that may lie.",
+        "least one; 0: none. Choose no less than the share of silos that may lie.",
     )
     byzantine: int = Field(
-        1, ge=0, description="With `krum`, f: how many silos may lie. A round then needs 2 f + 3 updates."
+        1, ge=0, description="With `krum`, f: how many silos of a round may lie. It then has at least 2 f + 3 updates."
     )
     optimizer: Literal["none", "momentum", "adam", "yogi"] = Field(
         "none",

@@ -119,6 +119,12 @@ def test_a_silo_of_more_steps_does_not_pull_farther() -> None:
     assert normalized_mean(start, terms, 10).item() == (0.75 * 1 - 0.25 * 1) * (0.75 * 3 + 0.25 * 1)
 
 
+def test_beside_a_large_silo_the_changes_add_up() -> None:
+    """Four small silos of one step, one of 1,000 steps, which all move by 1: the docstring's warning."""
+    terms = [(torch.ones(1), 10)] * 4 + [(torch.ones(1), 10_000)]
+    assert 4.9 < normalized_mean(torch.zeros(1), terms, 10).item() < 5
+
+
 @given(st.lists(st.integers(33, 64), min_size=1, max_size=5))
 def test_silos_of_equal_steps_have_the_weighted_mean(samples: list[int]) -> None:
     start, *trained = torch.randn(len(samples) + 1, 50, generator=torch.Generator().manual_seed(0))

@@ -770,10 +770,10 @@ def test_a_round_with_too_few_updates_for_the_mean_is_lost_naming_the_key(start,
     for silo in (north, south):
         assert submit(silo, next_round(silo).round, result())
     west.leave()
-    with pytest.raises(QuorumLost, match="round 1 needs 3 updates and cannot get them .west: ") as caught:
+    with pytest.raises(QuorumLost, match=r"round 1 needs 3 updates and cannot get them .west: ") as caught:
         outcome.result()
     assert "aggregation.mean takes no fewer than 3 updates" in caught.value.remedy
-    with pytest.raises(QuorumLost, match="round 2 needs 3 updates and cannot get them .west: not there"):
+    with pytest.raises(QuorumLost, match=r"round 2 needs 3 updates and cannot get them .west: not there"):
         run_round(server, 2)
 
 

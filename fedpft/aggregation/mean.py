@@ -37,7 +37,8 @@ def normalized_mean(start: Tensor, terms: Iterable[tuple[Tensor, int]], batch: i
 
     t_i are the local steps of silo i with batches of M samples. Under :func:`weighted_mean` a silo of many samples
     counts twice over: it weighs more, and has gone farther. Here it goes as far as the others for each step. If all
-    silos took the same number of steps, this is the weighted mean, but for the rounding.
+    silos took the same number of steps, this is the weighted mean, but for the rounding. The more unlike they are, the
+    more the factors of the changes add up to: from 1 to nearly the number of silos, if one has most of the samples.
 
     Args:
         start: A_r, what the silos began with.
