@@ -7,6 +7,7 @@ the text of docs/configuration.md (`python -m fedpft.config` prints it), so that
 import difflib
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -224,6 +225,80 @@ class FederationSection(Section):
     )
 
 
+class AggregationSection(Section):
+    """What the server makes of a round's updates. The default is federated averaging (method.md, section 3)."""
+
+    mean: Literal["weighted", "trimmed", "median", "krum"] = Field(
+        "weighted",
+        description="`weighted`: all updates, by `weights`. The others resist silos that send nonsense or lie, and do "
+        "not weigh by samples, which are a silo's own claim. `trimmed`: of each value the mean without the largest and "
+        "the smallest; `median`: of each value the median; `krum`: multi-Krum, the plain mean without those "
+        "`byzantine` updates that are farthest from the others. With `trimmed` or `median` a round has 3 updates or "
+        "more.",
+    )
+    weights: Literal["samples", "equal", "steps"] = Field(
+        "samples",
+        description="How much an update counts in the `weighted` mean. `samples`: by those it was trained on; `equal`: "
+        "each the same; `steps`: by samples, but each silo's change is first divided by its number of local steps, so "
+        "that one that took more of them does not pull farther (FedNova); the more unlike the silos' sizes, the "
+        "nearer this is to the sum of their changes.",
+    )
+    trimmed_fraction: float = Field(
+        0.2,
+        ge=0.0,
+        lt=0.5,
+        description="With `trimmed`, the share of the updates that is left out on each side, rounded down, but at "
+        "least one; 0: none. Choose no less than the share of silos that may lie.",
+    )
+    byzantine: int = Field(
+        1, ge=0, description="With `krum`, f: how many silos of a round may lie. It then has at least 2 f + 3 updates."
+    )
+    optimizer: Literal["none", "momentum", "adam", "yogi"] = Field(
+        "none",
+        description="What the server does with the mean's change to the adapter. `none`: it adds it; `momentum`, "
+        "`adam`, `yogi`: it takes it for a gradient (FedAvgM, FedAdam, FedYogi).",
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0.0,
+        description="The server's own rate; default: 1 with `none` and `momentum`, 0.01 with `adam` and `yogi`.",
+    )
+    beta1: float = Field(
+        0.9,
+        ge=0.0,
+        lt=1.0,
+        description="How much of the changes so far is kept from round to round. With `momentum` they add up to "
+        "1 / (1 - beta1) times the learning rate.",
+    )
+    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="The same of their squares, with `adam` and `yogi`.")
+    epsilon: float = Field(
+        1e-3, gt=0.0, description="With `adam` and `yogi`, tau: changes that are small beside it are not enlarged."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "AggregationSection":
+        if self.mean != "weighted" and self.weights != "samples":
+            raise ValueError(f"weights: {self.weights} goes with mean: weighted, not with {self.mean}")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The server's learning rate."""
+        return self.learning_rate or (0.01 if self.optimizer in ("adam", "yogi") else 1.0)
+
+    @property
+    def fewest_updates(self) -> int:
+        """With fewer the mean is not defined, or resists nobody."""
+        if self.mean == "krum":
+            return 2 * self.byzantine + 3
+        return 3 if self.mean == "median" or (self.mean == "trimmed" and self.trimmed_fraction) else 1
+
+    def trimmed(self, updates: int) -> int:
+        """How many of the updates are left out on each side."""
+        share = int(Decimal(str(self.trimmed_fraction)) * updates)  # of what was written: 0.29 of 100 are 29
+        return max(share, 1) if self.trimmed_fraction else 0
+
+
 class TlsSection(Section):
     """Mutual TLS. `fedpft provision` writes these files and the sections that name them."""
 
@@ -356,6 +431,9 @@ class ServerConfig(Endpoint):
     alignment: AlignmentSection = Field(default_factory=AlignmentSection, description="During the federation.")
     adapter: AdapterSection = Field(default_factory=AdapterSection, description="What the silos train.")
     training: TrainingSection = Field(default_factory=TrainingSection, description="How they train it.")
+    aggregation: AggregationSection = Field(
+        default_factory=AggregationSection, description="What becomes of their updates."
+    )
     federation: FederationSection = Field(description="Who takes part.")
     public_data: Path = Field(description="Unlabelled data file for both distillations; no silo's.")
     test_data: Path | None = Field(
@@ -375,16 +453,25 @@ class ServerConfig(Endpoint):
     @model_validator(mode="after")
     def _consistent(self) -> "ServerConfig":
         self._check_transport(self.listen)
+        if self.federation.silos:  # those of a simulation may be found later
+            self.check_silos()
+        if self.proxy.keep == "layers" and self.proxy.layers is None:
+            raise ValueError("proxy.layers is needed with proxy.keep: layers")
+        return self
+
+    def check_silos(self) -> None:
+        """Raises ValueError if these silos cannot be, or are too few."""
         silos, wanted = self.federation.silos, self.federation.min_silos or 1
         if odd := next((silo for silo in silos if not re.match(SILO_NAME, silo)), None):
             raise ValueError(f"federation.silos: {odd!r} is not a name of up to 63 letters, digits, _, . and -")
         if len(set(silos)) != len(silos):
             raise ValueError("federation.silos names a silo twice")
-        if silos and wanted > len(silos):
+        if wanted > len(silos):
             raise ValueError(f"federation.min_silos is {wanted}, but only {len(silos)} silos are named")
-        if self.proxy.keep == "layers" and self.proxy.layers is None:
-            raise ValueError("proxy.layers is needed with proxy.keep: layers")
-        return self
+        rule, fewest = self.aggregation.mean, self.aggregation.fewest_updates
+        if (self.federation.min_silos or len(silos)) < fewest:
+            key = f"min_silos is {wanted}" if self.federation.min_silos else f"silos names {len(silos)}"
+            raise ValueError(f"aggregation.mean: {rule} needs {fewest} updates a round, but federation.{key}")
 
 
 class SimulationSection(Section):

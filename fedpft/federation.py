@@ -219,17 +219,21 @@ class Federation:
     proxy_version: 0 for the proxy as first sent, one more for each patch.
     """
 
-    def __init__(self, silos: Collection[str], *, min_silos: int | None, sample_fraction: float, seed: int) -> None:
+    def __init__(
+        self, silos: Collection[str], *, min_silos: int | None, sample_fraction: float, seed: int, fewest: int = 1
+    ) -> None:
         """Args:
         silos: names of all silos that may take part.
         min_silos: fewest updates that make a round; None: all that were picked.
-        sample_fraction: share of the present silos that a round picks, at least min_silos and at least one.
+        sample_fraction: share of the present silos that a round picks, at least min_silos and at least `fewest`.
+        fewest: updates without which there is no mean, at most min_silos and the number of silos.
         """
         self.silos = frozenset(silos)
         self.expected = self.silos
         self.min_silos = min_silos
         self.sample_fraction = sample_fraction
         self.seed = seed
+        self.fewest = fewest
         self.phase = Phase.ENROLLING
         self.round = 0
         self.attempt = 0
@@ -276,7 +280,7 @@ class Federation:
         self.present = set(self.silos & set(present))
         self.accepted = set(self.counted.pop(self.round, ()))
         self.pending = set(picked - self.accepted)
-        self._quorum = self.min_silos or max(len(picked), 1)
+        self._quorum = self.min_silos or max(len(picked), self.fewest)
         if len(self.accepted | self.pending.difference(lost)) >= self._quorum:
             self.absent = self.pending.intersection(lost)
             self.pending -= self.absent
@@ -369,7 +373,7 @@ class Federation:
         Each silo draws a number from seed, round and its own name, and the lowest win: that one silo is away changes
         the choice by no more than that silo.
         """
-        count = max(math.ceil(self.sample_fraction * len(self.present)), self.min_silos or 1)
+        count = max(math.ceil(self.sample_fraction * len(self.present)), self.min_silos or self.fewest)
         return tuple(sorted(self._drawn(round)[:count]))
 
     def _drawn(self, round: int) -> list[str]:
@@ -395,7 +399,7 @@ class Federation:
             LoseQuorum(
                 QuorumLost(
                     f"{len(self.present)} of the {needed} silos needed have enrolled; missing: {missing}",
-                    _remedy("start the missing silos", len(self.present)),
+                    self._remedy("start the missing silos", len(self.present)),
                 )
             )
         ]
@@ -412,7 +416,7 @@ class Federation:
             raise ValueError(f"round {round} cannot start: {self.phase.name.lower()}, last round {self.round}")
         self.round, self.attempt, self.accepted, self.failed, self.absent = round, 0, set(), {}, set()
         self.pending = set(self.pick(round))
-        self._quorum = self.min_silos or max(len(self.pending), 1)
+        self._quorum = self.min_silos or max(len(self.pending), self.fewest)
         if len(self.pending) < self._quorum:
             self.failed = dict.fromkeys(self.silos - self.present, "not there")
             return [self._lose_quorum()]
@@ -465,15 +469,16 @@ class Federation:
         return LoseQuorum(
             QuorumLost(
                 f"round {self.round} needs {self._quorum} updates and cannot get them ({missing})",
-                _remedy("mend these silos", left),
+                self._remedy("mend these silos", left),
             )
         )
 
-
-def _remedy(mend: str, left: int) -> str:
-    """What to do about a lost quorum. left: how many silos could do without the others."""
-    others = f", or set federation.min_silos to {left} to go on without them" if left else ""
-    return f"{mend}{others}, and start the server again: it goes on from where it was"
+    def _remedy(self, mend: str, left: int) -> str:
+        """What to do about a lost quorum. left: how many silos could do without the others."""
+        others = f", or set federation.min_silos to {left} to go on without them" if left >= self.fewest else ""
+        if not others and self.fewest > 1:
+            others = f" (aggregation.mean takes no fewer than {self.fewest} updates)"
+        return f"{mend}{others}, and start the server again: it goes on from where it was"
 
 
 def _unknown(silo: str) -> RefusedByServer:

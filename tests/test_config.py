@@ -154,6 +154,50 @@ def test_a_wrong_value_is_named_with_its_meaning(tmp_path: Path, key: str, value
     assert text in fault(tmp_path, changed(SERVER, {key: value}))
 
 
+FIVE = ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"aggregation.mean": "median"},
+            ": aggregation.mean: median needs 3 updates a round, but federation.silos names 2 -> ",
+        ),
+        (
+            {"aggregation.mean": "trimmed", "federation.silos": FIVE, "federation.min_silos": 2},
+            ": aggregation.mean: trimmed needs 3 updates a round, but federation.min_silos is 2 -> ",
+        ),
+        (
+            {"aggregation.mean": "krum", "aggregation.byzantine": 2, "federation.silos": FIVE},
+            ": aggregation.mean: krum needs 7 updates a round, but federation.silos names 5 -> ",
+        ),
+        (
+            {"aggregation.weights": "steps", "aggregation.mean": "krum"},
+            ": aggregation: weights: steps goes with mean: w",
+        ),
+        ({"aggregation.trimmed_fraction": 0.5}, ": aggregation.trimmed_fraction: input should be less than 0.5"),
+        ({"aggregation.learning_rate": 0.0}, ": aggregation.learning_rate: input should be greater than 0"),
+        ({"aggregation.optimizer": "sgd"}, ": aggregation.optimizer: input should be 'none', 'momentum', 'adam' or "),
+    ],
+)
+def test_an_aggregation_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    assert text in fault(tmp_path, changed(SERVER, changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"aggregation.mean": "krum", "federation.silos": FIVE},
+        {"aggregation.mean": "median", "federation.silos": FIVE, "federation.min_silos": 3},
+        {"aggregation.mean": "trimmed", "aggregation.trimmed_fraction": 0},
+        {"aggregation.optimizer": "none", "aggregation.weights": "steps"},
+    ],
+)
+def test_an_aggregation_that_silos_are_enough_for_is_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+    load_server_config(written(tmp_path, changed(SERVER, changes)))
+
+
 @pytest.mark.parametrize("encoding", ["undefined", "idna", "base64", ""])
 def test_a_silos_encoding_must_be_one_of_text_files(encoding: str, tmp_path: Path) -> None:
     text = fault(tmp_path, changed(SILO, {"data.encoding": encoding}), load_silo_config)

@@ -29,6 +29,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 import transformers
 from faults import PATIENCE, Deployment, Link, Party, await_
 
@@ -620,6 +621,81 @@ def test_faults_of_what_comes_along(inputs: Path, tmp_path: Path, small_referenc
         north.release()
         check(running, small_reference, ["cut", "kill", "kill", "corrupt", "corrupt"])
         assert link.up.flipped.is_set()
+
+
+# --- the state of the server's optimizer ------------------------------------------------------------------------------
+
+BETA1, BETA2, EPSILON, RATE = 0.5, 0.75, 1e-3, 0.05
+
+
+def optimizer_deployment(inputs: Path, directory: Path) -> Deployment:
+    aggregation = {"optimizer": "yogi", "learning_rate": RATE, "beta1": BETA1, "beta2": BETA2, "epsilon": EPSILON}
+    training = server_settings(inputs)["training"] | {"rounds": 3}
+    return deployment(inputs, directory, adapter={"rank": 16, "alpha": 16}, training=training, aggregation=aggregation)
+
+
+def check_round_2(out: Path) -> None:
+    """What is there before the round is closed: the formula, written out, leads from the states before to those now."""
+    with contextlib.closing(sqlite3.connect(out / "ledger.sqlite")) as ledger:
+        counted = ledger.execute("SELECT file, samples FROM updates WHERE round = 2 ORDER BY silo").fetchall()
+    trained = [(read_tensors(out / file, "adapter"), samples) for file, samples in counted]
+    assert [samples for _, samples in trained] == [40, 30]
+    one, two = (out / "rounds" / str(number) for number in (1, 2))
+    start, end = (read_tensors(path / "adapter.safetensors", "adapter") for path in (one, two))
+    groups = ("first_moment", "second_moment")
+    (m, v), (m_now, v_now) = ([read_tensors(path / "optimizer.safetensors", g) for g in groups] for path in (one, two))
+    for name, tensor in end.items():
+        mean = (sum(update[name].double() * samples for update, samples in trained) / 70).float()
+        change = mean.double() - start[name].double()
+        first = BETA1 * m[name] + (1 - BETA1) * change
+        second = v[name] - (1 - BETA2) * change**2 * torch.sign(v[name] - change**2)
+        torch.testing.assert_close(m_now[name], first, rtol=1e-12, atol=1e-20)
+        torch.testing.assert_close(v_now[name], second, rtol=1e-12, atol=1e-20)
+        stepped = start[name].double() + RATE * first / (second.sqrt() + EPSILON)
+        torch.testing.assert_close(tensor, stepped.float(), rtol=2**-23, atol=0)
+    assert any(bool(m[name].any()) for name in m), "round 1 left something to carry"
+
+
+def test_the_servers_optimizer_goes_on_where_it_was(inputs: Path, tmp_path: Path) -> None:
+    moments = (
+        r"^before replace .*rounds/1/optimizer",
+        r"^after replace .*rounds/1/optimizer",
+        r"^after sql INSERT OR REPLACE INTO files .*rounds/1/optimizer",
+        r"^after sql INSERT OR REPLACE INTO files .*rounds/1/adapter",
+        r"^log round 2: 2 updates",
+        r"^before replace .*rounds/2/adapter",
+        r"^before sql INSERT INTO journal .*'round', 2",
+        r"^before unlink .*rounds/1/optimizer",
+        r"^after sql INSERT OR REPLACE INTO files .*rounds/3/optimizer",
+        r"^after sql INSERT INTO journal .*'round', 3",
+    )
+    reference = undisturbed(optimizer_deployment(inputs, tmp_path / "reference"))
+    with optimizer_deployment(inputs, tmp_path) as running:
+        server, out = running.server, running.out
+        server.halt_at(moments[0])
+        running.start()
+        for moment, following in itertools.zip_longest(moments, moments[1:]):
+            server.await_halt()
+            if "'round', 2" in moment:
+                check_round_2(out)
+            server.kill()
+            if "log round 2" in moment:
+                state = out / "rounds" / "1" / "optimizer.safetensors"
+                content = state.read_bytes()
+                damage(state)
+                server.start()
+                assert server.await_end() == CheckpointError.exit_code
+                assert f"error: {state}: is not the file that this run wrote" in server.log
+                state.write_bytes(content)
+            if following is not None:
+                server.halt_at(following)
+            server.start()
+        check(running, reference, ["kill"] * len(moments))
+        assert not list(out.glob("rounds/*/optimizer*")), "nothing goes on from there"
+        for directory in (out, *(running.work(silo) for silo in SILOS)):
+            files = [entry.fields.get("file", "") for entry in audit.read(directory / "audit.jsonl")]
+            assert files
+            assert not [file for file in files if "optimizer" in file], "it stays at the server"
 
 
 # --- stops by hand ----------------------------------------------------------------------------------------------------

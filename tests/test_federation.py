@@ -35,8 +35,8 @@ from fedpft.federation import (
 SILOS = ("east", "north", "south")
 
 
-def begun(silos=SILOS, min_silos=None, sample_fraction=1.0, seed=0):
-    federation = Federation(silos, min_silos=min_silos, sample_fraction=sample_fraction, seed=seed)
+def begun(silos=SILOS, min_silos=None, sample_fraction=1.0, seed=0, fewest=1):
+    federation = Federation(silos, min_silos=min_silos, sample_fraction=sample_fraction, seed=seed, fewest=fewest)
     for silo in silos:
         federation.handle(Enrolled(silo))
     return federation
@@ -234,6 +234,42 @@ def test_a_lost_quorum_says_with_how_many_the_round_can_go_on():
     alone = training(silos=("north",))
     (lost,) = alone.handle(SiloFailed("north", "it left"))
     assert "min_silos" not in lost.error.remedy, "nobody is left"
+
+
+# --- a mean that needs some updates -----------------------------------------------------------------------------------
+
+
+def test_a_round_picks_as_many_as_the_mean_needs():
+    federation = Federation(MANY, min_silos=None, sample_fraction=0.1, seed=0, fewest=5)
+    for silo in MANY:
+        federation.handle(Enrolled(silo))
+    (started,) = federation.handle(RoundRequested(1))
+    assert len(started.silos) == 5
+
+
+def test_a_round_with_fewer_silos_than_the_mean_needs_is_lost_before_anybody_trains():
+    federation = begun(fewest=3)
+    federation.handle(SiloFailed("north", "it left"))
+    (lost,) = federation.handle(RoundRequested(1))
+    assert isinstance(lost, LoseQuorum)
+    assert "round 1 needs 3 updates" in lost.error.message
+    assert "north: not there" in lost.error.message
+    assert "aggregation.mean takes no fewer than 3 updates" in lost.error.remedy
+    assert "min_silos" not in lost.error.remedy, "lowering it would not help"
+
+
+def test_a_restarted_round_counts_no_fewer_updates_than_the_mean_needs():
+    """South's name was taken out of the list in between."""
+    federation = Federation(SILOS[:2], min_silos=None, sample_fraction=1.0, seed=0, fewest=3)
+    last = StartRound(1, 1, SILOS)
+    federation.resume(last, present=SILOS, counted={1: SILOS[:2]}, proxy_version=0, aggregated=False)
+    assert isinstance(federation.handle(RoundRequested(1))[-1], LoseQuorum)
+
+
+def test_no_fewer_silos_are_offered_than_the_mean_needs():
+    federation = training(silos=MANY[:6], min_silos=5, fewest=3)
+    lost = [federation.handle(SiloFailed(silo, "it left")) for silo in MANY[:3]][1][-1]
+    assert "set federation.min_silos to 4" in lost.error.remedy
 
 
 def resumed(lost, min_silos):

@@ -119,6 +119,13 @@ def test_a_run_does_not_go_on_with_other_files(change: str, begun: dict[str, Any
     assert "another `out`" in caught.value.remedy
 
 
+def test_a_run_does_not_go_on_with_another_aggregation(begun: dict[str, Any], tmp_path: Path) -> None:
+    settings = begun | {"aggregation": {"optimizer": "adam"}}
+    with pytest.raises(ConfigError, match=r"begun with another aggregation\.optimizer -> set it back"):
+        run(config_of(tmp_path, settings))
+    begin(tmp_path, begun | {"aggregation": {"mean": "weighted"}})  # which it was, without a word
+
+
 def test_test_data_that_is_added_later_is_another_run(settings: dict[str, Any], tmp_path: Path) -> None:
     begin(tmp_path, {key: value for key, value in settings.items() if key != "test_data"})
     with pytest.raises(CheckpointError, match=r"test_data .*test\.csv\): it was added"):

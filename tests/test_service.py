@@ -760,6 +760,23 @@ def test_with_a_lower_quorum_a_lost_round_goes_on_at_once_after_a_restart(
     assert [update.silo for update in updates] == ["north", "south"][:left]
 
 
+def test_a_round_with_too_few_updates_for_the_mean_is_lost_naming_the_key(start, dial, background):
+    """Nobody is thanked for an update that no median could be made of."""
+    silos = ("north", "south", "west")
+    server, address = start(federation={"silos": silos}, aggregation={"mean": "median"})
+    north, south, west = (dial(address, name) for name in silos)
+    server.wait_for_silos()
+    outcome = background(run_round, server, 1)
+    for silo in (north, south):
+        assert submit(silo, next_round(silo).round, result())
+    west.leave()
+    with pytest.raises(QuorumLost, match=r"round 1 needs 3 updates and cannot get them .west: ") as caught:
+        outcome.result()
+    assert "aggregation.mean takes no fewer than 3 updates" in caught.value.remedy
+    with pytest.raises(QuorumLost, match=r"round 2 needs 3 updates and cannot get them .west: not there"):
+        run_round(server, 2)
+
+
 @pytest.mark.parametrize("failure", ["it left", "the deadline"])
 def test_a_silo_that_was_not_picked_takes_over_and_does_so_after_a_restart(
     failure, start, dial, background, monkeypatch

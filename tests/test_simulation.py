@@ -327,7 +327,7 @@ def test_a_directory_has_a_file_for_each_silo(inputs: Path, tmp_path: Path) -> N
     [
         ({"silos": 3}, {"silos": ["a", "b"]}, "simulation.silos is 3, federation.silos names 2"),
         ({}, {}, "simulation.silos is None, federation.silos names 0"),
-        ({"silos": 3}, {"min_silos": 4}, "federation.min_silos is 4, but there are 3 silos"),
+        ({"silos": 3}, {"min_silos": 4}, "federation.min_silos is 4, but only 3 silos are named"),
         ({"data": "."}, {}, "no data file in this directory"),
         ({"silos": 91}, {}, "90 samples cannot be dealt out to 91 silos"),
         ({"silos": 2, "partition": {"kind": "column", "column": "hospital"}}, {}, "hospital"),

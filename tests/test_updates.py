@@ -1,18 +1,23 @@
 """An update at the server: all of it is looked at before it counts, and the mean is taken tensor by tensor."""
 
-from collections.abc import Callable
+import logging
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fedpft.aggregation import weighted_mean
+from fedpft.aggregation.mean import normalized_mean, weighted_mean
+from fedpft.aggregation.robust import median, trimmed_mean
+from fedpft.config import AggregationSection
 from fedpft.errors import InvalidUpdate, ModelError, TransferCorrupt
 from fedpft.server.updates import Update, aggregate, check_update, compressed_neurons, largest_update_bytes
 from fedpft.wire.encoding import ENCODINGS, Encoding, encode
-from fedpft.wire.tensors import Group, TensorFile, read_tensors, write_tensors
+from fedpft.wire.tensors import Group, Spec, TensorFile, read_tensors, write_tensors
 
 NEURONS = {1: 3, 4: 2}
 COUNTS = {
@@ -189,7 +194,7 @@ def test_a_file_of_another_format_is_corrupt(make: Maker) -> None:
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_the_mean_is_the_same_in_any_order_of_arrival(encoding: Encoding, make: Maker) -> None:
     updates = [make(seed, encoding, silo=f"silo{seed}", samples=seed) for seed in (1, 2, 3)]
-    means = [aggregate(order) for order in (updates, updates[::-1])]
+    means = [aggregate(order, AggregationSection(), 32) for order in (updates, updates[::-1])]
     for name in adapter(0):
         plain = weighted_mean([(update.adapter[name], update.samples) for update in updates])
         for mean in means:
@@ -197,15 +202,84 @@ def test_the_mean_is_the_same_in_any_order_of_arrival(encoding: Encoding, make: 
             assert torch.equal(mean[name].flatten().view(torch.uint8), plain.flatten().view(torch.uint8))
 
 
+ROBUST: list[dict[str, Any]] = [{"mean": "trimmed"}, {"mean": "median"}, {"mean": "krum"}]
+PLAIN: list[dict[str, Any]] = [{}, {"weights": "equal"}, {"weights": "steps"}]
+
+
+def bits(mean: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: tensor.flatten().view(torch.uint8).tolist() for name, tensor in mean.items()}
+
+
+@pytest.mark.parametrize("rule", [*PLAIN, *ROBUST], ids=str)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_mean_is_the_same_in_any_order_of_arrival(encoding: Encoding, rule: Any, make: Maker) -> None:
+    updates = [make(seed, encoding, silo=f"silo{seed}", samples=7 * seed) for seed in (1, 2, 3, 4, 5)]
+    settings = AggregationSection(**rule)
+    mean = aggregate(updates, settings, 8)
+    assert [Spec.of(tensor) for tensor in mean.values()] == list(updates[0].specs.values())
+    for order in (updates[::-1], [updates[number] for number in (3, 0, 4, 1, 2)]):
+        assert bits(aggregate(order, settings, 8)) == bits(mean)
+
+
+def test_the_rules_are_those_that_are_named(make: Maker) -> None:
+    updates = [make(seed, silo=f"silo{seed}", samples=7 * seed) for seed in (1, 2, 3, 4, 5)]
+    for name, start in adapter(0).items():
+        every = [update.tensor(name) for update in updates]
+        terms = [(tensor, update.samples) for tensor, update in zip(every, updates, strict=True)]
+        for rule, wanted in (
+            ({"weights": "equal"}, weighted_mean((tensor, 1) for tensor in every)),
+            ({"weights": "steps"}, normalized_mean(start, terms, 8)),
+            ({"mean": "trimmed", "trimmed_fraction": 0.0}, trimmed_mean(every, 0)),
+            ({"mean": "trimmed", "trimmed_fraction": 0.4}, trimmed_mean(every, 2)),
+            ({"mean": "median"}, median(every)),
+        ):
+            mean = aggregate(updates, AggregationSection.model_validate(rule), 8)
+            assert bits({name: mean[name]}) == bits({name: wanted}), (rule, name)
+
+
+def shout(groups: dict[Group, dict[str, Tensor]]) -> None:
+    for tensor in groups["adapter"].values():
+        tensor.fill_(1e6)
+
+
+@pytest.mark.parametrize("rule", [*PLAIN, *ROBUST], ids=str)
+def test_one_silo_that_shouts_is_heard_by_the_weighted_means_alone(
+    rule: Any, make: Maker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    updates = [make(seed, silo=f"silo{seed}") for seed in (1, 2, 3, 4)]
+    updates.append(make(5, silo="a-liar", samples=1_000_000, change=shout))
+    mean = aggregate(updates, AggregationSection(**rule), 10)
+    largest = max(float(tensor.float().abs().max()) for tensor in mean.values())
+    assert (largest > 1e5) if rule in PLAIN else (largest < 5), "what the honest silos have"
+    assert ("krum leaves out a-liar" in caplog.text) == (rule == {"mean": "krum"})
+
+
+def test_krum_judges_an_update_by_all_of_its_tensors(make: Maker) -> None:
+    """Each of two silos is the farthest in one tensor alone; what is in the middle in every tensor stays."""
+
+    def bias(value: float) -> Callable[[dict[Group, dict[str, Tensor]]], None]:
+        return put("adapter", "bias", torch.tensor(value))
+
+    updates = [make(1, silo=f"silo{number}", change=bias(number / 10)) for number in range(5)]
+    updates.append(make(1, silo="odd", change=bias(50.0)))
+    mean = aggregate(updates, AggregationSection(mean="krum"), 1)
+    assert mean["bias"].item() == pytest.approx(0.2)
+    assert torch.equal(mean["lora_A"], adapter(1)["lora_A"])
+
+
 def test_the_mean_of_one_exact_update_is_that_update(make: Maker) -> None:
-    mean = aggregate([make(1, samples=7)])
+    mean = aggregate([make(1, samples=7)], AggregationSection(), 32)
     assert list(mean) == sorted(mean, key=list(mean).index)
     for name, tensor in adapter(1).items():
         assert torch.equal(mean[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
 
 
-def test_a_mean_holds_one_tensor_of_one_silo_at_a_time(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    updates = [make(seed, silo=f"silo{seed}") for seed in (1, 2, 3)]
+@pytest.mark.parametrize("rule", [*PLAIN, *ROBUST], ids=str)
+def test_a_mean_reads_one_tensor_of_each_silo_at_a_time(
+    rule: Any, make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = [make(seed, silo=f"silo{seed}") for seed in (1, 2, 3, 4, 5)]
     read: list[str] = []
     plain = TensorFile.tensor
 
@@ -215,8 +289,33 @@ def test_a_mean_holds_one_tensor_of_one_silo_at_a_time(make: Maker, monkeypatch:
         return plain(file, group, name)
 
     monkeypatch.setattr(TensorFile, "tensor", recording)
-    aggregate(updates)
-    assert read == [name for name in updates[0].specs for _ in updates]
+    aggregate(updates, AggregationSection(**rule), 32)
+    wanted = [name for name in updates[0].specs for _ in updates]
+    if rule == {"mean": "krum"}:  # once to compare all of the updates, then those that it keeps
+        wanted += [name for name in updates[0].specs for _ in updates[1:]]
+    assert read == wanted
+
+
+@pytest.mark.parametrize("rule", [*PLAIN, *ROBUST], ids=str)
+def test_a_mean_keeps_no_more_in_memory_than_one_tensor(
+    rule: Any, make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The robust ones that of each silo. Each tensor that is read lies in memory of its own, made by torch.empty."""
+    updates = [make(seed, silo=f"silo{seed}") for seed in (1, 2, 3, 4, 5)]
+    empty, alive, most = torch.empty, list[weakref.ref[np.ndarray]](), 0
+
+    def counting(size: Any, *, dtype: torch.dtype) -> Tensor:
+        nonlocal most
+        if dtype is not torch.uint8:
+            return empty(size, dtype=dtype)
+        memory = np.empty(size, dtype=np.uint8)
+        alive.append(weakref.ref(memory))
+        most = max(most, sum(each() is not None for each in alive))
+        return torch.from_numpy(memory)
+
+    monkeypatch.setattr(torch, "empty", counting)
+    aggregate(updates, AggregationSection(**rule), 32)
+    assert most == {"steps": 3}.get(rule.get("weights"), 2) if rule in PLAIN else most == len(updates)
 
 
 def test_the_largest_update_has_room_for_every_encoding(tmp_path: Path) -> None:

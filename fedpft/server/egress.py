@@ -32,7 +32,10 @@ class Egress:
         check = {"adapter": self.check_adapter, "patch": self.check_patch}[group]
         check(tensors)
         if (name := not_finite(tensors)) is not None:
-            setting = {"adapter": "training.learning_rate", "patch": "alignment.learning_rate"}[group]
+            setting = {
+                "adapter": "training.learning_rate or aggregation.learning_rate",
+                "patch": "alignment.learning_rate",
+            }[group]
             raise ModelError(
                 f"{name} of the {group} for the silos holds NaN or infinity: it was not written",
                 f"start a new run with a lower {setting}",

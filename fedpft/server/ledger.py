@@ -14,6 +14,7 @@ the ledger is opened.
 Where the files are that it names:
 
     rounds/<r>/adapter.safetensors          the adapter after round r; 0: untrained
+    rounds/<r>/optimizer.safetensors        the server's optimizer after round r, until round r + 1 is closed
     patches/patch-<n>.safetensors           turns version n - 1 of the proxy into n
     patches/snapshot-<n>.safetensors        turns any version of the proxy into n
     updates/round-<r>/...                   until the round is closed
@@ -158,6 +159,10 @@ class Ledger:
     def adapter_path(self, round: int) -> Path:
         """The adapter after a round."""
         return self.out / "rounds" / str(round) / "adapter.safetensors"
+
+    def optimizer_path(self, round: int) -> Path:
+        """What the server's optimizer carries from a round into the next."""
+        return self.out / "rounds" / str(round) / "optimizer.safetensors"
 
     def patch_path(self, version: int) -> Path:
         """What leads from the version before to this one."""

@@ -6,9 +6,9 @@ result yet, and comes to the same bits.
 
     begun          the ledger's row of the round           (FederationServer)
     updates        a file and a row for each               (FederationServer)
-    averaged       rounds/<r>/adapter.safetensors
+    averaged       rounds/<r>/optimizer.safetensors, if the server's optimizer has a state, then adapter.safetensors
     aligned        patches/patch-<n>, snapshot-<n>, and the journal's "alignment"
-    closed         the journal's "round"; the updates are deleted
+    closed         the journal's "round"; the updates are deleted, and the optimizer's state of the round before
 """
 
 import json
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from fedpft import faults
+from fedpft.aggregation import server_optimizer
+from fedpft.aggregation.server_optimizer import KEPT
 from fedpft.config import RoundSettings, ServerConfig
 from fedpft.data.batches import sample
 from fedpft.errors import LedgerUnusable, QuorumLost
@@ -38,7 +40,7 @@ from fedpft.server.ledger import Ledger
 from fedpft.server.updates import COUNTS, Update, aggregate
 from fedpft.tasks import TASKS
 from fedpft.wire.hello import Terms
-from fedpft.wire.tensors import read_tensors
+from fedpft.wire.tensors import Group, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +135,7 @@ class Rounds:
                     self._silos.wait_for_silos()
             for number in range(len(self.closed) + 1, total + 1):
                 self._round(number)
-            self._silos.close_round()
+            self._delete_passing(total)
             self._silos.finish()
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | QuorumLost | LedgerUnusable) or faults.is_of_the_disk(error):
@@ -155,6 +157,8 @@ class Rounds:
             apply_patch(proxy, read_tensors(snapshot.path, "patch"))
         if self.closed:
             self._load(self._adapter(len(self.closed)))
+            if KEPT[self.config.aggregation.optimizer] and len(self.closed) < self.config.training.rounds:
+                self._optimizer_file()  # a torn one ends the start here
             self.record.seconds |= self.closed[-1]["seconds"]
             log.info("going on after round %d of %d", len(self.closed), self.config.training.rounds)
         elif not self.ledger.entered(untrained := self.ledger.adapter_path(0)):
@@ -181,7 +185,7 @@ class Rounds:
                 updates = self._silos.updates(number)
             else:
                 updates = self._silos.run_round(number, count_inactivity=align)
-                self._save(path, "adapter", aggregate(updates))
+                self._save(path, "adapter", self._aggregated(number, updates))
         self._load(self._adapter(number))
         alignment_loss = self._align(number, updates) if align else None
         scores = self._measure(number)
@@ -201,8 +205,34 @@ class Rounds:
         }
         self.ledger.record("round", number, closed)
         self.closed.append(closed)
-        self._silos.close_round()
+        self._delete_passing(number)
         log.info("round %d of %d: %s", number, total, json.dumps(entry))
+
+    def _aggregated(self, number: int, updates: list[Update]) -> Adapter:
+        """The adapter after a round. The state of the server's optimizer that goes with it is on disk then."""
+        section, ledger = self.config.aggregation, self.ledger
+        mean = aggregate(updates, section, self.config.training.batch)
+        if self.closed:
+            moments = {moment: read_tensors(self._optimizer_file(), moment) for moment in KEPT[section.optimizer]}
+        else:
+            moments = server_optimizer.beginning(mean, section)
+        adapter, moments = server_optimizer.step(updates[0].start_tensor, mean, moments, section)
+        if moments:
+            path, groups = ledger.optimizer_path(number), dict[Group, Adapter](moments.items())
+            write_tensors(path, groups)
+            ledger.enter_file(path)
+        return adapter
+
+    def _optimizer_file(self) -> Path:
+        """What the server's optimizer carries from the last closed round into the next."""
+        return self.ledger.verified(self.ledger.optimizer_path(len(self.closed))).path
+
+    def _delete_passing(self, number: int) -> None:
+        """Once a round is closed: its updates, and the optimizer's states but the one with which the next begins."""
+        self._silos.close_round()
+        for path in self.ledger.out.glob("rounds/*/optimizer.safetensors"):
+            if path != self.ledger.optimizer_path(number) or number == self.config.training.rounds:
+                path.unlink()
 
     def _align(self, number: int, updates: list[Update]) -> float | None:
         """Neuron-level distillation towards the FM that carries the round's adapter; sends out what changed.

@@ -64,6 +64,7 @@ class FederationServer:
             min_silos=section.min_silos,
             sample_fraction=section.sample_fraction,
             seed=settings.seed,
+            fewest=config.aggregation.fewest_updates,
         )
         self._live = LiveFederation(federation)
         self._audit = AuditLog(config.out / "audit.jsonl")

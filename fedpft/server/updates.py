@@ -1,11 +1,13 @@
 """What a silo sends back from a round, the look at all of it before it counts, and the mean.
 
-The tensors stay on disk: server memory holds one tensor of each kind at a time, however many silos there are.
+The tensors stay on disk: server memory holds one tensor of each kind at a time, however many silos there are; for
+the robust means that tensor of every silo.
 K neurons of a layer of the proxy.
 """
 
 import functools
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedpft.aggregation import weighted_mean
+from fedpft.aggregation.mean import normalized_mean, weighted_mean
+from fedpft.aggregation.robust import krum, median, squared_distances, trimmed_mean
+from fedpft.config import AggregationSection
 from fedpft.errors import InvalidUpdate, ModelError
 from fedpft.finite import is_finite
 from fedpft.model.adapters import Adapter
 from fedpft.wire.encoding import ENCODINGS, Encoding, decode, layout
 from fedpft.wire.tensors import Spec, TensorFile
+
+log = logging.getLogger(__name__)
 
 COUNTS = frozenset({"skipped_rows", "cut_texts", "cut_completions"})  # of the silo's data: the same in every round
 METRICS = COUNTS | {"train_loss", "seconds", "tokens"}
@@ -87,13 +93,20 @@ class Update:
         return {name: self.file.tensor("inactivity", name) for name in names} or None
 
 
-def aggregate(updates: Sequence[Update]) -> Adapter:
-    """The mean of a round's trained adapters, weighted by samples, added in the order of the silos' names."""
+def aggregate(updates: Sequence[Update], settings: AggregationSection, batch: int) -> Adapter:
+    """The mean of a round's trained adapters, the same in whatever order they are given.
+
+    Args:
+        updates: at least `settings.fewest_updates`.
+        batch: samples of one of a silo's local steps.
+    """
     ordered = sorted(updates, key=lambda update: update.silo)
+    if settings.mean == "krum":
+        ordered = _kept_by_krum(ordered, settings.byzantine)
     # What stays is allocated before what goes: otherwise the heap is left with holes between the results.
     mean = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in ordered[0].specs.items()}
     for name, tensor in mean.items():
-        tensor.copy_(weighted_mean((update.tensor(name), update.samples) for update in ordered))
+        tensor.copy_(_mean(name, ordered, settings, batch))
     return mean
 
 
@@ -144,6 +157,31 @@ def check_update(
     _check_change(update, max_norm)
     if counts:
         _check_inactivity(update, neurons)
+
+
+def _mean(name: str, updates: Sequence[Update], settings: AggregationSection, batch: int) -> Tensor:
+    """Of one tensor. The robust means of single values need it of all silos at once, the others of one at a time."""
+    tensors = (update.tensor(name) for update in updates)
+    if settings.mean == "trimmed":
+        return trimmed_mean(list(tensors), settings.trimmed(len(updates)))
+    if settings.mean == "median":
+        return median(list(tensors))
+    if settings.mean == "krum" or settings.weights == "equal":
+        return weighted_mean((tensor, 1) for tensor in tensors)
+    terms = ((tensor, update.samples) for tensor, update in zip(tensors, updates, strict=True))
+    if settings.weights == "steps":
+        return normalized_mean(updates[0].start_tensor(name), terms, batch)
+    return weighted_mean(terms)
+
+
+def _kept_by_krum(updates: Sequence[Update], byzantine: int) -> list[Update]:
+    """Reads every update once before its mean is taken: the choice is of whole updates."""
+    distances = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for name in updates[0].specs:
+        distances += squared_distances([update.tensor(name) for update in updates])
+    kept = [updates[number] for number in krum(distances, byzantine)]
+    log.info("krum leaves out %s", ", ".join(update.silo for update in updates if update not in kept) or "nobody")
+    return kept
 
 
 def _adapter_specs(start: TensorFile) -> dict[str, Spec]:

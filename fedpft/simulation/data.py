@@ -52,13 +52,12 @@ class SilosData:
                 log.warning("%s", warning)
             parts = deal(section.partition, self._dealt, count, config.seed)
             self._parts = dict(zip(names, parts, strict=True))
-        if (config.federation.min_silos or 1) > len(names):
-            raise ConfigError(
-                f"federation.min_silos is {config.federation.min_silos}, but there are {len(names)} silos",
-                "lower it, or simulate more",
-            )
         federation = config.federation.model_copy(update={"silos": names})
         self.config = config.model_copy(update={"federation": federation, "listen": "127.0.0.1:0", "tls": None})
+        try:
+            self.config.check_silos()
+        except ValueError as error:
+            raise ConfigError(f"{section.data}: {error}", "change that, or simulate other silos") from None
         self._sizes = {silo: len(part) for silo, part in self._parts.items()}
 
     def samples(self, silo: str) -> Samples:

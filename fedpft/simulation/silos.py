@@ -60,7 +60,11 @@ class SimulatedSilos:
         self._config, self._ledger, self._data, self._crew = config, ledger, data, crew
         section = config.federation
         self._federation = Federation(
-            section.silos, min_silos=section.min_silos, sample_fraction=section.sample_fraction, seed=settings.seed
+            section.silos,
+            min_silos=section.min_silos,
+            sample_fraction=section.sample_fraction,
+            fewest=config.aggregation.fewest_updates,
+            seed=settings.seed,
         )
         self._files = RoundFiles(config, bundle, settings, ledger)
         self._files.resume(self._federation)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedpft import atomic
 from fedpft.errors import TransferCorrupt
 
-Group = Literal["adapter", "delta", "scale", "inactivity", "patch", "residual"]
+Group = Literal["adapter", "delta", "scale", "inactivity", "patch", "residual", "first_moment", "second_moment"]
 
 LARGEST_HEADER_BYTES = 4 << 20  # some 40,000 tensors
 
