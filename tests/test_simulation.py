@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -96,8 +98,6 @@ def left(out: Path) -> dict[str, str]:
 
 def updates(out: Path) -> list[tuple[int, str, str, int]]:
     """(round, silo, SHA-256, samples) of each update that counts."""
-    import sqlite3
-
     with closing(sqlite3.connect(out / "ledger.sqlite")) as database:
         return database.execute("SELECT round, silo, sha256, samples FROM updates ORDER BY round, silo").fetchall()
 
@@ -166,7 +166,9 @@ def test_silo_that_drops_out_is_missing_as_a_real_one_is(inputs: Path, tmp_path:
         leaving = running.silos["silo-2"]
         leaving.halt_at(r"^log silo-2: round 1 of 2: sent")
         leaving.await_halt()
-        leaving.signal(signal.SIGINT)
+        received = running.work("silo-2") / "received"
+        shutil.rmtree(received)
+        received.write_text("no directory: the silo fails in round 2, and says so", encoding="utf-8")
         leaving.release()
         for party in (running.server, running.silos["silo-1"], running.silos["silo-3"]):
             assert party.await_end() == 0
