@@ -62,7 +62,7 @@ SETTINGS: dict[str, Any] = {
     "model": {"max_tokens": 32},
     "distillation": {"closed_form_samples": 256, "steps": 60, "learning_rate": 1.5e-3},
     "alignment": {"every_rounds": 0},
-    "training": {"rounds": 4, "local_epochs": 0.5, "batch": 16, "head_learning_rate": 0.02},
+    "training": {"rounds": 4, "local_epochs": 0.5, "batch": 8, "head_learning_rate": 0.02},
     "evaluation": {"every_rounds": 0, "gap_samples": 0},
 }
 

@@ -253,6 +253,18 @@ def test_the_data_of_the_server_and_of_each_silo_is_counted_as_far_as_it_is_shar
     ]
 
 
+def test_of_many_silos_the_largest_are_listed_and_the_others_added_up(tmp_path: Path) -> None:
+    silos = {f"silo-{number:02d}": {"samples": number, "cut_texts": 1} for number in range(1, 24)}
+    del silos["silo-03"]["cut_texts"]
+    write_report({**SUMMARY, "data": {"silos": silos}}, {}, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    listed = re.findall(r"silo-\d\d", page[page.index("<h2>Data</h2>") :])
+    assert listed == [f"silo-{number:02d}" for number in range(4, 24)]
+    assert re.search(r"the 3 other silos</td><td[^>]*>6</td>(<td[^>]*>-</td>)+</tr>", page), (
+        "one does not share a count"
+    )
+
+
 def test_a_run_without_evaluation_has_a_page(tmp_path: Path) -> None:
     html = page(tmp_path, {key: value for key, value in SUMMARY.items() if key != "metrics"}, {})
     assert "Parameters" in html

@@ -49,6 +49,7 @@ DATA = {
     "cut_completions": "answers cut#",
 }
 SERVER_DATA = {"public": "public data", "test": "test data"}
+LISTED_SILOS = 20  # in the table of data, the largest; others are added up
 BYTES = {"down": "server to silos", "up": "silos to server"}
 
 
@@ -111,7 +112,12 @@ def _headlines(summary: Mapping[str, Any]) -> dict[str, float]:
 def _data_table(data: Mapping[str, Any]) -> str:
     """The server's files and each silo's, as far as it shares that."""
     told = {SERVER_DATA.get(name, name): {"skipped_rows": 0} | found for name, found in data.get("server", {}).items()}
-    told |= {f"silo {name}": found for name, found in sorted(data.get("silos", {}).items())}
+    silos: dict[str, dict[str, int]] = data.get("silos", {})
+    largest = sorted(silos, key=lambda silo: (-silos[silo]["samples"], silo))[:LISTED_SILOS]
+    told |= {f"silo {name}": silos[name] for name in sorted(largest)}
+    if others := [found for name, found in silos.items() if name not in largest]:
+        known = [key for key in DATA if all(key in found for found in others)]
+        told[f"the {len(others)} other silos"] = {key: sum(found[key] for found in others) for key in known}
     titles = {key: title for key, title in DATA.items() if any(key in found for found in told.values())}
     rows = [(name, *(_count(found[key]) if key in found else "-" for key in titles)) for name, found in told.items()]
     return _table("Data", ["whose", *titles.values()], rows)
