@@ -9,6 +9,7 @@ It can be stopped at any time, and goes on where it stopped.
 
 import argparse
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
                 record = cells.run_cell(cell, files, work, device=arguments.device, threads=arguments.threads)
                 records[cell.key] = record
                 cells.add_record(out / "paper.jsonl", record)
+                shutil.rmtree(cells.directory_of(cell, work), ignore_errors=True)  # a count leaves none
         print(f"\n{shown.markdown(arguments.table, table, records)}", flush=True)
         if drawing := shown.drawing(arguments.table, table, records):
             atomic.write_text(out / f"paper-{arguments.table}-{world.model}-{world.task}.svg", drawing)

@@ -7,7 +7,6 @@ data and settings alone, so that a change of a YAML file makes it another cell, 
 import datetime
 import json
 import platform
-import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -152,11 +151,9 @@ def cells(table: str, world: World, seeds: Sequence[int]) -> list[Cell]:
     return found
 
 
-def run_cell(
-    cell: Cell, files: Files, work: Path, *, device: str = "cpu", threads: int | None = None
-) -> dict[str, Any]:
-    """Runs a cell, or goes on with it, and returns its record; WORK/cells/KEY is of no more use afterwards."""
-    out = work / "cells" / cell.key
+def run_cell(cell: Cell, files: Files, work: Path, *, device: str = "cpu", threads: int | None = None) -> Record:
+    """Runs a cell, or goes on with it in `directory_of`, and returns its record."""
+    out = directory_of(cell, work)
     config = _config(cell, files, out, device, threads)
     about = {
         "key": cell.key,
@@ -182,8 +179,12 @@ def run_cell(
         "samples": {name: part["samples"] for name, part in summary["data"]["server"].items()},
         "rounds": summary["rounds"],
     }
-    shutil.rmtree(out)
     return about | found | _provenance(device)
+
+
+def directory_of(cell: Cell, work: Path) -> Path:
+    """Where a cell runs; of no more use once its record is kept."""
+    return work / "cells" / cell.key
 
 
 def _config(cell: Cell, files: Files, out: Path, device: str, threads: int | None) -> SimulationConfig:

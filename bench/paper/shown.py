@@ -111,7 +111,7 @@ def _measures(table: str, task: Task) -> dict[str, Column]:
 
     def gain(record: Record) -> float:
         rows = record["metrics"]
-        return better * (rows["plugged_in"][metric.name] - rows["proxy"][metric.name])
+        return better * float(rows["plugged_in"][metric.name] - rows["proxy"][metric.name])
 
     def zero_shot(_: Cell, found: Sequence[Record]) -> str:
         values = [record["metrics"]["zero_shot"][metric.name] for record in found if "zero_shot" in record["metrics"]]
