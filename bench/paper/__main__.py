@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
                 cells.add_record(out / "paper.jsonl", record)
                 shutil.rmtree(cells.directory_of(cell, work), ignore_errors=True)  # a count leaves none
         print(f"\n{shown.markdown(arguments.table, table, records)}", flush=True)
-        if drawing := shown.drawing(arguments.table, table, records):
+        if not arguments.show and (drawing := shown.drawing(arguments.table, table, records)):
             atomic.write_text(out / f"paper-{arguments.table}-{world.model}-{world.task}.svg", drawing)
 
 
@@ -53,7 +53,7 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     add("--table", choices=cells.TABLES, required=True)
     add("--model", help="default: those of the paper")
     add("--task", help="default: all")
-    add("--method", help="run only this one")
+    add("--method", choices=cells.methods(2), help="run only this one")
     add("--seeds", type=int, default=1, help="how many; default: %(default)s")
     add("--data", type=Path, help="your own directory of models and data (docs/paper.md)")
     add("--packages", type=Path, help="where pip put packages with models and data; default: WORK/packages")

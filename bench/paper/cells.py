@@ -130,9 +130,8 @@ class Cell:
     @property
     def title(self) -> str:
         """For people."""
-        return " ".join(filter(None, (self.world.model, self.world.task, self.method, self.variation))) + (
-            f", seed {self.seed}"
-        )
+        parts = (self.world.model, self.world.task, self.method, self.variation)
+        return f"{' '.join(part for part in parts if part)}, seed {self.seed}"
 
 
 def cells(table: str, world: World, seeds: Sequence[int]) -> list[Cell]:

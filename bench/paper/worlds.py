@@ -26,6 +26,7 @@ import yaml
 from bench.paper import sources
 from fedpft.demo.run import Settings, merged
 from fedpft.errors import ConfigError
+from fedpft.tasks import TASKS
 
 DIRECTORY = Path(__file__).parent
 PAPER_TEXT, PAPER_VISION, QUICK = "paper_text", "paper_vision", "quick"
@@ -76,9 +77,9 @@ class World:
             model = sources.model(about, work / "models" / self.model, packages)
             rows = work / "data" / f"{self.task}-{digest(self.origin)[:8]}"
             sources.write_rows(self.origin["data"], rows, packages, about.get("separator", " "))
-        labels = rows / "labels.txt"
+        labels = rows / "labels.txt" if TASKS[self.settings["model"]["task"]].label_list else None
         train, test, public = (rows / f"{name}.jsonl" for name in ("train", "test", "public"))
-        return Files(model, train, test, public, labels if labels.exists() else None)
+        return Files(model, train, test, public, labels)
 
 
 def worlds(directory: Path = DIRECTORY) -> list[World]:
