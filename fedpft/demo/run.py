@@ -165,10 +165,10 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, 
     local: list[dict[str, float]] = []
     layers, head = _equal_layers(summary, model_layers), TASKS[summary["task"]].head
     for row, changes in rows(layers, head=head, compare=compare, ablations=scale.ablations).items():
-        settings = _merged(product, changes)
+        settings = merged(product, changes)
         if not {"proxy", "distillation"} & changes.keys():
             settings["proxy_path"] = str(out / "rows" / MAIN / "out" / "proxy")
-        found = _run_row(out, row, _merged(settings, {"evaluation": {"every_rounds": 0}}), data)
+        found = _run_row(out, row, merged(settings, {"evaluation": {"every_rounds": 0}}), data)
         if row.startswith("local_only/"):
             local.append(found["metrics"]["plugged_in"])
         else:
@@ -191,7 +191,7 @@ def _product_settings(out: Path, data: DemoData, scale: Scale, seed: int) -> Set
         "public_data": str(data.public),
         "test_data": str(data.test),
     }
-    return _merged(settings, scale.settings)
+    return merged(settings, scale.settings)
 
 
 def _equal_layers(summary: dict[str, Any], layers: int) -> int:
@@ -289,7 +289,7 @@ def _write_yaml(path: Path, settings: Settings) -> Path:
     return path
 
 
-def _merged(settings: Settings, changes: Settings) -> Settings:
+def merged(settings: Settings, changes: Settings) -> Settings:
     """`settings` with the given keys of its sections changed; `changes` are one section deep."""
     merged = dict(settings)
     for name, value in changes.items():

@@ -178,14 +178,14 @@ def saliency_kept(layers: Sequence[int], share: Sequence[float]) -> str:
         return _svg(figure, f"Bar chart of the saliency kept: {said}.")
 
 
-def rows_compared(found: Mapping[str, float], metric: Metric) -> str:
-    """The headline of every row, best first; the product stands out."""
+def rows_compared(found: Mapping[str, float], metric: Metric, strong: str = "plugged_in") -> str:
+    """The headline of every row, best first; the product, `strong`, stands out."""
     if not found:
         return ""
     ranked = sorted(found.items(), key=lambda row: row[1], reverse=not metric.more_is_better)
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _panels(1, height_inches=0.5 + 0.27 * len(ranked))
-        colors = [ACCENT if name == "plugged_in" else THIRD for name, _ in ranked]
+        colors = [ACCENT if name == strong else THIRD for name, _ in ranked]
         bars = axes.barh([name for name, _ in ranked], [value for _, value in ranked], height=0.66, color=colors)
         axes.bar_label(bars, [metric.shown(value) for _, value in ranked], padding=4, color=INK)
         axes.grid(visible=False)

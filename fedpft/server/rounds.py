@@ -195,6 +195,7 @@ class Rounds:
             "score": scores and scores["plugged_in"],
             "alignment_loss": alignment_loss,
             "silos": len(updates),
+            "silo_seconds": _silo_seconds(updates),
         }
         closed = {
             "entry": entry,
@@ -320,6 +321,12 @@ def _train_loss(updates: Sequence[Update]) -> float | None:
     shared = [update for update in updates if "train_loss" in update.metrics]
     total = sum(update.metrics["train_loss"] * update.samples for update in shared)
     return total / sum(update.samples for update in shared) if shared else None
+
+
+def _silo_seconds(updates: Sequence[Update]) -> float | None:
+    """Mean time that a silo trained, of those that share it."""
+    shared = [update.metrics["seconds"] for update in updates if "seconds" in update.metrics]
+    return sum(shared) / len(shared) if shared else None
 
 
 def _told(update: Update) -> dict[str, int]:
