@@ -49,8 +49,32 @@ def methods(layers: int) -> dict[str, Settings]:
         "FedPFT_B": found["before_only"],
         "FedPFT_D": found["during_only"],
         "FedPFT": {},
+        **AGAINST_DRIFT,
     }
 
+
+# Against drift, each by itself and what goes together, in the product's settings; docs/choosing.md.
+AGAINST_DRIFT: dict[str, Settings] = {
+    "epsilon 1e-4": {"training": {"adam_epsilon": 1e-4}},
+    "own shares": {"training": {"logit_adjustment": "own"}},
+    "own shares, epsilon 1e-4": {"training": {"logit_adjustment": "own", "adam_epsilon": 1e-4}},
+    "own shares, epsilon 1e-3": {"training": {"logit_adjustment": "own", "adam_epsilon": 1e-3}},
+    "FedProx, mu 1": {"training": {"proximal": 1.0}},
+    "FFA-LoRA": {"training": {"frozen_a": True}},
+    "cosine": {"training": {"schedule": "cosine"}},
+    "FedAvgM": {"aggregation": {"optimizer": "momentum", "beta1": 0.5, "learning_rate": 0.7}},
+    "FedAdam": {"aggregation": {"optimizer": "adam"}},
+    "FedYogi": {"aggregation": {"optimizer": "yogi"}},
+    "FedNova": {"aggregation": {"weights": "steps"}},
+    "equal weights": {"aggregation": {"weights": "equal"}},
+    "median": {"aggregation": {"mean": "median"}},
+    "16 rounds": {"training": {"rounds": 16, "local_epochs": 0.125}},
+}
+SPLITS: dict[str, Settings] = {
+    "0.1": {"simulation": {"partition": {"kind": "dirichlet", "concentration": 0.1}}},
+    "0.3": {"simulation": {"partition": {"kind": "dirichlet", "concentration": 0.3}}},
+    "even": IID,
+}
 
 Variations = Callable[[World], dict[str, Settings]]  # what is shown of each -> its settings
 
@@ -101,7 +125,8 @@ TABLES: dict[str, Table] = {
     ),
     "parameters": Table(("FedPETuning", "FedOT", "FedPFT"), counted=True),
     "vision": Table((*RIVALS, "FedPFT"), lambda _: {"": IID}),
-    "natural": Table((*RIVALS, "FedPFT_N", "FedPFT")),  # of this project: as the world's own partition has it
+    "drift": Table(("FedPFT", *AGAINST_DRIFT), lambda _: SPLITS, "concentration"),  # of this project, as the next
+    "natural": Table((*RIVALS, "FedPFT_N", "FedPFT")),  # as the world's own partition has it
 }
 
 

