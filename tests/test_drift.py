@@ -14,7 +14,7 @@ import torch
 from conftest import ModelFactory
 from torch import Tensor, nn
 
-from fedpft.aggregation import weighted_mean
+from fedpft.aggregation.mean import weighted_mean
 from fedpft.config import AdapterSection, LimitsSection, RoundSettings, ServerConfig, TrainingSection
 from fedpft.data.text import TextDataset
 from fedpft.errors import ConfigError
@@ -247,12 +247,12 @@ def test_the_shift_is_the_log_of_share_over_usual_share() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 50, 1000])
-def test_classes_that_a_silo_lacks_weigh_less_than_a_sample_however_many(classes: int) -> None:
+def test_classes_that_a_silo_lacks_weigh_nothing_however_many(classes: int) -> None:
     counts = torch.zeros(classes, dtype=torch.int64)
     counts[3 % classes] = 60
-    shares = log_shares(counts).double().softmax(0)
-    assert bool(shares.isfinite().all())
-    assert float(1 - shares[3 % classes]) == pytest.approx((classes - 1) / classes / 61, rel=1e-4)
+    shift = log_shares(counts)
+    assert bool(shift.isfinite().all())
+    assert float(1 - shift.double().softmax(0)[3 % classes]) < 1e-10
 
 
 def test_a_silo_with_more_than_the_known_whole_is_finite() -> None:
@@ -260,7 +260,7 @@ def test_a_silo_with_more_than_the_known_whole_is_finite() -> None:
     assert bool(log_shares(torch.tensor([5, 3, 0]), torch.tensor([4, 0, 6])).isfinite().all())
 
 
-def test_a_silo_with_one_class_hardly_moves_the_head_under_its_own_shares(
+def test_a_silo_with_one_class_leaves_the_head_where_it_is_under_its_own_shares(
     trained: Trained, gradients: Gradients
 ) -> None:
     labels = torch.full((40,), 1)
@@ -268,13 +268,13 @@ def test_a_silo_with_one_class_hardly_moves_the_head_under_its_own_shares(
     found = {}
     for name, given in (("none", None), ("own", shift)):
         del gradients[:]
-        start, result = trained(40, labels=labels, shift=given, adam_epsilon=0.1)
+        start, result = trained(40, labels=labels, shift=given)
         total = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients[0]))
         moved = float((result.adapter["classifier.bias"] - start["classifier.bias"]).norm())
         found[name] = total, moved
     (plain, moves), (adjusted, rests) = found["none"], found["own"]
-    assert adjusted < 0.1 * plain
-    assert rests < 0.3 * moves
+    assert adjusted < 1e-9 * plain
+    assert rests < 0.01 * moves
 
 
 def test_a_silo_with_one_class_learns_nothing_but_that_class_without_the_shift(trained: Trained) -> None:
@@ -285,10 +285,10 @@ def test_a_silo_with_one_class_learns_nothing_but_that_class_without_the_shift(t
         for label in (0, 1):
             labels = torch.full((40,), label)
             shift = log_shares(labels.bincount(minlength=3)) if adjusted else None
-            _, result = trained(40, labels=labels, shift=shift, adam_epsilon=0.1)
+            _, result = trained(40, labels=labels, shift=shift)
             biases.append(result.adapter["classifier.bias"])
         apart[adjusted] = float((biases[0] - biases[1]).norm())
-    assert apart[True] < 0.3 * apart[False]
+    assert apart[True] < 0.01 * apart[False]
 
 
 def test_no_shift_is_the_plain_loss_and_equal_shares_come_to_the_same(trained: Trained) -> None:

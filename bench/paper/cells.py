@@ -71,8 +71,8 @@ AGAINST_DRIFT: dict[str, Settings] = {
     "16 rounds": {"training": {"rounds": 16, "local_epochs": 0.125}},
 }
 SPLITS: dict[str, Settings] = {
-    "0.1": {"simulation": {"partition": {"kind": "dirichlet", "concentration": 0.1}}},
     "0.3": {"simulation": {"partition": {"kind": "dirichlet", "concentration": 0.3}}},
+    "1": {"simulation": {"partition": {"kind": "dirichlet", "concentration": 1.0}}},
     "even": IID,
 }
 

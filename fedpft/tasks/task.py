@@ -197,12 +197,15 @@ class Task(ABC):
         raise NotImplementedError(f"{self.name} has no baseline")
 
 
+ABSENT = -30.0  # a share of 1e-13: its gradient is nothing beside AdamW's epsilon
+
+
 def log_shares(counts: Tensor, of_all: Tensor | None = None) -> Tensor:
     """The log of each value's share over its usual share: of counts of V values, (V, ...), float32.
 
-    One more sample, of which each value has its usual share, keeps it finite. So what a silo never saw weighs 1 in
-    n + 1 together, however many classes that are: with one class only, hardly a gradient is left. Laplace's one more of
-    each value would give 49 classes that are not there nearly half of the weight beside 51 samples of the fiftieth.
+    What a silo never saw is at ABSENT, so far down that it has no part in the loss: a silo with one class has nothing
+    to tell it from, and should teach nothing. Any smoothing would leave it a gradient, if a small one, of which an
+    optimizer that normalises, as AdamW does, makes full steps: towards naming that class always.
 
     Args:
         counts: of a silo.
@@ -213,4 +216,4 @@ def log_shares(counts: Tensor, of_all: Tensor | None = None) -> Tensor:
     everywhere = torch.ones_like(own) if of_all is None else of_all.double()
     usual, samples = everywhere / everywhere.sum(0), own.sum(0)
     relative = torch.where(everywhere > 0, own / usual, samples)
-    return ((relative + 1) / (samples + 1)).log().float()
+    return (relative / samples).log().clamp(min=ABSENT).float()
