@@ -34,7 +34,9 @@ TaskName = Literal[
 ]
 BadRows = Literal["refuse", "skip"]
 Schedule = Literal["linear", "cosine", "constant"]
-SharedMetric = Literal["train_loss", "seconds", "tokens", "skipped_rows", "cut_texts", "cut_completions"]
+SharedMetric = Literal[
+    "train_loss", "seconds", "tokens", "skipped_rows", "cut_texts", "cut_completions", "label_diversity"
+]
 
 
 class Section(BaseModel):
@@ -236,12 +238,13 @@ class AggregationSection(Section):
         "`byzantine` updates that are farthest from the others. With `trimmed` or `median` a round has 3 updates or "
         "more.",
     )
-    weights: Literal["samples", "equal", "steps"] = Field(
+    weights: Literal["samples", "diversity", "equal", "steps"] = Field(
         "samples",
-        description="How much an update counts in the `weighted` mean. `samples`: by those it was trained on; `equal`: "
-        "each the same; `steps`: by samples, but each silo's change is first divided by its number of local steps, so "
-        "that one that took more of them does not pull farther (FedNova); the more unlike the silos' sizes, the "
-        "nearer this is to the sum of their changes.",
+        description="How much an update counts in the `weighted` mean. `samples`: by those it was trained on; "
+        "`diversity`: by those times how far the silo's labels differ, which it tells: one with one class has nothing "
+        "to say of what tells classes apart (without labels: `samples`); `equal`: each the same; `steps`: by samples, "
+        "but each silo's change is first divided by its number of local steps, so that one that took more of them does "
+        "not pull farther (FedNova); the more unlike the silos' sizes, the nearer this is to the sum of their changes.",
     )
     trimmed_fraction: float = Field(
         0.2,
@@ -525,6 +528,7 @@ class RoundSettings(Section):
     adapter: AdapterSection = Field(description="What the silo trains.")
     training: TrainingSection = Field(description="How it trains it.")
     inactive_below: float = Field(ge=0.0, description="eps of the inactivity counts.")
+    label_diversity: bool = Field(False, description="Whether the server asks how far the silo's labels differ.")
 
 
 class LimitsSection(Section):

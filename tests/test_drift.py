@@ -21,7 +21,7 @@ from fedpft.errors import ConfigError
 from fedpft.model import adapters
 from fedpft.server.identity import label_list
 from fedpft.tasks import TASKS
-from fedpft.tasks.task import log_shares
+from fedpft.tasks.task import diversity, log_shares
 from fedpft.training import LocalResult, train_round
 from fedpft.wire.encoding import ENCODINGS, decode, encode
 from fedpft.wire.tensors import Spec
@@ -253,6 +253,14 @@ def test_classes_that_a_silo_lacks_weigh_nothing_however_many(classes: int) -> N
     shift = log_shares(counts)
     assert bool(shift.isfinite().all())
     assert float(1 - shift.double().softmax(0)[3 % classes]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("counts", "wanted"),
+    [([5, 0, 0], 0.0), ([5, 5], 0.5), ([1, 1, 1, 1], 0.75), ([[9, 5], [0, 5]], 0.25), ([0, 0], 1.0)],
+)
+def test_diversity_is_how_likely_two_labels_differ(counts: Any, wanted: float) -> None:
+    assert diversity(torch.tensor(counts)) == pytest.approx(wanted)
 
 
 def test_a_silo_with_more_than_the_known_whole_is_finite() -> None:

@@ -693,7 +693,20 @@ def test_a_silo_shifts_its_loss_by_its_own_label_shares_if_the_server_says_so(
     if adjustment == "none":
         assert shifts == [None]
     else:
-        assert shifts[0].tolist() == pytest.approx([math.log((3 * n + 1) / 10) for n in (7, 2, 0)])
+        assert shifts[0].tolist() == pytest.approx([math.log(3 * 7 / 9), math.log(3 * 2 / 9), -30.0])
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_silo_tells_how_far_its_labels_differ_only_if_it_is_asked_and_shares_it(
+    asked: bool, federation: Any, tmp_path: Path
+) -> None:
+    server, config = federation(rounds=(1,))
+    rows = [f"{text},{label}\n" for text, label in zip(TEXTS, ["earth"] * 6 + ["sea"] * 3, strict=True)]
+    (tmp_path / "data.csv").write_text("text,label\n" + "".join(rows))
+    server.settings = server.settings.model_copy(update={"label_diversity": asked})
+    run(config)
+    header, _ = server.updates[1]
+    assert header.metrics.get("label_diversity") == (pytest.approx(1 - (4 + 1) / 9) if asked else None)
 
 
 def test_a_killed_silo_offers_its_update_again_without_training(federation: Any, trainings: list[int]) -> None:
@@ -1214,7 +1227,7 @@ def test_explain_says_what_is_known_before_anything_was_received(federation: Any
     assert f"samples         {len(TEXTS)}\n" in text
     assert "No proxy was received yet" in text
     assert str(config.work / "audit.jsonl") in text
-    assert "metrics         train_loss, seconds, tokens, skipped_rows, cut_texts, cut_completions\n" in text
+    assert "metrics         train_loss, seconds, tokens, skipped_rows, cut_texts, cut_completions, label_div" in text
     assert not server.calls
     assert not config.work.exists()
 

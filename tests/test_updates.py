@@ -153,6 +153,7 @@ def test_a_wrong_tensor_is_refused_by_name(encoding: Encoding, change: Any, faul
         ({"metrics": {"patients": 3.0}}, "metric 'patients' is unknown"),
         ({"metrics": {"cut_texts": -1.0}}, "metric 'cut_texts' is -1.0, no count"),
         ({"metrics": {"skipped_rows": 0.5}}, "metric 'skipped_rows' is 0.5, no count"),
+        ({"metrics": {"label_diversity": 1.5}}, "'label_diversity' is 1.5, not in"),
         ({"metrics": {"skipped_rows": 1e300}}, "metric 'skipped_rows' is 1e\\+300, no count"),
     ],
 )
@@ -235,6 +236,29 @@ def test_the_rules_are_those_that_are_named(make: Maker) -> None:
         ):
             mean = aggregate(updates, AggregationSection.model_validate(rule), 8)
             assert bits({name: mean[name]}) == bits({name: wanted}), (rule, name)
+
+
+@pytest.mark.parametrize(
+    ("told", "weights"),
+    [
+        ([0.5, 0.25, 0.0], [20, 15, 0]),
+        ([0.5, None, 0.0], [20, 15, 0]),  # what is not told is taken for the mean of the others
+        ([0.0, 0.0, 0.0], [10, 15, 30]),
+        ([None, None, None], [10, 15, 30]),
+    ],
+)
+def test_a_silo_weighs_by_how_far_its_labels_differ(told: list[float | None], weights: list[int], make: Maker) -> None:
+    samples = (10, 15, 30)
+    updates = [
+        make(
+            seed, silo=f"silo{seed}", samples=samples[seed], metrics={} if value is None else {"label_diversity": value}
+        )
+        for seed, value in enumerate(told)
+    ]
+    mean = aggregate(updates, AggregationSection(weights="diversity"), 8)
+    for name, tensor in mean.items():
+        terms = [(update.tensor(name), weight) for update, weight in zip(updates, weights, strict=True) if weight]
+        torch.testing.assert_close(tensor, weighted_mean(terms), rtol=1e-6, atol=1e-6)
 
 
 def shout(groups: dict[Group, dict[str, Tensor]]) -> None:

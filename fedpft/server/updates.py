@@ -28,8 +28,9 @@ from fedpft.wire.tensors import Spec, TensorFile
 log = logging.getLogger(__name__)
 
 COUNTS = frozenset({"skipped_rows", "cut_texts", "cut_completions"})  # of the silo's data: the same in every round
-METRICS = COUNTS | {"train_loss", "seconds", "tokens"}
+METRICS = COUNTS | {"train_loss", "seconds", "tokens", "label_diversity"}
 LARGEST_COUNT = 1 << 48  # of samples or tokens: whatever is summed over silos stays far from the end of int64
+WEIGHT_UNITS = 1 << 20
 HEADER_BYTES = 1 << 20  # of an update's file, beside ENTRY_BYTES
 ENTRY_BYTES = 512  # for the name and the place of a tensor
 
@@ -168,10 +169,27 @@ def _mean(name: str, updates: Sequence[Update], settings: AggregationSection, ba
         return median(list(tensors))
     if settings.mean == "krum" or settings.weights == "equal":
         return weighted_mean((tensor, 1) for tensor in tensors)
-    terms = ((tensor, update.samples) for tensor, update in zip(tensors, updates, strict=True))
+    weights = _diverse(updates) if settings.weights == "diversity" else [update.samples for update in updates]
+    terms = ((tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight)
     if settings.weights == "steps":
         return normalized_mean(updates[0].start_tensor(name), terms, batch)
     return weighted_mean(terms)
+
+
+def _diverse(updates: Sequence[Update]) -> list[int]:
+    """n_i times the diversity of silo i's labels, in WEIGHT_UNITS; if it does not tell that, times the others' mean.
+
+    The idea is FedDisco's (Ye et al. 2023, arXiv 2305.19229), which lowers n_i by how far the shares of the classes are
+    from all silos'. If no two labels differ anywhere, or nobody tells, n_i alone.
+    """
+    told = [update.metrics.get("label_diversity") for update in updates]
+    known = [value for value in told if value is not None]
+    usual = sum(known) / len(known) if known else 0.0
+    weights = [
+        round(WEIGHT_UNITS * update.samples * (usual if value is None else value))
+        for update, value in zip(updates, told, strict=True)
+    ]
+    return weights if any(weights) else [update.samples for update in updates]
 
 
 def _kept_by_krum(updates: Sequence[Update], byzantine: int) -> list[Update]:
@@ -200,6 +218,8 @@ def _check_numbers(update: Update, most_samples: int) -> None:
     for name, value in update.metrics.items():
         if not math.isfinite(value):
             raise InvalidUpdate(f"{silo}: metric {name!r} is {value}", _DIVERGED)
+        if name == "label_diversity" and not 0.0 <= value <= 1.0:
+            raise InvalidUpdate(f"{silo}: metric {name!r} is {value}, not in [0, 1]", _REMEDY)
         if name in COUNTS and not (0 <= value <= LARGEST_COUNT and value.is_integer()):
             raise InvalidUpdate(f"{silo}: metric {name!r} is {value}, no count", _REMEDY)
 

@@ -55,10 +55,9 @@ def explain(config: SiloConfig) -> str:
             _row("", "The adapter is made from the data: whoever studies it can learn something of them."),
             _row("samples", "how many of the samples the round's training went through"),
             _row("metrics", ", ".join(config.share.metrics) or "none"),
-            _row(
-                "", "skipped_rows: how many rows were left out; cut_texts: how many texts were too long for the model"
-            ),
-            _row("", "and were cut; cut_completions: of how many the answer was"),
+            _row("", "skipped_rows: how many rows were left out; cut_texts: how many texts were too long for the"),
+            _row("", "model and were cut; cut_completions: of how many the answer was; label_diversity: if the server"),
+            _row("", "asks, how likely it is that two samples have different labels"),
             *_inactivity(config.share.inactivity, proxy),
         ],
         "When it ends with an error": [_row("notice", "that it leaves; the reason stays here")],

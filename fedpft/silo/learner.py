@@ -14,6 +14,7 @@ from fedpft.model.packing import Way, has_varlen, way_to_pack
 from fedpft.proxy.bundle import apply_patch, load_proxy
 from fedpft.silo.work import Update, Work
 from fedpft.tasks import TASKS
+from fedpft.tasks.task import diversity
 from fedpft.training import train_round
 from fedpft.wire.encoding import encode
 from fedpft.wire.tensors import Group, read_tensors
@@ -55,9 +56,14 @@ class Learner:
         return way
 
     def _logit_shift(self, dataset: EncodedDataset) -> Tensor | None:
-        if self.settings.training.logit_adjustment == "none":
+        if self.settings.training.logit_adjustment == "none" or not self.task.label_list:
             return None
         return self.task.logit_shift(self.task.label_counts(dataset, len(self.proxy.labels)))
+
+    def _label_diversity(self, dataset: EncodedDataset) -> dict[str, float]:
+        if not self.settings.label_diversity or not self.task.label_list:
+            return {}
+        return {"label_diversity": diversity(self.task.label_counts(dataset, len(self.proxy.labels)))}
 
     def train(
         self,
@@ -112,6 +118,6 @@ class Learner:
         )
         if result.inactivity is not None:
             groups["inactivity"] = result.inactivity
-        metrics = result.metrics | dataset.counts
+        metrics = result.metrics | dataset.counts | self._label_diversity(dataset)
         shared: dict[str, float] = {name: metrics[name] for name in share.metrics if name in metrics}
         return work.keep_update(train, groups, residual, samples=result.samples, metrics=shared)

@@ -197,6 +197,18 @@ class Task(ABC):
         raise NotImplementedError(f"{self.name} has no baseline")
 
 
+def diversity(counts: Tensor) -> float:
+    """1 - sum_v p_v^2 over the shares p of V values: how likely two samples differ; of labels with several, the mean.
+
+    0 with one value, 1 - 1 / V with equal shares. The Gini-Simpson index.
+
+    Args:
+        counts: (V, ...), of a silo.
+    """
+    shares = counts.double() / counts.sum(0).clamp(min=1)
+    return float((1.0 - shares.square().sum(0)).mean())
+
+
 ABSENT = -30.0  # a share of 1e-13: its gradient is nothing beside AdamW's epsilon
 
 
