@@ -163,7 +163,7 @@ def test_two_tables_share_a_cell_and_a_change_makes_another() -> None:
         ("parameters", "bert-base", "sst2", None, 3),
         ("vision", "vit-base", "cifar10", "FedPFT", 1),
         ("natural", "minilm", "domains", "FedBiOT-like", 1),
-        ("drift", "minilm", "mails", "own shares, epsilon 1e-4", 3),
+        ("drift", "minilm", "mails", "own shares, diversity", 3),
     ],
 )
 def test_a_table_runs(

@@ -54,11 +54,17 @@ def methods(layers: int) -> dict[str, Settings]:
 
 
 # Against drift, each by itself and what goes together, in the product's settings; docs/choosing.md.
+OWN_SHARES: Settings = {"training": {"logit_adjustment": "own"}}
+DIVERSITY: Settings = {"aggregation": {"weights": "diversity"}}
 AGAINST_DRIFT: dict[str, Settings] = {
+    "own shares, diversity": {**OWN_SHARES, **DIVERSITY},
+    "own shares": OWN_SHARES,
+    "diversity": DIVERSITY,
     "epsilon 1e-4": {"training": {"adam_epsilon": 1e-4}},
-    "own shares": {"training": {"logit_adjustment": "own"}},
-    "own shares, epsilon 1e-4": {"training": {"logit_adjustment": "own", "adam_epsilon": 1e-4}},
-    "own shares, epsilon 1e-3": {"training": {"logit_adjustment": "own", "adam_epsilon": 1e-3}},
+    "own shares, diversity, epsilon 1e-4": {
+        "training": {"logit_adjustment": "own", "adam_epsilon": 1e-4},
+        **DIVERSITY,
+    },
     "FedProx, mu 1": {"training": {"proximal": 1.0}},
     "FFA-LoRA": {"training": {"frozen_a": True}},
     "cosine": {"training": {"schedule": "cosine"}},
