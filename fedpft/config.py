@@ -198,11 +198,11 @@ class TrainingSection(Section):
         "mean of the silos' adapters is then exactly the mean of their changes to the weights.",
     )
     logit_adjustment: Literal["none", "own"] = Field(
-        "none",
+        "own",
         description="`own`: a silo's loss shifts each class's logit by the log of the class's share among the silo's "
-        "own labels, so that it learns what tells the classes apart, and not how often it has each. Goes with a larger "
-        "`adam_epsilon`: AdamW makes steps of the usual size of the small gradients that are left. Only for tasks with "
-        "a label list.",
+        "own labels, so that it learns what tells the classes apart, and not how often it has each; one with one class "
+        "learns nothing, in place of naming it always. `none`: as in the paper. Of tasks without a label list both are "
+        "the same.",
     )
     update_encoding: Literal["exact", "bfloat16", "int8"] = Field(
         "exact",
@@ -228,7 +228,7 @@ class FederationSection(Section):
 
 
 class AggregationSection(Section):
-    """What the server makes of a round's updates. The default is federated averaging (method.md, section 3)."""
+    """What the server makes of a round's updates: federated averaging (method.md, section 3), or more robust means."""
 
     mean: Literal["weighted", "trimmed", "median", "krum"] = Field(
         "weighted",
@@ -239,7 +239,7 @@ class AggregationSection(Section):
         "more.",
     )
     weights: Literal["samples", "diversity", "equal", "steps"] = Field(
-        "samples",
+        "diversity",
         description="How much an update counts in the `weighted` mean. `samples`: by those it was trained on; "
         "`diversity`: by those times how far the silo's labels differ, which it tells: one with one class has nothing "
         "to say of what tells classes apart (without labels: `samples`); `equal`: each the same; `steps`: by samples, "
@@ -280,9 +280,14 @@ class AggregationSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "AggregationSection":
-        if self.mean != "weighted" and self.weights != "samples":
+        if self.mean != "weighted" and self.weights in ("equal", "steps"):
             raise ValueError(f"weights: {self.weights} goes with mean: weighted, not with {self.mean}")
         return self
+
+    @property
+    def asks_for_diversity(self) -> bool:
+        """Whether a silo is to tell how far its labels differ."""
+        return self.mean == "weighted" and self.weights == "diversity"
 
     @property
     def rate(self) -> float:

@@ -5,7 +5,6 @@ C classes, n samples of a silo.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,9 @@ from conftest import ModelFactory
 from torch import Tensor, nn
 
 from fedpft.aggregation.mean import weighted_mean
-from fedpft.config import AdapterSection, LimitsSection, RoundSettings, ServerConfig, TrainingSection
+from fedpft.config import AdapterSection, LimitsSection, RoundSettings, TrainingSection
 from fedpft.data.text import TextDataset
-from fedpft.errors import ConfigError
 from fedpft.model import adapters
-from fedpft.server.identity import label_list
 from fedpft.tasks import TASKS
 from fedpft.tasks.task import diversity, log_shares
 from fedpft.training import LocalResult, train_round
@@ -324,25 +321,3 @@ def test_all_of_it_travels_to_the_silo() -> None:
     assert {key: getattr(received, key) for key in EVERYTHING} == EVERYTHING
     neutral = TrainingSection()
     assert all(getattr(neutral, key) != value for key, value in EVERYTHING.items())
-
-
-@pytest.mark.parametrize("task", list(TASKS))
-def test_label_shares_are_asked_for_only_where_there_are_labels(task: str, tmp_path: Path) -> None:
-    (tmp_path / "labels.txt").write_text("a\nb\n", encoding="utf-8")
-    listed = TASKS[task].label_list  # type: ignore[index]
-    config = ServerConfig.model_validate(
-        {
-            "out": tmp_path / "run",
-            "listen": "127.0.0.1:0",
-            "insecure_loopback": True,
-            "model": {"path": tmp_path, "task": task} | ({"labels": tmp_path / "labels.txt"} if listed else {}),
-            "federation": {"silos": ["north"]},
-            "public_data": tmp_path / "public.csv",
-            "training": {"logit_adjustment": "own"},
-        }
-    )
-    if listed:
-        assert label_list(config) == ("a", "b")
-        return
-    with pytest.raises(ConfigError, match=rf"training\.logit_adjustment: own is for .*model\.task {task} has none"):
-        label_list(config)

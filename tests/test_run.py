@@ -108,6 +108,7 @@ def test_federation_of_one_silo_equals_local_training_bit_for_bit(digits: Digits
                 compressed=(),
                 count_inactivity=False,
                 limits=LimitsSection(),
+                shift=task.logit_shift(task.label_counts(dataset, len(proxy.labels))),
             )
     finally:
         torch.set_num_threads(threads)

@@ -73,16 +73,10 @@ def label_list(config: ServerConfig) -> tuple[str, ...]:
     """The names of the classes; none if the task has none.
 
     Raises:
-        ConfigError: `model.labels` is not there, or is and has no meaning, or another key's value has none without it.
+        ConfigError: `model.labels` is not there, or is and has no meaning.
         DataError: the file cannot be used.
     """
     section = config.model
-    if config.training.logit_adjustment != "none" and not TASKS[section.task].label_list:
-        raise ConfigError(
-            f"training.logit_adjustment: {config.training.logit_adjustment} is for tasks with a label list, and "
-            f"model.task {section.task} has none",
-            "remove the key",
-        )
     if TASKS[section.task].label_list == (section.labels is None):
         fault, remedy = ("needs", "name the file") if section.labels is None else ("has no use for", "remove the key")
         raise ConfigError(f"model.task {section.task} {fault} model.labels", remedy)

@@ -104,7 +104,7 @@ class Rounds:
             adapter=config.adapter,
             training=config.training,
             inactive_below=config.alignment.inactive_below,
-            label_diversity=config.aggregation.weights == "diversity",
+            label_diversity=config.aggregation.asks_for_diversity,
         )
         self.closed: list[dict[str, Any]] = ledger.recorded("round")
         self._earlier = self.closed[-1]["bytes"] if self.closed else {"down": 0, "up": 0}
