@@ -302,6 +302,36 @@ def test_silo_whose_training_fails_is_named_and_others_take_its_place(
         simulate(simulated(tmp_path / "all", inputs))
 
 
+def test_quorum_that_is_lost_ends_the_training_and_the_same_command_goes_on(
+    alone: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, tried = Learner.train, []
+
+    def failing(learner: Learner, silo: str, dataset: Any, job: Any, *arguments: Any, **options: Any) -> Any:
+        tried.append((job.round, silo))
+        if (job.round, silo) == (2, "silo-3"):
+            raise DataError("its disk was not there", "mount it")
+        return train(learner, silo, dataset, job, *arguments, **options)
+
+    config = simulated(tmp_path, inputs, training={"update_encoding": "int8"})
+    with monkeypatch.context() as patched:
+        patched.setattr(Learner, "train", failing)
+        with pytest.raises(QuorumLost, match=r"silo-3: its disk"):
+            simulate(config)
+    assert tried[-1] == (2, "silo-3"), "nobody trains for a round that is lost"
+    simulate(config)
+    assert left(config.out) == left(alone)
+
+
+def test_quorum_lost_to_silos_that_drop_out_is_lost_before_anybody_trains(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Learner, "train", lambda *_, **__: pytest.fail("trains for nothing"))
+    section = {"data": str(inputs / "train.csv"), "silos": 4, "drop_out_fraction": 0.9}
+    with pytest.raises(QuorumLost, match="it dropped out"):
+        simulate(simulated(tmp_path, inputs, section, federation={"min_silos": 4}))
+
+
 def test_update_that_cannot_be_used_counts_in_no_round(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

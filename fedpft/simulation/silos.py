@@ -138,17 +138,18 @@ class SimulatedSilos:
     def _train(self, round: int) -> Aggregate | LoseQuorum | None:
         """One go at all that the round still waits for; some of it may fail, and others take its place."""
         pending = sorted(self._federation.pending)
-        outcome: Aggregate | LoseQuorum | None = None
         out = {silo for silo in pending if drops_out(self._config, round, silo)}
         for silo in sorted(out):
-            outcome = self._handle(SiloFailed(silo, "it dropped out", round)) or outcome
+            if (outcome := self._handle(SiloFailed(silo, "it dropped out", round))) is not None:
+                return outcome
         jobs = [self._job(round, silo) for silo in pending if silo not in out]
         counted = len(self._federation.accepted)
         for number, done in enumerate(self._crew.run(jobs), 1):
-            outcome = self._take(round, done) or outcome
+            if (outcome := self._take(round, done)) is not None:
+                return outcome  # of a quorum that is lost nobody trains for nothing
             rest = len(jobs) - number + (self._rounds - round) * (counted + len(jobs))
             self._clock.tick(f"round {round} of {self._rounds}: {counted + number} silos have trained", rest)
-        return outcome
+        return None
 
     def _job(self, round: int, silo: str) -> Job:
         files, federation, inbox = self._files, self._federation, self._files.inbox
@@ -191,9 +192,8 @@ class SimulatedSilos:
         if isinstance(self._federation.judge(arrived), Accept):
             self._files.inbox.keep(update, header)
             self._files.inbox.sync()
-        outcome = self._handle(arrived)
-        self._keep_residual(work, trained)
-        return outcome
+            self._keep_residual(work, trained)
+        return self._handle(arrived)
 
     def _handle(self, event: Event) -> Aggregate | LoseQuorum | None:
         outcome: Aggregate | LoseQuorum | None = None
