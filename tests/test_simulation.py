@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -21,19 +22,21 @@ import torch
 import yaml
 from faults import PATIENCE, Deployment
 
-from fedpft.config import SimulationConfig, load_server_config, load_simulation_config
+from fedpft import cli
+from fedpft.config import RoundSettings, SimulationConfig, load_server_config, load_simulation_config
 from fedpft.demo.run import run_federation
-from fedpft.errors import ConfigError, DataError, FedPFTError, QuorumLost
+from fedpft.errors import ConfigError, DataError, FedPFTError, ModelError, QuorumLost
 from fedpft.seeding import derive_seed
 from fedpft.server.identity import settings as settings_of_run
 from fedpft.server.inbox import Inbox
 from fedpft.server.ledger import Ledger
 from fedpft.silo.learner import Learner
 from fedpft.silo.work import Work
-from fedpft.simulation.crew import Worker
+from fedpft.simulation.crew import Job, Post, Worker, crew
 from fedpft.simulation.data import SilosData
 from fedpft.simulation.run import simulate
 from fedpft.simulation.silos import drops_out
+from fedpft.wire.v1 import federation_pb2 as pb
 
 Settings = dict[str, Any]
 
@@ -184,13 +187,6 @@ def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config.out
 
 
-def test_pool_of_processes_gives_the_same_bytes(alone: Path, inputs: Path, tmp_path: Path) -> None:
-    config = simulated(tmp_path, inputs, training={"update_encoding": "int8"})
-    summary = simulate(config, processes=2)
-    assert left(config.out) == left(alone)
-    assert summary["bytes"] == json.loads((alone / "summary.json").read_text(encoding="utf-8"))["bytes"]
-
-
 def test_ray_gives_the_same_bytes(alone: Path, inputs: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False)
@@ -248,26 +244,57 @@ def test_simulation_that_was_killed_goes_on_to_the_same_bytes(
     assert updates(config.out) == updates(alone)
 
 
-def test_process_that_is_killed_goes_on(alone: Path, inputs: Path, tmp_path: Path) -> None:
-    path = written(
-        tmp_path,
-        server_settings(inputs, training={"update_encoding": "int8"})
-        | {"simulation": {"data": str(inputs / "train.csv"), "silos": 4}},
+def until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_pool_of_processes_ends_with_the_one_that_is_killed_and_another_goes_on(
+    alone: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = simulated(tmp_path, inputs, training={"update_encoding": "int8"})
+    command = ["fedpft", "simulate", "--config", str(tmp_path / "simulation.yaml")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedpft.cli", *command[1:], "--processes", "2"], stderr=subprocess.DEVNULL
     )
-    command = [sys.executable, "-m", "fedpft.cli", "simulate", "--config", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + PATIENCE
-        while not (tmp_path / "out" / "rounds" / "1").exists() and process.poll() is None:
-            assert time.monotonic() < end
-            time.sleep(0.005)
+        until(lambda: (config.out / "rounds" / "2").exists() or process.poll() is not None)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "plugged_in" in done.stdout
-    assert left(tmp_path / "out") == left(alone)
+    assert len(children) >= 2
+    until(lambda: not any(Path(f"/proc/{child}/exe").exists() for child in children))
+    assert 4 <= len(updates(config.out)) < 12, "some of three rounds"
+    monkeypatch.setattr(sys, "argv", command)
+    assert cli.main() == 0
+    assert "plugged_in" in capsys.readouterr().out
+    assert left(config.out) == left(alone)
+
+
+def test_faults_in_a_process_of_a_pool_are_told_as_they_are(alone: Path, inputs: Path, tmp_path: Path) -> None:
+    config = simulated(tmp_path, inputs)
+    settings = RoundSettings(seed=5, adapter=config.adapter, training=config.training, inactive_below=0.0)
+    post = Post(tmp_path / "nothing", settings, "cpu", 1, SilosData(config), tmp_path / "silos")
+    jobs = [Job("silo-1", pb.Train(round=1), alone / "adapter.safetensors", None)]
+    pool = crew(post, 2, None)
+    try:
+        with pytest.raises(ModelError, match="nothing"):
+            list(pool.run(jobs))
+        children = multiprocessing.active_children()
+        for child in children:
+            os.kill(child.pid or 0, signal.SIGINT)  # as a terminal does to all at once
+        with pytest.raises(ModelError, match="nothing"):
+            list(pool.run(jobs))
+        for child in children:
+            child.kill()
+        with pytest.raises(FedPFTError, match="was killed") as caught:
+            list(pool.run(jobs))
+        assert "fewer --processes" in caught.value.remedy
+    finally:
+        pool.close()
 
 
 def test_one_proxy_serves_all_silos(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
