@@ -123,23 +123,15 @@ def real(directory: Path, config: SimulationConfig, root: Path, **changes: Any) 
     return server | {"listen": "127.0.0.1:0", "insecure_loopback": True}, silos
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"simulation": {"silos": 2}},
-        {
-            "simulation": {"silos": 5, "partition": {"kind": "dirichlet", "concentration": 0.5}},
-            "federation": {"sample_fraction": 0.5},
-            "training": {"update_encoding": "int8"},
-        },
-    ],
-    ids=["all-exact", "sampled-int8"],
-)
-def test_simulation_gives_the_bytes_of_real_processes(changes: Settings, inputs: Path, tmp_path: Path) -> None:
-    section = {"data": str(inputs / "train.csv"), **changes["simulation"]}
-    rest = {name: values for name, values in changes.items() if name != "simulation"}
-    config = simulated(tmp_path / "simulated", inputs, section, **rest)
-    server, silos = real(tmp_path / "real", config, inputs, **rest)
+def test_simulation_gives_the_bytes_of_real_processes(inputs: Path, tmp_path: Path) -> None:
+    section = {
+        "data": str(inputs / "train.csv"),
+        "silos": 5,
+        "partition": {"kind": "dirichlet", "concentration": 0.5},
+    }
+    changes: Settings = {"federation": {"sample_fraction": 0.5}, "training": {"update_encoding": "int8"}}
+    config = simulated(tmp_path / "simulated", inputs, section, **changes)
+    server, silos = real(tmp_path / "real", config, inputs, **changes)
     federated = run_federation(tmp_path / "real", server, silos)
     summary = simulate(config)
 
@@ -155,7 +147,7 @@ def test_silo_that_drops_out_is_missing_as_a_real_one_is(inputs: Path, tmp_path:
     section = {"data": str(inputs / "train.csv"), "silos": 3, "drop_out_fraction": 0.3}
     changes: Settings = {
         "seed": 6,
-        "training": {"rounds": 2, "update_encoding": "bfloat16"},
+        "training": {"rounds": 2},
         "federation": {"min_silos": 2},
     }
     config = simulated(tmp_path / "simulated", inputs, section, **changes)
@@ -306,7 +298,7 @@ def test_one_proxy_serves_all_silos(inputs: Path, tmp_path: Path, monkeypatch: p
         initialise(learner, *arguments)
 
     monkeypatch.setattr(Learner, "__init__", counting)
-    config = simulated(tmp_path, inputs, {"data": str(inputs / "train.csv"), "silos": 30})
+    config = simulated(tmp_path, inputs, {"data": str(inputs / "train.csv"), "silos": 12}, training={"rounds": 2})
     simulate(config)
     assert len(made) == 1
     assert not (config.out / "silos").exists(), "nothing of them is left on disk"
@@ -381,7 +373,7 @@ def test_a_directory_has_a_file_for_each_silo(inputs: Path, tmp_path: Path) -> N
     ("section", "federation", "message"),
     [
         ({"silos": 3}, {"silos": ["a", "b"]}, "simulation.silos is 3, federation.silos names 2"),
-        ({}, {}, "simulation.silos is None, federation.silos names 0"),
+        ({}, {}, "nothing says how many silos share it"),
         ({"silos": 3}, {"min_silos": 4}, "federation.min_silos is 4, but only 3 silos are named"),
         ({"data": "."}, {}, "no data file in this directory"),
         ({"silos": 91}, {}, "90 samples cannot be dealt out to 91 silos"),
@@ -408,6 +400,48 @@ def test_directory_without_a_named_silo_is_refused(inputs: Path, tmp_path: Path)
         simulate(config)
 
 
+@pytest.mark.parametrize(
+    ("files", "section", "message", "remedy"),
+    [
+        ({"a.csv": 2, "a.of-ward-b.csv": 2, "a.tsv": 2}, {}, "2 files of silo 'a'", "leave one"),
+        ({"a.csv": 2, "b.csv": 0}, {}, "b.csv: a header but no rows", "write one row a sample"),
+        ({"north ward.csv": 2}, {}, "'north ward' is not a name", "call the files otherwise"),
+        ({"a.csv": 2}, {"silos": 2}, "deal out one file", "remove the two keys"),
+        ({"a.csv": 2}, {"partition": {"kind": "shards"}}, "deal out one file", "remove the two keys"),
+    ],
+)
+def test_directory_of_silos_is_looked_at_before_anything_begins(
+    files: dict[str, int], section: Settings, message: str, remedy: str, inputs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    for name, rows in files.items():
+        (tmp_path / "data" / name).write_text("text,label\n" + "the bird,sky\n" * rows, encoding="utf-8")
+    with pytest.raises(FedPFTError, match=message) as caught:
+        simulate(simulated(tmp_path, inputs, {"data": str(tmp_path / "data"), **section}))
+    assert remedy in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_silo_that_are_left_out_are_told(
+    inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.csv").write_text("text,label\nthe bird,sky\nthe fish,\n", encoding="utf-8")
+    data = SilosData(simulated(tmp_path, inputs, {"data": str(tmp_path / "data"), "bad_rows": "skip"}))
+    assert data.sizes == {"a": 1}
+    assert "a.csv:3: the label is empty" in caplog.text
+
+
+def test_owner_measures_and_plugs_in_what_was_simulated(
+    alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = json.loads((alone / "summary.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(sys, "argv", ["fedpft", "evaluate", "--config", str(alone.parent / "simulation.yaml")])
+    assert cli.main() == 0
+    assert f"{summary['metrics']['plugged_in']['accuracy']:.4f}" in capsys.readouterr().out
+    assert "simulation" not in caplog.text, "who had what data makes no difference"
+
+
 def test_a_natural_split_keeps_each_value_of_the_column_together(inputs: Path, tmp_path: Path) -> None:
     config = simulated(
         tmp_path,
@@ -417,7 +451,7 @@ def test_a_natural_split_keeps_each_value_of_the_column_together(inputs: Path, t
     data = SilosData(config)
     wards = [set(data.samples(silo).groups or ()) for silo in data.config.federation.silos]
     assert sum(map(len, wards)) == len(set.union(*wards)) == 7
-    assert sum(data.size(silo) for silo in data.config.federation.silos) == 90
+    assert sum(data.sizes.values()) == 90
 
 
 def test_report_draws_who_has_what(alone: Path) -> None:
@@ -442,7 +476,7 @@ def test_server_yaml_is_a_simulation_but_for_its_section(inputs: Path, tmp_path:
     path = written(tmp_path, settings | {"simulation": {"data": str(inputs / "train.csv")}})
     summary = simulate(load_simulation_config(path))
     assert summary["rounds"][-1]["silos"] == 2
-    with pytest.raises(ConfigError, match="unknown key 'simulation'"):
+    with pytest.raises(ConfigError, match="section 'simulation' is for `fedpft simulate`"):
         load_server_config(path)
 
 
@@ -459,7 +493,7 @@ def test_torch_has_its_threads_back_after_a_silo(inputs: Path, tmp_path: Path, m
     train: Callable[..., Any] = Worker._train
     monkeypatch.setattr(Worker, "_train", lambda *job: (seen.append(torch.get_num_threads()), train(*job))[1])
     threads = torch.get_num_threads()
-    settings = server_settings(inputs) | {
+    settings = server_settings(inputs, training={"rounds": 1}) | {
         "threads": 2,
         "simulation": {"data": str(inputs / "train.csv"), "silos": 2, "threads": 1},
     }

@@ -88,7 +88,7 @@ class SimulatedSilos:
         if self._ledger.last_round() is None:
             self.bytes_down += self._bundle_bytes * len(self._federation.silos)
         for silo in sorted(self._federation.silos):
-            self._files.inbox.enrolled(silo, self._data.size(silo))
+            self._files.inbox.enrolled(silo, self._data.sizes[silo])
             self._federation.handle(Enrolled(silo))
 
     def run_round(self, round: int, *, count_inactivity: bool) -> list[Update]:
