@@ -14,7 +14,6 @@ from fedpft.federation import (
     Aggregate,
     Enrolled,
     Event,
-    Federation,
     FinishRequested,
     LoseQuorum,
     PatchPublished,
@@ -27,7 +26,7 @@ from fedpft.federation import (
 from fedpft.seeding import derive_seed
 from fedpft.server.ledger import Ledger
 from fedpft.server.live import log_action
-from fedpft.server.roundfiles import RoundFiles
+from fedpft.server.roundfiles import RoundFiles, federation_of
 from fedpft.server.updates import Update
 from fedpft.silo.work import Update as Trained
 from fedpft.silo.work import Work
@@ -58,14 +57,7 @@ class SimulatedSilos:
         crew: Crew,
     ) -> None:
         self._config, self._ledger, self._data, self._crew = config, ledger, data, crew
-        section = config.federation
-        self._federation = Federation(
-            section.silos,
-            min_silos=section.min_silos,
-            sample_fraction=section.sample_fraction,
-            fewest=config.aggregation.fewest_updates,
-            seed=settings.seed,
-        )
+        self._federation = federation_of(config)
         self._files = RoundFiles(config, bundle, settings, ledger)
         self._files.resume(self._federation)
         self._keep_residuals()
