@@ -8,7 +8,6 @@ growth  10, 100 and 1,000 silos of which ten train in each round: peak memory of
 import argparse
 import hashlib
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from bench.measure import commit, machine
+from bench.measure import commit, machine, peak_resident_bytes
 from fedpft.command import run_command
 from fedpft.config import load_simulation_config
 from fedpft.demo import corpora
@@ -83,7 +82,7 @@ def growth(work: Path, silos: int) -> dict[str, Any]:
     path = work / "simulation.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     summary = simulate(load_simulation_config(path))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak = peak_resident_bytes()
     rounds = summary["seconds"]["rounds"] / len(summary["rounds"])
     return {"silos": silos, "peak_bytes": peak, "round_seconds": rounds, "out_bytes": _size(work / "out")}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpft import __version__, atomic, audit, doctor
 from fedpft.command import run_command
-from fedpft.config import ServerConfig, load_server_config, load_silo_config, load_simulation_config
+from fedpft.config import ServerConfig, load_owner_config, load_server_config, load_silo_config, load_simulation_config
 from fedpft.demo import run
 from fedpft.digests import Digests
 from fedpft.errors import ConfigError
@@ -58,7 +58,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _build_proxy(arguments: argparse.Namespace) -> None:
-    config = load_server_config(arguments.config)
+    config = load_owner_config(arguments.config)
     own, wanted = config.out / "proxy", arguments.out or config.out / "proxy"
     if has_begun(config.out) and wanted.resolve() in (own.resolve(), (config.proxy_path or own).resolve()):
         raise ConfigError(f"{wanted}: is the proxy of the run in {config.out}", "give another directory with --out")
@@ -94,7 +94,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
 
 def _plug_in(arguments: argparse.Namespace) -> None:
-    config = load_server_config(arguments.config)
+    config = load_owner_config(arguments.config)
     with atomic.made(arguments.out, "--out") as directory:
         owner, built = _owner_and_proxy(config)
         path = arguments.adapter or config.out / ADAPTER_FILE
@@ -105,7 +105,7 @@ def _plug_in(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    config = load_server_config(arguments.config)
+    config = load_owner_config(arguments.config)
     owner, built = _owner_and_proxy(config)
     if arguments.alignment:
         print(format_gaps(_gaps(config, owner, built)))
@@ -224,14 +224,15 @@ def _parser() -> argparse.ArgumentParser:
         help="only print what leaves this institution and where to; connects to nobody",
     )
 
-    sub = add("simulate", _simulate, "Run a whole federation in one process: does the method suit this data?")
+    sub = add("simulate", _simulate, "Run a whole federation on this machine alone: does the method suit this data?")
     sub.add_argument(
         "--config", type=Path, required=True, metavar="simulation.yaml", help="a server.yaml with a simulation section"
     )
-    sub.add_argument(
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument(
         "--processes", type=_count, default=1, metavar="N", help="train N silos at the same time; default: %(default)s"
     )
-    sub.add_argument("--ray", metavar="ADDRESS", help="train on an existing Ray cluster: its address, or auto")
+    where.add_argument("--ray", metavar="ADDRESS", help="train on an existing Ray cluster: its address, or auto")
     sub.add_argument(
         "--write-split", type=Path, metavar="DIR", help="only write what each silo gets, as a data file for a real one"
     )
@@ -292,9 +293,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _count(text: str) -> int:
     """A whole number from 1; argparse says what is wrong with another."""
-    if (count := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

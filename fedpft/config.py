@@ -402,7 +402,7 @@ class PartitionSection(Section):
         "uneven sizes. `shards`: few classes each. `column`: by the values of a column, such as a speaker.",
     )
     concentration: float = Field(
-        1.0, gt=0.0, description="Of the Dirichlet that shares are drawn from: near 0 very uneven, large even."
+        1.0, gt=0.0, le=1e9, description="Of the Dirichlet that shares are drawn from: near 0 very uneven, large even."
     )
     shards: int = Field(2, ge=1, description="With `kind: shards`, how many shards of the sorted file a silo gets.")
     column: str | None = Field(
@@ -605,17 +605,26 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 def load_server_config(path: Path) -> ServerConfig:
     """Reads server.yaml; raises ConfigError naming the file, the key and, for a typo, what was probably meant."""
-    return _load(path, ServerConfig)
+    raw = _read(path)
+    if "simulation" in raw:
+        raise ConfigError(f"{path}: section 'simulation' is for `fedpft simulate`", "start that, or remove the section")
+    return _checked(path, raw, ServerConfig)
+
+
+def load_owner_config(path: Path) -> ServerConfig:
+    """Reads either server.yaml or simulation.yaml; raises as :func:`load_server_config` does."""
+    raw = _read(path)
+    return _checked(path, raw, SimulationConfig if "simulation" in raw else ServerConfig)
 
 
 def load_simulation_config(path: Path) -> SimulationConfig:
     """Reads simulation.yaml; raises as :func:`load_server_config` does."""
-    return _load(path, SimulationConfig)
+    return _checked(path, _read(path), SimulationConfig)
 
 
 def load_silo_config(path: Path) -> SiloConfig:
     """Reads silo.yaml; raises as :func:`load_server_config` does."""
-    return _load(path, SiloConfig)
+    return _checked(path, _read(path), SiloConfig)
 
 
 def dump(config: Section) -> dict[str, Any]:
@@ -623,7 +632,7 @@ def dump(config: Section) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _load(path: Path, kind: type[AnyConfig]) -> AnyConfig:
+def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -637,6 +646,10 @@ def _load(path: Path, kind: type[AnyConfig]) -> AnyConfig:
         raise ConfigError(f"{path}{line}: {problem}", "mend the YAML there") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping of keys", "see docs/configuration.md")
+    return raw
+
+
+def _checked(path: Path, raw: dict[str, Any], kind: type[AnyConfig]) -> AnyConfig:
     try:
         config = kind.model_validate(raw)
     except ValidationError as error:

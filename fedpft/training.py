@@ -1,5 +1,6 @@
 """One silo's local fine-tuning: LoRA and head on the frozen proxy (method.md, section 3)."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -78,20 +79,21 @@ def train_round(
     epochs = min(epochs, limits.max_local_epochs or epochs)
     start, count = round_window(len(dataset), epochs, round - 1)
     steps = -(-count // training.batch)
-    counters = _count_inactivity(model, compressed, settings.inactive_below) if count_inactivity else {}
     device, dtype = next(model.parameters()).device, dtype_of(model)
     shift = None if shift is None else shift.to(device)
     order_seed = derive_seed(settings.seed, "order", silo)
     begun, loss_sum, weights, tokens = time.monotonic(), 0.0, 0, 0
     random_devices = [device] if device.type == "cuda" else []
     lora_trains = adapters.training(model, settings.adapter.dropout, frozen_a=training.frozen_a)
-    with lora_trains, torch.random.fork_rng(devices=random_devices):
+    counting = _counting(model, compressed if count_inactivity else (), settings.inactive_below)
+    with lora_trains, counting as counters, torch.random.fork_rng(devices=random_devices):
         optimizer, scaler = _optimizer(model, training), loss_scaler(model, TASK_SCALE)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         begun_with = [parameter.detach().clone() for parameter in parameters] if training.proximal else []
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round))
         order = lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed)
         for step, lot in enumerate(order):
+            optimizer.zero_grad()  # at the start: a round that failed on this model left gradients
             for group in optimizer.param_groups:
                 done = (round - 1 + step / steps) / training.rounds
                 group["lr"] = group["initial_lr"] * rate_share(training.schedule, done)
@@ -122,9 +124,6 @@ def train_round(
             nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad()
-    for ffn in sub_ffns(model).values():
-        ffn.inactivity = None
     inactivity = {str(layer): counter.counts.cpu() for layer, counter in counters.items()} | {
         f"{layer}.tokens": torch.tensor(int(counter.tokens)) for layer, counter in counters.items()
     }
@@ -174,13 +173,19 @@ def _optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.AdamW
     )
 
 
-def _count_inactivity(model: nn.Module, compressed: tuple[int, ...], eps: float) -> dict[int, InactivityCounter]:
+@contextlib.contextmanager
+def _counting(model: nn.Module, layers: tuple[int, ...], eps: float) -> Iterator[dict[int, InactivityCounter]]:
+    """While open, the inactive neurons of these layers are counted."""
     ffns, device = list(sub_ffns(model).values()), next(model.parameters()).device
     counters = {}
-    for layer in compressed:
+    for layer in layers:
         counts = torch.zeros(ffns[layer].neurons, dtype=torch.int64, device=device)
         counters[layer] = ffns[layer].inactivity = InactivityCounter(eps, counts)
-    return counters
+    try:
+        yield counters
+    finally:
+        for layer in layers:
+            ffns[layer].inactivity = None
 
 
 def _parts(dataset: EncodedDataset, lot: Tensor, most: int, packing: Way | None) -> Iterator[dict[str, Tensor]]:

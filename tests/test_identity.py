@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from fedpft import cli
-from fedpft.config import ServerConfig, SiloConfig, load_server_config
+from fedpft.config import ServerConfig, SiloConfig, SimulationConfig, load_server_config
 from fedpft.digests import Digests
 from fedpft.errors import CheckpointError, ConfigError, DataError, ModelError, QuorumLost
 from fedpft.server import construction, identity
@@ -274,10 +274,12 @@ def _keys(section: type[BaseModel], prefix: str = "") -> set[str]:
 
 
 def test_every_path_of_server_yaml_is_known_by_content_or_may_change() -> None:
-    assert {*identity.CHANGEABLE, *identity.BY_CONTENT} <= _keys(ServerConfig)
+    assert {*identity.CHANGEABLE, *identity.BY_CONTENT} <= _keys(SimulationConfig)
     values = {"out": "/o", "listen": "127.0.0.1:0", "insecure_loopback": True, "federation": {"silos": ["a"]}}
     values |= {"model": {"path": "/secret/p", "labels": "/secret/l"}, "public_data": "/secret/d"}
     values |= {"test_data": "/secret/t", "proxy_path": "/secret/x"}
+    simulated = values | {"simulation": {"data": "/secret/s"}}
+    assert "/secret" not in json.dumps(identity.settings(SimulationConfig.model_validate(simulated)))
     kept = identity.settings(ServerConfig.model_validate(values))
     assert "/secret" not in json.dumps(kept)
     assert kept["model"] == {"task": "sequence-classification", "dtype": "auto", "max_tokens": 64}

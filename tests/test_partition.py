@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 
 from fedpft.config import ColumnsSection, PartitionSection, TaskName
@@ -297,6 +298,15 @@ def test_a_small_concentration_is_more_uneven_than_a_large_one() -> None:
 def test_an_impossible_partition_is_refused(silos: int, concentration: float) -> None:
     with pytest.raises(DataError, match="cannot be dealt out"):
         dirichlet_partition([0, 1, 2], silos, concentration, 0)
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "quantity"])
+def test_largest_concentration_is_even(kind: str) -> None:
+    """Of far larger ones numpy's draws overflow, and one silo gets everything."""
+    parts = deal(section(kind, concentration=1e9), samples_of([label % 3 for label in range(300)]), 5, 0)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 3
+    with pytest.raises(ValidationError, match="concentration"):
+        section(kind, concentration=1e300)
 
 
 # --- files for silos --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -21,19 +22,21 @@ import torch
 import yaml
 from faults import PATIENCE, Deployment
 
-from fedpft.config import SimulationConfig, load_server_config, load_simulation_config
+from fedpft import cli
+from fedpft.config import RoundSettings, SimulationConfig, load_server_config, load_simulation_config
 from fedpft.demo.run import run_federation
-from fedpft.errors import ConfigError, DataError, FedPFTError, QuorumLost
+from fedpft.errors import ConfigError, DataError, FedPFTError, ModelError, QuorumLost
 from fedpft.seeding import derive_seed
 from fedpft.server.identity import settings as settings_of_run
 from fedpft.server.inbox import Inbox
 from fedpft.server.ledger import Ledger
 from fedpft.silo.learner import Learner
 from fedpft.silo.work import Work
-from fedpft.simulation.crew import Worker
+from fedpft.simulation.crew import Job, Post, Worker, crew
 from fedpft.simulation.data import SilosData
 from fedpft.simulation.run import simulate
 from fedpft.simulation.silos import drops_out
+from fedpft.wire.v1 import federation_pb2 as pb
 
 Settings = dict[str, Any]
 
@@ -120,23 +123,15 @@ def real(directory: Path, config: SimulationConfig, root: Path, **changes: Any) 
     return server | {"listen": "127.0.0.1:0", "insecure_loopback": True}, silos
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"simulation": {"silos": 2}},
-        {
-            "simulation": {"silos": 5, "partition": {"kind": "dirichlet", "concentration": 0.5}},
-            "federation": {"sample_fraction": 0.5},
-            "training": {"update_encoding": "int8"},
-        },
-    ],
-    ids=["all-exact", "sampled-int8"],
-)
-def test_simulation_gives_the_bytes_of_real_processes(changes: Settings, inputs: Path, tmp_path: Path) -> None:
-    section = {"data": str(inputs / "train.csv"), **changes["simulation"]}
-    rest = {name: values for name, values in changes.items() if name != "simulation"}
-    config = simulated(tmp_path / "simulated", inputs, section, **rest)
-    server, silos = real(tmp_path / "real", config, inputs, **rest)
+def test_simulation_gives_the_bytes_of_real_processes(inputs: Path, tmp_path: Path) -> None:
+    section = {
+        "data": str(inputs / "train.csv"),
+        "silos": 5,
+        "partition": {"kind": "dirichlet", "concentration": 0.5},
+    }
+    changes: Settings = {"federation": {"sample_fraction": 0.5}, "training": {"update_encoding": "int8"}}
+    config = simulated(tmp_path / "simulated", inputs, section, **changes)
+    server, silos = real(tmp_path / "real", config, inputs, **changes)
     federated = run_federation(tmp_path / "real", server, silos)
     summary = simulate(config)
 
@@ -152,7 +147,7 @@ def test_silo_that_drops_out_is_missing_as_a_real_one_is(inputs: Path, tmp_path:
     section = {"data": str(inputs / "train.csv"), "silos": 3, "drop_out_fraction": 0.3}
     changes: Settings = {
         "seed": 6,
-        "training": {"rounds": 2, "update_encoding": "bfloat16"},
+        "training": {"rounds": 2},
         "federation": {"min_silos": 2},
     }
     config = simulated(tmp_path / "simulated", inputs, section, **changes)
@@ -182,13 +177,6 @@ def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = simulated(tmp_path_factory.mktemp("alone"), inputs, training={"update_encoding": "int8"})
     simulate(config)
     return config.out
-
-
-def test_pool_of_processes_gives_the_same_bytes(alone: Path, inputs: Path, tmp_path: Path) -> None:
-    config = simulated(tmp_path, inputs, training={"update_encoding": "int8"})
-    summary = simulate(config, processes=2)
-    assert left(config.out) == left(alone)
-    assert summary["bytes"] == json.loads((alone / "summary.json").read_text(encoding="utf-8"))["bytes"]
 
 
 def test_ray_gives_the_same_bytes(alone: Path, inputs: Path, tmp_path: Path) -> None:
@@ -248,26 +236,57 @@ def test_simulation_that_was_killed_goes_on_to_the_same_bytes(
     assert updates(config.out) == updates(alone)
 
 
-def test_process_that_is_killed_goes_on(alone: Path, inputs: Path, tmp_path: Path) -> None:
-    path = written(
-        tmp_path,
-        server_settings(inputs, training={"update_encoding": "int8"})
-        | {"simulation": {"data": str(inputs / "train.csv"), "silos": 4}},
+def until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_pool_of_processes_ends_with_the_one_that_is_killed_and_another_goes_on(
+    alone: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = simulated(tmp_path, inputs, training={"update_encoding": "int8"})
+    command = ["fedpft", "simulate", "--config", str(tmp_path / "simulation.yaml")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedpft.cli", *command[1:], "--processes", "2"], stderr=subprocess.DEVNULL
     )
-    command = [sys.executable, "-m", "fedpft.cli", "simulate", "--config", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + PATIENCE
-        while not (tmp_path / "out" / "rounds" / "1").exists() and process.poll() is None:
-            assert time.monotonic() < end
-            time.sleep(0.005)
+        until(lambda: (config.out / "rounds" / "2").exists() or process.poll() is not None)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "plugged_in" in done.stdout
-    assert left(tmp_path / "out") == left(alone)
+    assert len(children) >= 2
+    until(lambda: not any(Path(f"/proc/{child}/exe").exists() for child in children))
+    assert 4 <= len(updates(config.out)) < 12, "some of three rounds"
+    monkeypatch.setattr(sys, "argv", command)
+    assert cli.main() == 0
+    assert "plugged_in" in capsys.readouterr().out
+    assert left(config.out) == left(alone)
+
+
+def test_faults_in_a_process_of_a_pool_are_told_as_they_are(alone: Path, inputs: Path, tmp_path: Path) -> None:
+    config = simulated(tmp_path, inputs)
+    settings = RoundSettings(seed=5, adapter=config.adapter, training=config.training, inactive_below=0.0)
+    post = Post(tmp_path / "nothing", settings, "cpu", 1, SilosData(config), tmp_path / "silos")
+    jobs = [Job("silo-1", pb.Train(round=1), alone / "adapter.safetensors", None)]
+    pool = crew(post, 2, None)
+    try:
+        with pytest.raises(ModelError, match="nothing"):
+            list(pool.run(jobs))
+        children = multiprocessing.active_children()
+        for child in children:
+            os.kill(child.pid or 0, signal.SIGINT)  # as a terminal does to all at once
+        with pytest.raises(ModelError, match="nothing"):
+            list(pool.run(jobs))
+        for child in children:
+            child.kill()
+        with pytest.raises(FedPFTError, match="was killed") as caught:
+            list(pool.run(jobs))
+        assert "fewer --processes" in caught.value.remedy
+    finally:
+        pool.close()
 
 
 def test_one_proxy_serves_all_silos(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +298,7 @@ def test_one_proxy_serves_all_silos(inputs: Path, tmp_path: Path, monkeypatch: p
         initialise(learner, *arguments)
 
     monkeypatch.setattr(Learner, "__init__", counting)
-    config = simulated(tmp_path, inputs, {"data": str(inputs / "train.csv"), "silos": 30})
+    config = simulated(tmp_path, inputs, {"data": str(inputs / "train.csv"), "silos": 12}, training={"rounds": 2})
     simulate(config)
     assert len(made) == 1
     assert not (config.out / "silos").exists(), "nothing of them is left on disk"
@@ -300,6 +319,36 @@ def test_silo_whose_training_fails_is_named_and_others_take_its_place(
     assert {silo for _, silo, *_ in updates(tmp_path / "quorum" / "out")} == {"silo-1", "silo-2", "silo-4"}
     with pytest.raises(QuorumLost, match=r"silo-3.*not finite"):
         simulate(simulated(tmp_path / "all", inputs))
+
+
+def test_quorum_that_is_lost_ends_the_training_and_the_same_command_goes_on(
+    alone: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, tried = Learner.train, []
+
+    def failing(learner: Learner, silo: str, dataset: Any, job: Any, *arguments: Any, **options: Any) -> Any:
+        tried.append((job.round, silo))
+        if (job.round, silo) == (2, "silo-3"):
+            raise DataError("its disk was not there", "mount it")
+        return train(learner, silo, dataset, job, *arguments, **options)
+
+    config = simulated(tmp_path, inputs, training={"update_encoding": "int8"})
+    with monkeypatch.context() as patched:
+        patched.setattr(Learner, "train", failing)
+        with pytest.raises(QuorumLost, match=r"silo-3: its disk"):
+            simulate(config)
+    assert tried[-1] == (2, "silo-3"), "nobody trains for a round that is lost"
+    simulate(config)
+    assert left(config.out) == left(alone)
+
+
+def test_quorum_lost_to_silos_that_drop_out_is_lost_before_anybody_trains(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Learner, "train", lambda *_, **__: pytest.fail("trains for nothing"))
+    section = {"data": str(inputs / "train.csv"), "silos": 4, "drop_out_fraction": 0.9}
+    with pytest.raises(QuorumLost, match="it dropped out"):
+        simulate(simulated(tmp_path, inputs, section, federation={"min_silos": 4}))
 
 
 def test_update_that_cannot_be_used_counts_in_no_round(
@@ -324,7 +373,7 @@ def test_a_directory_has_a_file_for_each_silo(inputs: Path, tmp_path: Path) -> N
     ("section", "federation", "message"),
     [
         ({"silos": 3}, {"silos": ["a", "b"]}, "simulation.silos is 3, federation.silos names 2"),
-        ({}, {}, "simulation.silos is None, federation.silos names 0"),
+        ({}, {}, "nothing says how many silos share it"),
         ({"silos": 3}, {"min_silos": 4}, "federation.min_silos is 4, but only 3 silos are named"),
         ({"data": "."}, {}, "no data file in this directory"),
         ({"silos": 91}, {}, "90 samples cannot be dealt out to 91 silos"),
@@ -351,6 +400,48 @@ def test_directory_without_a_named_silo_is_refused(inputs: Path, tmp_path: Path)
         simulate(config)
 
 
+@pytest.mark.parametrize(
+    ("files", "section", "message", "remedy"),
+    [
+        ({"a.csv": 2, "a.of-ward-b.csv": 2, "a.tsv": 2}, {}, "2 files of silo 'a'", "leave one"),
+        ({"a.csv": 2, "b.csv": 0}, {}, "b.csv: a header but no rows", "write one row a sample"),
+        ({"north ward.csv": 2}, {}, "'north ward' is not a name", "call the files otherwise"),
+        ({"a.csv": 2}, {"silos": 2}, "deal out one file", "remove the two keys"),
+        ({"a.csv": 2}, {"partition": {"kind": "shards"}}, "deal out one file", "remove the two keys"),
+    ],
+)
+def test_directory_of_silos_is_looked_at_before_anything_begins(
+    files: dict[str, int], section: Settings, message: str, remedy: str, inputs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    for name, rows in files.items():
+        (tmp_path / "data" / name).write_text("text,label\n" + "the bird,sky\n" * rows, encoding="utf-8")
+    with pytest.raises(FedPFTError, match=message) as caught:
+        simulate(simulated(tmp_path, inputs, {"data": str(tmp_path / "data"), **section}))
+    assert remedy in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_silo_that_are_left_out_are_told(
+    inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.csv").write_text("text,label\nthe bird,sky\nthe fish,\n", encoding="utf-8")
+    data = SilosData(simulated(tmp_path, inputs, {"data": str(tmp_path / "data"), "bad_rows": "skip"}))
+    assert data.sizes == {"a": 1}
+    assert "a.csv:3: the label is empty" in caplog.text
+
+
+def test_owner_measures_and_plugs_in_what_was_simulated(
+    alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = json.loads((alone / "summary.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(sys, "argv", ["fedpft", "evaluate", "--config", str(alone.parent / "simulation.yaml")])
+    assert cli.main() == 0
+    assert f"{summary['metrics']['plugged_in']['accuracy']:.4f}" in capsys.readouterr().out
+    assert "simulation" not in caplog.text, "who had what data makes no difference"
+
+
 def test_a_natural_split_keeps_each_value_of_the_column_together(inputs: Path, tmp_path: Path) -> None:
     config = simulated(
         tmp_path,
@@ -360,7 +451,7 @@ def test_a_natural_split_keeps_each_value_of_the_column_together(inputs: Path, t
     data = SilosData(config)
     wards = [set(data.samples(silo).groups or ()) for silo in data.config.federation.silos]
     assert sum(map(len, wards)) == len(set.union(*wards)) == 7
-    assert sum(data.size(silo) for silo in data.config.federation.silos) == 90
+    assert sum(data.sizes.values()) == 90
 
 
 def test_report_draws_who_has_what(alone: Path) -> None:
@@ -385,7 +476,7 @@ def test_server_yaml_is_a_simulation_but_for_its_section(inputs: Path, tmp_path:
     path = written(tmp_path, settings | {"simulation": {"data": str(inputs / "train.csv")}})
     summary = simulate(load_simulation_config(path))
     assert summary["rounds"][-1]["silos"] == 2
-    with pytest.raises(ConfigError, match="unknown key 'simulation'"):
+    with pytest.raises(ConfigError, match="section 'simulation' is for `fedpft simulate`"):
         load_server_config(path)
 
 
@@ -402,7 +493,7 @@ def test_torch_has_its_threads_back_after_a_silo(inputs: Path, tmp_path: Path, m
     train: Callable[..., Any] = Worker._train
     monkeypatch.setattr(Worker, "_train", lambda *job: (seen.append(torch.get_num_threads()), train(*job))[1])
     threads = torch.get_num_threads()
-    settings = server_settings(inputs) | {
+    settings = server_settings(inputs, training={"rounds": 1}) | {
         "threads": 2,
         "simulation": {"data": str(inputs / "train.csv"), "silos": 2, "threads": 1},
     }

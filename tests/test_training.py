@@ -357,6 +357,21 @@ def test_loss_that_is_not_finite_ends_the_round_and_says_where(value: float, mak
     assert tiny.changed(before, extract(model)) == set()
 
 
+def test_round_that_failed_leaves_nothing_to_the_next_one_on_its_model(make_fm: ModelFactory) -> None:
+    wanted, images = settings(batch=2), tiny.dataset("vit", 4)
+    model, _ = proxy_for(make_fm, "vit", wanted)
+    begun = extract(model)
+    alone = train(model, images, wanted).adapter
+    adapters.load(model, begun)
+    broken = tiny.dataset("vit", 4)
+    assert isinstance(broken, ImageDataset)
+    broken.pixel_values[:, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match="not finite"):
+        train(model, broken, wanted, count_inactivity=True)
+    assert all(ffn.inactivity is None for ffn in sub_ffns(model).values())
+    assert tiny.changed(alone, train(model, images, wanted).adapter) == set()
+
+
 @every_kind
 def test_rank_0_trains_the_head_alone(model_type: str, make_fm: ModelFactory) -> None:
     wanted = settings(rank=0)

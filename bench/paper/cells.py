@@ -5,7 +5,9 @@ data and settings alone, so that a change of a YAML file makes it another cell, 
 """
 
 import datetime
+import fcntl
 import json
+import os
 import platform
 import statistics
 from collections.abc import Callable, Sequence
@@ -278,6 +280,12 @@ def read_records(path: Path) -> dict[str, Record]:
 
 
 def add_record(path: Path, record: Record) -> None:
-    """Whole or not at all: a run may be killed at any time."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    atomic.write_text(path, f"{before}{json.dumps(record)}\n")
+    """Whole or not at all: a run may be killed at any time, and another one may write to the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        atomic.write_text(path, f"{before}{json.dumps(record)}\n")
+    finally:
+        os.close(lock)

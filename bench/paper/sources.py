@@ -110,7 +110,11 @@ def _whole(directory: Path, make: Callable[[Path], Any]) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as parent:
         make(Path(parent, "made"))
-        Path(parent, "made").rename(directory)
+        try:
+            Path(parent, "made").rename(directory)
+        except OSError:
+            if not directory.is_dir():  # where another run was first
+                raise
 
 
 def _write(rows: Rows, directory: Path) -> None:

@@ -16,5 +16,6 @@ prepare(
     concentration=1.0,
     seed=0,
 )
+(HERE / "model").unlink(missing_ok=True)
 (HERE / "model").symlink_to(model_directory(), target_is_directory=True)
 print(f"ready: data/ and model/ are in {HERE}")

@@ -8,10 +8,10 @@ What a column may hold follows from its role alone, and is checked here; what it
     n  samples in a file
 """
 
-import itertools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -391,8 +391,9 @@ def silo_files(path: Path) -> list[Path]:
     found = sorted(each for each in path.iterdir() if each.is_file() and each.suffix.lower() in KINDS)
     if not found:
         raise DataError(f"{path}: no data file in this directory", f"put one for each silo there: {', '.join(KINDS)}")
-    if twice := next((a for a, b in itertools.pairwise(found) if a.stem == b.stem), None):
-        raise DataError(f"{path}: two files of silo {twice.stem!r}", "leave one for each silo")
+    silo, files = Counter(each.stem for each in found).most_common(1)[0]
+    if files > 1:
+        raise DataError(f"{path}: {files} files of silo {silo!r}", "leave one for each silo")
     return found
 
 

@@ -188,8 +188,7 @@ def provenance(config: ServerConfig, found: Contents, proxy: Mapping[str, str], 
         proxy: the files of its proxy directory.
         patch: digest of its patch.safetensors.
     """
-    owners = {key: found[key] for key in found if not key.startswith("simulation.")}  # who has the rest is no matter
-    made = {"contents": owners, "proxy": combined(proxy), "patch": patch, "adapter": _scale(config)}
+    made = {"contents": _owners(found), "proxy": combined(proxy), "patch": patch, "adapter": _scale(config)}
     return {_METADATA: json.dumps(made, sort_keys=True)}
 
 
@@ -221,7 +220,7 @@ def check_provenance(
     wrong += [f"{config.out / PATCH_FILE} is not the one that goes with it"] * (patch not in (None, made["patch"]))
     if what := "; ".join(filter(None, wrong)):
         raise ModelError(f"{adapter}: is of another run: {what}", "use the server.yaml and the files of that run")
-    if measured := difference(config, before, found):
+    if measured := difference(config, before, _owners(found)):
         log.warning("%s: its run had other data, so that figures do not compare: %s", adapter, measured)
 
 
@@ -239,6 +238,11 @@ def _metadata(adapter: Path) -> Any:
         raise ModelError(
             f"{adapter}: not an adapter ({error})", "give the adapter.safetensors of a finished run"
         ) from None
+
+
+def _owners(found: Contents) -> Contents:
+    """Without the data of simulated silos: an adapter is the same, whoever trained it where."""
+    return {key: found[key] for key in found if not key.startswith("simulation.")}
 
 
 def _data(config: ServerConfig, path: Path, digests: Digests) -> dict[str, str]:

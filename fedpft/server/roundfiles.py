@@ -15,6 +15,18 @@ from fedpft.server.updates import Update
 from fedpft.wire.transfer import Payload
 
 
+def federation_of(config: ServerConfig) -> Federation:
+    """The state machine of a run, at its beginning."""
+    section = config.federation
+    return Federation(
+        section.silos,
+        min_silos=section.min_silos,
+        sample_fraction=section.sample_fraction,
+        fewest=config.aggregation.fewest_updates,
+        seed=config.seed,
+    )
+
+
 class RoundFiles:
     """One round is open at a time.
 

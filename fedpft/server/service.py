@@ -13,12 +13,12 @@ from fedpft import atomic, audit
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, ServerConfig
 from fedpft.errors import CheckpointError, QuorumLost
-from fedpft.federation import AbortRequested, Federation, FinishRequested, PatchPublished
+from fedpft.federation import AbortRequested, FinishRequested, PatchPublished
 from fedpft.server.admission import Admission
 from fedpft.server.ledger import Ledger
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
-from fedpft.server.roundfiles import RoundFiles
+from fedpft.server.roundfiles import RoundFiles, federation_of
 from fedpft.server.servicer import FederationServicer, ReadyFrames
 from fedpft.server.updates import Update
 from fedpft.wire.channel import SERVER_OPTIONS, listen
@@ -58,14 +58,7 @@ class FederationServer:
         """
         _share_one_heap()
         self._config, self._ledger = config, ledger
-        section = config.federation
-        federation = Federation(
-            section.silos,
-            min_silos=section.min_silos,
-            sample_fraction=section.sample_fraction,
-            seed=settings.seed,
-            fewest=config.aggregation.fewest_updates,
-        )
+        federation = federation_of(config)
         self._live = LiveFederation(federation)
         self._audit = AuditLog(config.out / "audit.jsonl")
         self._files = RoundFiles(config, bundle, settings, ledger)
@@ -83,7 +76,7 @@ class FederationServer:
             Admission(config.tls, self._live.fail),
             terms,
         )
-        threads = ThreadPoolExecutor(2 * len(section.silos) + 4, thread_name_prefix="rpc")
+        threads = ThreadPoolExecutor(2 * len(federation.silos) + 4, thread_name_prefix="rpc")
         self._server = grpc.server(threads, interceptors=[ReadyFrames()], options=SERVER_OPTIONS)
         add_FederationServiceServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
 

@@ -1,16 +1,20 @@
 """Who trains in the place of the silos: this process, a pool of processes, or a Ray cluster. The bytes are the same."""
 
+import contextlib
 import dataclasses
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from fedpft import machine
 from fedpft.config import LimitsSection, RoundSettings, ShareSection
 from fedpft.errors import ConfigError, FedPFTError, OutOfMemory
 from fedpft.silo.learner import Learner
@@ -121,43 +125,36 @@ class _Alone:
 
 
 class _Pool:
-    """In processes of their own, each with a proxy of its own."""
+    """In processes of their own, each with a proxy of its own. They end with this one, even if it is killed."""
 
     def __init__(self, post: Post, processes: int) -> None:
-        self._pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (post,))
+        context = get_context("spawn")
+        theirs, self._ours = context.Pipe(duplex=False)  # which closes when this process ends
+        self._pool = ProcessPoolExecutor(processes, context, _begin, (post, theirs))
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Done]:
-        futures = [self._pool.submit(_do, job) for job in jobs]
         try:
+            futures = [self._pool.submit(_do, job) for job in jobs]
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:
-            raise FedPFTError(
-                "a process of the simulation was killed, most likely for want of memory",
-                "start it again with fewer --processes; it goes on from there",
-            ) from None
+            raise _killed("fewer --processes") from None
 
     def close(self) -> None:
+        self._ours.close()  # whatever is still trained, after an error or Ctrl-C, is not waited for
         self._pool.shutdown(cancel_futures=True)
 
 
 class _Ray:
     """On a Ray cluster, all of whose nodes see the same files; with as many workers as it has CPUs or GPUs to give."""
 
-    def __init__(self, post: Post, address: str) -> None:
-        try:
-            import ray
-            from ray.util import ActorPool
-        except ImportError:
-            raise ConfigError("--ray needs ray, which is not installed", "pip install 'fedpft[ray]'") from None
-        try:
-            ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"--ray {address}: no cluster there ({error})", "start one with `ray start`") from None
+    def __init__(self, post: Post, ray: Any) -> None:
+        from ray.util import ActorPool
+
         on_gpu = torch.device(post.device).type == "cuda"
         count = int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0)) // (1 if on_gpu else post.threads)
         if not count:
-            raise ConfigError(f"--ray {address}: the cluster has nothing to train on", "add a node to it")
+            raise ConfigError("--ray: the cluster has nothing to train on", "add a node to it")
         wanted = {"num_gpus": 1} if on_gpu else {"num_cpus": post.threads}
         remote = ray.remote(**wanted)(Worker)
         self._ray, self._actors = ray, [remote.remote(post) for _ in range(count)]
@@ -168,28 +165,58 @@ class _Ray:
             yield from self._pool.map_unordered(lambda actor, job: actor.do.remote(job), list(jobs))
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
+        except self._ray.exceptions.RayActorError:
+            raise _killed("fewer CPUs in the cluster") from None
 
     def close(self) -> None:
         for actor in self._actors:
             self._ray.kill(actor)
 
 
-def crew(post: Post, processes: int, ray: str | None) -> Crew:
-    """Whoever is to do it; ConfigError if there is no such cluster."""
+def _killed(fewer: str) -> FedPFTError:
+    return FedPFTError(
+        "a process of the simulation was killed, most likely for want of memory",
+        f"start it again with {fewer}; it goes on from there",
+    )
+
+
+def cluster(address: str) -> Any:
+    """The module `ray`, connected to a cluster; ConfigError if there is no such module or cluster."""
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("--ray needs ray, which is not installed", "pip install 'fedpft[ray]'") from None
+    try:
+        ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"--ray {address}: no cluster there ({error})", "start one with `ray start`") from None
+    return ray
+
+
+def crew(post: Post, processes: int, ray: Any) -> Crew:
+    """Whoever is to do it. ray: as of :func:`cluster`, or None; ConfigError if it has nothing to train on."""
     if ray is not None:
         return _Ray(post, ray)
     return _Alone(post) if processes == 1 else _Pool(post, processes)
 
 
-_worker: Worker | None = None  # of a process of a pool
+_alone: _Alone | None = None  # of a process of a pool
 
 
-def _begin(post: Post) -> None:
-    global _worker
-    machine.prepare(post.device, post.threads)
-    _worker = Worker(post)
+def _begin(post: Post, parent: Connection) -> None:
+    """In a process of a pool. What can fail, such as reading the proxy, is left to its first job, which can say so."""
+    global _alone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets this one go
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _alone = _Alone(post)
+
+
+def _end_with(parent: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv_bytes()
+    os._exit(1)  # at any moment, as if killed
 
 
 def _do(job: Job) -> Done:
-    assert _worker is not None
-    return _worker.do(job)
+    assert _alone is not None
+    return next(_alone.run([job]))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedpft.config import SimulationConfig
+from fedpft.config import PartitionSection, SimulationConfig
 from fedpft.data.partition import deal, split_counts, write_split
 from fedpft.data.samples import Examination, Samples, silo_files
 from fedpft.errors import ConfigError
@@ -22,13 +22,14 @@ class SilosData:
     """A silo's samples are made when it trains, and not kept.
 
     config: with the silos' names.
+    sizes: how many samples each has.
     """
 
     def __init__(self, config: SimulationConfig) -> None:
         """Reads what is dealt out, and deals it out; or looks where each silo's file is.
 
         Raises:
-            DataError: a file cannot be used, or not be dealt out so.
+            DataError: a file of any silo cannot be used, or not be dealt out so.
             ConfigError: silos are named that have no file, or fewer are there than a round needs.
         """
         section, named = config.simulation, config.federation.silos
@@ -39,26 +40,36 @@ class SilosData:
         if self._files:
             if lacking := sorted(set(named) - self._files.keys()):
                 raise ConfigError(f"{section.data}: has no file of {lacking[0]}", "name the silos as their files")
+            if section.partition != PartitionSection() or section.silos is not None:
+                raise ConfigError(
+                    "simulation.silos and simulation.partition deal out one file, and simulation.data is a directory "
+                    "with a file for each silo",
+                    "remove the two keys, or name a file",
+                )
             names = named or tuple(sorted(self._files))
         else:
             count = section.silos or len(named)
-            if not count or (named and count != len(named)):
+            if not count:
+                raise ConfigError(f"{section.data}: nothing says how many silos share it", "set simulation.silos")
+            if named and count != len(named):
                 raise ConfigError(
                     f"simulation.silos is {section.silos}, federation.silos names {len(named)}", "give one of the two"
                 )
             names = named or tuple(f"silo-{number:0{len(str(count))}d}" for number in range(1, count + 1))
             self._dealt = self._read(config, section.data, section.partition.column)
-            for warning in self._dealt.warnings:
-                log.warning("%s", warning)
+            _warn(self._dealt)
             parts = deal(section.partition, self._dealt, count, config.seed)
             self._parts = dict(zip(names, parts, strict=True))
+            self.sizes = {silo: len(part) for silo, part in self._parts.items()}
         federation = config.federation.model_copy(update={"silos": names})
         self.config = config.model_copy(update={"federation": federation, "listen": "127.0.0.1:0", "tls": None})
         try:
             self.config.check_silos()
         except ValueError as error:
-            raise ConfigError(f"{section.data}: {error}", "change that, or simulate other silos") from None
-        self._sizes = {silo: len(part) for silo, part in self._parts.items()}
+            other = "call the files otherwise" if self._files else "simulate other silos"
+            raise ConfigError(f"{section.data}: {error}", f"change that, or {other}") from None
+        if self._files:  # each is read before hours of work, not when its silo's turn comes
+            self.sizes = {silo: _warn(self.samples(silo)) for silo in names}
 
     def samples(self, silo: str) -> Samples:
         """A silo's own, as if it had read them from a file of its own."""
@@ -66,16 +77,10 @@ class SilosData:
             return self._dealt.subset(self._parts[silo])
         return self._read(self.config, self._files[silo], None)
 
-    def size(self, silo: str) -> int:
-        """How many a silo has."""
-        if silo not in self._sizes:
-            self._sizes[silo] = len(self.samples(silo))
-        return self._sizes[silo]
-
     def split(self) -> dict[str, Any]:
         """What report.html draws of it."""
         if self._dealt is None:
-            return {"labels": [], "silos": {silo: [self.size(silo)] for silo in self.config.federation.silos}}
+            return {"labels": [], "silos": {silo: [size] for silo, size in self.sizes.items()}}
         return split_counts(self._dealt, self._parts, self._labels)
 
     def write(self, directory: Path) -> None:
@@ -89,3 +94,10 @@ class SilosData:
         examination = Examination(path, config.columns, task.forms, encoding=config.encoding, group=group)
         examination.resolve(task.reader(self._labels))
         return examination.samples(config.simulation.bad_rows, WAY_OUT)
+
+
+def _warn(samples: Samples) -> int:
+    """Says what is odd about a file; returns how many samples it has."""
+    for warning in samples.warnings:
+        log.warning("%s", warning)
+    return len(samples)

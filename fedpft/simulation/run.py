@@ -12,7 +12,7 @@ from typing import Any
 from fedpft.config import RoundSettings, SimulationConfig
 from fedpft.server import run as server
 from fedpft.server.ledger import Ledger
-from fedpft.simulation.crew import Post, crew
+from fedpft.simulation.crew import Post, cluster, crew
 from fedpft.simulation.data import SilosData
 from fedpft.simulation.silos import SimulatedSilos
 from fedpft.wire.hello import Terms
@@ -33,9 +33,10 @@ def simulate(config: SimulationConfig, *, processes: int = 1, ray: str | None = 
     """
     silos_data = SilosData(config)
     config = silos_data.config
+    joined = None if ray is None else cluster(ray)  # before the proxy is built, which may take hours
 
     def reach(_: object, bundle: Path, settings: RoundSettings, ledger: Ledger, __: Terms) -> SimulatedSilos:
         post = Post(bundle, settings, config.device, config.simulation.threads, silos_data, config.out / "silos")
-        return SimulatedSilos(config, bundle, settings, ledger, silos_data, crew(post, processes, ray))
+        return SimulatedSilos(config, bundle, settings, ledger, silos_data, crew(post, processes, joined))
 
     return server.run(config, reach)

@@ -14,7 +14,6 @@ from fedpft.federation import (
     Aggregate,
     Enrolled,
     Event,
-    Federation,
     FinishRequested,
     LoseQuorum,
     PatchPublished,
@@ -27,7 +26,7 @@ from fedpft.federation import (
 from fedpft.seeding import derive_seed
 from fedpft.server.ledger import Ledger
 from fedpft.server.live import log_action
-from fedpft.server.roundfiles import RoundFiles
+from fedpft.server.roundfiles import RoundFiles, federation_of
 from fedpft.server.updates import Update
 from fedpft.silo.work import Update as Trained
 from fedpft.silo.work import Work
@@ -58,14 +57,7 @@ class SimulatedSilos:
         crew: Crew,
     ) -> None:
         self._config, self._ledger, self._data, self._crew = config, ledger, data, crew
-        section = config.federation
-        self._federation = Federation(
-            section.silos,
-            min_silos=section.min_silos,
-            sample_fraction=section.sample_fraction,
-            fewest=config.aggregation.fewest_updates,
-            seed=settings.seed,
-        )
+        self._federation = federation_of(config)
         self._files = RoundFiles(config, bundle, settings, ledger)
         self._files.resume(self._federation)
         self._keep_residuals()
@@ -88,7 +80,7 @@ class SimulatedSilos:
         if self._ledger.last_round() is None:
             self.bytes_down += self._bundle_bytes * len(self._federation.silos)
         for silo in sorted(self._federation.silos):
-            self._files.inbox.enrolled(silo, self._data.size(silo))
+            self._files.inbox.enrolled(silo, self._data.sizes[silo])
             self._federation.handle(Enrolled(silo))
 
     def run_round(self, round: int, *, count_inactivity: bool) -> list[Update]:
@@ -138,17 +130,18 @@ class SimulatedSilos:
     def _train(self, round: int) -> Aggregate | LoseQuorum | None:
         """One go at all that the round still waits for; some of it may fail, and others take its place."""
         pending = sorted(self._federation.pending)
-        outcome: Aggregate | LoseQuorum | None = None
         out = {silo for silo in pending if drops_out(self._config, round, silo)}
         for silo in sorted(out):
-            outcome = self._handle(SiloFailed(silo, "it dropped out", round)) or outcome
+            if (outcome := self._handle(SiloFailed(silo, "it dropped out", round))) is not None:
+                return outcome
         jobs = [self._job(round, silo) for silo in pending if silo not in out]
         counted = len(self._federation.accepted)
         for number, done in enumerate(self._crew.run(jobs), 1):
-            outcome = self._take(round, done) or outcome
+            if (outcome := self._take(round, done)) is not None:
+                return outcome  # of a quorum that is lost nobody trains for nothing
             rest = len(jobs) - number + (self._rounds - round) * (counted + len(jobs))
             self._clock.tick(f"round {round} of {self._rounds}: {counted + number} silos have trained", rest)
-        return outcome
+        return None
 
     def _job(self, round: int, silo: str) -> Job:
         files, federation, inbox = self._files, self._federation, self._files.inbox
@@ -191,9 +184,8 @@ class SimulatedSilos:
         if isinstance(self._federation.judge(arrived), Accept):
             self._files.inbox.keep(update, header)
             self._files.inbox.sync()
-        outcome = self._handle(arrived)
-        self._keep_residual(work, trained)
-        return outcome
+            self._keep_residual(work, trained)
+        return self._handle(arrived)
 
     def _handle(self, event: Event) -> Aggregate | LoseQuorum | None:
         outcome: Aggregate | LoseQuorum | None = None

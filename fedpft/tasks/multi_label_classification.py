@@ -65,9 +65,9 @@ class MultiLabelClassification(Task):
         those_with = dataset.labels.long().sum(0)
         return torch.stack([len(dataset) - those_with, those_with])
 
-    def logit_shift(self, counts: Tensor, of_all: Tensor | None = None) -> Tensor:
+    def logit_shift(self, counts: Tensor) -> Tensor:
         """Of each label by itself: a logit is the log of with against without."""
-        those_without, those_with = log_shares(counts, of_all)
+        those_without, those_with = log_shares(counts)
         shift: Tensor = those_with - those_without
         return shift
 

@@ -132,17 +132,16 @@ class Task(ABC):
         """How often each label occurs, int64, by default (C,); the sum over silos is that of all their data."""
         raise NotImplementedError(f"{self.name} has no classes")
 
-    def logit_shift(self, counts: Tensor, of_all: Tensor | None = None) -> Tensor:
-        """What a silo's label shares add to the logits, (C,) float32: 0 where its shares are the usual ones.
+    def logit_shift(self, counts: Tensor) -> Tensor:
+        """What a silo's label shares add to the logits, (C,) float32: 0 where its shares are equal.
 
         Logit adjustment (Menon et al. 2021, arXiv 2007.07314) by each silo's own labels; FedLC (Zhang et al. 2022,
-        arXiv 2209.00189) does so with a margin of another form. What is learned names a class as often as is usual.
+        arXiv 2209.00189) does so with a margin of another form. What is learned names no class for being frequent.
 
         Args:
             counts: :meth:`label_counts` of the silo.
-            of_all: of all silos, whose shares are then the usual ones; None: equal shares.
         """
-        return log_shares(counts, of_all)
+        return log_shares(counts)
 
     def shifted_loss(self, model: nn.Module, batch: Batch, shift: Tensor) -> Tensor:
         """As :meth:`loss`, with a :meth:`logit_shift` added to the logits in float32."""
@@ -212,20 +211,12 @@ def diversity(counts: Tensor) -> float:
 ABSENT = -30.0  # a share of 1e-13: its gradient is nothing beside AdamW's epsilon
 
 
-def log_shares(counts: Tensor, of_all: Tensor | None = None) -> Tensor:
-    """The log of each value's share over its usual share: of counts of V values, (V, ...), float32.
+def log_shares(counts: Tensor) -> Tensor:
+    """The log of each value's share over an equal share: of a silo's counts of V values, (V, ...), float32.
 
     What a silo never saw is at ABSENT, so far down that it has no part in the loss: a silo with one class has nothing
     to tell it from, and should teach nothing. Any smoothing would leave it a gradient, if a small one, of which an
     optimizer that normalises, as AdamW does, makes full steps: towards naming that class always.
-
-    Args:
-        counts: of a silo.
-        of_all: of all silos, which have the usual shares; None: equal shares. A value that occurs nowhere has its usual
-            share everywhere, so that it is learned that it does not occur.
     """
-    own = counts.double()
-    everywhere = torch.ones_like(own) if of_all is None else of_all.double()
-    usual, samples = everywhere / everywhere.sum(0), own.sum(0)
-    relative = torch.where(everywhere > 0, own / usual, samples)
-    return (relative / samples).log().clamp(min=ABSENT).float()
+    relative = counts.double() * len(counts) / counts.sum(0)
+    return relative.log().clamp(min=ABSENT).float()
