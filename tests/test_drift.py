@@ -29,7 +29,7 @@ EVERYTHING = {
     "adam_epsilon": 1e-4,
     "proximal": 0.1,
     "frozen_a": True,
-    "logit_adjustment": "own",
+    "logit_adjustment": "none",
 }
 Gradients = list[list[Tensor]]  # of each step, as they are when they are clipped
 
@@ -312,5 +312,5 @@ def test_all_of_it_travels_to_the_silo() -> None:
     settings = RoundSettings(seed=0, adapter=AdapterSection(), training=training, inactive_below=0.0)
     received = RoundSettings.model_validate_json(settings.model_dump_json()).training
     assert {key: getattr(received, key) for key in EVERYTHING} == EVERYTHING
-    neutral = TrainingSection()
-    assert all(getattr(neutral, key) != value for key, value in EVERYTHING.items())
+    default = TrainingSection()
+    assert all(getattr(default, key) != value for key, value in EVERYTHING.items()), "or nothing is shown"
