@@ -111,7 +111,7 @@ def main() -> int:
                 done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
                 grown.append(json.loads(done.stdout))
             rows = cost(work, QUICK if arguments.quick else FULL)
-        results = {**commit(), "machine": machine(), "cost": rows, "growth": grown}
+        results = {**commit(), "machine": machine("cpu"), "cost": rows, "growth": grown}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for row in [*rows, *grown]:
             print(row)
