@@ -630,6 +630,7 @@ BETA1, BETA2, EPSILON, RATE = 0.5, 0.75, 1e-3, 0.05
 
 def optimizer_deployment(inputs: Path, directory: Path) -> Deployment:
     aggregation = {"optimizer": "yogi", "learning_rate": RATE, "beta1": BETA1, "beta2": BETA2, "epsilon": EPSILON}
+    aggregation["weights"] = "samples"  # which check_round_2 knows
     training = server_settings(inputs)["training"] | {"rounds": 3}
     return deployment(inputs, directory, adapter={"rank": 16, "alpha": 16}, training=training, aggregation=aggregation)
 
