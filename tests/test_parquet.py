@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from fedpft.config import ColumnsSection
 from fedpft.data.rows import read_rows
+from fedpft.data.samples import read_samples
 from fedpft.errors import DataError
 from fedpft.tasks import TASKS
 
@@ -60,10 +61,10 @@ def test_numbers_lists_and_structs_are_as_in_json_lines(tmp_path: Path) -> None:
 def test_a_column_of_groups_is_read_as_text(tmp_path: Path) -> None:
     columns = {"text": ["first", "second"], "label": ["sport", "science"], "ward": [7.0, 8.5], "seen": [b"x", b"y"]}
     path = written(tmp_path, columns)
-    assert TEXT.read_labelled(path, COLUMNS, LABELS, group="ward").groups == ["7", "8.5"]
-    assert TEXT.read_labelled(path, COLUMNS, LABELS, group="text").groups == ["first", "second"]
+    assert read_samples(path, COLUMNS, TEXT.forms, TEXT.reader(LABELS), group="ward").groups == ["7", "8.5"]
+    assert read_samples(path, COLUMNS, TEXT.forms, TEXT.reader(LABELS), group="text").groups == ["first", "second"]
     with pytest.raises(DataError, match=r"a\.parquet: column 'seen' holds binary, which is no group") as raised:
-        TEXT.read_labelled(path, COLUMNS, LABELS, group="seen")
+        read_samples(path, COLUMNS, TEXT.forms, TEXT.reader(LABELS), group="seen")
     assert "set simulation.partition.column to another column" in raised.value.remedy
 
 

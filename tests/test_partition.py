@@ -21,7 +21,7 @@ from torch import Tensor
 from fedpft.config import ColumnsSection, PartitionSection, TaskName
 from fedpft.data import partition
 from fedpft.data.partition import deal, dirichlet_partition, split_counts, write_split
-from fedpft.data.samples import Examination, Samples
+from fedpft.data.samples import Examination, Samples, read_samples
 from fedpft.errors import ConfigError, DataError
 from fedpft.seeding import derive_seed
 from fedpft.tasks import FORMS, TASKS
@@ -354,7 +354,7 @@ def read(what: str, directory: Path, group: str | None = None) -> Samples:
         Image.new("RGB", (4, 4)).save(directory / image)
     path = directory / "all.jsonl"
     path.write_text("".join(json.dumps(row | {"ward": n}) + "\n" for n, row in enumerate(rows)), encoding="utf-8")
-    return TASKS[name].read_labelled(path, COLUMNS, labels, group=group)
+    return read_samples(path, COLUMNS, TASKS[name].forms, TASKS[name].reader(labels), group=group)
 
 
 @every_kind_of_row
@@ -373,7 +373,10 @@ def test_a_silo_reads_from_its_file_what_it_was_dealt(what: str, tmp_path: Path)
         again = silos_own.samples()
         assert (again.values, again.targets, again.labels) == (dealt.values, dealt.targets, dealt.labels)
         assert (again.warnings, again.groups) == ((), None)
-        assert TASKS[task].read_labelled(path, COLUMNS, labels, group="group").groups == dealt.groups
+        assert (
+            read_samples(path, COLUMNS, TASKS[task].forms, TASKS[task].reader(labels), group="group").groups
+            == dealt.groups
+        )
 
 
 def test_images_of_a_relative_path_are_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fedpft.config import ColumnsSection, TaskName
 from fedpft.data.rows import Form, alike
-from fedpft.data.samples import Examination, Samples, read_label_list
+from fedpft.data.samples import Examination, Samples, read_label_list, read_samples
 from fedpft.errors import DataError
 from fedpft.tasks import TASKS, Task
 
@@ -555,7 +555,7 @@ GROUPED = {
 @pytest.mark.parametrize("name", GROUPED)
 def test_a_column_of_groups_is_read_beside_the_samples(name: str, tmp_path: Path) -> None:
     path = written(tmp_path, name, GROUPED[name])
-    samples = TEXT.read_labelled(path, COLUMNS, LABELS, group="Ward")
+    samples = read_samples(path, COLUMNS, TEXT.forms, TEXT.reader(LABELS), group="Ward")
     assert samples.groups == ["north", "St. Ann", "7"]
     assert samples.values.keys() == {"text", "label"}
     assert samples.texts() == ["first", "second", "third"]
@@ -568,7 +568,9 @@ def test_every_task_reads_groups(name: TaskName, tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     row = {"text": "a", "image": "a.png", "words": ["a"], "tags": ["1"], "label": 1, "labels": ["1"], "messages": talk}
     path = written(tmp_path, "a.jsonl", f"{json.dumps(row | {'ward': 'north'})}\n")
-    assert TASKS[name].read_labelled(path, COLUMNS, ("0", "1"), group="ward").groups == ["north"]
+    assert read_samples(path, COLUMNS, TASKS[name].forms, TASKS[name].reader(("0", "1")), group="ward").groups == [
+        "north"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -577,12 +579,12 @@ def test_every_task_reads_groups(name: TaskName, tmp_path: Path) -> None:
 )
 def test_a_number_is_taken_as_its_text(value: str, group: str, tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", f'{{"text": "first", "label": "sport", "ward": {value}}}\n')
-    assert TEXT.read_labelled(path, COLUMNS, LABELS, group="ward").groups == [group]
+    assert read_samples(path, COLUMNS, TEXT.forms, TEXT.reader(LABELS), group="ward").groups == [group]
 
 
 def test_a_column_of_the_sample_may_be_that_of_the_groups(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "text,label\nfirst,sport\nsecond,science\n")
-    samples = TEXT.read_labelled(path, COLUMNS, LABELS, group="label")
+    samples = read_samples(path, COLUMNS, TEXT.forms, TEXT.reader(LABELS), group="label")
     assert (samples.groups, samples.targets) == (["sport", "science"], [0, 1])
 
 
@@ -627,7 +629,7 @@ def test_groups_that_cannot_be_used_are_one_clear_error(
     name: str, content: str, message: str, remedy: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError) as raised:
-        TEXT.read_labelled(written(tmp_path, name, content), COLUMNS, LABELS, group="ward")
+        read_samples(written(tmp_path, name, content), COLUMNS, TEXT.forms, TEXT.reader(LABELS), group="ward")
     assert message in raised.value.message
     assert remedy in raised.value.remedy
 

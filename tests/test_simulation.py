@@ -269,7 +269,7 @@ def test_pool_of_processes_ends_with_the_one_that_is_killed_and_another_goes_on(
 def test_faults_in_a_process_of_a_pool_are_told_as_they_are(alone: Path, inputs: Path, tmp_path: Path) -> None:
     config = simulated(tmp_path, inputs)
     settings = RoundSettings(seed=5, adapter=config.adapter, training=config.training, inactive_below=0.0)
-    post = Post(tmp_path / "nothing", settings, "cpu", 1, SilosData(config), tmp_path / "silos")
+    post = Post(tmp_path / "nothing", settings, SilosData(config))
     jobs = [Job("silo-1", pb.Train(round=1), alone / "adapter.safetensors", None)]
     pool = crew(post, 2, None)
     try:

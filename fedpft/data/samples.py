@@ -369,12 +369,15 @@ def read_samples(
     forms: Sequence[Form],
     reader: Reader | None = None,
     encoding: str | None = None,
+    *,
     group: str | None = None,
+    bad_rows: BadRows = "refuse",
+    way_out: str = "",
 ) -> Samples:
-    """Reads a data file of which every row has to be in order; arguments and errors as of Examination."""
+    """Reads a data file whose form is known from the start; arguments and errors as of Examination and its methods."""
     examination = Examination(path, columns, forms, encoding=encoding, group=group)
     examination.resolve(reader)
-    return examination.samples()
+    return examination.samples(bad_rows, way_out)
 
 
 def image_paths(path: Path, columns: ColumnsSection, encoding: str | None = None) -> list[Path]:

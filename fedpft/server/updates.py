@@ -106,8 +106,9 @@ def aggregate(updates: Sequence[Update], settings: AggregationSection, batch: in
         ordered = _kept_by_krum(ordered, settings.byzantine)
     # What stays is allocated before what goes: otherwise the heap is left with holes between the results.
     mean = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in ordered[0].specs.items()}
+    weights = _weights(ordered, settings)
     for name, tensor in mean.items():
-        tensor.copy_(_mean(name, ordered, settings, batch))
+        tensor.copy_(_mean(name, ordered, weights, settings, batch))
     return mean
 
 
@@ -160,20 +161,26 @@ def check_update(
         _check_inactivity(update, neurons)
 
 
-def _mean(name: str, updates: Sequence[Update], settings: AggregationSection, batch: int) -> Tensor:
+def _mean(
+    name: str, updates: Sequence[Update], weights: Sequence[int], settings: AggregationSection, batch: int
+) -> Tensor:
     """Of one tensor. The robust means of single values need it of all silos at once, the others of one at a time."""
     tensors = (update.tensor(name) for update in updates)
     if settings.mean == "trimmed":
         return trimmed_mean(list(tensors), settings.trimmed(len(updates)))
     if settings.mean == "median":
         return median(list(tensors))
-    if settings.mean == "krum" or settings.weights == "equal":
-        return weighted_mean((tensor, 1) for tensor in tensors)
-    weights = _diverse(updates) if settings.weights == "diversity" else [update.samples for update in updates]
     terms = ((tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight)
     if settings.weights == "steps":
         return normalized_mean(updates[0].start_tensor(name), terms, batch)
     return weighted_mean(terms)
+
+
+def _weights(updates: Sequence[Update], settings: AggregationSection) -> list[int]:
+    """How much each update counts in a mean that is not of single values."""
+    if settings.mean == "krum" or settings.weights == "equal":
+        return [1] * len(updates)
+    return _diverse(updates) if settings.weights == "diversity" else [update.samples for update in updates]
 
 
 def _diverse(updates: Sequence[Update]) -> list[int]:

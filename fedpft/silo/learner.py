@@ -55,16 +55,6 @@ class Learner:
             log.warning("%s: rows are padded, not packed: this model cannot keep them apart exactly", silo)
         return way
 
-    def _logit_shift(self, dataset: EncodedDataset) -> Tensor | None:
-        if self.settings.training.logit_adjustment == "none" or not self.task.label_list:
-            return None
-        return self.task.logit_shift(self.task.label_counts(dataset, len(self.proxy.labels)))
-
-    def _label_diversity(self, dataset: EncodedDataset) -> dict[str, float]:
-        if not self.settings.label_diversity or not self.task.label_list:
-            return {}
-        return {"label_diversity": diversity(self.task.label_counts(dataset, len(self.proxy.labels)))}
-
     def train(
         self,
         silo: str,
@@ -88,6 +78,13 @@ class Learner:
             DataError: the loss is not finite.
             InvalidUpdate: what was trained cannot be sent.
         """
+        shift, told = None, dict[str, float]()
+        if self.task.label_list:
+            counts = self.task.label_counts(dataset, len(self.proxy.labels))
+            if self.settings.training.logit_adjustment == "own":
+                shift = self.task.logit_shift(counts)
+            if self.settings.label_diversity:
+                told["label_diversity"] = diversity(counts)
         adapter = read_tensors(start, "adapter")
         adapters.load(self.proxy.model, adapter)
         result = train_round(
@@ -101,7 +98,7 @@ class Learner:
             count_inactivity=train.count_inactivity and share.inactivity,
             limits=limits,
             packing=packing,
-            shift=self._logit_shift(dataset),
+            shift=shift,
         )
         log.info(
             "%s: round %d of %d: loss %.4f, %d samples, %.1f s",
@@ -118,6 +115,6 @@ class Learner:
         )
         if result.inactivity is not None:
             groups["inactivity"] = result.inactivity
-        metrics = result.metrics | dataset.counts | self._label_diversity(dataset)
+        metrics = result.metrics | dataset.counts | told
         shared: dict[str, float] = {name: metrics[name] for name in share.metrics if name in metrics}
         return work.keep_update(train, groups, residual, samples=result.samples, metrics=shared)

@@ -18,7 +18,7 @@ import torch
 from fedpft.config import LimitsSection, RoundSettings, ShareSection
 from fedpft.errors import ConfigError, FedPFTError, OutOfMemory
 from fedpft.silo.learner import Learner
-from fedpft.silo.work import Update, Work
+from fedpft.silo.work import Update
 from fedpft.simulation.data import WAY_OUT, SilosData
 from fedpft.wire.v1 import federation_pb2 as pb
 
@@ -46,17 +46,21 @@ class Done:
 
 @dataclasses.dataclass(frozen=True)
 class Post:
-    """What it takes to train in the place of any silo.
-
-    silos: directory of what each has on disk.
-    """
+    """What it takes to train in the place of any silo."""
 
     bundle: Path
     settings: RoundSettings
-    device: str
-    threads: int
     data: SilosData
-    silos: Path
+
+    @property
+    def device(self) -> str:
+        """Torch's name of where silos train."""
+        return self.data.config.device
+
+    @property
+    def threads(self) -> int:
+        """Of torch on the CPU, for one silo."""
+        return self.data.config.simulation.threads
 
 
 class Worker:
@@ -79,7 +83,7 @@ class Worker:
             torch.set_num_threads(threads)
 
     def _train(self, job: Job) -> Update:
-        work = Work(self._post.silos / job.silo)
+        work = self._post.data.work(job.silo)
         work.path.mkdir(parents=True, exist_ok=True)
         if (trained := work.update(SHARE)) is not None and trained.answers(job.train):
             return trained

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fedpft.config import PartitionSection, SimulationConfig
 from fedpft.data.partition import deal, split_counts, write_split
-from fedpft.data.samples import Examination, Samples, silo_files
+from fedpft.data.samples import Samples, read_samples, silo_files
 from fedpft.errors import ConfigError
 from fedpft.server.identity import label_list
+from fedpft.silo.work import Work
 from fedpft.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,15 @@ class SilosData:
         if self._files:  # each is read before hours of work, not when its silo's turn comes
             self.sizes = {silo: _warn(self.samples(silo)) for silo in names}
 
+    @property
+    def directory(self) -> Path:
+        """Where each silo keeps what it has on disk."""
+        return self.config.out / "silos"
+
+    def work(self, silo: str) -> Work:
+        """What a silo has there."""
+        return Work(self.directory / silo)
+
     def samples(self, silo: str) -> Samples:
         """A silo's own, as if it had read them from a file of its own."""
         if self._dealt is not None:
@@ -91,9 +101,16 @@ class SilosData:
 
     def _read(self, config: SimulationConfig, path: Path, group: str | None) -> Samples:
         task = TASKS[config.model.task]
-        examination = Examination(path, config.columns, task.forms, encoding=config.encoding, group=group)
-        examination.resolve(task.reader(self._labels))
-        return examination.samples(config.simulation.bad_rows, WAY_OUT)
+        return read_samples(
+            path,
+            config.columns,
+            task.forms,
+            task.reader(self._labels),
+            config.encoding,
+            group=group,
+            bad_rows=config.simulation.bad_rows,
+            way_out=WAY_OUT,
+        )
 
 
 def _warn(samples: Samples) -> int:

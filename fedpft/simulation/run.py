@@ -36,7 +36,7 @@ def simulate(config: SimulationConfig, *, processes: int = 1, ray: str | None = 
     joined = None if ray is None else cluster(ray)  # before the proxy is built, which may take hours
 
     def reach(_: object, bundle: Path, settings: RoundSettings, ledger: Ledger, __: Terms) -> SimulatedSilos:
-        post = Post(bundle, settings, config.device, config.simulation.threads, silos_data, config.out / "silos")
+        post = Post(bundle, settings, silos_data)
         return SimulatedSilos(config, bundle, settings, ledger, silos_data, crew(post, processes, joined))
 
     return server.run(config, reach)

@@ -114,7 +114,7 @@ class SimulatedSilos:
     def finish(self) -> None:
         """What the silos had on disk is of no more use."""
         self._federation.handle(FinishRequested())
-        shutil.rmtree(self._config.out / "silos", ignore_errors=True)
+        shutil.rmtree(self._data.directory, ignore_errors=True)
 
     def abort(self, reason: str) -> None:
         """There is nobody to be told."""
@@ -165,7 +165,7 @@ class SimulatedSilos:
         trained, silo = done.trained, done.silo
         if trained is None:
             return self._handle(SiloFailed(silo, done.fault, round))
-        work = self._work(silo)
+        work = self._data.work(silo)
         file = payload(work.update_path)
         header = pb.UpdateHeader(
             round=round,
@@ -197,9 +197,6 @@ class SimulatedSilos:
                 self._files.enter(action, self._federation.present)
         return outcome
 
-    def _work(self, silo: str) -> Work:
-        return Work(self._config.out / "silos" / silo)
-
     def _keep_residual(self, work: Work, trained: Trained) -> None:
         """The update counts: of all that the silo has on disk, what was rounded off it is for later."""
         work.count_update(trained)
@@ -210,7 +207,7 @@ class SimulatedSilos:
     def _keep_residuals(self) -> None:
         """The same of updates that count, where a former process was killed in between."""
         for row in self._ledger.updates(self._federation.round):
-            work = self._work(row.silo)
+            work = self._data.work(row.silo)
             if (trained := work.update(SHARE)) is not None and trained.round == row.round:
                 self._keep_residual(work, trained)
 

@@ -102,16 +102,11 @@ class CausalLM(Task):
         return dataset
 
     def read_labelled(
-        self,
-        path: Path,
-        columns: ColumnsSection,
-        labels: Sequence[str],
-        encoding: str | None = None,
-        group: str | None = None,
+        self, path: Path, columns: ColumnsSection, labels: Sequence[str], encoding: str | None = None
     ) -> Samples:
         """The owner reads so what will be measured; ConfigError if nothing is installed to measure it by."""
         _rouge()
-        return super().read_labelled(path, columns, labels, encoding, group)
+        return super().read_labelled(path, columns, labels, encoding)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean cross-entropy, in nats, of the tokens that are learned."""

@@ -49,15 +49,10 @@ class Regression(Task):
         return Reader(("label",), number)
 
     def read_labelled(
-        self,
-        path: Path,
-        columns: ColumnsSection,
-        labels: Sequence[str],
-        encoding: str | None = None,
-        group: str | None = None,
+        self, path: Path, columns: ColumnsSection, labels: Sequence[str], encoding: str | None = None
     ) -> Samples:
         """Warns of numbers that are far from where a head starts."""
-        samples = super().read_labelled(path, columns, labels, encoding, group)
+        samples = super().read_labelled(path, columns, labels, encoding)
         numbers = torch.tensor(samples.targets, dtype=torch.float64)
         mean, spread = float(numbers.mean()), float(numbers.std(correction=0))
         if abs(mean) <= FAR and 1 / FAR <= spread <= FAR:

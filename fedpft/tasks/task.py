@@ -92,15 +92,10 @@ class Task(ABC):
         return any("image" in form for form in self.forms)
 
     def read_labelled(
-        self,
-        path: Path,
-        columns: ColumnsSection,
-        labels: Sequence[str],
-        encoding: str | None = None,
-        group: str | None = None,
+        self, path: Path, columns: ColumnsSection, labels: Sequence[str], encoding: str | None = None
     ) -> Samples:
         """Reads a labelled data file of which every row has to be in order; errors as of Examination."""
-        return read_samples(path, columns, self.forms, self.reader(labels), encoding, group)
+        return read_samples(path, columns, self.forms, self.reader(labels), encoding)
 
     def read_public(self, path: Path, columns: ColumnsSection, encoding: str | None = None) -> Samples:
         """Reads a public corpus of which every row has to be in order; a label column is not looked at."""

@@ -60,16 +60,11 @@ class TokenClassification(Task):
         return Reader(("words", "tags"), read, tuple(labels))
 
     def read_labelled(
-        self,
-        path: Path,
-        columns: ColumnsSection,
-        labels: Sequence[str],
-        encoding: str | None = None,
-        group: str | None = None,
+        self, path: Path, columns: ColumnsSection, labels: Sequence[str], encoding: str | None = None
     ) -> Samples:
         """The owner reads so what will be measured; ConfigError if nothing is installed to measure it by."""
         _seqeval()
-        return super().read_labelled(path, columns, labels, encoding, group)
+        return super().read_labelled(path, columns, labels, encoding)
 
     def encode(
         self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
