@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     adapters.load(built.proxy.model, adapter)
     adapters.plug_in(owner.model, adapter, built.selection.layers)
     worth = measure_worth(config, owner, built)
-    print(format_table({"task": config.model.task, "metrics": worth.metrics}))
+    gain = None if worth.gain is None else asdict(worth.gain)
+    print(format_table({"task": config.model.task, "metrics": worth.metrics, "gain": gain}))
 
 
 def _provision(arguments: argparse.Namespace) -> None:

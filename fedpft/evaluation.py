@@ -3,8 +3,10 @@
 m samples that are looked at.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
 Metrics = dict[str, float]  # by name, as the task has them
+DRAWS = 200  # of which a standard error is known to 5 %
 
 
 def evaluate(
@@ -25,13 +28,48 @@ def evaluate(
 ) -> Metrics:
     """What a model is worth on the `chosen` samples, (m,) int64 (default: all), by the task's metrics."""
     chosen = torch.arange(len(dataset)) if chosen is None else chosen
+    return task.score(answers(task, model, dataset, batch, chosen), dataset, chosen)
+
+
+def answers(task: Task, model: nn.Module, dataset: EncodedDataset, batch: int, chosen: Tensor) -> list[Any]:
+    """What a model makes of each `chosen` sample, (m,) int64, in that order, as the task's `score` takes it."""
     device = next(model.parameters()).device
-    answers: dict[int, Any] = {}
+    found: dict[int, Any] = {}
     with torch.no_grad():
         for indices, inputs in evaluation_batches(dataset, batch, chosen):
-            found = task.answers(model, {name: value.to(device) for name, value in inputs.items()})
-            answers.update(zip(indices.tolist(), found, strict=True))
-    return task.score([answers[index] for index in chosen.tolist()], dataset, chosen)
+            of_batch = task.answers(model, {name: value.to(device) for name, value in inputs.items()})
+            found.update(zip(indices.tolist(), of_batch, strict=True))
+    return [found[index] for index in chosen.tolist()]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one model is better than another by the headline metric.
+
+    value: above 0 if it is, whichever way the metric counts.
+    standard_error: over draws of the test samples, both models on the same ones.
+    """
+
+    value: float
+    standard_error: float
+
+
+def difference(task: Task, ours: Sequence[Any], theirs: Sequence[Any], dataset: EncodedDataset) -> Difference:
+    """Compares the answers of two models to all samples, by the paired bootstrap (Efron and Tibshirani 1993, ch. 6).
+
+    Each of DRAWS times as many samples are drawn with replacement, the same for both, and scored: that holds for
+    any metric, and is far less than the errors of both models together where they err on the same samples.
+    """
+    name, sign = task.headline.name, 1.0 if task.headline.more_is_better else -1.0
+
+    def scored(chosen: Tensor) -> float:
+        both = [task.score([each[i] for i in chosen.tolist()], dataset, chosen)[name] for each in (ours, theirs)]
+        return sign * (both[0] - both[1])
+
+    generator = torch.Generator().manual_seed(derive_seed(0, "bootstrap"))
+    count = len(dataset)
+    drawn = [scored(torch.randint(count, (count,), generator=generator)) for _ in range(DRAWS)]
+    return Difference(scored(torch.arange(count)), statistics.stdev(drawn))
 
 
 @dataclass(frozen=True)
@@ -42,11 +80,13 @@ class Gap:
         layers: the proxy's compressed layers.
         hidden_error: ||H_l - h_l||^2 / ||H_l||^2 over a public batch, without padding.
         gradient_cosine: cosine between the gradients of the layer's LoRA on the proxy and on the FM.
+        task_cosine: the same on test samples with their labels; empty without any.
     """
 
     layers: tuple[int, ...]
     hidden_error: tuple[float, ...]
     gradient_cosine: tuple[float, ...]
+    task_cosine: tuple[float, ...] = ()
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Gap":
@@ -63,11 +103,16 @@ def measure_gap(
     *,
     samples: int,
     seed: int,
+    test: EncodedDataset | None = None,
 ) -> Gap:
     """Compares proxy and FM, both with the same adapter, on `samples` public samples, drawn with the seed.
 
     The gradient is that of the task's loss. Where public samples have no labels they are drawn uniformly: the FM's own
     answers would say nothing while the head is untrained.
+
+    Args:
+        proxy, model, matched: as of :func:`fedpft.proxy.distillation.layer_level`.
+        test: labelled samples, of which as many are looked at for `task_cosine`.
     """
     indices = sample(len(public), samples, seed, "gap")
     device = next(model.parameters()).device
@@ -84,10 +129,16 @@ def measure_gap(
             float(kernels.alignment_loss(h.flatten(0, 1), t.flatten(0, 1), mask))
             for h, t in zip(found, wanted, strict=True)
         ]
-    ours = _lora_gradients(task, proxy, students, labelled)
-    theirs = _lora_gradients(task, model, teachers, labelled)
-    cosines = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(ours, theirs, strict=True)]
-    return Gap(tuple(students), tuple(errors), tuple(cosines))
+
+    def cosines(batch: Mapping[str, Tensor]) -> tuple[float, ...]:
+        ours, theirs = (_lora_gradients(task, *each, batch) for each in ((proxy, students), (model, teachers)))
+        return tuple(float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(ours, theirs, strict=True))
+
+    of_task: tuple[float, ...] = ()
+    if test is not None:
+        batch = test.batch(sample(len(test), samples, seed, "gap, test"))
+        of_task = cosines({name: value.to(device) for name, value in batch.items()})
+    return Gap(tuple(students), tuple(errors), cosines(labelled), of_task)
 
 
 def _lora_gradients(task: Task, model: nn.Module, layers: Sequence[int], batch: Mapping[str, Tensor]) -> list[Tensor]:
@@ -104,8 +155,11 @@ def _lora_gradients(task: Task, model: nn.Module, layers: Sequence[int], batch: 
 
 def format_gaps(gaps: Sequence[tuple[str, Gap]]) -> str:
     """Stages of a proxy's making as a plain-text table, one line for each stage and compressed layer."""
-    lines = [f"{'stage':<24}  layer  hidden-state error  gradient cosine"]
+    labelled = any(gap.task_cosine for _, gap in gaps)
+    lines = [f"{'stage':<24}  layer  hidden-state error  gradient cosine{'  with labels' if labelled else ''}"]
     for stage, gap in gaps:
-        for layer, error, cosine in zip(gap.layers, gap.hidden_error, gap.gradient_cosine, strict=True):
-            lines.append(f"{stage:<24}  {layer:>5}  {error:>18.4f}  {cosine:>15.4f}")
+        rows = zip_longest(gap.layers, gap.hidden_error, gap.gradient_cosine, gap.task_cosine)
+        for layer, error, cosine, of_task in rows:
+            shown = "" if of_task is None else f"  {of_task:>11.4f}"
+            lines.append(f"{stage:<24}  {layer:>5}  {error:>18.4f}  {cosine:>15.4f}{shown}")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fedpft.config import AdapterSection, ProxySection
 from fedpft.data.batches import sample
 from fedpft.data.text import TextDataset
-from fedpft.evaluation import Gap, evaluate, format_gaps, measure_gap
+from fedpft.evaluation import Gap, answers, difference, evaluate, format_gaps, measure_gap
 from fedpft.model.adapters import attach, extract, load
 from fedpft.model.architectures import base_of
 from fedpft.proxy.cut import cut
@@ -60,6 +60,33 @@ def test_majority_names_the_most_frequent_label_always() -> None:
     found = TASK.baseline_score(data)
     assert found["accuracy"] == pytest.approx(5 / 9)
     assert found["macro_f1"] == pytest.approx(f1_score(data.labels, [2] * 9, average="macro"))
+
+
+def test_a_difference_has_the_error_of_paired_samples() -> None:
+    data = tiny.dataset("bert", 400)
+    generator = torch.Generator().manual_seed(5)
+    assert data.labels is not None
+    ours = data.labels.clone()
+    wrong = torch.rand(400, generator=generator) < 0.5
+    ours[wrong] = (ours[wrong] + 1) % 3  # both are wrong there
+    theirs = ours.clone()
+    worse = ~wrong & (torch.rand(400, generator=generator) < 0.1)
+    theirs[worse] = (theirs[worse] + 1) % 3
+    found = difference(TASK, ours.tolist(), theirs.tolist(), data)
+    assert found.value == pytest.approx(float(worse.double().mean()))
+    assert found.standard_error == pytest.approx(float(worse.double().std()) / 400**0.5, rel=0.25)
+    assert difference(TASK, ours.tolist(), theirs.tolist(), data) == found
+    assert difference(TASK, theirs.tolist(), ours.tolist(), data).value == -found.value
+    same = difference(TASK, ours.tolist(), ours.tolist(), data)
+    assert (same.value, same.standard_error) == (0.0, 0.0)
+
+
+def test_answers_are_in_the_order_in_which_they_were_asked_for(make_fm: ModelFactory) -> None:
+    fm, data = make_fm("bert"), tiny.dataset("bert", 20)
+    everything = answers(TASK, fm, data, 6, torch.arange(20))
+    assert len(set(everything)) > 1
+    chosen = torch.tensor([7, 3, 19, 0])
+    assert answers(TASK, fm, data, 3, chosen) == [everything[index] for index in chosen.tolist()]
 
 
 # --- the gap between proxy and FM ---
@@ -124,6 +151,23 @@ def test_gap_is_its_definition(model_type: str, make_fm: ModelFactory) -> None:
         assert cosine < 0.999
 
 
+def test_the_gap_on_labelled_samples_is_that_of_their_labels(make_fm: ModelFactory) -> None:
+    proxy, fm, selection = adapted_pair(make_fm, "bert", neurons=8)
+    public, test = tiny.dataset("bert", 6, labelled=False), tiny.dataset("bert", 9)
+    gap = measure_gap(TASK, proxy, fm, selection.matched, public, samples=6, seed=0, test=test)
+    plain = measure_gap(TASK, proxy, fm, selection.matched, public, samples=6, seed=0)
+    assert (gap.gradient_cosine, plain.task_cosine) == (plain.gradient_cosine, ())
+    batch = test.batch(sample(9, 6, 0, "gap, test"))
+    for layer, cosine in zip(gap.layers, gap.task_cosine, strict=True):
+        gradients = []
+        for model in (proxy, fm):
+            prefix = tiny.NAMES["bert"].layer.format(layer)
+            parameters = [p for n, p in model.named_parameters() if n.startswith(prefix) and ".lora_" in n]
+            found = torch.autograd.grad(F.cross_entropy(model(**batch).logits, batch["labels"]), parameters)
+            gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+        assert cosine == pytest.approx(float(F.cosine_similarity(*gradients, dim=0)), abs=1e-4)
+
+
 def test_gap_of_a_proxy_with_fewer_layers_compares_matched_layers(make_fm: ModelFactory) -> None:
     proxy, fm, selection = adapted_pair(make_fm, "bert", keep="layers", layers=3)
     public = tiny.dataset("bert", 6, labelled=False)
@@ -164,3 +208,6 @@ def test_gaps_are_printed_one_line_a_stage_and_layer() -> None:
         ["distilled", "1", "0.1000", "1.0000"],
         ["distilled", "2", "0.2000", "0.9500"],
     ]
+    labelled = format_gaps([("cut", Gap((1,), (0.5,), (0.9,), (0.7,)))]).splitlines()
+    assert labelled[0].endswith("with labels")
+    assert labelled[1].split() == ["cut", "1", "0.5000", "0.9000", "0.7000"]

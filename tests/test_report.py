@@ -88,6 +88,29 @@ def test_the_table_has_every_row_in_its_order() -> None:
     assert len({line.index(MEANINGS[name]) for line, name in zip(lines[2:], names, strict=True)}) == 1
 
 
+@pytest.mark.parametrize(
+    ("task", "value", "sentence"),
+    [
+        (
+            "sequence-classification",
+            0.0637,
+            "improves the accuracy by 6.4 points beside the tuned proxy's (standard",
+        ),
+        ("sequence-classification", -0.004, "worsens the accuracy by 0.4 points"),
+        ("causal-lm", 0.8042, "by 0.804 beside the tuned proxy's (standard error 0.012,"),
+    ],
+)
+def test_what_plugging_in_is_worth_stands_below_the_table(
+    task: str, value: float, sentence: str, tmp_path: Path
+) -> None:
+    gain = {"value": value, "standard_error": 0.0123}
+    headline = {"sequence-classification": "accuracy", "causal-lm": "loss"}[task]
+    summary = {**SUMMARY, "task": task, "gain": gain, "metrics": {"plugged_in": {headline: 0.5}}}
+    assert sentence in format_table(summary).splitlines()[-1]
+    assert sentence.split(" (")[0].replace("'", "&#x27;") in page(tmp_path, summary, {})
+    assert "beside the tuned" not in page(tmp_path, {**summary, "gain": None}, {})
+
+
 def test_the_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
     html = page(tmp_path, SUMMARY, CURVES)
     assert re.findall(r'(?:src|href)="(?!#)[^"]*"', html) == []

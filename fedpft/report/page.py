@@ -54,10 +54,10 @@ BYTES = {"down": "server to silos", "up": "silos to server"}
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
-    """The metrics as plain text, one line a row, without a line end after the last.
+    """The metrics as plain text, one line a row, and what plugging in is worth; without a line end after the last.
 
     Args:
-        summary: of which `task` and `metrics` are needed.
+        summary: of which `task` and `metrics` are needed, and `gain` is shown.
     """
     head = ("row", *(metric.title for metric in _metrics(summary)), "meaning")
     rows = _metric_rows(summary)
@@ -66,7 +66,7 @@ def format_table(summary: Mapping[str, Any]) -> str:
     for row in (head, ("-" * widths[0], *("-" * width for width in widths[1:]), "-" * len("meaning")), *rows):
         numbers = "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:-1], widths[1:], strict=True))
         lines.append(f"{row[0]:<{widths[0]}}{numbers}  {row[-1]}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", sentence] if (sentence := _gain(summary)) else [])])
 
 
 def write_report(summary: Mapping[str, Any], curves: Mapping[str, Any], path: Path) -> None:
@@ -140,6 +140,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
         beside = f", against {' and '.join(others)}" if others else ""
         measured = f"{metric.title} of {metric.shown(found['plugged_in'])}"
         sentences.append(f"The FM with the silos' adapter has a test {measured}{beside}.")
+    sentences += filter(None, [_gain(summary)])
     if {"full_model", "layer_drop", "plugged_in"} <= found.keys():
         way = found["full_model"] - found["layer_drop"]
         if way > 0 if metric.more_is_better else way < 0:
@@ -149,6 +150,20 @@ def _headline(summary: Mapping[str, Any]) -> str:
         share = parameters["proxy_transformer"] / parameters["model_transformer"]
         sentences.append(f"The silos received {share:.0%} of its transformer parameters; the FM stayed on the server.")
     return " ".join(sentences)
+
+
+def _gain(summary: Mapping[str, Any]) -> str:
+    """What the owner has that a silo with the tuned proxy has not, in a sentence; empty if it was not measured."""
+    if (gain := summary.get("gain")) is None:
+        return ""
+    metric, worth = TASKS[summary["task"]].headline, float(gain["value"])
+    scale, unit = (100.0, " points") if metric.percent else (1.0, "")
+    size, error = (f"{scale * abs(value):.{1 if metric.percent else 3}f}" for value in (worth, gain["standard_error"]))
+    changes = "improves" if worth >= 0 else "worsens"
+    return (
+        f"Plugging the adapter into the FM {changes} the {metric.title} by {size}{unit} beside the tuned proxy's "
+        f"(standard error {error}, on the same test samples)."
+    )
 
 
 def _which_is_better(metric: Metric) -> str:

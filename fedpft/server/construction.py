@@ -262,4 +262,5 @@ def measure(config: ServerConfig, owner: Owner, model: nn.Module, selection: Sel
     if not config.adapter.rank or not selection.matched or not samples:
         return None
     task, pairs = TASKS[config.model.task], selection.matched
-    return measure_gap(task, model, owner.model, pairs, owner.public, samples=samples, seed=config.seed)
+    seed, test = config.seed, owner.test
+    return measure_gap(task, model, owner.model, pairs, owner.public, samples=samples, seed=seed, test=test)

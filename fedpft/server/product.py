@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from fedpft import atomic
 from fedpft.config import ServerConfig
 from fedpft.data.batches import sample
-from fedpft.evaluation import Metrics, evaluate
+from fedpft.evaluation import Difference, Metrics, answers, difference
 from fedpft.model import adapters, loading
 from fedpft.server.construction import Built, Owner
 from fedpft.tasks import TASKS
@@ -26,11 +28,15 @@ class Worth:
     """What was measured on the test data; nothing without any.
 
     metrics: row -> metric -> value.
+    answers: row -> what it made of each test sample, as the task has it.
+    gain: by how much the plugged-in FM is better than the tuned proxy.
     written: some of the test samples as they were answered in words: what was `asked` and what was `wanted`, and what
         each row wrote.
     """
 
     metrics: dict[str, Metrics] = field(default_factory=dict)
+    answers: dict[str, list[Any]] = field(default_factory=dict)
+    gain: Difference | None = None
     written: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -43,10 +49,13 @@ def measure_worth(config: ServerConfig, owner: Owner, built: Built) -> Worth:
     wanted = task.wanted(owner.processor, test, chosen)
     metrics = {} if task.baseline is None else {task.baseline[0]: task.baseline_score(test)}
     written = [{"asked": asked, "wanted": answer} for asked, answer in wanted]
+    answered: dict[str, list[Any]] = {}
+    everything = torch.arange(len(test))
 
     def measure(row: str, model: nn.Module) -> None:
         log.info("evaluation: %s", row)
-        metrics[row] = evaluate(task, model, test, section.batch)
+        answered[row] = answers(task, model, test, section.batch, everything)
+        metrics[row] = task.score(answered[row], test, everything)
         if wanted:
             texts = task.write(model, owner.processor, test, chosen, section.batch)
             metrics[row] |= task.score_written(texts, [answer for _, answer in wanted])
@@ -58,7 +67,8 @@ def measure_worth(config: ServerConfig, owner: Owner, built: Built) -> Worth:
             measure("zero_shot", owner.model)
     measure("proxy", built.proxy.model)
     measure("plugged_in", owner.model)
-    return Worth(metrics, written[:SHOWN_ANSWERS])
+    gain = difference(task, answered["plugged_in"], answered["proxy"], test)
+    return Worth(metrics, answered, gain, written[:SHOWN_ANSWERS])
 
 
 @contextmanager

@@ -132,6 +132,8 @@ def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger, 
     with built.record.timed("evaluation"):
         worth = measure_worth(config, owner, built)
     summary = _summary(config, owner, rounds, worth, sum(tensor.numel() for tensor in adapter.values()))
+    if worth.answers:
+        atomic.write_text(config.out / "answers.json", json.dumps(worth.answers))
     save_product(owner, config, config.out)
     atomic.write_text(config.out / "summary.json", json.dumps(summary, indent=1))
     curves = _curves(built, ledger.recorded("alignment"), rounds.closed) | rounds.silos_curves()
@@ -149,6 +151,7 @@ def _summary(
     return {
         "task": config.model.task,
         "metrics": worth.metrics,
+        "gain": None if worth.gain is None else asdict(worth.gain),
         "written": worth.written,
         "parameters": {
             **totals,
