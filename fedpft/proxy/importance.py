@@ -123,13 +123,12 @@ def eliminate(a: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
         gone, added = _cheapest(inverse, w_out, max(1, min(len(left) // TURN, MOST)))
         costs[left[gone]] = added
         turns.append(left[gone])
-        stay = torch.ones(len(left), dtype=torch.bool)
-        stay[gone] = False
+        stay = torch.ones(len(left), dtype=torch.bool).index_fill_(0, gone, False).nonzero().squeeze(1)
         # What is gone is zero from here on: by the others' best answer, and by the inverse of what is left of A.
         rows, own = inverse[stay], torch.linalg.cholesky(inverse[gone][:, gone])
         shares = torch.cholesky_solve(rows[:, gone].t(), own).t()
         w_out = w_out[stay].addmm_(shares, w_out[gone], alpha=-1)
-        inverse = rows[:, stay].addmm_(shares, rows[:, gone].t(), alpha=-1)
+        inverse = rows.index_select(1, stay).addmm_(shares, rows[:, gone].t(), alpha=-1)
         left = left[stay]
     return costs, torch.cat(turns)
 
