@@ -85,9 +85,8 @@ def select(
     if settings.keep == "layers":
         if settings.layers is None or settings.layers > total:
             raise ModelError(f"proxy.layers is {settings.layers}, the FM has {total}", f"choose 2 to {total}")
-        kept_layers = torch.linspace(0, total - 1, settings.layers, dtype=torch.float64).round().long().tolist()
-        neurons = tuple(everything[layer] for layer in kept_layers)
-        return Selection(tuple(kept_layers), neurons, tuple(ranking.saliency for ranking in rankings))
+        layers = torch.linspace(0, total - 1, settings.layers, dtype=torch.float64).round().long().tolist()
+        return _selection(layers, [everything[layer] for layer in layers], rankings)
     whole = set()
     for layer in settings.keep_layers:
         if not -total <= layer < total:
@@ -95,17 +94,17 @@ def select(
                 f"proxy.keep_layers names layer {layer}, the FM has {total}", f"use {-total} to {total - 1}"
             )
         whole.add(layer % total)
-    if settings.neurons == "all" or len(whole) == total:
-        return Selection(tuple(range(total)), tuple(everything), tuple(ranking.saliency for ranking in rankings))
-    compressed = [layer for layer in range(total) if layer not in whole]
+    if settings.neurons == "all":
+        return _selection(range(total), everything, rankings)
     count = _neuron_count(model, settings, min(each.shape[-1] for each in everything))
+    compressed = [layer for layer in range(total) if layer not in whole]
     for layer, ranking in _ranked(model, rankings, compressed, settings, public, seed).items():
         rankings[layer] = ranking
     counts = dict.fromkeys(compressed, count)
     if settings.spread == "global":
         counts = _spread({layer: rankings[layer] for layer in compressed}, count)
     neurons = [rankings[layer].kept(counts[layer]) if layer in counts else everything[layer] for layer in range(total)]
-    return Selection(tuple(range(total)), tuple(neurons), tuple(ranking.saliency for ranking in rankings))
+    return _selection(range(total), neurons, rankings)
 
 
 def select_for_size(model: nn.Module, settings: ProxySection) -> Selection:
@@ -131,6 +130,10 @@ def load_selection(path: Path) -> Selection:
         raise ModelError(f"{path}: cannot be read ({error})", "build the proxy again") from None
 
 
+def _selection(layers: Sequence[int], neurons: Sequence[Tensor], rankings: Sequence[Ranking]) -> Selection:
+    return Selection(tuple(layers), tuple(neurons), tuple(ranking.saliency for ranking in rankings))
+
+
 def _ranked(
     model: nn.Module,
     by_size: Sequence[Ranking],
@@ -139,7 +142,7 @@ def _ranked(
     public: EncodedDataset | None,
     seed: int,
 ) -> dict[int, Ranking]:
-    if settings.importance == "weights":
+    if settings.importance == "weights" or not layers:
         return {}
     if settings.importance == "random":
         return {layer: by_chance(by_size[layer], seed, layer) for layer in layers}
