@@ -97,6 +97,17 @@ class ProxySection(Section):
         "hidden",
         description="K, neurons kept in a compressed layer; `hidden`: K = D, the paper's setting; `all`: every neuron.",
     )
+    importance: Literal["weights", "variance", "leverage", "random"] = Field(
+        "weights",
+        description="By what the neurons are chosen: the size of their weights, the paper's way; the variance of what "
+        "they pass on; what the others could not make up for; chance, as a control (method.md, section 0).",
+    )
+    importance_samples: int = Field(256, ge=1, description="Public samples on which `variance` and `leverage` look.")
+    spread: Literal["equal", "global"] = Field(
+        "equal",
+        description="`equal`: K neurons in each compressed layer. `global`: more where they are worth more, K on "
+        "average, from K / 4 to all but one.",
+    )
     keep_layers: tuple[int, ...] = Field(
         (0, -1), description="Layers that stay whole; negative numbers count from the last layer."
     )

@@ -23,7 +23,7 @@ from fedpft.model.precision import dtype_of, name_of
 from fedpft.proxy.bundle import load_proxy
 from fedpft.proxy.cut import cut
 from fedpft.proxy.holdings import check_holdings, format_holdings, holdings
-from fedpft.proxy.selection import load_selection, select
+from fedpft.proxy.selection import load_selection, select_for_size
 from fedpft.server import ledger
 from fedpft.server.construction import check_as_built, check_made_for, load_fm, read_record
 from fedpft.server.identity import (
@@ -324,7 +324,7 @@ def _model(config: ServerConfig, fm: nn.Module) -> str:
 
 def _proxy(config: ServerConfig, fm: nn.Module, digests: Digests) -> str:
     if (path := config.proxy_path) is None:
-        selection = select(fm, config.proxy)
+        selection = select_for_size(fm, config.proxy)
         check_holdings(selection, config.proxy)
         return format_holdings(holdings(fm, cut(fm, selection)))
     record = read_record(path)

@@ -119,6 +119,13 @@ def test_a_run_does_not_go_on_with_other_files(change: str, begun: dict[str, Any
     assert "another `out`" in caught.value.remedy
 
 
+@pytest.mark.parametrize("key", ["neurons", "importance", "importance_samples", "spread"])
+def test_a_run_does_not_go_on_with_another_proxy_section(key: str, begun: dict[str, Any], tmp_path: Path) -> None:
+    other = {"neurons": 20, "importance": "variance", "importance_samples": 8, "spread": "global"}
+    with pytest.raises(ConfigError, match=rf"begun with another proxy\.{key} "):
+        run(config_of(tmp_path, begun | {"proxy": {key: other[key]}}))
+
+
 def test_a_run_does_not_go_on_with_another_aggregation(begun: dict[str, Any], tmp_path: Path) -> None:
     settings = begun | {"aggregation": {"optimizer": "adam"}}
     with pytest.raises(ConfigError, match=r"begun with another aggregation\.optimizer -> set it back"):

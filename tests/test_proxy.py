@@ -21,7 +21,8 @@ from fedpft.model.loading import load_model, load_processor
 from fedpft.model.subffn import sub_ffns
 from fedpft.proxy.bundle import Proxy, apply_patch, check_finite, load_proxy, patch, save_bundle
 from fedpft.proxy.cut import PARTS, cut, parameter_counts
-from fedpft.proxy.selection import Selection, load_selection, most_salient, saliency, save_selection, select
+from fedpft.proxy.importance import by_saliency
+from fedpft.proxy.selection import Selection, load_selection, save_selection, select
 
 FM = Callable[[str], Path]
 K = 24
@@ -56,7 +57,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @every_kind
 def test_saliency_is_the_norm_of_all_weights_of_a_neuron(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
-    for layer, scores in enumerate(saliency(fm)):
+    for layer, scores in enumerate(select(fm, ProxySection()).saliency):
         ffns = tiny.ffns(fm.state_dict(), model_type, layer)
         assert scores.shape == ((len(ffns), tiny.F) if len(ffns) > 1 else (tiny.F,))
         for ffn, own in zip(ffns, scores.view(len(ffns), -1), strict=True):
@@ -78,13 +79,14 @@ def test_neurons_are_those_of_the_published_code(model_type: str, count: int, ma
 
 
 def test_of_equally_salient_neurons_the_lower_index_is_kept() -> None:
-    assert most_salient(torch.tensor([2.0, 1.0, 3.0, 2.0, 2.0]), 3).tolist() == [0, 2, 3]
+    assert by_saliency(torch.tensor([2.0, 1.0, 3.0, 2.0, 2.0])).kept(3).tolist() == [0, 2, 3]
 
 
 def test_twin_neurons_of_an_fm_tie(make_fm: ModelFactory) -> None:
     fm = make_fm("bert")
     ffn = tiny.ffn(fm.state_dict(), "bert", 1)
-    best, worst = int(saliency(fm)[1].argmax()), int(saliency(fm)[1].argmin())
+    scores = select(fm, ProxySection()).saliency[1]
+    best, worst = int(scores.argmax()), int(scores.argmin())
     ffn["w_in"][worst], ffn["w_out"][worst] = ffn["w_in"][best], ffn["w_out"][best]
     assert select(fm, ProxySection(neurons=1)).neurons[1].tolist() == [min(best, worst)]
 

@@ -129,7 +129,11 @@ def test_simulation_gives_the_bytes_of_real_processes(inputs: Path, tmp_path: Pa
         "silos": 5,
         "partition": {"kind": "dirichlet", "concentration": 0.5},
     }
-    changes: Settings = {"federation": {"sample_fraction": 0.5}, "training": {"update_encoding": "int8"}}
+    changes: Settings = {
+        "proxy": {"importance": "leverage", "spread": "global"},
+        "federation": {"sample_fraction": 0.5},
+        "training": {"update_encoding": "int8"},
+    }
     config = simulated(tmp_path / "simulated", inputs, section, **changes)
     server, silos = real(tmp_path / "real", config, inputs, **changes)
     federated = run_federation(tmp_path / "real", server, silos)
@@ -137,6 +141,8 @@ def test_simulation_gives_the_bytes_of_real_processes(inputs: Path, tmp_path: Pa
 
     assert left(config.out) == left(tmp_path / "real" / "out")
     assert "patches/patch-2.safetensors" in left(config.out), "the proxy was aligned"
+    neurons = json.loads((config.out / "proxy" / "bundle" / "proxy.json").read_text(encoding="utf-8"))["neurons"]
+    assert len(set(neurons[1:3])) == 2, "its layers are of different sizes"
     assert updates(config.out) == updates(tmp_path / "real" / "out")
     assert summary["metrics"] == federated["metrics"]
     assert summary["bytes"] == federated["bytes"]

@@ -28,7 +28,7 @@ from fedpft.errors import ConfigError
 from fedpft.model import adapters
 from fedpft.proxy.cut import cut
 from fedpft.proxy.holdings import holdings
-from fedpft.proxy.selection import select
+from fedpft.proxy.selection import select_for_size
 from fedpft.server.construction import build_proxy, load_fm, load_owner
 from fedpft.server.identity import label_list
 from fedpft.simulation.run import simulate
@@ -249,7 +249,7 @@ def _proxy(cell: Cell, config: SimulationConfig, work: Path) -> Path:
 def _count(config: SimulationConfig) -> dict[str, int]:
     """Parameters of FM, proxy and adapter, as a run's summary has them."""
     model, _ = load_fm(config, label_list(config))
-    proxy = cut(model, select(model, config.proxy))
+    proxy = cut(model, select_for_size(model, config.proxy))
     parts = holdings(model, proxy)
     totals = {side: sum(part[side] for part in parts.values()) for side in ("model", "proxy")}
     adapters.attach(proxy, config.adapter, seed=config.seed)

@@ -91,6 +91,10 @@ class SubFFN(nn.Module):
         active = reference.ACTIVATIONS[self.activation].forward(gate)
         return active if w_gate is None else active * up
 
+    def values_by_expert(self, x: Tensor) -> Iterator[Tensor]:
+        """As :meth:`SubExperts.values_by_expert`, of the one FFN that there is: (N, D) -> (N, K)."""
+        yield self.values(x)
+
     def product(self) -> Tensor:
         """W_out W_in, (D, D): what the FFN would be without its activation (method.md, section 2). Differentiable."""
         if self._training is None:
@@ -199,6 +203,12 @@ class SubExperts(nn.Module):
             values[tokens, self._rows(index)] = expert.values(x[tokens]) * shares[tokens, place, None]
         return values
 
+    def values_by_expert(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Iterator[Tensor]:
+        """What each expert's neurons pass on for the tokens that it is asked, one expert after the other: (n, K)."""
+        for index, expert in enumerate(self._experts):
+            tokens, place = torch.where(chosen == index)
+            yield expert.values(x[tokens]) * shares[tokens, place, None]
+
     def product(self) -> Tensor:
         """W_out W_in of each expert, (E, D, D)."""
         return torch.stack([expert.product() for expert in self._experts])
@@ -277,24 +287,35 @@ def projections(model: nn.Module, layer: nn.Module) -> list[dict[str, Tensor]]:
     return [found]
 
 
-def replace_ffn(model: nn.Module, layer: nn.Module, neurons: Tensor) -> None:
-    """Puts a SubFFN of the given neurons where a layer has its FFN, or one where it has each of its experts. In place.
+def sub_ffn_of(model: nn.Module, layer: nn.Module, neurons: Tensor | None = None) -> SubFFN | SubExperts:
+    """What could stand where a layer of the FM has its FFN, or the weights of its experts (:func:`ffn_path`).
 
     Args:
-        neurons: (K,) int64; of experts (E, K), or (K,) for the same of each.
+        neurons: (K,) int64; of experts (E, K), or (K,) for the same of each; None: all of them.
     """
-    row, whole = architecture_of(model), projections(model, layer)
-    parts = [
-        {name: value[kept] if name in NEURON_PARAMETERS else value for name, value in ffn.items()}
+    whole, activation = projections(model, layer), activation_of(model)
+    if neurons is None:
+        neurons = torch.arange(len(whole[0]["w_in"]))
+    ffns = [
+        SubFFN({name: part[kept] if name in NEURON_PARAMETERS else part for name, part in ffn.items()}, activation)
         for ffn, kept in zip(whole, neurons.expand(len(whole), -1), strict=True)
     ]
-    ffns = [SubFFN(part, activation_of(model)) for part in parts]
-    if _experts(model, layer) is not None:
-        layer.set_submodule(str(row.experts), SubExperts(ffns))
-        return
-    layer.set_submodule(row.ffn, ffns[0])
-    for path in row.absorbed:
-        layer.set_submodule(path, nn.Identity())
+    return ffns[0] if _experts(model, layer) is None else SubExperts(ffns)
+
+
+def ffn_path(model: nn.Module, layer: nn.Module) -> str:
+    """The module of a layer whose place a SubFFN or SubExperts takes."""
+    row = architecture_of(model)
+    return row.ffn if _experts(model, layer) is None else str(row.experts)
+
+
+def replace_ffn(model: nn.Module, layer: nn.Module, neurons: Tensor) -> None:
+    """Puts what :func:`sub_ffn_of` makes of the given neurons into its place. In place."""
+    ffn, path = sub_ffn_of(model, layer, neurons), ffn_path(model, layer)
+    layer.set_submodule(path, ffn)
+    if isinstance(ffn, SubFFN):
+        for absorbed in architecture_of(model).absorbed:
+            layer.set_submodule(absorbed, nn.Identity())
 
 
 def sub_ffns(model: nn.Module) -> dict[str, SubFFN | SubExperts]:

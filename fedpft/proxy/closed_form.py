@@ -18,7 +18,7 @@ ones, and the weights stay as they were cut.
 public samples halves the hidden-state error before the first step; docs/results.md has the figures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,7 @@ def fit_output_projections(
     chosen, ffns = sample(len(public), samples, seed, "closed form"), list(sub_ffns(proxy).values())
     with torch.no_grad():
         walks = []
-        for _, inputs in evaluation_batches(public, batch, chosen):
-            inputs = {name: value.to(device) for name, value in inputs.items()}
-            real = inputs["attention_mask"].bool().flatten() if "attention_mask" in inputs else slice(None)
+        for inputs, real in real_inputs(public, chosen, batch, device):
             walks.append((LayerWalk(proxy, inputs), LayerWalk(model, inputs), real))
         for student, teacher in matched:
             layer, ffn = layers_of(proxy)[student], ffns[student]
@@ -67,8 +65,8 @@ def fit_output_projections(
                 for walk, place in ((ours, student), (theirs, teacher)):
                     while walk.position < place:
                         walk.advance()
-                given, stream, _ = _look(proxy, ours, ffn)
-                _, wanted, after = _look(model, theirs, None)
+                given, stream, _ = look(proxy, ours, ffn)
+                _, wanted, after = look(model, theirs, None)
                 theirs.advance(after)
                 values = ffn.values(*given).flatten(0, -2)[real]
                 missing = ((wide(wanted) - wide(stream)) / scale).flatten(0, 1)[real]
@@ -103,7 +101,16 @@ class _NormalEquations:
         return solution[:-1], solution[-1]
 
 
-def _look(model: nn.Module, walk: LayerWalk, ffn: nn.Module | None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+def real_inputs(
+    public: EncodedDataset, chosen: Tensor, batch: int, device: torch.device
+) -> Iterator[tuple[dict[str, Tensor], Tensor | slice]]:
+    """The chosen samples as a model takes them, `batch` at a time; and which of the (B T,) tokens are no padding."""
+    for _, inputs in evaluation_batches(public, batch, chosen):
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        yield inputs, inputs["attention_mask"].bool().flatten() if "attention_mask" in inputs else slice(None)
+
+
+def look(model: nn.Module, walk: LayerWalk, ffn: nn.Module | None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """What the next layer's `ffn` is called with, S or s as the head of this file says, and the layer's output."""
     row, module = architecture_of(model), layers_of(model)[walk.position]
     called: list[tuple[Tensor, ...]] = [()]

@@ -1,9 +1,11 @@
-"""Which neurons of the FM its proxy keeps: saliency, and the choice.
+"""Which neurons of the FM its proxy keeps: the choice, by how much they matter (importance.py).
 
 method.md, sections 0 and 1. D hidden size, F and K FFN neurons of FM and proxy, L layers of the FM. In a mixture of E
 experts each is an FFN of its own, of F neurons, K of which stay.
 """
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft import kernels
 from fedpft.config import ProxySection
+from fedpft.data.batches import EncodedDataset
 from fedpft.errors import ModelError
 from fedpft.model import architectures
-from fedpft.model.subffn import projections
+from fedpft.proxy.importance import Ranking, by_activations, by_chance, by_weights
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Selection:
         layers: for each layer of the proxy, the FM's layer it was cut from.
         neurons: for each layer of the proxy, the kept neurons' indices in the FM's FFN, (K,) int64, ascending; those in
             each of its experts, (E, K).
-        saliency: for each layer of the FM, that of every neuron, (F,) or (E, F) float32.
+        saliency: for each layer of the FM, that of every neuron by which the choice was made, (F,) or (E, F) float32;
+            where all of them stay, the size of its weights.
     """
 
     layers: tuple[int, ...]
@@ -67,32 +70,23 @@ class Selection:
         return [kept.shape[-1] == self.saliency[layer].shape[-1] for layer, kept in pairs]
 
 
-def saliency(model: nn.Module) -> list[Tensor]:
-    """s_j of every FFN neuron of the FM, for each layer (F,) or (E, F) float32 (method.md, section 0)."""
-    scores = []
-    for layer in architectures.layers_of(model):
-        ffns = projections(model, layer)
-        w_in, w_gate, w_out = ([ffn[name] for ffn in ffns if name in ffn] for name in ("w_in", "w_gate", "w_out"))
-        found = kernels.neuron_saliency(w_in, w_gate, [weight.t() for weight in w_out])
-        scores.append(found if len(ffns) > 1 else found[0])
-    return scores
+def select(
+    model: nn.Module, settings: ProxySection, public: EncodedDataset | None = None, *, seed: int = 0
+) -> Selection:
+    """Chooses layers and neurons; ModelError if the FM has fewer than are asked for.
 
-
-def most_salient(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest of (..., F) scores, ascending, (..., K) int64; of equal scores the lower wins."""
-    return torch.sort(scores, descending=True, stable=True).indices[..., :count].sort().values
-
-
-def select(model: nn.Module, settings: ProxySection) -> Selection:
-    """Chooses layers and neurons; ModelError if the FM has fewer than are asked for."""
-    scores = tuple(layer.cpu() for layer in saliency(model))
-    everything = [torch.arange(layer.shape[-1]).expand(layer.shape) for layer in scores]
-    total = len(scores)
+    Args:
+        public: unlabelled samples; `variance` and `leverage` look at some of them, the others need none.
+        seed: what draws those, and the order of `random`.
+    """
+    rankings = by_weights(model)
+    everything = [torch.arange(ranking.order.shape[-1]).expand(ranking.order.shape) for ranking in rankings]
+    total = len(rankings)
     if settings.keep == "layers":
         if settings.layers is None or settings.layers > total:
             raise ModelError(f"proxy.layers is {settings.layers}, the FM has {total}", f"choose 2 to {total}")
-        kept_layers = torch.linspace(0, total - 1, settings.layers, dtype=torch.float64).round().long().tolist()
-        return Selection(tuple(kept_layers), tuple(everything[layer] for layer in kept_layers), scores)
+        layers = torch.linspace(0, total - 1, settings.layers, dtype=torch.float64).round().long().tolist()
+        return _selection(layers, [everything[layer] for layer in layers], rankings)
     whole = set()
     for layer in settings.keep_layers:
         if not -total <= layer < total:
@@ -101,12 +95,21 @@ def select(model: nn.Module, settings: ProxySection) -> Selection:
             )
         whole.add(layer % total)
     if settings.neurons == "all":
-        return Selection(tuple(range(total)), tuple(everything), scores)
-    count = _neuron_count(model, settings, min(layer.shape[-1] for layer in scores))
-    neurons = tuple(
-        everything[layer] if layer in whole else most_salient(scores[layer], count) for layer in range(total)
-    )
-    return Selection(tuple(range(total)), neurons, scores)
+        return _selection(range(total), everything, rankings)
+    count = _neuron_count(model, settings, min(each.shape[-1] for each in everything))
+    compressed = [layer for layer in range(total) if layer not in whole]
+    for layer, ranking in _ranked(model, rankings, compressed, settings, public, seed).items():
+        rankings[layer] = ranking
+    counts = dict.fromkeys(compressed, count)
+    if settings.spread == "global":
+        counts = _spread({layer: rankings[layer] for layer in compressed}, count)
+    neurons = [rankings[layer].kept(counts[layer]) if layer in counts else everything[layer] for layer in range(total)]
+    return _selection(range(total), neurons, rankings)
+
+
+def select_for_size(model: nn.Module, settings: ProxySection) -> Selection:
+    """Other neurons than :func:`select` may choose, but as many in all: for whoever counts, and has no public data."""
+    return select(model, settings.model_copy(update={"importance": "weights", "spread": "equal"}))
 
 
 def save_selection(selection: Selection, path: Path) -> None:
@@ -125,6 +128,44 @@ def load_selection(path: Path) -> Selection:
         return Selection(layers, neurons, tuple(tensors[f"saliency.{layer}"] for layer in range(total)))
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error})", "build the proxy again") from None
+
+
+def _selection(layers: Sequence[int], neurons: Sequence[Tensor], rankings: Sequence[Ranking]) -> Selection:
+    return Selection(tuple(layers), tuple(neurons), tuple(ranking.saliency for ranking in rankings))
+
+
+def _ranked(
+    model: nn.Module,
+    by_size: Sequence[Ranking],
+    layers: Sequence[int],
+    settings: ProxySection,
+    public: EncodedDataset | None,
+    seed: int,
+) -> dict[int, Ranking]:
+    if settings.importance == "weights" or not layers:
+        return {}
+    if settings.importance == "random":
+        return {layer: by_chance(by_size[layer], seed, layer) for layer in layers}
+    if public is None:
+        raise TypeError(f"proxy.importance {settings.importance} needs public samples")
+    return by_activations(model, layers, public, settings, seed=seed)
+
+
+def _spread(rankings: Mapping[int, Ranking], count: int) -> dict[int, int]:
+    """How many neurons each layer keeps: `count` on average, more where one more is worth more.
+
+    At least a quarter of `count`, and all but one at most. Among layers whose FFNs are alike, so that the proxy has the
+    same size.
+    """
+    counts: dict[int, int] = {}
+    for shape in {ranking.order.shape for ranking in rankings.values()}:
+        layers = [layer for layer, ranking in rankings.items() if ranking.order.shape == shape]
+        least, most = math.ceil(count / 4), max(count, shape[-1] - 1)
+        worth = torch.stack([rankings[layer].worth()[least:most] for layer in layers])
+        best = torch.sort(worth.flatten(), descending=True, stable=True).indices[: (count - least) * len(layers)]
+        more = torch.bincount(best // (most - least), minlength=len(layers)).tolist()
+        counts |= {layer: least + own for layer, own in zip(layers, more, strict=True)}
+    return counts
 
 
 def _neuron_count(model: nn.Module, settings: ProxySection, full: int) -> int:

@@ -162,7 +162,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
     (directory / "record.json").unlink(missing_ok=True)
     record = Record(model=owner.contents["model.path"])
     with record.timed("construction"):
-        selection = select(owner.model, config.proxy)
+        selection = select(owner.model, config.proxy, owner.public, seed=config.seed)
         check_holdings(selection, config.proxy)
         model = cut(owner.model, selection)
         compressed = tuple(student for student, _ in selection.matched)
