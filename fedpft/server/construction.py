@@ -165,6 +165,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
         selection = select(owner.model, config.proxy)
         check_holdings(selection, config.proxy)
         model = cut(owner.model, selection)
+        adapters.attach_to_ffns(model, config.adapter, seed=config.seed)
         compressed = tuple(student for student, _ in selection.matched)
         proxy = Proxy(model, owner.processor, config.model.task, owner.labels, config.model.max_tokens, compressed)
     built = Built(directory, proxy, selection, record)
