@@ -25,7 +25,6 @@ from fedpft.evaluation import measure_gap
 from fedpft.model.adapters import (
     Adapter,
     attach,
-    attach_to_ffns,
     extract,
     frozen_state,
     load,
@@ -52,18 +51,17 @@ every_dense = pytest.mark.parametrize("model_type", DENSE)
 
 
 def proxy_of(fm: nn.Module, **wanted: object) -> tuple[nn.Module, Selection]:
-    """As the server makes it of an FM that carries an adapter."""
     selection = select(fm, ProxySection(**wanted))
     proxy = cut(fm, selection)
-    attach_to_ffns(proxy, SETTINGS, seed=0)
+    attach(proxy, SETTINGS, seed=0)
     return proxy, selection
 
 
 def pair(make_fm: ModelFactory, model_type: str, **wanted: object) -> tuple[nn.Module, nn.Module, Selection]:
     """FM and proxy, both with the same adapter, of which nothing is 0."""
     fm = make_fm(model_type)
-    attach(fm, SETTINGS, seed=0)
     proxy, selection = proxy_of(fm, **wanted)
+    attach(fm, SETTINGS, seed=0)
     load(proxy, tuned(proxy))
     plug_in(fm, extract(proxy), selection.layers, selection.neurons)
     return fm, proxy, selection
@@ -92,21 +90,23 @@ def test_it_is_on_every_projection_of_the_fm_and_leaves_that_on_attention_as_it_
 
 
 @every_dense
-def test_proxy_that_was_cut_has_the_adapter_of_one_that_was_read(model_type: str, make_fm: ModelFactory) -> None:
-    fm, bare = make_fm(model_type), cut(make_fm(model_type), select(make_fm(model_type), ProxySection(neurons=K)))
-    attach(fm, SETTINGS, seed=0)
-    proxy, _ = proxy_of(fm, neurons=K)
-    torch.manual_seed(5)
-    wanted = torch.rand(3)
-    torch.manual_seed(5)
-    attach(bare, SETTINGS, seed=0)
-    assert torch.equal(torch.rand(3), wanted), "the caller's random numbers"
-    assert tiny.changed(extract(proxy), extract(bare)) == set()
-    assert {name for name, p in proxy.named_parameters() if p.requires_grad} == {
-        name for name, p in bare.named_parameters() if p.requires_grad
-    }
-    attach(other := cut(make_fm(model_type), select(fm, ProxySection(neurons=K))), SETTINGS, seed=1)
-    assert {name for name in extract(bare) if "lora_A" in name} == tiny.changed(extract(bare), extract(other))
+def test_on_a_proxy_it_is_drawn_from_the_seed_and_nothing_else(model_type: str, make_fm: ModelFactory) -> None:
+    drawn, random = [], []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)
+        proxy = cut(make_fm(model_type), select(make_fm(model_type), ProxySection(neurons=K)))
+        attach(proxy, SETTINGS, seed=seed)
+        drawn.append(extract(proxy))
+        random.append(torch.rand(3))
+        torch.manual_seed(number)
+        assert torch.equal(random[-1], torch.rand(3)), "the caller's random numbers"
+    assert tiny.changed(drawn[0], drawn[1]) == set()
+    assert {name for name in drawn[0] if "lora_A" in name} == tiny.changed(drawn[0], drawn[2])
+    assert not any(tensor.any() for name, tensor in drawn[0].items() if "lora_B" in name)
+    trained = {name.replace(".default.", ".") for name, p in proxy.named_parameters() if p.requires_grad}
+    assert trained == drawn[0].keys()
+    for path, ffn in sub_ffns(proxy).items():
+        assert drawn[0][f"{path}.lora_A.w_out"].shape == (RANK, ffn.neurons)
 
 
 @every_dense
@@ -214,7 +214,7 @@ def test_on_a_proxy_with_fewer_layers_it_goes_to_the_layers_it_was_cut_from(
 ) -> None:
     before = tiny.snapshot(make_fm(model_type))
     fm, _, _ = pair(make_fm, model_type, neurons="all")  # what an earlier round may have left behind
-    proxy, selection = proxy_of(fm, keep="layers", layers=3)
+    proxy, selection = proxy_of(make_fm(model_type), keep="layers", layers=3)
     assert selection.layers == (0, 2, 3)
     load(proxy, tuned(proxy, seed=2))
     plug_in(fm, extract(proxy), selection.layers, selection.neurons)
@@ -323,8 +323,8 @@ def gradient(model: nn.Module, names: list[str], inputs: dict[str, Tensor], labe
 def test_in_half_precision_it_is_float32_and_proxy_and_fm_agree(dtype: str, fm_directory: FM) -> None:
     fm = load_model(fm_directory("llama"), "sequence-classification", tiny.LABELS, seed=0, dtype=dtype)
     plain = tiny.logits(fm, tiny.batch("llama")).float()
-    attach(fm, SETTINGS, seed=0)
     proxy, selection = proxy_of(fm, neurons="all")
+    attach(fm, SETTINGS, seed=0)
     load(proxy, tuned(proxy))
     assert {tensor.dtype for tensor in extract(proxy).values()} == {torch.float32}
     plug_in(fm, extract(proxy), selection.layers, selection.neurons)

@@ -77,28 +77,8 @@ def attach(model: nn.Module, settings: AdapterSection, *, seed: int) -> None:
     """
     if settings.rank > 0:
         _inject(model, settings, architecture_of(model).attention, derive_seed(seed, "adapter"))
-    attach_to_ffns(model, settings, seed=seed)
-
-
-def attach_to_ffns(model: nn.Module, settings: AdapterSection, *, seed: int) -> None:
-    """The part of :func:`attach` that a proxy which was cut from a model with an adapter still lacks. In place.
-
-    It is drawn apart from the rest, so that LoRA on attention is the same in FM and proxy, with it or without.
-    """
-    if settings.rank > 0 and settings.ffn:
-        row, drawn_from = architecture_of(model), derive_seed(seed, "adapter of the FFN")
-        if row.experts is not None:
-            raise ModelError(
-                f"adapter.ffn: the FFN of {model.config.model_type} is a mixture of experts",  # type: ignore[union-attr]
-                "set adapter.ffn: false",
-            )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(drawn_from)
-            for ffn in sub_ffns(model).values():
-                assert isinstance(ffn, SubFFN)
-                ffn.attach_lora(settings.rank, settings.alpha / settings.rank, one_gated=row.gate == row.input)
-        if not sub_ffns(model):
-            _inject(model, settings, tuple(_ffn_projections(row)), drawn_from)
+        if settings.ffn:
+            _attach_to_ffns(model, settings, derive_seed(seed, "adapter of the FFN"))
     model.eval()  # peft adds its dropout in training mode
     adapted = set(_parameters(model).values())
     for parameter in model.parameters():
@@ -293,6 +273,24 @@ def _place(row: Architecture, inside: str, tensor: Tensor, neurons: Tensor) -> _
     if path == row.gate and path == row.input:
         neurons = torch.cat([neurons, neurons + len(tensor) // 2])
     return _Place(name, 1 if projection == "w_out" else 0, neurons)
+
+
+def _attach_to_ffns(model: nn.Module, settings: AdapterSection, seed: int) -> None:
+    """On an FM peft's LoRA, on a proxy that of its SubFFNs. Drawn apart: that on attention is the same without it."""
+    row, ffns = architecture_of(model), list(sub_ffns(model).values())
+    if row.experts is not None:
+        raise ModelError(
+            f"adapter.ffn: the FFN of {model.config.model_type} is a mixture of experts",  # type: ignore[union-attr]
+            "set adapter.ffn: false",
+        )
+    if not ffns:
+        _inject(model, settings, tuple(_ffn_projections(row)), seed)
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for ffn in ffns:
+            assert isinstance(ffn, SubFFN)
+            ffn.attach_lora(settings.rank, settings.alpha / settings.rank, one_gated=row.gate == row.input)
 
 
 def _inject(model: nn.Module, settings: AdapterSection, paths: Sequence[str], seed: int) -> None:

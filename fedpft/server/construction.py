@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Owner:
-    """What only the server has. `model` carries an untrained adapter, and so does every proxy cut from it.
+    """What only the server has. `model` carries an untrained adapter, and so does the attention of a proxy cut from it.
 
     contents: of the files that all of it was read from.
     characters_per_token: of the public texts; 0.0 for images.
@@ -165,7 +165,6 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
         selection = select(owner.model, config.proxy)
         check_holdings(selection, config.proxy)
         model = cut(owner.model, selection)
-        adapters.attach_to_ffns(model, config.adapter, seed=config.seed)
         compressed = tuple(student for student, _ in selection.matched)
         proxy = Proxy(model, owner.processor, config.model.task, owner.labels, config.model.max_tokens, compressed)
     built = Built(directory, proxy, selection, record)
