@@ -100,7 +100,7 @@ def _plug_in(arguments: argparse.Namespace) -> None:
         owner, built = _owner_and_proxy(config)
         path = arguments.adapter or config.out / ADAPTER_FILE
         check_provenance(config, path, owner.contents, built.files)
-        adapters.plug_in(owner.model, adapters.read(path), built.selection.layers)
+        adapters.plug_in(owner.model, adapters.read(path), built.selection.layers, built.selection.neurons)
         save_product(owner, config, directory)
     print(f"PEFT adapter: {arguments.out / 'adapter'}    merged model: {arguments.out / 'merged'}")
 
@@ -118,7 +118,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     adapter = adapters.read(path)
     apply_patch(built.proxy.model, adapters.read(patch))
     adapters.load(built.proxy.model, adapter)
-    adapters.plug_in(owner.model, adapter, built.selection.layers)
+    adapters.plug_in(owner.model, adapter, built.selection.layers, built.selection.neurons)
     worth = measure_worth(config, owner, built)
     gain = None if worth.gain is None else asdict(worth.gain)
     print(format_table({"task": config.model.task, "metrics": worth.metrics, "gain": gain}))

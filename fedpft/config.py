@@ -153,11 +153,16 @@ class AlignmentSection(Section):
 
 
 class AdapterSection(Section):
-    """LoRA on query, key, value and attention output of every layer (method.md, section 3)."""
+    """LoRA on query, key, value and attention output of every layer, or on its FFN too (method.md, section 3)."""
 
     rank: int = Field(8, ge=0, le=4096, description="R; 0: no LoRA, only the task head trains.")
     alpha: float = Field(48.0, gt=0.0, description="LoRA's scale is alpha / rank.")
-    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout on the input of LoRA.")
+    dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout on the input of LoRA on attention.")
+    ffn: bool = Field(
+        False,
+        description="Whether LoRA is on the FFN's projections too, in the proxy on the neurons that it keeps; plugged "
+        "in, the FM's other neurons stay as they are. Not for mixtures of experts.",
+    )
 
 
 class TrainingSection(Section):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedpft import kernels
 from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
-from fedpft.model.architectures import layer_outputs, layers_path
+from fedpft.model.architectures import architecture_of, layer_outputs, layers_path
 from fedpft.model.precision import TASK_SCALE, loss_scaler
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
@@ -79,7 +79,8 @@ class Gap:
     Attributes:
         layers: the proxy's compressed layers.
         hidden_error: ||H_l - h_l||^2 / ||H_l||^2 over a public batch, without padding.
-        gradient_cosine: cosine between the gradients of the layer's LoRA on the proxy and on the FM.
+        gradient_cosine: cosine between the gradients of the layer's LoRA on attention, on the proxy and on the FM. That
+            on the FFN, where there is any, has no part in it: it is of other neurons.
         task_cosine: the same on test samples with their labels; empty without any.
     """
 
@@ -142,10 +143,11 @@ def measure_gap(
 
 
 def _lora_gradients(task: Task, model: nn.Module, layers: Sequence[int], batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """The gradient of each layer's LoRA, flattened, float32. Leaves no gradient behind."""
-    path = layers_path(model)
+    """The gradient of each layer's LoRA on attention, flattened, float32. Leaves no gradient behind."""
+    path, marks = layers_path(model), [f".{part}.lora_" for part in architecture_of(model).attention]
     loss = loss_scaler(model, TASK_SCALE).scale(task.loss(model, batch))  # a cosine knows no scale
-    names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if ".lora_" in n], strict=True)
+    chosen = [(name, p) for name, p in model.named_parameters() if any(mark in name for mark in marks)]
+    names, parameters = zip(*chosen, strict=True)
     gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
     return [
         torch.cat([g.flatten() for name, g in gradients.items() if name.startswith(f"{path}{layer}.")])

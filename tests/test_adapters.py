@@ -24,6 +24,7 @@ FM = Callable[[str], Path]
 RANK = 2
 SETTINGS = AdapterSection(rank=RANK, alpha=6.0)
 SCALE = 3.0  # alpha / rank
+EVERY = (torch.arange(tiny.F),) * tiny.L  # neurons of a proxy that keeps all
 every_architecture = pytest.mark.parametrize("model_type", ARCHITECTURES)
 
 
@@ -93,7 +94,7 @@ def test_plugging_in_an_untouched_adapter_leaves_the_fm_bit_for_bit(model_type: 
     state, wanted = tiny.snapshot(fm), tiny.logits(fm, inputs)
     attach(fm, SETTINGS, seed=0)
     proxy = cut(fm, select(fm, ProxySection()))
-    plug_in(fm, extract(proxy), range(tiny.L))
+    plug_in(fm, extract(proxy), range(tiny.L), EVERY)
     assert tiny.changed(state, frozen_state(fm)) == set()
     assert tiny.same_bits(tiny.logits(fm, inputs), wanted)
     merge(fm)
@@ -110,7 +111,7 @@ def test_plugged_in_fm_has_b_times_a_added_to_its_weights(model_type: str, make_
     by_hand.load_state_dict(adapted_by_hand(by_hand, model_type, adapter))
     wanted = tiny.logits(by_hand, inputs)
     assert (wanted - before).abs().max() > 0.01
-    plug_in(fm, adapter, range(tiny.L))
+    plug_in(fm, adapter, range(tiny.L), EVERY)
     torch.testing.assert_close(tiny.logits(fm, inputs), wanted, rtol=1e-5, atol=1e-5)
     merge(fm)
     torch.testing.assert_close(dict(fm.state_dict()), dict(by_hand.state_dict()), rtol=1e-6, atol=1e-6)
@@ -123,7 +124,7 @@ def test_merged_directory_is_loaded_by_plain_transformers(
 ) -> None:
     fm, inputs = make_fm(model_type), tiny.batch(model_type)
     attach(fm, SETTINGS, seed=0)
-    plug_in(fm, tuned(fm), range(tiny.L))
+    plug_in(fm, tuned(fm), range(tiny.L), EVERY)
     wanted = tiny.logits(fm, inputs)
     merge(fm)
     save_model(fm, tiny.processor(model_type), tmp_path)
@@ -151,7 +152,7 @@ def test_adapter_and_merged_directory_are_the_plugged_in_model_wherever_they_are
     fm, inputs = load_model(directory, task, labels, seed=0), tiny.batch(kind)
     attach(fm, settings := AdapterSection(rank=rank, alpha=6.0), seed=0)
     untouched = tiny.logits(fm, inputs)
-    plug_in(fm, tuned(fm), range(tiny.L))
+    plug_in(fm, tuned(fm), range(tiny.L), EVERY)
     wanted = tiny.logits(fm, inputs)
     assert (wanted - untouched).abs().max() > 0.01
     save_peft(fm, settings, tmp_path / "adapter", base=str(directory), task=task)
@@ -184,8 +185,8 @@ def test_adapter_of_a_proxy_with_fewer_layers_goes_to_the_layers_it_was_cut_from
     assert selection.layers == (0, 2, 3)
     proxy = cut(fm, selection)
     adapter = tuned(proxy)
-    plug_in(fm, tuned(fm, seed=9), range(tiny.L))  # what an earlier round may have left behind
-    plug_in(fm, adapter, selection.layers)
+    plug_in(fm, tuned(fm, seed=9), range(tiny.L), EVERY)  # what an earlier round may have left behind
+    plug_in(fm, adapter, selection.layers, selection.neurons)
     found = extract(fm)
     for on_proxy, on_fm in ((0, 0), (1, 2), (2, 3)):
         for ours, theirs in zip(
@@ -253,7 +254,7 @@ def test_adapter_that_does_not_fit_is_not_plugged_in(
     before = tiny.snapshot(fm)
     broken, name = damaged(tuned(cut(fm, select(fm, settings))), change)
     with pytest.raises(InvalidUpdate, match=name):
-        plug_in(fm, broken, layers)
+        plug_in(fm, broken, layers, EVERY)
     assert tiny.changed(before, fm.state_dict()) == set()
 
 
@@ -262,7 +263,7 @@ def test_adapter_of_a_deeper_proxy_is_not_plugged_in(layers: tuple[int, ...], ma
     fm = make_fm("bert")
     attach(fm, SETTINGS, seed=0)
     with pytest.raises(InvalidUpdate, match="unknown tensor"):
-        plug_in(fm, tuned(fm), layers)
+        plug_in(fm, tuned(fm), layers, EVERY)
 
 
 def test_adapter_without_its_head_is_not_plugged_in(make_fm: ModelFactory) -> None:
@@ -271,7 +272,7 @@ def test_adapter_without_its_head_is_not_plugged_in(make_fm: ModelFactory) -> No
     adapter = tuned(cut(fm, select(fm, ProxySection(keep="layers", layers=3))))
     del adapter["classifier.weight"]
     with pytest.raises(InvalidUpdate, match=r"lacks the tensor 'classifier\.weight'"):
-        plug_in(fm, adapter, (0, 2, 3))
+        plug_in(fm, adapter, (0, 2, 3), EVERY)
 
 
 @every_architecture
@@ -310,7 +311,7 @@ def test_rank_0_is_the_head_alone(model_type: str, make_fm: ModelFactory) -> Non
     assert extract(fm).keys() == head
     assert tiny.changed(plain.state_dict(), fm.state_dict()) == set()
     adapter = tuned(fm)
-    plug_in(fm, adapter, range(tiny.L))
+    plug_in(fm, adapter, range(tiny.L), EVERY)
     merge(fm)
     assert tiny.changed(plain.state_dict(), fm.state_dict()) == head
     assert tiny.changed(adapter, {name: fm.state_dict()[name] for name in head}) == set()

@@ -209,6 +209,23 @@ def test_gradcheck_of_sub_ffn_train(updated: int, gated: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_sub_ffn_train_counts_as_sub_ffn_does(gated: bool, grad: bool) -> None:
+    ffn = make_ffn(300, 8, 12, dtype=torch.float64, gated=gated)
+    x, mask = ffn.x.view(3, 100, 8).requires_grad_(grad), torch.arange(300).view(3, 100) % 7 > 1
+    given = {"activation": "gelu", "eps": 0.1, "count": True}
+    for seen in (None, mask):
+        y, counts = kernels.sub_ffn_train(x, *ffn.weights, *ffn.updated(5), mask=seen, **given)  # type: ignore[arg-type]
+        wanted, expected = kernels.sub_ffn(x, *ffn.weights, mask=seen, **given)  # type: ignore[arg-type]
+        torch.testing.assert_close(y, wanted)
+        assert torch.equal(counts, expected)
+        assert y.requires_grad == grad
+        assert 0 < int(counts.sum()) < 300 * 12
+    with pytest.raises(ValueError, match="mask: has shape"):
+        kernels.sub_ffn_train(x, *ffn.weights, *ffn.updated(5), mask=mask[0], **given)  # type: ignore[arg-type]
+
+
 def test_an_optimizer_step_on_the_updated_views_changes_the_full_weights() -> None:
     ffn = make_ffn(8, 4, 6, dtype=torch.float32)
     views = [None if view is None else view.detach().requires_grad_() for view in ffn.updated(2)]

@@ -115,7 +115,8 @@ def test_adapter_of_a_proxy_merged_into_the_fm_is_loaded_by_plain_transformers(
     fm, inputs = load(model_type, class_name), tiny.batch(model_type)
     untouched = tiny.logits(fm, inputs)
     attach(fm, SETTINGS, seed=0)
-    plug_in(fm, tuned(cut(fm, select(fm, ProxySection(neurons=K)))), range(tiny.L))
+    selection = select(fm, ProxySection(neurons=K))
+    plug_in(fm, tuned(cut(fm, selection)), selection.layers, selection.neurons)
     wanted = tiny.logits(fm, inputs)
     assert (wanted - untouched).abs().max() > 0.1
     merge(fm)

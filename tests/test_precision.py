@@ -132,7 +132,7 @@ def travel(model_type: str, directory: Path, root: Path, dtype: Dtype, device: s
         count_inactivity=True,
         limits=LimitsSection(max_batch=4),
     )
-    adapters.plug_in(fm.cpu(), result.adapter, selection.layers)
+    adapters.plug_in(fm.cpu(), result.adapter, selection.layers, selection.neurons)
     plugged_in = tiny.logits(fm, inputs)
     adapters.merge(fm)
     loading.save_model(fm, tiny.processor(model_type), root / "merged")

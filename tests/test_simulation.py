@@ -21,6 +21,7 @@ import tiny
 import torch
 import yaml
 from faults import PATIENCE, Deployment
+from safetensors.torch import load_file
 
 from fedpft import cli
 from fedpft.config import RoundSettings, SimulationConfig, load_server_config, load_simulation_config
@@ -155,6 +156,7 @@ def test_silo_that_drops_out_is_missing_as_a_real_one_is(inputs: Path, tmp_path:
         "seed": 6,
         "training": {"rounds": 2},
         "federation": {"min_silos": 2},
+        "adapter": {"ffn": True},  # which the silos are told, too
     }
     config = simulated(tmp_path / "simulated", inputs, section, **changes)
     server, silos = real(tmp_path / "real", config, inputs, **changes)
@@ -174,6 +176,8 @@ def test_silo_that_drops_out_is_missing_as_a_real_one_is(inputs: Path, tmp_path:
         for party in (running.server, running.silos["silo-1"], running.silos["silo-3"]):
             assert party.await_end() == 0
         assert left(config.out) == left(tmp_path / "real" / "out")
+        trained = load_file(config.out / "adapter.safetensors")
+        assert all(trained[f"bert.encoder.layer.1.intermediate.lora_B.{name}"].any() for name in ("w_in", "w_out"))
         assert updates(config.out) == updates(tmp_path / "real" / "out")
 
 

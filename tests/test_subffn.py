@@ -151,6 +151,128 @@ def test_state_dict_holds_the_parameters_and_nothing_else() -> None:
     assert isinstance(SubFFN(parameters(False), "silu").w_in, nn.Parameter)
 
 
+# --- with LoRA ---
+
+R, S = 3, 1.5  # rank, scale
+every_gate = pytest.mark.parametrize("gate", ["plain", "gated", "one projection"])
+
+
+def with_lora(gate: str, dtype: torch.dtype = torch.float64) -> tuple[SubFFN, dict[str, Tensor]]:
+    """A SubFFN with LoRA in which nothing is 0, and its weights."""
+    p = {name: tensor.to(dtype) for name, tensor in parameters(gate != "plain").items()}
+    ffn = SubFFN(p, "silu")
+    ffn.attach_lora(R, S, one_gated=gate == "one projection")
+    ffn.to(dtype)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in ffn.lora_B.values():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    return ffn, p
+
+
+def summed(p: dict[str, Tensor], lora: dict[str, Tensor], gate: str) -> dict[str, Tensor]:
+    """W + s B A, with A and B by the names that they have in the module."""
+    b_in, a_in = lora["lora_B.w_in"], lora["lora_A.w_in"]
+    found = p | {"w_in": p["w_in"] + S * b_in[-K:] @ a_in}
+    if gate == "one projection":
+        found["w_gate"] = p["w_gate"] + S * b_in[:K] @ a_in
+    elif gate == "gated":
+        found["w_gate"] = p["w_gate"] + S * lora["lora_B.w_gate"] @ lora["lora_A.w_gate"]
+    return found | {"w_out": p["w_out"] + S * (lora["lora_B.w_out"] @ lora["lora_A.w_out"]).t()}
+
+
+def lora_of(ffn: SubFFN) -> dict[str, Tensor]:
+    return {name: p for name, p in ffn.named_parameters() if name.startswith("lora_")}
+
+
+@every_gate
+def test_lora_and_input_have_the_gradients_of_plain_torch(gate: str) -> None:
+    ffn, p = with_lora(gate)
+    lora, x = lora_of(ffn), torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in lora.items()}
+    assert shapes["lora_A.w_in"] == (R, D)
+    assert shapes["lora_B.w_in"] == (2 * K if gate == "one projection" else K, R)
+    assert (shapes["lora_A.w_out"], shapes["lora_B.w_out"]) == ((R, K), (D, R))
+    assert ("lora_A.w_gate" in shapes) == (gate == "gated")
+    y, wanted = ffn(x), by_hand(x, summed(p, lora, gate))
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(y.shape, dtype=torch.float64)
+    leaves = [x, *lora.values()]
+    found, expected = (torch.autograd.grad((out * weight).sum(), leaves) for out in (y, wanted))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+        assert one.any()
+    with torch.no_grad():
+        torch.testing.assert_close(ffn(x), wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ffn.values(x) @ summed(p, lora, gate)["w_out"] + p["b_out"], wanted)
+
+
+@every_gate
+@pytest.mark.parametrize("training", [True, False])
+def test_neurons_are_counted_with_lora(gate: str, training: bool) -> None:
+    ffn, p = with_lora(gate)
+    x, eps, mask = torch.randn(2, 7, D, dtype=torch.float64), 0.2, torch.arange(14) % 3 > 0
+    whole = summed(p, lora_of(ffn), gate)
+    ffn.inactivity = InactivityCounter(eps, torch.zeros(K, dtype=torch.int64))
+    with torch.set_grad_enabled(training):
+        assert ffn(x).requires_grad == training
+        ffn.inactivity.mask = mask
+        ffn(x)
+    wanted, plain = (
+        (F.silu(F.linear(x.flatten(0, 1), w["w_in" if gate == "plain" else "w_gate"], b)).abs() <= eps).long()
+        for w, b in ((w, w["b_in" if gate == "plain" else "b_gate"]) for w in (whole, p))
+    )
+    assert torch.equal(ffn.inactivity.counts, wanted.sum(0) + wanted[mask].sum(0))
+    assert not torch.equal(wanted, plain)
+    assert ffn.inactivity.tokens == 14 + int(mask.sum())
+
+
+@every_gate
+@pytest.mark.parametrize("neurons", [[7, 2, 3], [], None], ids=["three", "none", "all"])
+def test_neurons_train_under_lora_that_stays(gate: str, neurons: list[int] | None) -> None:
+    ffn, p = with_lora(gate)
+    ffn.requires_grad_(False)
+    lora, x = lora_of(ffn), torch.randn(4, D, dtype=torch.float64)
+    kept = {name: tensor.clone() for name, tensor in lora.items()}
+    dense = {name: tensor.clone().requires_grad_() for name, tensor in p.items()}
+    wanted = by_hand(x, summed(dense, lora, gate))
+    wanted.square().sum().backward()
+    rows = torch.arange(K) if neurons is None else torch.tensor(sorted(neurons), dtype=torch.int64)
+    with ffn.training_neurons(None if neurons is None else torch.tensor(neurons, dtype=torch.int64)) as trained:
+        y = ffn(x)
+        torch.testing.assert_close(y, wanted)
+        gradients = torch.autograd.grad(y.square().sum(), trained)
+        torch.testing.assert_close(ffn.product(), p["w_out"].t() @ p["w_in"])
+        for parameter in trained:
+            parameter.data += 1.0
+        moved = {name: tensor.clone() for name, tensor in p.items()}
+        for name in NEURON_PARAMETERS:
+            if name in p:
+                moved[name][rows] += 1.0
+        moved["b_out"] += 1.0
+        torch.testing.assert_close(ffn(x), by_hand(x, summed(moved, lora, gate)))
+    expected = [dense[name].grad[rows] for name in NEURON_PARAMETERS if name in p] + [dense["b_out"].grad]
+    for found, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, other)
+    for name in p:
+        assert torch.equal(getattr(ffn, name), moved[name]), "the weights without LoRA"
+    for name, tensor in lora_of(ffn).items():
+        assert torch.equal(tensor, kept[name])
+    torch.testing.assert_close(ffn(x), by_hand(x, summed(moved, lora, gate)))
+
+
+def test_lora_that_changes_shows_in_the_next_pass() -> None:
+    ffn, p = with_lora("gated")
+    x = torch.randn(3, D, dtype=torch.float64)
+    with torch.no_grad():
+        before = ffn(x)
+        ffn.lora_B["w_out"].zero_()
+        ffn.w_in[0] += 1.0
+        now = ffn(x)
+    p = p | {"w_in": ffn.w_in}
+    torch.testing.assert_close(now, by_hand(x, summed(p, lora_of(ffn), "gated")))
+    assert not torch.allclose(now, before)
+
+
 # --- a mixture of experts ---
 
 E, N = 3, 11  # experts, tokens

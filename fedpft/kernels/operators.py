@@ -139,7 +139,10 @@ def sub_ffn_train(
     updated_out: Tensor,
     *,
     activation: str,
-) -> Tensor:
+    mask: Tensor | None = None,
+    eps: float = 0.0,
+    count: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The FFN of :func:`sub_ffn`, of which the first U neurons and b_out train.
 
     The neurons stand updated-first, and each `updated_*` is a view of the first U rows of the full tensor, in the same
@@ -149,12 +152,13 @@ def sub_ffn_train(
         x, w_in, b_in, w_gate, b_gate, w_out, b_out, activation: as in :func:`sub_ffn`.
         updated_in, updated_gate, updated_out: (U, D) views; updated_gate None in a plain FFN.
         updated_b_in, updated_b_gate: (U,) views, None where the full bias is None.
+        mask, eps, count: as in :func:`sub_ffn`. What is counted are the values that backward needs anyway.
 
     Returns:
-        y (..., D).
+        y (..., D), or with `count` the pair y and counts (K,) int64.
     """
     _check_ffn(x, w_in, b_in, w_gate, b_gate, w_out, b_out)
-    _check_activation(activation)
+    _check_inactivity(activation, eps)
     full = {"w_in": w_in, "b_in": b_in, "w_gate": w_gate, "b_gate": b_gate, "w_out": w_out}
     _refuse_gradients(full, "pass it detached, and the rows that train as updated_*")
     updated = (updated_in, updated_b_in, updated_gate, updated_b_gate, updated_out)
@@ -163,9 +167,12 @@ def sub_ffn_train(
         _check_view(view, name.replace("w_", "updated_").replace("b_", "updated_b_"), whole, updated_in.shape[0])
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b_out, *updated))
     tokens = x.reshape(-1, x.shape[-1])
-    y, _ = ops.sub_ffn_train(tokens, *full.values(), b_out, *updated, activation, save)
+    if mask is not None:
+        mask = mask.reshape(-1) if isinstance(mask, Tensor) else mask
+        _check_mask(mask, tokens.shape[0], x)
+    y, z = ops.sub_ffn_train(tokens, *full.values(), b_out, *updated, activation, save or count)
     result: Tensor = y.reshape(x.shape)
-    return result
+    return (result, ops.inactivity_count(z[0], mask, activation, eps)) if count else result
 
 
 def alignment_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,13 +1,17 @@
-"""The adapter: LoRA on the attention projections and the task head. The one thing that the silos train.
+"""The adapter: LoRA on the attention projections, or on the FFN's too, and the task head. All that the silos train.
 
 An adapter is a `dict[str, Tensor]`. Its names are the same in proxy and FM, since attention is identical in both;
-that is what makes the plug-in possible (method.md, sections 3 and 5). LoRA itself is `peft`'s.
+that is what makes the plug-in possible (method.md, sections 3 and 5). LoRA itself is `peft`'s, but for that on the
+FFN of a proxy, a SubFFN's own, which has other names and only the kept neurons' part.
+
+D hidden size, F FFN neurons of the FM, K of the proxy, R rank.
 """
 
 import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +26,10 @@ from torch import Tensor, nn
 from fedpft.config import AdapterSection, TaskName
 from fedpft.errors import InvalidUpdate, ModelError
 from fedpft.finite import is_finite
-from fedpft.model.architectures import architecture_of, head_of, in_head, layers_of, layers_path
+from fedpft.model.architectures import Architecture, architecture_of, head_of, in_head, layers_of, layers_path
 from fedpft.model.lora import lora_linear
 from fedpft.model.precision import dtype_of, name_of, narrow, wide
+from fedpft.model.subffn import SubFFN, sub_ffns
 from fedpft.seeding import derive_seed
 from fedpft.tasks import TASKS
 
@@ -66,15 +71,14 @@ def attach(model: nn.Module, settings: AdapterSection, *, seed: int) -> None:
     """Puts an untrained adapter into a model: LoRA's A random from the seed, B zero, the head as it is. In place.
 
     Afterwards LoRA and head require gradients and nothing else does. Both are float32, whatever the model is.
+
+    Raises:
+        ModelError: LoRA is wanted on an FFN that is a mixture of experts.
     """
     if settings.rank > 0:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            torch.manual_seed(derive_seed(seed, "adapter"))
-            # peft still asks transformers by an older name whether checkpoints of activations are on
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            inject_adapter_in_model(_lora_config(model, settings), model)
-        for parameter in _parameters(model).values():  # peft gives LoRA the model's type
-            parameter.data = wide(parameter.data)
+        _inject(model, settings, architecture_of(model).attention, derive_seed(seed, "adapter"))
+        if settings.ffn:
+            _attach_to_ffns(model, settings, derive_seed(seed, "adapter of the FFN"))
     model.eval()  # peft adds its dropout in training mode
     adapted = set(_parameters(model).values())
     for parameter in model.parameters():
@@ -83,7 +87,7 @@ def attach(model: nn.Module, settings: AdapterSection, *, seed: int) -> None:
 
 @contextmanager
 def training(model: nn.Module, dropout: float, *, frozen_a: bool = False) -> Iterator[None]:
-    """While open, LoRA drops its input with this probability, and peft's layers compute by `lora_linear`.
+    """While open, peft's LoRA drops its input with this probability and computes by `lora_linear`.
 
     No module is put into training mode, so that nothing else drops. With `frozen_a` LoRA's A requires no gradient.
     """
@@ -141,28 +145,31 @@ def check(adapter: Adapter, like: Adapter, sender: str) -> None:
             )
 
 
-def plug_in(model: nn.Module, adapter: Adapter, layers: Sequence[int]) -> None:
+def plug_in(model: nn.Module, adapter: Adapter, layers: Sequence[int], neurons: Sequence[Tensor]) -> None:
     """Puts the silos' adapter into the FM (method.md, section 5).
 
     Args:
         model: the FM with an adapter attached.
         layers: for each layer of the proxy, the FM's layer it was cut from; LoRA on the FM's other layers stays 0.
+        neurons: for each layer of the proxy, the FM's neurons that it kept, (K,) int64; LoRA on the others stays 0.
 
     Raises:
-        InvalidUpdate: the adapter is not one of a proxy with these layers.
+        InvalidUpdate: the adapter is not one of a proxy with these layers and neurons.
     """
-    path, own = layers_path(model), extract(model)
-    position = {str(layer): str(index) for index, layer in enumerate(layers)}
-    on_proxy: dict[str, str] = {}  # the FM's name of a tensor -> the proxy's
-    for name in own:
-        layer, _, rest = name.removeprefix(path).partition(".")
+    path, row, own = layers_path(model), architecture_of(model), extract(model)
+    position = {str(layer): index for index, layer in enumerate(layers)}
+    plugged = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in own.items()}
+    places: dict[str, _Place] = {}
+    for name, tensor in own.items():
+        layer, _, inside = name.removeprefix(path).partition(".")
         if not name.startswith(path):
-            on_proxy[name] = name
+            places[name] = _Place(name)
         elif layer in position:
-            on_proxy[name] = f"{path}{position[layer]}.{rest}"
-    check(adapter, {proxy_name: own[name] for name, proxy_name in on_proxy.items()}, "the adapter")
-    dropped = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in own.items()}
-    load(model, dropped | {name: adapter[proxy_name] for name, proxy_name in on_proxy.items()})
+            index = position[layer]
+            place = _place(row, inside, tensor, neurons[index])
+            places[name] = replace(place, name=f"{path}{index}.{place.name}")
+    check(adapter, {place.name: place.part(own[name]) for name, place in places.items()}, "the adapter")
+    load(model, plugged | {name: place.whole(adapter[place.name], own[name]) for name, place in places.items()})
 
 
 def merge(model: nn.Module) -> None:
@@ -206,7 +213,8 @@ def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, ba
         task: decides which class of peft's loads it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    config = _lora_config(model, settings)
+    row = architecture_of(model)
+    config = _lora_config(model, settings, (*row.attention, *(_ffn_projections(row) if settings.ffn else ())))
     config.inference_mode = True
     config.base_model_name_or_path = base
     config.modules_to_save = list(head_of(model)) or None
@@ -230,9 +238,82 @@ def _lora_forward(layer: Any, dropout: float, x: Tensor) -> Tensor:
     return lora_linear(x, weight, base.bias, a, b, scale=layer.scaling[name], dropout=dropout)
 
 
-def _lora_config(model: nn.Module, settings: AdapterSection) -> LoraConfig:
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of the FM's adapter is in the proxy's.
+
+    name: there.
+    dim: along which the proxy has only `rows` of it; None: it has all.
+    """
+
+    name: str
+    dim: int | None = None
+    rows: Tensor | None = None
+
+    def part(self, whole: Tensor) -> Tensor:
+        """What the proxy has of the FM's tensor."""
+        return whole if self.dim is None or self.rows is None else whole.index_select(self.dim, self.rows)
+
+    def whole(self, part: Tensor, like: Tensor) -> Tensor:
+        """The proxy's tensor in the FM's shape, 0 where the proxy has nothing."""
+        if self.dim is None or self.rows is None:
+            return part
+        return torch.zeros_like(like).index_copy(self.dim, self.rows, part)
+
+
+def _place(row: Architecture, inside: str, tensor: Tensor, neurons: Tensor) -> _Place:
+    """Of a tensor of LoRA, by its name inside of a layer; `neurons`, (K,) int64, are those that the proxy kept."""
+    path, _, factor = inside.rpartition(".lora_")  # "A.weight" or "B.weight"
+    projection = _ffn_projections(row).get(path)
+    if projection is None:
+        return _Place(inside)
+    name = f"{row.ffn}.lora_{factor[0]}.{projection}"
+    if (factor[0] == "A") != (projection == "w_out"):
+        return _Place(name)  # the side of D
+    if path == row.gate and path == row.input:
+        neurons = torch.cat([neurons, neurons + len(tensor) // 2])
+    return _Place(name, 1 if projection == "w_out" else 0, neurons)
+
+
+def _attach_to_ffns(model: nn.Module, settings: AdapterSection, seed: int) -> None:
+    """On an FM peft's LoRA, on a proxy that of its SubFFNs. Drawn apart: that on attention is the same without it."""
+    row, ffns = architecture_of(model), list(sub_ffns(model).values())
+    if row.experts is not None:
+        raise ModelError(
+            f"adapter.ffn: the FFN of {model.config.model_type} is a mixture of experts",  # type: ignore[union-attr]
+            "set adapter.ffn: false",
+        )
+    if not ffns:
+        _inject(model, settings, tuple(_ffn_projections(row)), seed)
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for ffn in ffns:
+            assert isinstance(ffn, SubFFN)
+            ffn.attach_lora(settings.rank, settings.alpha / settings.rank, one_gated=row.gate == row.input)
+
+
+def _inject(model: nn.Module, settings: AdapterSection, paths: Sequence[str], seed: int) -> None:
+    """peft's LoRA on these modules of each layer, drawn from the seed."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        # peft still asks transformers by an older name whether checkpoints of activations are on
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # that on attention
+        inject_adapter_in_model(_lora_config(model, settings, paths), model)
+    for parameter in _parameters(model).values():  # peft gives LoRA the model's type
+        parameter.data = wide(parameter.data)
+
+
+def _ffn_projections(row: Architecture) -> dict[str, str]:
+    """The FM's path to each projection of an FFN -> the SubFFN's name of it. Of two in one it is the second's."""
+    paths = {row.gate: "w_gate", row.input: "w_in", row.output: "w_out"}
+    return {path: name for path, name in paths.items() if path is not None}
+
+
+def _lora_config(model: nn.Module, settings: AdapterSection, paths: Sequence[str]) -> LoraConfig:
     row, depth = architecture_of(model), len(layers_of(model))
-    targets = [f"{layers_path(model)}{layer}.{path}" for layer in range(depth) for path in row.attention]
+    targets = [f"{layers_path(model)}{layer}.{path}" for layer in range(depth) for path in paths]
     return LoraConfig(
         r=max(settings.rank, 1),
         lora_alpha=settings.alpha,  # type: ignore[arg-type]

@@ -3,11 +3,12 @@
     y = act(x W_in^T + b_in) W_out + b_out                               plain
     y = (act(x W_gate^T + b_gate) * (x W_in^T + b_in)) W_out + b_out     gated
 
-D hidden size, F the FM's FFN size, K neurons here, U neurons being updated, N tokens, E experts of a mixture, M of
-which see a token.
+D hidden size, F the FM's FFN size, K neurons here, U neurons being updated, N tokens, R rank of LoRA, E experts of a
+mixture, M of which see a token.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +20,7 @@ from fedpft import kernels
 from fedpft.errors import ModelError
 from fedpft.kernels import reference
 from fedpft.model.architectures import activation_of, architecture_of
+from fedpft.model.precision import wide
 
 # The kernels' argument names. Row j of each is neuron j; b_out belongs to no neuron.
 NEURON_PARAMETERS = ("w_in", "b_in", "w_gate", "b_gate", "w_out")
@@ -42,12 +44,17 @@ class InactivityCounter:
 
 
 class SubFFN(nn.Module):
-    """K neurons of one FFN, frozen.
+    """K neurons of one FFN, frozen, and LoRA on them if there is any.
 
     Parameters:
         w_in: (K, D), b_in: (K,) or None. Input projection, "up" of a gated FFN.
         w_gate: (K, D) or None, b_gate: (K,) or None. Only a gated FFN has them.
         w_out: (K, D), the transpose of the output projection, b_out: (D,) or None.
+        lora_A, lora_B: after `attach_lora`, by the projections' names, float32, in the shapes that LoRA has on the FM's
+            projections, but with K for F.
+
+    With LoRA the kernels get W + s B A, rounded to W's type once, as `merge` rounds it in the FM. So LoRA has no
+    dropout here: its mask would lie between B A and the input, inside of the fused FFN.
     """
 
     w_in: nn.Parameter
@@ -62,32 +69,54 @@ class SubFFN(nn.Module):
             self.register_parameter(name, None if copy is None else nn.Parameter(copy, requires_grad=False))
         self.activation = activation
         self.inactivity: InactivityCounter | None = None
+        self.lora_A: nn.ParameterDict | None = None
+        self.lora_B: nn.ParameterDict | None = None
+        self._lora_scale, self._one_gated = 0.0, False
         self._training: dict[str, Any] | None = None  # sub_ffn_train's tensors while training_neurons is open
+        self._order: Tensor | slice = slice(None)  # in which the neurons stand there
 
     @property
     def neurons(self) -> int:
         """K."""
         return self.w_in.shape[0]
 
+    def attach_lora(self, rank: int, scale: float, *, one_gated: bool) -> None:
+        """Puts LoRA on every projection: A drawn from torch's generator as peft draws it, B zero.
+
+        Args:
+            rank: R. Of each projection A is (R, inputs) and B (outputs, R).
+            scale: s.
+            one_gated: gate and input are one projection of the FM, with one A: their B is (2 K, R), the gate in front.
+        """
+        neurons, hidden = self.w_in.shape
+        shapes = {"w_in": (hidden, 2 * neurons if one_gated else neurons), "w_out": (neurons, hidden)}
+        if self._neuron_parameters()["w_gate"] is not None and not one_gated:
+            shapes["w_gate"] = (hidden, neurons)
+        a, b = nn.ParameterDict(), nn.ParameterDict()
+        for name, (inputs, outputs) in shapes.items():
+            drawn = nn.init.kaiming_uniform_(torch.empty(rank, inputs), a=math.sqrt(5))
+            a[name] = nn.Parameter(drawn.to(self.w_in.device))
+            b[name] = nn.Parameter(torch.zeros(outputs, rank, device=self.w_in.device))
+        self.lora_A, self.lora_B, self._lora_scale, self._one_gated = a, b, scale, one_gated
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D) -> (..., D)."""
-        if self._training is not None:
-            return kernels.sub_ffn_train(x, **self._training, b_out=self.b_out, activation=self.activation)
-        weights: dict[str, Any] = {**self._neuron_parameters(), "b_out": self.b_out, "activation": self.activation}
-        counter = self.inactivity
+        kernel, weights = self._kernel()
+        weights |= {"b_out": self.b_out, "activation": self.activation}
+        counter = self.inactivity if self._training is None else None
         if counter is None:
-            return cast(Tensor, kernels.sub_ffn(x, **weights))
-        y, counts = kernels.sub_ffn(x, **weights, mask=counter.mask, eps=counter.eps, count=True)
+            return cast(Tensor, kernel(x, **weights))
+        y, counts = kernel(x, **weights, mask=counter.mask, eps=counter.eps, count=True)
         counter.counts += counts
         counter.tokens += x[..., 0].numel() if counter.mask is None else counter.mask.sum()
-        return y
+        return cast(Tensor, y)
 
     def values(self, x: Tensor) -> Tensor:
         """What each neuron passes on to the output projection: (..., D) -> (..., K)."""
-        parameters = self._neuron_parameters()
-        w_gate = parameters["w_gate"]
-        up = nn.functional.linear(x, self.w_in, parameters["b_in"])
-        gate = up if w_gate is None else nn.functional.linear(x, w_gate, parameters["b_gate"])
+        weights = self._weights()
+        w_gate = weights["w_gate"]
+        up = nn.functional.linear(x, weights["w_in"], weights["b_in"])
+        gate = up if w_gate is None else nn.functional.linear(x, w_gate, weights["b_gate"])
         active = reference.ACTIVATIONS[self.activation].forward(gate)
         return active if w_gate is None else active * up
 
@@ -96,7 +125,10 @@ class SubFFN(nn.Module):
         yield self.values(x)
 
     def product(self) -> Tensor:
-        """W_out W_in, (D, D): what the FFN would be without its activation (method.md, section 2). Differentiable."""
+        """W_out W_in, (D, D): what the FFN would be without its activation (method.md, section 2). Differentiable.
+
+        LoRA is not in it, as it is not in what it is compared with.
+        """
         if self._training is None:
             return self.w_out.t() @ self.w_in
         updated_in, updated_out = self._training["updated_in"], self._training["updated_out"]
@@ -138,23 +170,58 @@ class SubFFN(nn.Module):
         order, updated = torch.argsort(~chosen, stable=True), int(chosen.sum())
         ordered = {name: None if p is None else p.detach()[order] for name, p in self._neuron_parameters().items()}
         leaves = {
-            f"updated_{name.removeprefix('w_')}": None if tensor is None else nn.Parameter(tensor[:updated])
+            _updated(name): None if tensor is None else nn.Parameter(tensor[:updated])
             for name, tensor in ordered.items()
         }
-        self._training = {**ordered, **leaves}
+        self._training, self._order = {**ordered, **leaves}, order
         bias = [] if self.b_out is None else [self.b_out]
         for parameter in bias:
             parameter.requires_grad_(True)
         try:
             yield [leaf for leaf in leaves.values() if leaf is not None] + bias
         finally:
-            self._training = None
+            self._training, self._order = None, slice(None)
             with torch.no_grad():
                 for name, tensor in ordered.items():
                     if tensor is not None:
                         getattr(self, name)[order] = tensor
             for parameter in bias:
                 parameter.requires_grad_(False).grad = None
+
+    def _kernel(self) -> tuple[Callable[..., Tensor | tuple[Tensor, Tensor]], dict[str, Any]]:
+        """The operator that has the gradients of whatever trains now, and what it wants of the neurons."""
+        if self.lora_A is None and self._training is not None:
+            return kernels.sub_ffn_train, dict(self._training)
+        weights = self._weights()
+        if not torch.is_grad_enabled() or not any(w is not None and w.requires_grad for w in weights.values()):
+            return kernels.sub_ffn, weights
+        updated = self.neurons if self._training is None else len(self._training["updated_in"])
+        views = {_updated(name): None if w is None else w[:updated] for name, w in weights.items()}
+        return kernels.sub_ffn_train, {name: None if w is None else w.detach() for name, w in weights.items()} | views
+
+    def _weights(self) -> dict[str, Any]:
+        """What the neurons compute with, differentiable: W, or W + s B A.
+
+        A sum is formed anew in each pass: kept, it would be stale after any step of A, B or W.
+        """
+        weights: dict[str, Any] = {**self._neuron_parameters()}
+        if (opened := self._training) is not None:
+            parts = {name: (opened[_updated(name)], opened[name]) for name in weights if opened[name] is not None}
+            weights |= {name: torch.cat([leaf, whole[len(leaf) :]]) for name, (leaf, whole) in parts.items()}
+        for name, change in self._lora_changes().items():
+            summed = wide(weights[name]) + change[self._order]
+            weights[name] = summed.to(weights[name].dtype)
+        return weights
+
+    def _lora_changes(self) -> dict[str, Tensor]:
+        """s B A of each of the neurons' weights, (K, D)."""
+        if self.lora_A is None or self.lora_B is None:
+            return {}
+        changes = {name: self._lora_scale * (self.lora_B[name] @ a) for name, a in self.lora_A.items()}
+        changes["w_out"] = changes["w_out"].t()
+        if self._one_gated:
+            changes["w_gate"], changes["w_in"] = changes["w_in"].chunk(2)
+        return changes
 
     def _neuron_parameters(self) -> dict[str, nn.Parameter | None]:
         return {name: getattr(self, name) for name in NEURON_PARAMETERS}
@@ -325,6 +392,11 @@ def sub_ffns(model: nn.Module) -> dict[str, SubFFN | SubExperts]:
         if isinstance(module, SubFFN | SubExperts) and name.rpartition(".experts.")[0] not in found:
             found[name] = module
     return found
+
+
+def _updated(name: str) -> str:
+    """What sub_ffn_train calls the rows of one of NEURON_PARAMETERS that train."""
+    return f"updated_{name.removeprefix('w_')}"
 
 
 def _gated(weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Owner:
-    """What only the server has. `model` carries an untrained adapter, and so does every proxy cut from it.
+    """What only the server has. `model` carries an untrained adapter, and so does the attention of a proxy cut from it.
 
     contents: of the files that all of it was read from.
     characters_per_token: of the public texts; 0.0 for images.

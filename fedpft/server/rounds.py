@@ -174,7 +174,8 @@ class Rounds:
 
     def _load(self, adapter: Adapter) -> None:
         adapters.load(self.built.proxy.model, adapter)
-        adapters.plug_in(self.owner.model, adapter, self.built.selection.layers)
+        selection = self.built.selection
+        adapters.plug_in(self.owner.model, adapter, selection.layers, selection.neurons)
 
     def _round(self, number: int) -> None:
         every, total = self.config.alignment.every_rounds, self.config.training.rounds

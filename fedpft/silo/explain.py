@@ -107,8 +107,8 @@ def _adapter(joined: Joined | None, proxy: Proxy | None) -> list[str]:
     if joined is None or proxy is None:
         return [
             _row("adapter", "two small matrices (LoRA) beside each query, key, value and attention output projection"),
-            _row("", "of the proxy, and its task head. No proxy was received yet: run this again when one was,"),
-            _row("", "and every tensor is listed here"),
+            _row("", "of the proxy, and if the server asks beside those of its FFNs, and its task head."),
+            _row("", "No proxy was received yet: run this again when one was, and every tensor is listed here"),
             _row("encoding", "as the server asks:"),
             *(_row("", text) for text in ENCODINGS.values()),
         ]
