@@ -13,7 +13,6 @@ from fedpft.data.text import TextDataset
 from fedpft.model.adapters import attach
 from fedpft.model.architectures import ARCHITECTURES, layers_of
 from fedpft.model.subffn import sub_ffns
-from fedpft.proxy import closed_form
 from fedpft.proxy.closed_form import fit_output_projections
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import Selection, select
@@ -64,10 +63,7 @@ def seen_at(model: nn.Module, model_type: str, layer: int, inputs: dict[str, Ten
 
 
 @pytest.mark.parametrize("model_type", [name for name in tiny.KINDS if name != "mixtral"])  # all its FFNs are mixtures
-def test_fit_is_the_least_squares_solution(
-    model_type: str, make_fm: ModelFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(closed_form, "RIDGE", 1e-12)
+def test_fit_is_the_least_squares_solution(model_type: str, make_fm: ModelFactory) -> None:
     proxy, fm, _ = pair(make_fm, model_type)
     public = tiny.dataset(model_type, 40, labelled=False)
     inputs, path = public.batch(torch.arange(40)), list(sub_ffns(proxy))[2]
@@ -84,7 +80,7 @@ def test_fit_is_the_least_squares_solution(
     solution = torch.linalg.lstsq(design, wanted, driver="gelsd").solution  # a neuron may be silent: no full rank
     before = [parameter.detach().clone() for parameter in (ffn.w_out, ffn.b_out) if parameter is not None]
 
-    fit_output_projections(proxy, fm, ((2, 2),), public, samples=40, batch=7, seed=0)
+    fit_output_projections(proxy, fm, ((2, 2),), public, samples=40, batch=7, seed=0, ridge=1e-12)
     after = [parameter.detach() for parameter in (ffn.w_out, ffn.b_out) if parameter is not None]
     change = torch.cat([(new - old).double().view(-1, new.shape[-1]) for new, old in zip(after, before, strict=True)])
     # what it adds for these tokens; of weights that are as good the two ways may find others

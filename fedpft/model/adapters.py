@@ -6,7 +6,7 @@ that is what makes the plug-in possible (method.md, sections 3 and 5). LoRA itse
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,8 @@ LoRA of a federated fine-tuning with fedpft:
 
     model = {loader}.from_pretrained(".")
 """
+
+PROBE_SIZE = 0.1  # of a probe, in units of what the projection itself passes on: see Probes
 
 _REMEDY = "train it on this federation's proxy with this version of fedpft"
 
@@ -151,18 +153,65 @@ def plug_in(model: nn.Module, adapter: Adapter, layers: Sequence[int]) -> None:
     Raises:
         InvalidUpdate: the adapter is not one of a proxy with these layers.
     """
-    path, own = layers_path(model), extract(model)
-    position = {str(layer): str(index) for index, layer in enumerate(layers)}
-    on_proxy: dict[str, str] = {}  # the FM's name of a tensor -> the proxy's
-    for name in own:
-        layer, _, rest = name.removeprefix(path).partition(".")
-        if not name.startswith(path):
-            on_proxy[name] = name
-        elif layer in position:
-            on_proxy[name] = f"{path}{position[layer]}.{rest}"
+    own = extract(model)
+    on_proxy = _names_on_proxy(model, own, layers)
     check(adapter, {proxy_name: own[name] for name, proxy_name in on_proxy.items()}, "the adapter")
     dropped = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in own.items()}
     load(model, dropped | {name: adapter[proxy_name] for name, proxy_name in on_proxy.items()})
+
+
+class Probes:
+    """Random changes of LoRA's B, the same in an FM and in its proxy: directions in which training can move both.
+
+    The change of a hidden state under one is a Jacobian-vector product, by finite difference. On inputs without a
+    direction of their own s B A then passes on PROBE_SIZE of what its projection does, in any model: little enough for
+    the change to be nearly linear, and far above the rounding of bfloat16, 1/256.
+    """
+
+    def __init__(self, proxy: nn.Module, model: nn.Module, layers: Sequence[int] | None = None) -> None:
+        """Takes the sizes of what is there now.
+
+        Args:
+            proxy, model: both with the same adapter.
+            layers: for each layer of the proxy, the FM's layer it was cut from; None: the proxy has every layer. LoRA
+                on the FM's other layers is not moved: no silo trains it.
+
+        Raises:
+            ValueError: there is no LoRA.
+        """
+        carriers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        if not carriers:
+            raise ValueError("model: has no LoRA that a probe could move")
+        on_proxy = _names_on_proxy(model, carriers, range(len(layers_of(model))) if layers is None else layers)
+        self._moved: list[tuple[nn.Module, nn.Module, float]] = []  # both models' modules that hold B, and its spread
+        for name, proxy_name in on_proxy.items():
+            theirs, ours = carriers[name], cast(LoraLayer, proxy.get_submodule(proxy_name))
+            (active,) = theirs.active_adapters
+            base = cast(nn.Linear, theirs.get_base_layer())
+            a, b = (part[active].get_parameter("weight").detach() for part in (theirs.lora_A, theirs.lora_B))
+            passed_on = theirs.scaling[active] * len(b) ** 0.5 * a.norm().clamp(min=1e-12)
+            spread = float(PROBE_SIZE * wide(base.weight.detach()).norm() / passed_on)
+            self._moved.append((theirs.lora_B[active], ours.lora_B[active], spread))
+
+    @contextmanager
+    def drawn(self, seed: int) -> Iterator[None]:
+        """While open, B has a probe drawn with the seed added to it.
+
+        The parameters themselves are not written on: others stand in their place, so that a backward pass finds what
+        its forward pass has seen, and what comes back is bit for bit what was there.
+        """
+        generator, stood = torch.Generator().manual_seed(seed), list[tuple[nn.Module, nn.Parameter]]()
+        try:
+            for theirs, ours, spread in self._moved:
+                noise = spread * torch.randn(theirs.get_parameter("weight").shape, generator=generator)
+                for module in (theirs, ours):
+                    b = module.get_parameter("weight")
+                    stood.append((module, b))
+                    module.weight = nn.Parameter(b.detach() + noise.to(b.device), requires_grad=False)
+            yield
+        finally:
+            for module, b in stood:
+                module.weight = b
 
 
 def merge(model: nn.Module) -> None:
@@ -220,6 +269,23 @@ def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, ba
     card = _CARD + (_LABELLED if TASKS[task].label_list else _PLAIN)
     filled = card.format(base=json.dumps(base), loader=TASKS[task].peft_loader, labels=labels)
     (directory / "README.md").write_text(filled, "utf-8")
+
+
+def _names_on_proxy(model: nn.Module, names: Iterable[str], layers: Sequence[int]) -> dict[str, str]:
+    """The FM's name of a tensor or module -> the proxy's, without those in layers that the proxy lacks.
+
+    Args:
+        layers: for each layer of the proxy, the FM's layer it was cut from.
+    """
+    path, position = layers_path(model), {str(layer): str(index) for index, layer in enumerate(layers)}
+    on_proxy: dict[str, str] = {}
+    for name in names:
+        layer, _, rest = name.removeprefix(path).partition(".")
+        if not name.startswith(path):
+            on_proxy[name] = name
+        elif layer in position:
+            on_proxy[name] = f"{path}{position[layer]}.{rest}"
+    return on_proxy
 
 
 def _lora_forward(layer: Any, dropout: float, x: Tensor) -> Tensor:
