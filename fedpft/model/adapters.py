@@ -177,12 +177,15 @@ class Probes:
                 on the FM's other layers is not moved: no silo trains it.
 
         Raises:
-            ValueError: there is no LoRA.
+            ValueError: there is no LoRA, or the proxy has fewer layers and nothing says which.
         """
         carriers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         if not carriers:
             raise ValueError("model: has no LoRA that a probe could move")
-        on_proxy = _names_on_proxy(model, carriers, range(len(layers_of(model))) if layers is None else layers)
+        layers = range(len(layers_of(model))) if layers is None else layers
+        if len(layers) != len(layers_of(proxy)):
+            raise ValueError(f"layers: must be one for each of the proxy's {len(layers_of(proxy))}")
+        on_proxy = _names_on_proxy(model, carriers, layers)
         self._moved: list[tuple[nn.Module, nn.Module, float]] = []  # both models' modules that hold B, and its spread
         for name, proxy_name in on_proxy.items():
             theirs, ours = carriers[name], cast(LoraLayer, proxy.get_submodule(proxy_name))
