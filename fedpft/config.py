@@ -127,14 +127,51 @@ class DistillationSection(Section):
         ge=0,
         description="Public samples on which the output projections are refitted before the first step; 0: none.",
     )
-    steps: int = Field(250, ge=0, description="Optimizer steps; 0 here and above: no layer-level distillation.")
+    closed_form_ridge: Annotated[float, Field(gt=0.0)] | Literal["held_out"] = Field(
+        1e-3,
+        description="r of that refit, in units of the mean square of a neuron's value; `held_out`: of several powers "
+        "of ten, in each layer the one that does best on every fifth batch, which the refit then has not seen.",
+    )
+    closed_form_probes: float = Field(
+        0.0,
+        ge=0.0,
+        description="How much it counts, beside the hidden states, that they change as the FM's do when a random LoRA "
+        "is put on both; 0: not at all.",
+    )
+    steps: int = Field(
+        250,
+        ge=0,
+        description="Optimizer steps; 0 here and in `closed_form_samples`: no layer-level distillation.",
+    )
     batch: int = Field(16, ge=1, description="Public samples a step.")
     learning_rate: Rate = Field(6e-4, description="Peak rate of AdamW; linear warm-up, then linear decay to 0.")
     warmup_fraction: Fraction = Field(0.048, description="Share of the steps over which the rate rises.")
     weight_term: float = Field(
         0.01, ge=0.0, description="a: weight of the term on W_out W_in. The paper has 0.01 for text, 0 for images."
     )
+    probe_term: float = Field(
+        0.0,
+        ge=0.0,
+        description="Weight of the term on how hidden states change under a random LoRA, another one in each step, "
+        "which then takes twice as long. It draws the proxy's gradient to the FM's.",
+    )
+    logit_term: float = Field(
+        0.0,
+        ge=0.0,
+        description="Weight of the divergence between the next tokens that FM and proxy foresee; language models only.",
+    )
+    local: bool = Field(
+        False,
+        description="Whether each compressed layer learns by itself, from the FM's hidden states before it, and not "
+        "from what the proxy's own layers make of them.",
+    )
     gradient_clip: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DistillationSection":
+        if self.local and self.logit_term:
+            raise ValueError("local: true goes without logit_term, which would reach the last layer only")
+        return self
 
 
 class AlignmentSection(Section):
@@ -150,6 +187,7 @@ class AlignmentSection(Section):
     steps: int = Field(30, ge=0, description="Optimizer steps of one alignment.")
     batch: int = Field(16, ge=1, description="Public samples a step.")
     learning_rate: Rate = Field(2e-4, description="Peak rate of AdamW, with the same schedule as the distillation.")
+    probe_term: float = Field(0.0, ge=0.0, description="As `distillation.probe_term`, around the adapter of the round.")
 
 
 class AdapterSection(Section):
@@ -481,7 +519,18 @@ class ServerConfig(Endpoint):
             self.check_silos()
         if self.proxy.keep == "layers" and self.proxy.layers is None:
             raise ValueError("proxy.layers is needed with proxy.keep: layers")
+        if not self.adapter.rank:
+            self._check_no_probes()
         return self
+
+    def _check_no_probes(self) -> None:
+        probes = {
+            "distillation.closed_form_probes": self.distillation.closed_form_probes,
+            "distillation.probe_term": self.distillation.probe_term,
+            "alignment.probe_term": self.alignment.probe_term,
+        }
+        if odd := [key for key, weight in probes.items() if weight]:
+            raise ValueError(f"{odd[0]} is about LoRA, of which there is none with adapter.rank: 0; set it to 0")
 
     def check_silos(self) -> None:
         """Raises ValueError if these silos cannot be, or are too few."""

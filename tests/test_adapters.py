@@ -1,6 +1,8 @@
 """The adapter: attach, extract, load, check, plug in, merge, and the two ways it is saved."""
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,23 @@ from torch import Tensor, nn
 
 from fedpft.config import AdapterSection, ProxySection
 from fedpft.errors import InvalidUpdate, ModelError
-from fedpft.model.adapters import Adapter, attach, check, extract, frozen_state, load, merge, plug_in, read, save_peft
+from fedpft.model.adapters import (
+    Adapter,
+    Probes,
+    attach,
+    check,
+    extract,
+    frozen_state,
+    load,
+    merge,
+    plug_in,
+    read,
+    save_peft,
+)
 from fedpft.model.architectures import ARCHITECTURES, layers_of
 from fedpft.model.loading import load_model, save_model
 from fedpft.proxy.cut import cut
-from fedpft.proxy.selection import select
+from fedpft.proxy.selection import Selection, select
 
 FM = Callable[[str], Path]
 RANK = 2
@@ -342,3 +356,98 @@ def test_file_that_is_no_adapter_is_refused(content: bytes | None, tmp_path: Pat
         path.write_bytes(content)
     with pytest.raises(ModelError, match="not an adapter"):
         read(path)
+
+
+# --- probes ---
+
+
+def probed_pair(
+    make_fm: ModelFactory, model_type: str = "bert", **settings: object
+) -> tuple[nn.Module, nn.Module, Selection]:
+    """Proxy and FM with the same tuned adapter."""
+    fm = make_fm(model_type)
+    attach(fm, SETTINGS, seed=0)
+    load(fm, tuned(fm))
+    selection = select(fm, ProxySection(**(settings or {"neurons": 16})))
+    return cut(fm, selection), fm, selection
+
+
+def moved_by(model: nn.Module, probes: Probes, seed: int) -> dict[str, Tensor]:
+    """What a probe adds to each tensor that it touches."""
+    before = extract(model)
+    with probes.drawn(seed):
+        after = extract(model)
+    return {name: after[name] - before[name] for name in tiny.changed(before, after)}
+
+
+@pytest.mark.parametrize("model_type", tiny.KINDS)
+def test_probe_moves_lora_of_fm_and_proxy_alike_and_by_its_size(model_type: str, make_fm: ModelFactory) -> None:
+    proxy, fm, _ = probed_pair(make_fm, model_type)
+    probes = Probes(proxy, fm)
+    ours, theirs = (moved_by(model, probes, 5) for model in (proxy, fm))
+    assert ours.keys() == theirs.keys() == {name for name in extract(fm) if ".lora_B." in name}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    sizes, adapter, weights = [], extract(fm), frozen_state(fm)
+    for name, b in theirs.items():
+        weight = weights[name.replace("lora_B.", "")]
+        sizes.append(float(SCALE * (b @ adapter[name.replace("lora_B", "lora_A")]).norm() / weight.norm()))
+    assert 0.08 < sum(sizes) / len(sizes) < 0.12
+    assert 0.04 < min(sizes) <= max(sizes) < 0.2
+
+
+def test_probes_are_those_of_their_seed(make_fm: ModelFactory) -> None:
+    proxy, fm, _ = probed_pair(make_fm)
+    first, again, other = (moved_by(fm, Probes(proxy, fm), seed) for seed in (5, 5, 6))
+    assert tiny.changed(first, again) == set()
+    assert tiny.changed(first, other) == first.keys()
+
+
+def test_probe_of_a_proxy_with_fewer_layers_moves_those_that_it_has(make_fm: ModelFactory) -> None:
+    proxy, fm, selection = probed_pair(make_fm, keep="layers", layers=3)
+    assert selection.layers == (0, 2, 3)
+    probes = Probes(proxy, fm, selection.layers)
+    ours, theirs = (moved_by(model, probes, 5) for model in (proxy, fm))
+    renamed = {
+        name.replace(f"layer.{index}.", f"layer.{layer}."): change
+        for name, change in ours.items()
+        for index, layer in enumerate(selection.layers)
+        if f"layer.{index}." in name
+    }
+    assert renamed.keys() == theirs.keys()
+    assert all(torch.equal(renamed[name], theirs[name]) for name in theirs)
+
+
+def test_lora_is_what_it_was_after_a_probe_even_one_that_fails(make_fm: ModelFactory) -> None:
+    proxy, fm, _ = probed_pair(make_fm)
+    before = [(parameter, parameter.detach().clone()) for model in (proxy, fm) for parameter in model.parameters()]
+    flags = [parameter.requires_grad for parameter, _ in before]
+    with pytest.raises(KeyboardInterrupt), Probes(proxy, fm).drawn(0):
+        raise KeyboardInterrupt
+    after = [parameter for model in (proxy, fm) for parameter in model.parameters()]
+    assert [parameter.requires_grad for parameter in after] == flags
+    for (parameter, value), now in zip(before, after, strict=True):
+        assert now is parameter
+        assert tiny.same_bits(now.detach(), value)
+
+
+def test_backward_after_a_probe_is_that_of_the_model_that_was_probed(make_fm: ModelFactory) -> None:
+    proxy, fm, _ = probed_pair(make_fm)
+    probes, inputs, gradients = Probes(proxy, fm), tiny.batch("bert"), []
+    path = "bert.encoder.layer.0.attention.self.query.base_layer.weight"
+    moved = copy.deepcopy(fm)
+    with torch.no_grad():
+        for name, change in moved_by(fm, probes, 1).items():
+            moved.get_parameter(name.replace(".weight", ".default.weight")).add_(change)
+    for model in (fm, moved):
+        leaf = model.get_parameter(path).requires_grad_(True)
+        with probes.drawn(1) if model is fm else nullcontext():
+            output = model(**inputs).logits.square().sum()
+        (gradient,) = torch.autograd.grad(output, leaf)
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients)
+
+
+def test_model_without_lora_cannot_be_probed(make_fm: ModelFactory) -> None:
+    fm = make_fm("bert")
+    with pytest.raises(ValueError, match="has no LoRA"):
+        Probes(cut(fm, select(fm, ProxySection(neurons=8))), fm)

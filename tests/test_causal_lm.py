@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from fedpft.config import (
     AdapterSection,
     ColumnsSection,
+    DistillationSection,
     LimitsSection,
     ProxySection,
     RoundSettings,
@@ -28,11 +30,12 @@ from fedpft.config import (
 from fedpft.data.language import NOT_LEARNED, LanguageDataset
 from fedpft.demo.run import run_federation
 from fedpft.digests import Digests
-from fedpft.errors import DataError, FedPFTError
+from fedpft.errors import ConfigError, DataError, FedPFTError
 from fedpft.model import adapters, loading
 from fedpft.model.packing import way_to_pack
 from fedpft.proxy.bundle import load_proxy
 from fedpft.proxy.cut import cut
+from fedpft.proxy.distillation import layer_level
 from fedpft.proxy.selection import select
 from fedpft.server.construction import load_owner
 from fedpft.tasks import TASKS
@@ -240,6 +243,56 @@ def test_written_answers_are_scored_by_match_and_rouge() -> None:
     )
     assert found["exact_match"] == pytest.approx(1 / 3)
     assert found["rouge_l"] == pytest.approx((1 + 0.75 + 0) / 3)
+
+
+def divergence(proxy: nn.Module, fm: nn.Module, data: LanguageDataset) -> float:
+    """KL of the next-token distributions, FM's first, over the tokens that are there, in nats."""
+    batch = data.batch(torch.arange(len(data)))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        found, wanted = (model(**inputs).logits.double().log_softmax(-1) for model in (proxy, fm))
+    each = (wanted.exp() * (wanted - found)).sum(-1)
+    return float(each[inputs["attention_mask"].bool()].mean())
+
+
+def distilled(fm: nn.Module, public: LanguageDataset, **others: Any) -> tuple[nn.Module, list[float]]:
+    selection = select(fm, ProxySection(neurons=16))
+    proxy = cut(fm, selection)
+    settings = DistillationSection(**{"closed_form_samples": 0, "weight_term": 0.0, "learning_rate": 5e-3, **others})
+    losses = layer_level(
+        proxy, fm, selection.matched, public, settings, seed=0, task=TASK, progress=lambda _step, _loss: None
+    )
+    return proxy, losses
+
+
+def test_first_loss_with_the_logit_term_is_the_formula(fm: nn.Module, data: LanguageDataset) -> None:
+    wanted = divergence(distilled(fm, data, steps=0)[0], fm, data)
+    first = [distilled(fm, data, steps=1, batch=len(data), logit_term=term)[1][0] for term in (0.0, 0.5)]
+    assert wanted > 1e-3
+    assert first[1] - first[0] == pytest.approx(0.5 * wanted, rel=1e-3)
+
+
+def test_logit_term_draws_the_next_tokens_to_the_fms(fm: nn.Module, tmp_path: Path) -> None:
+    drawn = random.Random(0)
+    rows = [{"text": " ".join(drawn.choices(tiny.WORDS[4:], k=8))} for _ in range(640)]
+    tokenizer = languages.tokenizer(languages.SMOL)
+    public = encoded(written(tmp_path / "public.jsonl", rows[:600]), tokenizer)
+    unseen = encoded(written(tmp_path / "unseen.jsonl", rows[600:]), tokenizer)
+    steps = {"steps": 80, "batch": 24, "learning_rate": 1e-2}
+    found = [divergence(distilled(fm, public, **steps, logit_term=term)[0], fm, unseen) for term in (0.0, 1.0)]
+    assert found[1] < 0.97 * found[0], found
+
+
+def test_logit_term_is_for_heads_that_the_fm_has(tmp_path: Path) -> None:
+    write_fm(tmp_path / "fm")
+    (tmp_path / "labels.txt").write_text("a\nb\n", encoding="utf-8")
+    model = {"task": "sequence-classification", "labels": str(tmp_path / "labels.txt")}
+    values = settings_of(tmp_path, **model) | {"out": str(tmp_path / "out"), "distillation": {"logit_term": 0.1}}
+    written(tmp_path / "public.jsonl", [{"text": "a"}])
+    values["public_data"] = str(tmp_path / "public.jsonl")
+    values.pop("test_data", None)
+    with pytest.raises(ConfigError, match=r"distillation\.logit_term .* sequence-classification"):
+        load_owner(ServerConfig.model_validate(values), Digests())
 
 
 def one_round(adapter: AdapterSection) -> RoundSettings:

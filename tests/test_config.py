@@ -328,3 +328,27 @@ def test_a_column_goes_with_what_can_be_dealt_out_by_it() -> None:
     assert PartitionSection.model_validate({}).kind == "iid"
     for kind in ("column", "dirichlet"):
         assert PartitionSection.model_validate({"kind": kind, "column": "ward"}).column == "ward"
+
+
+@pytest.mark.parametrize("key", ["distillation.closed_form_probes", "distillation.probe_term", "alignment.probe_term"])
+def test_probes_need_lora(key: str, tmp_path: Path) -> None:
+    assert f"{key} is about LoRA, of which there is none with adapter.rank: 0" in fault(
+        tmp_path, changed(SERVER, {key: 0.1, "adapter.rank": 0})
+    )
+    load_server_config(written(tmp_path, changed(SERVER, {key: 0.1})))
+    load_server_config(written(tmp_path, changed(SERVER, {key: 0.0, "adapter.rank": 0})))
+
+
+def test_a_ridge_is_a_number_or_held_out(tmp_path: Path) -> None:
+    for ridge in ("held_out", 0.5):
+        config = load_server_config(written(tmp_path, changed(SERVER, {"distillation.closed_form_ridge": ridge})))
+        assert config.distillation.closed_form_ridge == ridge
+    for ridge in ("best", 0.0):
+        assert "distillation.closed_form_ridge" in fault(
+            tmp_path, changed(SERVER, {"distillation.closed_form_ridge": ridge})
+        )
+
+
+def test_layers_by_themselves_know_no_logits(tmp_path: Path) -> None:
+    settings = {"distillation.local": True, "distillation.logit_term": 0.1}
+    assert "local: true goes without logit_term" in fault(tmp_path, changed(SERVER, settings))

@@ -1,6 +1,8 @@
 """Both distillations: what changes and what does not, the loss written out by hand, and the patch that is sent."""
 
 import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import pytest
 import tiny
@@ -8,17 +10,19 @@ import torch
 from conftest import ModelFactory
 from torch import Tensor, nn
 
+from fedpft import kernels
 from fedpft.config import AdapterSection, AlignmentSection, DistillationSection, ProxySection
-from fedpft.data.batches import EncodedDataset
+from fedpft.data.batches import EncodedDataset, batches
 from fedpft.data.text import TextDataset
 from fedpft.errors import ModelError
-from fedpft.model.adapters import attach, extract, load
-from fedpft.model.architectures import base_of, layer_outputs, layers_of
+from fedpft.model.adapters import Probes, attach, extract, load
+from fedpft.model.architectures import LayerWalk, base_of, layer_outputs, layers_of
 from fedpft.model.subffn import sub_ffns
 from fedpft.proxy.bundle import apply_patch, patch
 from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import ffn_norms, layer_level, least_active, neuron_level
 from fedpft.proxy.selection import Selection, select
+from fedpft.seeding import derive_seed
 
 K = 24
 MATCHED = ((1, 1), (2, 2))
@@ -34,10 +38,11 @@ def pair(make_fm: ModelFactory, model_type: str, **settings: object) -> tuple[nn
 
 def distil(proxy: nn.Module, fm: nn.Module, public: EncodedDataset, **others: object) -> list[float]:
     given: dict[str, object] = {"steps": 3, "batch": 4, "learning_rate": 5e-3, "closed_form_samples": 0}
-    matched = others.pop("matched", MATCHED)
-    seed = others.pop("seed", 0)
+    matched, layers, seed = others.pop("matched", MATCHED), others.pop("layers", None), others.pop("seed", 0)
     settings = DistillationSection(**{**given, **others})
-    return layer_level(proxy, fm, matched, public, settings, seed=seed, progress=lambda _step, _loss: None)
+    return layer_level(
+        proxy, fm, matched, public, settings, seed=seed, layers=layers, progress=lambda _step, _loss: None
+    )
 
 
 def align(
@@ -269,6 +274,169 @@ def test_flags_and_weights_are_put_back_after_an_error(make_fm: ModelFactory) ->
     assert {name: parameter.requires_grad for name, parameter in proxy.named_parameters()} == flags
     assert tiny.changed(before, proxy.state_dict()) == set()  # every neuron is back in its place
     tiny.logits(proxy, tiny.batch("bert"))
+
+
+def plain_steps(
+    proxy: nn.Module, fm: nn.Module, public: EncodedDataset, settings: DistillationSection, seed: int
+) -> list[float]:
+    """Layer-level distillation with alignment and weight term, and nothing else."""
+    ffns, losses = [list(sub_ffns(proxy).values())[layer] for layer in (1, 2)], []
+    names = ffn_norms(proxy, [1, 2])
+    products = [layer.output.dense.weight @ layer.intermediate.dense.weight for layer in layers_of(fm)[1:3]]
+    with ExitStack() as stack:
+        proxy.requires_grad_(False)
+        parameters = [proxy.get_parameter(name).requires_grad_(True) for name in names]
+        for ffn in ffns:
+            parameters += stack.enter_context(ffn.training_neurons(None))
+
+        optimizer, count = torch.optim.AdamW(parameters, weight_decay=0.0), settings.steps * settings.batch
+        seed = derive_seed(seed, "layer-level distillation")
+        for step, batch in enumerate(batches(public, batch=settings.batch, start=0, count=count, seed=seed)):
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * min(
+                1.0, (settings.steps - step) / (settings.steps - 1)
+            )
+            mask, loss = batch["attention_mask"].flatten().bool(), torch.zeros(())
+            with torch.no_grad():
+                wanted = layer_outputs(fm, [1, 2], batch)
+            for ffn, h, target, product in zip(
+                ffns, layer_outputs(proxy, [1, 2], batch), wanted, products, strict=True
+            ):
+                loss = loss + kernels.alignment_loss(h.flatten(0, 1), target.flatten(0, 1), mask)
+                off = (product.detach() - ffn.product()).square().mean() / product.detach().square().mean()
+                loss = loss + settings.weight_term * off
+            loss = loss / 2
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+def test_without_probes_and_logits_the_steps_have_the_bits_of_the_plain_loop(make_fm: ModelFactory) -> None:
+    settings = DistillationSection(steps=4, batch=5, learning_rate=5e-3, warmup_fraction=0.0, closed_form_samples=0)
+    public, states, losses = tiny.dataset("bert", 12, labelled=False), [], []
+    for plain in (True, False):
+        proxy, fm, _ = pair(make_fm, "bert")
+        attach(fm, AdapterSection(rank=2), seed=0)
+        attach(proxy, AdapterSection(rank=2), seed=0)
+        if plain:
+            losses.append(plain_steps(proxy, fm, public, settings, seed=7))
+        else:
+            losses.append(layer_level(proxy, fm, MATCHED, public, settings, seed=7, progress=lambda _s, _l: None))
+        states.append(proxy.state_dict())
+    assert losses[0] == losses[1]
+    assert tiny.changed(*states) == set()
+
+
+# --- probes ---
+
+
+def adapted_pair(make_fm: ModelFactory, model_type: str, **settings: object) -> tuple[nn.Module, nn.Module, Selection]:
+    """A proxy and its FM, with one adapter in both that has been trained."""
+    fm = make_fm(model_type)
+    attach(fm, AdapterSection(rank=2), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    load(fm, {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in sorted(extract(fm).items())})
+    selection = select(fm, ProxySection(**(settings or {"neurons": K})))
+    return cut(fm, selection), fm, selection
+
+
+def changes_by_hand(model: nn.Module, inputs: dict[str, Tensor], probe: AbstractContextManager[None]) -> list[Tensor]:
+    """Of the hidden states after layers 1 and 2, at the tokens that are there."""
+    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.tensor(True)
+    with torch.no_grad():
+        before = base_of(model)(**inputs, output_hidden_states=True).hidden_states
+        with probe:
+            after = base_of(model)(**inputs, output_hidden_states=True).hidden_states
+    return [(after[layer + 1] - before[layer + 1]).double()[real] for layer in (1, 2)]
+
+
+def jacobian_error(proxy: nn.Module, fm: nn.Module, inputs: dict[str, Tensor], seeds: Sequence[int]) -> float:
+    """The mean over layers and probes of the square of what the proxy's change lacks, over the FM's."""
+    probes, errors = Probes(proxy, fm), []
+    for seed in seeds:
+        ours, theirs = (changes_by_hand(model, inputs, probes.drawn(seed)) for model in (proxy, fm))
+        errors += [float((b - a).square().sum() / b.square().sum()) for a, b in zip(ours, theirs, strict=True)]
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama", "vit", "gemma2", "mixtral"])
+@pytest.mark.parametrize("level", ["layer", "neuron"])
+def test_first_loss_with_a_probe_is_the_formula(level: str, model_type: str, make_fm: ModelFactory) -> None:
+    proxy, fm, _ = adapted_pair(make_fm, model_type)
+    public = tiny.dataset(model_type, 5, labelled=False)
+    inputs = public.batch(torch.arange(5))
+    labels = ("layer-level distillation",) if level == "layer" else ("neuron-level distillation", 2)
+    seed = derive_seed(derive_seed(0, *labels), "probe", 0)
+    wanted = sum(alignment_by_hand(proxy, fm, inputs)) / 2 + 0.7 * jacobian_error(proxy, fm, inputs, [seed])
+    if level == "layer":
+        losses = distil(proxy, fm, public, steps=1, batch=5, weight_term=0.0, probe_term=0.7)
+    else:
+        everything = {1: torch.arange(K), 2: torch.arange(K)}
+        losses = align(proxy, fm, everything, public, steps=1, batch=5, probe_term=0.7)
+    assert losses == pytest.approx([wanted], rel=1e-3)
+
+
+def test_probe_term_brings_the_jacobian_nearer_to_the_fms(make_fm: ModelFactory) -> None:
+    public, unseen = tiny.dataset("bert", 300, labelled=False), tiny.dataset("bert", 40, seed=9, labelled=False)
+    errors = []
+    for probe_term, seed in ((0.0, 0), (1.0, 0), (1.0, 1)):
+        proxy, fm, _ = adapted_pair(make_fm, "bert", neurons=8)
+        distil(proxy, fm, public, steps=40, batch=16, learning_rate=1e-2, seed=seed, probe_term=probe_term)
+        errors.append(jacobian_error(proxy, fm, unseen.batch(torch.arange(40)), range(1000, 1004)))
+    assert max(errors[1:]) < 0.95 * errors[0], errors
+
+
+@pytest.mark.parametrize("level", ["layer", "neuron"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_probes_leave_the_adapter_as_it_is(level: str, fails: bool, make_fm: ModelFactory) -> None:
+    proxy, fm, _ = adapted_pair(make_fm, "bert")
+    before, fm_before, looks = tiny.snapshot(proxy), tiny.snapshot(fm), []
+
+    def stop(_module: nn.Module, _given: object) -> None:
+        looks.append(1)
+        if fails and len(looks) == 4:  # the second step's look under a probe
+            raise KeyboardInterrupt
+
+    layers_of(proxy)[2].register_forward_pre_hook(stop)
+    public = tiny.dataset("bert", 12, labelled=False)
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        if level == "layer":
+            distil(proxy, fm, public, probe_term=0.5)
+        else:
+            align(proxy, fm, {1: torch.tensor([0]), 2: torch.tensor([1])}, public, probe_term=0.5)
+    assert len(looks) == (4 if fails else 6)
+    assert tiny.changed(before, proxy.state_dict()) == ffn_parts(proxy, "bert")
+    assert tiny.changed(fm_before, fm.state_dict()) == set()
+
+
+def test_dropped_layers_are_probed_where_the_proxy_has_them(make_fm: ModelFactory) -> None:
+    proxy, fm, selection = adapted_pair(make_fm, "bert", keep="layers", layers=3)
+    public, given = tiny.dataset("bert", 12, labelled=False), {"matched": selection.matched, "probe_term": 0.5}
+    assert len(distil(proxy, fm, public, layers=selection.layers, **given)) == 3
+    with pytest.raises(ValueError, match="layers: must be"):
+        distil(proxy, fm, public, **given)
+
+
+# --- each layer by itself ---
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama", "vit", "deberta-v2"])
+def test_local_layers_go_on_from_the_fms_states(model_type: str, make_fm: ModelFactory) -> None:
+    proxy, fm, _ = adapted_pair(make_fm, model_type)
+    public = tiny.dataset(model_type, 5, labelled=False)
+    inputs, wanted = public.batch(torch.arange(5)), 0.0
+    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.tensor(True)
+    with torch.no_grad():
+        states = layer_outputs(fm, [0, 1, 2], inputs)
+        walk = LayerWalk(proxy, inputs)
+        for layer in (1, 2):
+            walk.position, walk.hidden = layer, states[layer - 1]
+            target, found = states[layer][real], walk.output()[real]
+            wanted += float((target - found).square().mean() / target.square().mean())
+    losses = distil(proxy, fm, public, steps=1, batch=5, weight_term=0.0, local=True)
+    assert losses == pytest.approx([wanted / 2], rel=1e-4)
 
 
 # --- neuron-level ---

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedpft.tasks.vocabulary_loss import NOT_LEARNED, linear_cross_entropy, token_losses
+from fedpft.tasks.vocabulary_loss import NOT_LEARNED, linear_cross_entropy, linear_divergence, token_losses
 
 N, D, V = 37, 24, 301
 # Of the value, and of the gradient's norm. In bfloat16 (float16) a gradient is rounded once a chunk and once in
@@ -67,6 +67,25 @@ def test_value_and_gradient_are_those_of_the_plain_loss(dtype: torch.dtype, form
     assert gradient.dtype == dtype
     assert distance(gradient, wanted) <= of_gradient
     assert not gradient[targets == NOT_LEARNED].any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_divergence_and_its_gradient_are_those_of_all_logits(dtype: torch.dtype, form: str, chunk: int | None) -> None:
+    hidden, weight, _, named = case(dtype, FORMS[form])
+    teacher = (hidden.detach() + 0.3 * torch.randn(N, D, generator=torch.Generator().manual_seed(1))).to(dtype)
+    ours = linear_divergence(hidden, teacher, weight, chunk=chunk, **named)
+    assert (ours.dtype, ours.shape) == (torch.float32, ())
+    (gradient,) = torch.autograd.grad(ours * 0.25, hidden)
+    found, wanted = (logits_of(states, weight, **named).log_softmax(-1) for states in (hidden, teacher))
+    theirs = F.kl_div(found, wanted, reduction="sum", log_target=True)
+    (plain_gradient,) = torch.autograd.grad(theirs * 0.25, hidden)
+    of_value, of_gradient = TOLERANCES[dtype]
+    assert ours.item() == pytest.approx(theirs.item(), rel=2 * of_value)
+    assert gradient.dtype == dtype
+    assert distance(gradient, plain_gradient) <= of_gradient
+    assert linear_divergence(hidden, hidden, weight, chunk=chunk, **named).item() == pytest.approx(0.0, abs=1e-5)
 
 
 def test_a_batch_counts_as_its_tokens() -> None:
@@ -196,3 +215,10 @@ def test_the_bench_measures_what_it_compares(tmp_path: Path) -> None:
     assert row["candidates"]["ours"]["peak_bytes"] < 0.5 * row["candidates"]["plain"]["peak_bytes"]
     assert row["candidates"]["ours"]["loss_apart"] < 1e-5
     assert "| float32 | 512 | 64 | 50,000 |" in run.stdout
+
+
+def test_divergence_never_holds_all_logits() -> None:
+    hidden, weight, _, _ = case(torch.float32, {})
+    with Largest() as seen:
+        linear_divergence(hidden, hidden.detach() + 0.1, weight, chunk=3).backward()
+    assert seen.elements == V * D < N * V

@@ -9,7 +9,7 @@ D hidden size, F FFN neurons of the FM, K of the proxy, R rank.
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -63,6 +63,8 @@ LoRA of a federated fine-tuning with fedpft:
 
     model = {loader}.from_pretrained(".")
 """
+
+PROBE_SIZE = 0.1  # of a probe, in units of what the projection itself passes on: see Probes
 
 _REMEDY = "train it on this federation's proxy with this version of fedpft"
 
@@ -172,6 +174,65 @@ def plug_in(model: nn.Module, adapter: Adapter, layers: Sequence[int], neurons: 
     load(model, plugged | {name: place.whole(adapter[place.name], own[name]) for name, place in places.items()})
 
 
+class Probes:
+    """Random changes of LoRA's B, the same in an FM and in its proxy: directions in which training can move both.
+
+    The change of a hidden state under one is a Jacobian-vector product, by finite difference. On inputs without a
+    direction of their own s B A then passes on PROBE_SIZE of what its projection does, in any model: little enough for
+    the change to be nearly linear, and far above the rounding of bfloat16, 1/256.
+    """
+
+    def __init__(self, proxy: nn.Module, model: nn.Module, layers: Sequence[int] | None = None) -> None:
+        """Takes the sizes of what is there now.
+
+        Args:
+            proxy, model: both with the same adapter.
+            layers: for each layer of the proxy, the FM's layer it was cut from; None: the proxy has every layer. LoRA
+                on the FM's other layers is not moved: no silo trains it.
+
+        Raises:
+            ValueError: there is no LoRA, or the proxy has fewer layers and nothing says which.
+        """
+        paths = tuple(f".{path}" for path in architecture_of(model).attention)  # on the FFN each has its own shape
+        layered = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+        carriers = {name: module for name, module in layered if name.endswith(paths)}
+        if not carriers:
+            raise ValueError("model: has no LoRA that a probe could move")
+        layers = range(len(layers_of(model))) if layers is None else layers
+        if len(layers) != len(layers_of(proxy)):
+            raise ValueError(f"layers: must be one for each of the proxy's {len(layers_of(proxy))}")
+        on_proxy = _names_on_proxy(model, carriers, layers)
+        self._moved: list[tuple[nn.Module, nn.Module, float]] = []  # both models' modules that hold B, and its spread
+        for name, proxy_name in on_proxy.items():
+            theirs, ours = carriers[name], cast(LoraLayer, proxy.get_submodule(proxy_name))
+            (active,) = theirs.active_adapters
+            base = cast(nn.Linear, theirs.get_base_layer())
+            a, b = (part[active].get_parameter("weight").detach() for part in (theirs.lora_A, theirs.lora_B))
+            passed_on = theirs.scaling[active] * len(b) ** 0.5 * a.norm().clamp(min=1e-12)
+            spread = float(PROBE_SIZE * wide(base.weight.detach()).norm() / passed_on)
+            self._moved.append((theirs.lora_B[active], ours.lora_B[active], spread))
+
+    @contextmanager
+    def drawn(self, seed: int) -> Iterator[None]:
+        """While open, B has a probe drawn with the seed added to it.
+
+        The parameters themselves are not written on: others stand in their place, so that a backward pass finds what
+        its forward pass has seen, and what comes back is bit for bit what was there.
+        """
+        generator, stood = torch.Generator().manual_seed(seed), list[tuple[nn.Module, nn.Parameter]]()
+        try:
+            for theirs, ours, spread in self._moved:
+                noise = spread * torch.randn(theirs.get_parameter("weight").shape, generator=generator)
+                for module in (theirs, ours):
+                    b = module.get_parameter("weight")
+                    stood.append((module, b))
+                    module.weight = nn.Parameter(b.detach() + noise.to(b.device), requires_grad=False)
+            yield
+        finally:
+            for module, b in stood:
+                module.weight = b
+
+
 def merge(model: nn.Module) -> None:
     """Adds B A alpha / R to each weight that carries LoRA and takes LoRA away. In place.
 
@@ -228,6 +289,23 @@ def save_peft(model: nn.Module, settings: AdapterSection, directory: Path, *, ba
     card = _CARD + (_LABELLED if TASKS[task].label_list else _PLAIN)
     filled = card.format(base=json.dumps(base), loader=TASKS[task].peft_loader, labels=labels)
     (directory / "README.md").write_text(filled, "utf-8")
+
+
+def _names_on_proxy(model: nn.Module, names: Iterable[str], layers: Sequence[int]) -> dict[str, str]:
+    """The FM's name of a tensor or module -> the proxy's, without those in layers that the proxy lacks.
+
+    Args:
+        layers: for each layer of the proxy, the FM's layer it was cut from.
+    """
+    path, position = layers_path(model), {str(layer): str(index) for index, layer in enumerate(layers)}
+    on_proxy: dict[str, str] = {}
+    for name in names:
+        layer, _, rest = name.removeprefix(path).partition(".")
+        if not name.startswith(path):
+            on_proxy[name] = name
+        elif layer in position:
+            on_proxy[name] = f"{path}{position[layer]}.{rest}"
+    return on_proxy
 
 
 def _lora_forward(layer: Any, dropout: float, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ model. docs/models.md says how to add a row, and what was tried with each.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -302,13 +303,24 @@ class _LastLayerReached(Exception):
     """Ends a forward pass whose rest nobody would look at."""
 
 
-def layer_outputs(model: nn.Module, layers: Sequence[int], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+def layer_outputs(
+    model: nn.Module,
+    layers: Sequence[int],
+    inputs: Mapping[str, Tensor],
+    *,
+    to_the_end: bool = False,
+    given: Mapping[int, Tensor] | None = None,
+) -> list[Tensor]:
     """Runs a model up to the last of `layers`; returns the hidden states after each of them, (B, T, D).
 
     Hooks see them as the layer leaves them; `output_hidden_states` would give the last one after the final norm.
+
+    Args:
+        to_the_end: run all of it, and return what its head is given too, (B, T, D), as the last one.
+        given: layers that go on from these states, (B, T, D), and not from what the layer before them leaves.
     """
     found: dict[int, Tensor] = {}
-    last = max(layers)
+    last = None if to_the_end else max(layers)
 
     def keep(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
         found[layer] = output[0] if isinstance(output, tuple) else output
@@ -320,14 +332,25 @@ def layer_outputs(model: nn.Module, layers: Sequence[int], inputs: Mapping[str, 
         modules[layer].register_forward_hook(lambda _module, _inputs, output, layer=layer: keep(layer, output))
         for layer in set(layers)
     ]
+    for layer, hidden in (given or {}).items():
+        replace_states = partial(_with_states, hidden)
+        hooks.append(modules[layer].register_forward_pre_hook(replace_states, with_kwargs=True))
+    end: list[Tensor] = []
     try:
-        base_of(model)(**{name: value for name, value in inputs.items() if name != "labels"})
+        end = [base_of(model)(**{name: value for name, value in inputs.items() if name != "labels"}).last_hidden_state]
     except _LastLayerReached:
         pass
     finally:
         for hook in hooks:
             hook.remove()
-    return [found[layer] for layer in layers]
+    return [found[layer] for layer in layers] + end
+
+
+def _with_states(
+    hidden: Tensor, _layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a layer is called with, but for its hidden states."""
+    return ((hidden, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": hidden})
 
 
 class LayerWalk:

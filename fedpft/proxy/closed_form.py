@@ -3,11 +3,13 @@
 What a dropped neuron did for the tokens of the public data, the kept ones can do in part: their output weights and the
 output bias are refitted, layer by layer, so that the proxy's residual stream comes as near to the FM's as it can.
 
-    minimise  || a dW + db - (S - s) ||^2 + r ||dW||^2
+    minimise  || a dW + db - (S - s) ||^2 + lambda c^2 || (a' - a) dW - ((S' - S) - (s' - s)) ||^2 + r ||dW||^2
 
 a (N, K) what the kept neurons pass on, S and s (N, D) the residual streams of FM and proxy right after the FFN's output
-was added to them, N tokens, K neurons (of all experts of a mixture), D hidden size. The normal equations need only sums
-over tokens.
+was added to them, N tokens, K neurons (of all experts of a mixture), D hidden size. a', S' and s' are the same under a
+probe, a random LoRA put on both models; c = rms(S) / rms(S' - S), of a batch, so that at lambda = 1 both parts count
+the same. The second brings the proxy's Jacobian to the FM's, along directions in which training can move LoRA, and with
+it the gradient. The normal equations need only sums over tokens.
 
 Where the FFN's output goes through a norm before it is added (Gemma), no linear fit brings the streams together: the
 norm undoes any change of size. There S and s are the outputs of the FFNs before that norm, so that the proxy's FFN does
@@ -19,16 +21,25 @@ public samples halves the hidden-state error before the first step; docs/results
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
+from fedpft.errors import DataError
+from fedpft.model.adapters import Probes
 from fedpft.model.architectures import LayerWalk, architecture_of, is_post_norm, layers_of
 from fedpft.model.precision import wide
-from fedpft.model.subffn import sub_ffns
+from fedpft.model.subffn import SubExperts, SubFFN, sub_ffns
+from fedpft.seeding import derive_seed
 
-RIDGE = 1e-3  # r, in units of the mean square of a neuron's value; regression on fewer tokens than neurons stays sane
+# r, in units of the mean square of a neuron's value: regression on fewer tokens than neurons stays sane
+Ridge = float | Literal["held_out"]
+CANDIDATES = tuple(10.0**power for power in range(-5, 2))
+HELD_OUT = 5  # of so many batches one
 
 
 def fit_output_projections(
@@ -40,40 +51,100 @@ def fit_output_projections(
     samples: int,
     batch: int,
     seed: int,
+    ridge: Ridge = 1e-3,
+    probes: float = 0.0,
+    layers: Sequence[int] | None = None,
 ) -> None:
     """Refits the output projection and bias of every compressed layer, in place, from the first layer to the last.
 
     Args:
-        proxy, model: student and teacher.
+        proxy, model: student and teacher; with `probes` both carry the same LoRA, which stays as it is.
         matched: (proxy layer, FM layer) pairs, in the order of the layers.
         public: unlabelled samples, of which `samples` are drawn with the seed, and used `batch` at a time.
+        ridge: r; `held_out`: of CANDIDATES the one that does best on every fifth batch, in each layer by itself, with
+            which the layer is then fitted on all.
+        probes: lambda.
+        layers: as of :class:`Probes`.
+
+    Raises:
+        DataError: there is no batch to hold out.
     """
     row = architecture_of(proxy)
     if row.output_norm is not None and len(layers_of(proxy)) < len(layers_of(model)):
         return
-    device = next(proxy.parameters()).device
-    chosen, ffns = sample(len(public), samples, seed, "closed form"), list(sub_ffns(proxy).values())
+    device, ffns = next(proxy.parameters()).device, list(sub_ffns(proxy).values())
+    chosen = sample(len(public), samples, seed, "closed form")
+    moving = Probes(proxy, model, layers) if probes else None
     with torch.no_grad():
-        walks = []
-        for inputs, real in real_inputs(public, chosen, batch, device):
-            walks.append((LayerWalk(proxy, inputs), LayerWalk(model, inputs), real))
+        lots = [
+            _Lot(proxy, model, LayerWalk(proxy, inputs), LayerWalk(model, inputs), real)
+            for inputs, real in real_inputs(public, chosen, batch, device)
+        ]
+        if ridge == "held_out" and len(lots) < 2:
+            raise DataError(
+                f"distillation.closed_form_ridge: held_out needs a batch to hold out, and {len(chosen)} public samples "
+                f"in batches of {batch} have none",
+                "lower distillation.batch, or name a number",
+            )
+        moved = [lot.again() for lot in lots] if moving else []
         for student, teacher in matched:
             layer, ffn = layers_of(proxy)[student], ffns[student]
             scale = layer.get_parameter(row.scale).detach() if row.scale is not None else 1.0
-            equations: _NormalEquations | None = None
-            for ours, theirs, real in walks:
-                for walk, place in ((ours, student), (theirs, teacher)):
-                    while walk.position < place:
-                        walk.advance()
-                given, stream, _ = look(proxy, ours, ffn)
-                _, wanted, after = look(model, theirs, None)
-                theirs.advance(after)
-                values = ffn.values(*given).flatten(0, -2)[real]
-                missing = ((wide(wanted) - wide(stream)) / scale).flatten(0, 1)[real]
-                equations = equations or _NormalEquations(values.shape[1], missing.shape[1], device)
-                equations.add(values, missing)
-            if equations is not None:
-                ffn.add_to_output(*equations.solve(with_bias=ffn.has_output_bias))
+            seen = unseen = _NormalEquations(ffn.neurons, lots[0].hidden_size, device)
+            if ridge == "held_out":
+                unseen = _NormalEquations(ffn.neurons, lots[0].hidden_size, device)
+            for number, lot in enumerate(lots):
+                equations = unseen if number % HELD_OUT == 1 else seen
+                a, theirs, ours = lot.at(student, teacher, ffn)
+                equations.add(a, (theirs - ours) / scale)
+                if moving:
+                    with moving.drawn(derive_seed(seed, "closed form, probe", number)):
+                        a_moved, theirs_moved, ours_moved = moved[number].at(student, teacher, ffn)
+                    change = theirs_moved - theirs
+                    weight = (probes * theirs.square().mean() / change.square().mean()).sqrt() if change.any() else 0.0
+                    wanted = (change - (ours_moved - ours)) / scale
+                    equations.add(weight * (a_moved - a), weight * wanted, constant=0.0)
+            if not ffn.has_output_bias:
+                seen.leave_out_bias()
+                unseen.leave_out_bias()
+            if isinstance(ridge, str):
+                r = min(CANDIDATES, key=lambda candidate: unseen.error(seen.solve(candidate)))
+                seen.join(unseen)
+            else:
+                r = ridge
+            solution = seen.solve(r)
+            ffn.add_to_output(solution[:-1], solution[-1])
+
+
+@dataclass
+class _Lot:
+    """One batch on its way through proxy and FM. real: which of its tokens are there."""
+
+    proxy: nn.Module
+    model: nn.Module
+    ours: LayerWalk
+    theirs: LayerWalk
+    real: Tensor | slice
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.ours.hidden.shape[-1]
+
+    def again(self) -> "_Lot":
+        """The same batch on a way of its own, from where it is now."""
+        return replace(self, ours=copy(self.ours), theirs=copy(self.theirs))
+
+    def at(self, student: int, teacher: int, ffn: SubFFN | SubExperts) -> tuple[Tensor, Tensor, Tensor]:
+        """a (N, K), S and s (N, D) at a compressed layer, which the proxy does not leave: it is to be refitted."""
+        for walk, place in ((self.ours, student), (self.theirs, teacher)):
+            while walk.position < place:
+                walk.advance()
+        given, ours, _ = look(self.proxy, self.ours, ffn)
+        _, theirs, after = look(self.model, self.theirs, None)
+        self.theirs.advance(after)
+        values = ffn.values(*given).flatten(0, -2)[self.real]
+        return wide(values), wide(theirs).flatten(0, 1)[self.real], wide(ours).flatten(0, 1)[self.real]
 
 
 class _NormalEquations:
@@ -83,22 +154,33 @@ class _NormalEquations:
         self.gram = torch.zeros(neurons + 1, neurons + 1, dtype=torch.float64, device=device)
         self.cross = torch.zeros(neurons + 1, hidden, dtype=torch.float64, device=device)
 
-    def add(self, values: Tensor, wanted: Tensor) -> None:
-        """values: (N, K), wanted: (N, D)."""
-        extended = torch.cat([values, values.new_ones(len(values), 1)], dim=1).double()
+    def add(self, values: Tensor, wanted: Tensor, constant: float = 1.0) -> None:
+        """values: (N, K), wanted: (N, D). constant: what the bias adds to a row."""
+        extended = torch.cat([values, values.new_full((len(values), 1), constant)], dim=1).double()
         self.gram += extended.t() @ extended
         self.cross += extended.t() @ wanted.double()
 
-    def solve(self, *, with_bias: bool) -> tuple[Tensor, Tensor]:
-        """dW (K, D) and db (D,), float64; without bias db is 0."""
-        if not with_bias:
-            self.gram[-1, :-1] = self.gram[:-1, -1] = self.cross[-1] = 0.0
+    def join(self, others: "_NormalEquations") -> None:
+        """Adds the sums over other tokens."""
+        self.gram += others.gram
+        self.cross += others.cross
+
+    def leave_out_bias(self) -> None:
+        """From here on the bias of a solution is 0."""
+        self.gram[-1, :-1] = self.gram[:-1, -1] = self.cross[-1] = 0.0
+
+    def solve(self, ridge: float) -> Tensor:
+        """dW above db, (K + 1, D) float64."""
         spread = self.gram.diagonal()[:-1].mean()
         # Neurons that are all silent have no spread; whatever the penalty, their weights then stay as they are.
-        penalty = (RIDGE * spread if spread > 0 else 1.0) * torch.ones_like(self.gram.diagonal())
+        penalty = (ridge * spread if spread > 0 else 1.0) * torch.ones_like(self.gram.diagonal())
         penalty[-1] = 0.0
-        solution = torch.linalg.solve(self.gram + penalty.diag(), self.cross)
-        return solution[:-1], solution[-1]
+        solution: Tensor = torch.linalg.solve(self.gram + penalty.diag(), self.cross)
+        return solution
+
+    def error(self, solution: Tensor) -> float:
+        """The sum of squares that a solution leaves on these tokens, less what it is without one."""
+        return float((solution * (self.gram @ solution - 2.0 * self.cross)).sum())
 
 
 def real_inputs(

@@ -17,11 +17,13 @@ from fedpft import kernels
 from fedpft.config import AlignmentSection, DistillationSection
 from fedpft.data.batches import EncodedDataset, batches
 from fedpft.errors import ModelError
+from fedpft.model.adapters import Probes
 from fedpft.model.architectures import architecture_of, layer_outputs, layers_of
 from fedpft.model.precision import DISTILLATION_SCALE, Masters, loss_scaler, wide
 from fedpft.model.subffn import projections, sub_ffns
 from fedpft.proxy.closed_form import fit_output_projections
 from fedpft.seeding import derive_seed
+from fedpft.tasks import Task
 
 Matched = Sequence[tuple[int, int]]
 Progress = Callable[[int, float], None]
@@ -36,6 +38,8 @@ def layer_level(
     *,
     seed: int,
     progress: Progress,
+    layers: Sequence[int] | None = None,
+    task: Task | None = None,
 ) -> list[float]:
     """Distils every FFN neuron of the compressed layers, in place; returns the loss of each step.
 
@@ -44,10 +48,22 @@ def layer_level(
         matched: (proxy layer, FM layer) pairs whose outputs are brought together; the proxy's layers train.
         public: unlabelled samples.
         progress: called with (step, loss) after each step.
+        layers: for each layer of the proxy, the FM's layer it was cut from; None: the proxy has every layer.
+        task: with a `logit_term`, the one that knows the FM's own head.
     """
     if settings.closed_form_samples:
-        samples = settings.closed_form_samples
-        fit_output_projections(proxy, model, matched, public, samples=samples, batch=settings.batch, seed=seed)
+        fit_output_projections(
+            proxy,
+            model,
+            matched,
+            public,
+            samples=settings.closed_form_samples,
+            batch=settings.batch,
+            seed=seed,
+            ridge=settings.closed_form_ridge,
+            probes=settings.closed_form_probes,
+            layers=layers,
+        )
     everything: dict[int, Tensor | None] = {layer: None for layer, _ in matched}
     return _distil(
         proxy,
@@ -56,7 +72,8 @@ def layer_level(
         everything,
         public,
         settings,
-        weight_term=settings.weight_term,
+        layers=layers,
+        task=task,
         seed=derive_seed(seed, "layer-level distillation"),
         progress=progress,
     )
@@ -73,6 +90,7 @@ def neuron_level(
     seed: int,
     round: int,
     progress: Progress,
+    layers: Sequence[int] | None = None,
 ) -> list[float]:
     """Distils the `updated` neurons of each compressed layer, in place; returns the loss of each step.
 
@@ -82,16 +100,21 @@ def neuron_level(
         others: as in :func:`layer_level`.
     """
     schedule = DistillationSection(
-        steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, weight_term=0.0
+        steps=settings.steps,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        weight_term=0.0,
+        probe_term=settings.probe_term,
     )
     return _distil(
         proxy,
         model,
         matched,
-        dict(updated),
+        updated,
         public,
         schedule,
-        weight_term=0.0,
+        layers=layers,
+        task=None,
         seed=derive_seed(seed, "neuron-level distillation", round),
         progress=progress,
     )
@@ -129,19 +152,19 @@ def _distil(
     proxy: nn.Module,
     model: nn.Module,
     matched: Matched,
-    updated: dict[int, Tensor | None],
+    updated: Mapping[int, Tensor | None],
     public: EncodedDataset,
     settings: DistillationSection,
     *,
-    weight_term: float,
+    layers: Sequence[int] | None,
+    task: Task | None,
     seed: int,
     progress: Progress,
 ) -> list[float]:
     if settings.steps == 0 or not matched:
         return []
-    students, teachers = [pair[0] for pair in matched], [pair[1] for pair in matched]
+    students = [pair[0] for pair in matched]
     ffns = list(sub_ffns(proxy).values())
-    products = {student: _product(model, teacher) for student, teacher in matched} if weight_term else {}
     device = next(proxy.parameters()).device
     frozen = {parameter: parameter.requires_grad for parameter in proxy.parameters()}
     losses: list[float] = []
@@ -151,22 +174,14 @@ def _distil(
         parameters = [proxy.get_parameter(name).requires_grad_(True) for name in ffn_norms(proxy, students)]
         for layer in students:
             parameters += stack.enter_context(ffns[layer].training_neurons(updated[layer]))
+        lost = _Loss(proxy, model, matched, settings, layers=layers, task=task, seed=seed)
         masters, scaler = Masters(parameters), loss_scaler(proxy, DISTILLATION_SCALE)
         optimizer = torch.optim.AdamW(masters.wide, lr=settings.learning_rate, weight_decay=0.0)
         count = settings.steps * settings.batch
         for step, batch in enumerate(batches(public, batch=settings.batch, start=0, count=count, seed=seed)):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(step, settings.steps, settings.warmup_fraction)
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            mask = inputs["attention_mask"].flatten().bool() if "attention_mask" in inputs else None
-            with torch.no_grad():
-                wanted = layer_outputs(model, teachers, inputs)
-            loss = torch.zeros((), device=device)
-            for layer, h, target in zip(students, layer_outputs(proxy, students, inputs), wanted, strict=True):
-                loss = loss + kernels.alignment_loss(h.flatten(0, 1), target.flatten(0, 1), mask)
-                if weight_term:
-                    loss = loss + weight_term * _relative(ffns[layer].product(), products[layer])
-            loss = loss / len(matched)
+            loss = lost({name: value.to(device) for name, value in batch.items()}, step)
             scaler.scale(loss).backward()
             masters.take_gradients()
             scaler.unscale_(optimizer)
@@ -182,6 +197,64 @@ def _distil(
                 )
             progress(step + 1, losses[-1])
     return losses
+
+
+class _Loss:
+    """What the steps of a distillation bring down (method.md, section 2)."""
+
+    def __init__(
+        self,
+        proxy: nn.Module,
+        model: nn.Module,
+        matched: Matched,
+        settings: DistillationSection,
+        *,
+        layers: Sequence[int] | None,
+        task: Task | None,
+        seed: int,
+    ) -> None:
+        self.proxy, self.model, self.settings, self.task, self.seed = proxy, model, settings, task, seed
+        self.students, self.teachers = [pair[0] for pair in matched], [pair[1] for pair in matched]
+        self.ffns = list(sub_ffns(proxy).values())
+        self.products = [_product(model, teacher) for teacher in self.teachers] if settings.weight_term else []
+        self.probes = Probes(proxy, model, layers) if settings.probe_term else None
+        # what each of the FM's layers is given is what the one before it leaves; the first is given the same in both
+        origin = range(len(layers_of(proxy))) if layers is None else layers
+        self.before = {student: origin[student] - 1 for student in self.students if student and settings.local}
+
+    def __call__(self, inputs: Mapping[str, Tensor], step: int) -> Tensor:
+        """(), differentiable in all of the proxy that trains."""
+        settings, mask = self.settings, None
+        if "attention_mask" in inputs:
+            mask = inputs["attention_mask"].flatten().bool()
+        found, wanted = self._states(inputs, to_the_end=settings.logit_term > 0)
+        loss = torch.zeros((), device=found[0].device)
+        for index, layer in enumerate(self.students):
+            loss = loss + kernels.alignment_loss(found[index].flatten(0, 1), wanted[index].flatten(0, 1), mask)
+            if settings.weight_term:
+                loss = loss + settings.weight_term * _relative(self.ffns[layer].product(), self.products[index])
+        if self.probes is not None:
+            with self.probes.drawn(derive_seed(self.seed, "probe", step)):
+                found_moved, wanted_moved = self._states(inputs)
+            for index in range(len(self.students)):
+                change = (wide(found_moved[index]) - wide(found[index])).flatten(0, 1)
+                target = (wide(wanted_moved[index]) - wide(wanted[index])).flatten(0, 1)
+                loss = loss + settings.probe_term * kernels.alignment_loss(change, target, mask)
+        loss = loss / len(self.students)
+        if settings.logit_term:
+            assert self.task is not None
+            real = slice(None) if mask is None else mask
+            ends = (states[-1].flatten(0, 1)[real] for states in (found, wanted))
+            loss = loss + settings.logit_term * self.task.divergence(self.proxy, *ends)
+        return loss
+
+    def _states(self, inputs: Mapping[str, Tensor], *, to_the_end: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """Those of the proxy after its compressed layers, and those of the FM that they are to be like."""
+        watched = [*self.teachers, *self.before.values()]
+        with torch.no_grad():
+            wanted = layer_outputs(self.model, watched, inputs, to_the_end=to_the_end)
+        given = dict(zip(self.before, wanted[len(self.teachers) :], strict=False))
+        return layer_outputs(self.proxy, self.students, inputs, to_the_end=to_the_end, given=given), wanted
 
 
 def _schedule(step: int, steps: int, warmup_fraction: float) -> float:

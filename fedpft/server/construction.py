@@ -138,6 +138,12 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
     section = config.model
     if not config.adapter.rank and not TASKS[section.task].head:
         raise ConfigError(f"adapter.rank is 0, and {section.task} has no head: nothing would train", "set it to 8, say")
+    if config.distillation.logit_term and TASKS[section.task].head:
+        raise ConfigError(
+            f"distillation.logit_term is about a head that the FM has; for {section.task} it gets one that is yet to "
+            "be trained",
+            "set it to 0",
+        )
     model = loading.load_model(section.path, section.task, labels, seed=config.seed, dtype=section.dtype)
     model.to(config.device)
     processor = loading.load_processor(section.path, section.task)
@@ -179,6 +185,8 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
             config.distillation,
             seed=config.seed,
             progress=report,
+            layers=selection.layers,
+            task=TASKS[config.model.task],
         )
     check_finite(model, "the layer-level distillation")
     if config.distillation.steps or config.distillation.closed_form_samples:

@@ -270,6 +270,7 @@ class Rounds:
                 seed=self.config.seed,
                 round=number,
                 progress=report,
+                layers=self.built.selection.layers,
             )
         record_gap(self.config, self.owner, self.built, f"round {number}, after")
         version = len(ledger.recorded("alignment")) + 1

@@ -22,7 +22,7 @@ from fedpft.data.samples import Samples
 from fedpft.data.text import check_padding
 from fedpft.errors import ConfigError
 from fedpft.tasks.task import Batch, Metric, Task
-from fedpft.tasks.vocabulary_loss import linear_cross_entropy, token_losses
+from fedpft.tasks.vocabulary_loss import linear_cross_entropy, linear_divergence, token_losses
 
 MOST_WRITTEN = 64  # tokens of one answer
 _HARNESS = """\
@@ -112,6 +112,10 @@ class CausalLM(Task):
         """The mean cross-entropy, in nats, of the tokens that are learned."""
         hidden, targets = _predicting(model, batch)
         return linear_cross_entropy(hidden, targets=targets, **output_layer(model)) / self.weight(batch)
+
+    def divergence(self, model: nn.Module, hidden: Tensor, teacher: Tensor) -> Tensor:
+        """Of the next tokens."""
+        return linear_divergence(hidden, teacher, **output_layer(model)) / max(1, len(hidden))
 
     def weight(self, batch: Batch) -> int:
         """The tokens that are learned."""

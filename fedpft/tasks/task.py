@@ -147,6 +147,20 @@ class Task(ABC):
         """The mean that is :meth:`loss`, from (..., C) float32."""
         raise NotImplementedError(f"{self.name} has no classes")
 
+    def divergence(self, model: nn.Module, hidden: Tensor, teacher: Tensor) -> Tensor:
+        """How far what the FM's own head says of some hidden states is from what it says of the teacher's.
+
+        Only of tasks whose FM has such a head: not those with `head`, which is drawn.
+
+        Args:
+            model: FM or proxy, whose heads are the same.
+            hidden, teacher: (N, D) what the head is given.
+
+        Returns:
+            The mean over N of the Kullback-Leibler divergence, () float32, nats. Differentiable in `hidden` only.
+        """
+        raise NotImplementedError(f"{self.name} has no head before it is trained")
+
     def weight(self, batch: Batch) -> int:
         """Over how many things the loss of a batch is a mean; by default over its samples."""
         return len(batch["labels"])

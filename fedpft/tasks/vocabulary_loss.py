@@ -49,13 +49,38 @@ def linear_cross_entropy(
     Raises:
         ValueError: a gradient of weight or bias is asked for.
     """
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        raise ValueError("the output layer is frozen: the loss has no gradient of it")
+    _refuse_gradient(weight, bias)
     hidden, targets = _learned(hidden, targets)
     loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, softcap, scale, chunk
     )
     return loss
+
+
+def linear_divergence(
+    hidden: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """The sum over tokens of KL(p of the teacher's hidden state || p of `hidden`): () float32, nats.
+
+    Differentiable in `hidden` only. Arguments as of `linear_cross_entropy`, and the same output layer for both:
+
+    Args:
+        teacher: (..., D), as `hidden`.
+        chunk: default: as many as keep both chunks of logits together within LOGITS_BYTES.
+    """
+    _refuse_gradient(weight, bias)
+    rows, wanted = hidden.flatten(0, -2), teacher.detach().flatten(0, -2)
+    total: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
+        rows, wanted, weight, bias, softcap, scale, chunk or max(1, LOGITS_BYTES // (8 * len(weight)))
+    )
+    return total
 
 
 @torch.no_grad()
@@ -127,6 +152,48 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad.to(gradient.dtype), None, None, None, None, None, None)
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        teacher: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        scale: float,
+        chunk: int,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = _logits(hidden[part], weight, bias, softcap, scale)
+            slope = None if softcap is None or gradient is None else (logits / softcap).square_().neg_().add_(1.0)
+            found = logits.log_softmax(-1)
+            wanted = _logits(teacher[part], weight, bias, softcap, scale).log_softmax(-1)
+            odds = wanted.exp()
+            total += odds.mul(wanted.sub_(found)).sum()
+            if gradient is not None:
+                change = found.exp_().sub_(odds)
+                if slope is not None:
+                    change.mul_(slope)
+                torch.mm(change.mul_(scale).to(weight.dtype), weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad.to(gradient.dtype), None, None, None, None, None, None)
+
+
+def _refuse_gradient(weight: Tensor, bias: Tensor | None) -> None:
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("the output layer is frozen: the loss has no gradient of it")
 
 
 def _learned(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
