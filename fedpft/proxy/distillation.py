@@ -1,7 +1,7 @@
 """Both distillations of the FM into the proxy: one loss, two choices of what trains.
 
 Layer-level, before the federation (method.md, section 2): all neurons of the compressed layers. Neuron-level, during
-the federation (section 4): the least active neurons, towards the FM that carries the silos' aggregated adapter.
+the federation (section 4): those that updating.py chooses, towards the FM that carries the silos' aggregated adapter.
 
 B batch, T sequence length, D hidden size, K neurons of a compressed layer, U of them updated.
 """
@@ -95,26 +95,6 @@ def neuron_level(
         seed=derive_seed(seed, "neuron-level distillation", round),
         progress=progress,
     )
-
-
-def least_active(inactivity: Sequence[Mapping[str, Tensor]], fraction: float) -> dict[int, Tensor]:
-    """The neurons of highest APoZ over all silos: proxy layer -> (round(p K),) int64, ascending.
-
-    Args:
-        inactivity: each silo's counts, as :class:`fedpft.training.LocalResult` has them.
-        fraction: p.
-    """
-    total: dict[str, Tensor] = {}
-    for counts in inactivity:
-        for name, value in counts.items():
-            total[name] = total[name] + value if name in total else value
-    chosen = {}
-    for name, inactive in total.items():
-        if not name.endswith(".tokens"):
-            apoz = inactive.double() / total[f"{name}.tokens"].clamp(min=1)
-            order = torch.sort(apoz, descending=True, stable=True).indices
-            chosen[int(name)] = order[: round(fraction * len(inactive))].sort().values
-    return chosen
 
 
 def ffn_norms(proxy: nn.Module, layers: Sequence[int]) -> list[str]:
