@@ -47,7 +47,7 @@ ORDER = {
         "causal_lm",
     ),
     "model": ("architectures", "precision", "lora", "subffn", "packing", "loading", "compatibility", "adapters"),
-    "proxy": ("selection", "cut", "holdings", "closed_form", "distillation", "updating", "bundle"),
+    "proxy": ("selection", "cut", "holdings", "closed_form", "distillation", "updating", "refinement", "bundle"),
     "report": ("figures", "page"),
     "simulation": ("data", "crew", "silos", "run"),
     "demo": ("corpora", "dialogues", "run"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedpft.tasks.vocabulary_loss import NOT_LEARNED, linear_cross_entropy, token_losses
+from fedpft.tasks.vocabulary_loss import NOT_LEARNED, linear_cross_entropy, linear_divergence, token_losses
 
 N, D, V = 37, 24, 301
 # Of the value, and of the gradient's norm. In bfloat16 (float16) a gradient is rounded once a chunk and once in
@@ -67,6 +67,30 @@ def test_value_and_gradient_are_those_of_the_plain_loss(dtype: torch.dtype, form
     assert gradient.dtype == dtype
     assert distance(gradient, wanted) <= of_gradient
     assert not gradient[targets == NOT_LEARNED].any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_divergence_and_its_gradient_are_those_over_all_logits(
+    dtype: torch.dtype, form: str, chunk: int | None
+) -> None:
+    hidden, weight, targets, named = case(dtype, FORMS[form])
+    teacher = (hidden.detach().float() + 0.3 * torch.randn(N, D)).to(dtype)
+    ours = linear_divergence(hidden, weight, targets, teacher=teacher, chunk=chunk, **named)
+    assert ours.dtype == torch.float32
+    (ours / 3).backward()
+    gradient = hidden.grad
+    hidden.grad = None
+    there = targets != NOT_LEARNED
+    student, wanted = (logits_of(each, weight, **named)[there].log_softmax(-1) for each in (hidden, teacher))
+    theirs = F.kl_div(student, wanted, reduction="sum", log_target=True)
+    (theirs / 3).backward()
+    value, slope = TOLERANCES[dtype]
+    assert distance(ours, theirs) < 10 * value, "a difference of two sums"
+    assert distance(gradient, hidden.grad) < 2 * slope
+    assert torch.equal(gradient[~there], torch.zeros_like(gradient[~there]))
+    assert abs(float(linear_divergence(hidden, weight, targets, teacher=hidden.detach(), **named))) < 1e-4
 
 
 def test_a_batch_counts_as_its_tokens() -> None:

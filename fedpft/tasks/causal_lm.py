@@ -22,7 +22,7 @@ from fedpft.data.samples import Samples
 from fedpft.data.text import check_padding
 from fedpft.errors import ConfigError
 from fedpft.tasks.task import Batch, Metric, Task
-from fedpft.tasks.vocabulary_loss import linear_cross_entropy, token_losses
+from fedpft.tasks.vocabulary_loss import linear_cross_entropy, linear_divergence, token_losses
 
 MOST_WRITTEN = 64  # tokens of one answer
 _HARNESS = """\
@@ -112,6 +112,14 @@ class CausalLM(Task):
         """The mean cross-entropy, in nats, of the tokens that are learned."""
         hidden, targets = _predicting(model, batch)
         return linear_cross_entropy(hidden, targets=targets, **output_layer(model)) / self.weight(batch)
+
+    def soft_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
+        """The mean KL of the next tokens that are learned; both have the same output layer, which no silo trains."""
+        hidden, targets = _predicting(model, batch)
+        with torch.no_grad():
+            wanted, _ = _predicting(teacher, batch)
+        total = linear_divergence(hidden, targets=targets, teacher=wanted, **output_layer(model))
+        return total / max(1, self.weight(batch))
 
     def weight(self, batch: Batch) -> int:
         """The tokens that are learned."""
