@@ -156,10 +156,7 @@ class AlignmentSection(Section):
 
 
 class PlugInSection(Section):
-    """Refining the plugged-in adapter on public data, at the server (method.md, section 5).
-
-    A run that stopped after its last round may go on with other values here.
-    """
+    """Refining the plugged-in adapter, at the server, on public data (method.md, section 5); a run may go on with another."""
 
     layer_scales: bool = Field(
         False,

@@ -76,7 +76,7 @@ def test_divergence_and_its_gradient_are_those_over_all_logits(
     dtype: torch.dtype, form: str, chunk: int | None
 ) -> None:
     hidden, weight, targets, named = case(dtype, FORMS[form])
-    teacher = (hidden.detach().float() + 0.3 * torch.randn(N, D)).to(dtype)
+    teacher = (hidden.detach().float() + torch.randn(N, D)).to(dtype)
     ours = linear_divergence(hidden, weight, targets, teacher=teacher, chunk=chunk, **named)
     assert ours.dtype == torch.float32
     (ours / 3).backward()
@@ -132,6 +132,8 @@ def test_a_head_that_trains_is_refused() -> None:
     weight.requires_grad_()
     with pytest.raises(ValueError, match="frozen"):
         linear_cross_entropy(hidden, weight, targets)
+    with pytest.raises(ValueError, match="frozen"):
+        linear_divergence(hidden, weight, targets, teacher=hidden.detach())
     with torch.no_grad():
         linear_cross_entropy(hidden, weight, targets)
 
@@ -180,6 +182,7 @@ def test_all_logits_are_never_held(softcap: float | None) -> None:
     with Largest() as ours:
         linear_cross_entropy(hidden, weight, targets, softcap=softcap, chunk=4).backward()
         token_losses(hidden, weight, targets, softcap=softcap, chunk=4)
+        linear_divergence(hidden, weight, targets, teacher=hidden.detach(), softcap=softcap, chunk=4).backward()
     assert ours.elements == max(4 * V, V * D)  # weight.t() counts as one
 
 
