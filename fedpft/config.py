@@ -156,7 +156,7 @@ class AlignmentSection(Section):
 
 
 class PlugInSection(Section):
-    """Refining the plugged-in adapter, at the server, on public data (method.md, section 5); a run may go on with another."""
+    """Refining the plugged-in adapter at the server (method.md, section 5). A run may go on with other values."""
 
     layer_scales: bool = Field(
         False,

@@ -419,6 +419,7 @@ def test_a_federation_tunes_a_decoder(run: tuple[Path, dict[str, Any]]) -> None:
     metrics = summary["metrics"]
     assert list(metrics) == ["zero_shot", "proxy", "logit_offset", "plugged_in_raw", "plugged_in"]
     assert metrics["plugged_in_raw"]["loss"] != metrics["plugged_in"]["loss"]
+    assert metrics["plugged_in_raw"]["loss"] == pytest.approx(summary["rounds"][-1]["score"]), "as the rounds left it"
     assert metrics["plugged_in"]["loss"] < metrics["zero_shot"]["loss"] - 0.5
     for row in metrics.values():
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
