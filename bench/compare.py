@@ -22,6 +22,8 @@ ORDER = (
     "zero_shot",
     "full_model",
     "plugged_in",
+    "plugged_in_raw",
+    "logit_offset",
     "proxy",
     "before_only",
     "during_only",

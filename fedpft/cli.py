@@ -32,7 +32,7 @@ from fedpft.report.page import format_table
 from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
 from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, kept_digests
 from fedpft.server.ledger import has_begun
-from fedpft.server.product import measure_worth, save_product
+from fedpft.server.product import measure_worth, refine_product, save_product
 from fedpft.server.run import run as run_server
 from fedpft.silo.explain import explain
 from fedpft.silo.run import run as run_silo
@@ -99,8 +99,12 @@ def _plug_in(arguments: argparse.Namespace) -> None:
     with atomic.made(arguments.out, "--out") as directory:
         owner, built = _owner_and_proxy(config)
         path = arguments.adapter or config.out / ADAPTER_FILE
-        check_provenance(config, path, owner.contents, built.files)
-        adapters.plug_in(owner.model, adapters.read(path), built.selection.layers, built.selection.neurons)
+        if config.plug_in.is_on:
+            _carry(config, owner, built, path)
+            refine_product(config, owner, built)
+        else:
+            check_provenance(config, path, owner.contents, built.files)
+            adapters.plug_in(owner.model, adapters.read(path), built.selection.layers, built.selection.neurons)
         save_product(owner, config, directory)
     print(f"PEFT adapter: {arguments.out / 'adapter'}    merged model: {arguments.out / 'merged'}")
 
@@ -113,15 +117,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     if owner.test is None:
         raise ConfigError(f"{arguments.config}: no test_data", "name a labelled file there, or ask for --alignment")
-    path, patch = arguments.adapter or config.out / ADAPTER_FILE, config.out / PATCH_FILE
+    _carry(config, owner, built, arguments.adapter or config.out / ADAPTER_FILE)
+    worth = measure_worth(config, owner, built, refine_product(config, owner, built))
+    gain = None if worth.gain is None else asdict(worth.gain)
+    print(format_table({"task": config.model.task, "metrics": worth.metrics, "gain": gain}))
+
+
+def _carry(config: ServerConfig, owner: Owner, built: Built, path: Path) -> None:
+    """Brings proxy and FM to where a run left them."""
+    patch = config.out / PATCH_FILE
     check_provenance(config, path, owner.contents, built.files, Digests().of_file(patch))
     adapter = adapters.read(path)
     apply_patch(built.proxy.model, adapters.read(patch))
     adapters.load(built.proxy.model, adapter)
     adapters.plug_in(owner.model, adapter, built.selection.layers, built.selection.neurons)
-    worth = measure_worth(config, owner, built)
-    gain = None if worth.gain is None else asdict(worth.gain)
-    print(format_table({"task": config.model.task, "metrics": worth.metrics, "gain": gain}))
 
 
 def _provision(arguments: argparse.Namespace) -> None:

@@ -178,8 +178,17 @@ class AlignmentSection(Section):
     """Neuron-level distillation, during the federation (method.md, section 4)."""
 
     every_rounds: int = Field(2, ge=0, description="t: rounds between two alignments; 0: none.")
-    updated_fraction: Fraction = Field(
-        0.5, description="p: share of each compressed layer's neurons, the least active, that are updated."
+    updated_fraction: Fraction = Field(0.5, description="p: share of each compressed layer's neurons that is updated.")
+    update: Literal["inactive", "active", "random", "gradient"] = Field(
+        "inactive",
+        description="Which neurons those are. `inactive`: those that are inactive at most tokens, as in the paper; "
+        "`active`: at fewest; `random`: any, other ones each time; `gradient`: those whose weights have the largest "
+        "gradient of the distillation's loss. With the last two no silo counts anything.",
+    )
+    counts: Literal["silos", "public"] = Field(
+        "silos",
+        description="Where a neuron's inactivity is counted: `silos`: in their training, as in the paper; `public`: by "
+        "the server, on public data, so that no counts leave a silo.",
     )
     inactive_below: float = Field(
         0.01, ge=0.0, description="eps: a neuron is inactive at a token if |act(z)| <= eps. Use 0 for ReLU."
@@ -188,6 +197,34 @@ class AlignmentSection(Section):
     batch: int = Field(16, ge=1, description="Public samples a step.")
     learning_rate: Rate = Field(2e-4, description="Peak rate of AdamW, with the same schedule as the distillation.")
     probe_term: float = Field(0.0, ge=0.0, description="As `distillation.probe_term`, around the adapter of the round.")
+
+    @property
+    def asks_silos(self) -> bool:
+        """Whether silos are to count their inactive neurons."""
+        return self.update in ("inactive", "active") and self.counts == "silos"
+
+
+class PlugInSection(Section):
+    """Refining the plugged-in adapter at the server (method.md, section 5). A run may go on with other values."""
+
+    layer_scales: bool = Field(
+        False,
+        description="Whether each layer's LoRA is multiplied by the number that brings its effect on the FM nearest to "
+        "the one on the proxy.",
+    )
+    steps: int = Field(0, ge=0, description="Optimizer steps on the FM's LoRA, after that; 0: none.")
+    batch: int = Field(16, ge=1, description="Public samples a step.")
+    learning_rate: Rate = Field(2e-4, description="AdamW's rate in the first step; it falls to 0 in a straight line.")
+    towards: Literal["change", "proxy"] = Field(
+        "change",
+        description="What the FM is brought near to. `change`: what tuning changed in the proxy's hidden states, as a "
+        "change of its own; `proxy`: the tuned proxy's answers.",
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to do."""
+        return self.layer_scales or self.steps > 0
 
 
 class AdapterSection(Section):
@@ -422,6 +459,11 @@ class EvaluationSection(Section):
     written_samples: int = Field(
         50, ge=1, description="Test samples that are answered in words at the end, for tasks whose answers are words."
     )
+    logit_offset: bool = Field(
+        False,
+        description="Whether a language model is also measured with the tuning added to the FM's logits in place of "
+        "its weights: those of the FM as it was + those of the tuned proxy - those of the untuned one.",
+    )
 
 
 class Endpoint(Section):
@@ -508,6 +550,7 @@ class ServerConfig(Endpoint):
         "file's byte order mark says.",
     )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="What is measured when.")
+    plug_in: PlugInSection = Field(default_factory=PlugInSection, description="After the last round.")
     product: ProductSection = Field(default_factory=ProductSection, description="The tuned model.")
 
     _known_encoding = field_validator("encoding")(_check_encoding)

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from fedpft import kernels
 from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
+from fedpft.model.adapters import without_lora
 from fedpft.model.architectures import architecture_of, layer_outputs, layers_path
-from fedpft.model.precision import TASK_SCALE, loss_scaler
+from fedpft.model.precision import TASK_SCALE, loss_scaler, wide
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
@@ -70,6 +72,45 @@ def difference(task: Task, ours: Sequence[Any], theirs: Sequence[Any], dataset: 
     count = len(dataset)
     drawn = [scored(torch.randint(count, (count,), generator=generator)) for _ in range(DRAWS)]
     return Difference(scored(torch.arange(count)), statistics.stdev(drawn))
+
+
+class LogitOffset(nn.Module):
+    """A language model whose logits are the untuned FM's + the tuned proxy's - the untuned proxy's.
+
+    Proxy-tuning (Liu et al. 2024, arXiv 2401.08565). The three have one output layer, which is linear and which no silo
+    trains: so it is the last hidden states that are added up, and logits are never held beyond what one model needs. A
+    cap on logits (Gemma 2) is put on the sum.
+
+    Args:
+        model, proxy: carry the adapter.
+    """
+
+    def __init__(self, model: nn.Module, proxy: nn.Module) -> None:
+        super().__init__()
+        self._model, self._proxy, self.config = model, proxy, model.config
+
+    @property
+    def base_model(self) -> nn.Module:
+        """What makes hidden states."""
+        return self
+
+    def get_output_embeddings(self) -> nn.Module:
+        """What makes logits of them."""
+        layer: nn.Module = self._model.get_output_embeddings()  # type: ignore[operator]
+        return layer
+
+    def forward(self, **inputs: Tensor) -> SimpleNamespace:
+        """`last_hidden_state`: (B, T, D)."""
+        tuned = _last_states(self._proxy, inputs)
+        with without_lora(self._model), without_lora(self._proxy):
+            states = _last_states(self._model, inputs)
+            combined = wide(states) + (wide(tuned) - wide(_last_states(self._proxy, inputs)))
+        return SimpleNamespace(last_hidden_state=combined.to(states.dtype))
+
+
+def _last_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    states: Tensor = model.base_model(**inputs).last_hidden_state  # type: ignore[operator]
+    return states
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """One silo's local fine-tuning: LoRA and head on the frozen proxy (method.md, section 3)."""
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from fedpft.model import adapters
 from fedpft.model.architectures import in_head
 from fedpft.model.packing import Way, packed_inputs
 from fedpft.model.precision import TASK_SCALE, dtype_of, loss_scaler
-from fedpft.model.subffn import InactivityCounter, sub_ffns
+from fedpft.model.subffn import counting, totals
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
@@ -85,8 +84,8 @@ def train_round(
     begun, loss_sum, weights, tokens = time.monotonic(), 0.0, 0, 0
     random_devices = [device] if device.type == "cuda" else []
     lora_trains = adapters.training(model, settings.adapter.dropout, frozen_a=training.frozen_a)
-    counting = _counting(model, compressed if count_inactivity else (), settings.inactive_below)
-    with lora_trains, counting as counters, torch.random.fork_rng(devices=random_devices):
+    counted = counting(model, compressed if count_inactivity else (), settings.inactive_below)
+    with lora_trains, counted as counters, torch.random.fork_rng(devices=random_devices):
         optimizer, scaler = _optimizer(model, training), loss_scaler(model, TASK_SCALE)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         begun_with = [parameter.detach().clone() for parameter in parameters] if training.proximal else []
@@ -124,9 +123,7 @@ def train_round(
             nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
             scaler.step(optimizer)
             scaler.update()
-    inactivity = {str(layer): counter.counts.cpu() for layer, counter in counters.items()} | {
-        f"{layer}.tokens": torch.tensor(int(counter.tokens)) for layer, counter in counters.items()
-    }
+    inactivity = totals(counters)
     metrics = {"train_loss": loss_sum / weights, "seconds": time.monotonic() - begun, "tokens": float(tokens)}
     return LocalResult(adapters.extract(model), count, metrics, inactivity if count_inactivity else None)
 
@@ -171,21 +168,6 @@ def _optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.AdamW
         eps=training.adam_epsilon,
         fused=True,
     )
-
-
-@contextlib.contextmanager
-def _counting(model: nn.Module, layers: tuple[int, ...], eps: float) -> Iterator[dict[int, InactivityCounter]]:
-    """While open, the inactive neurons of these layers are counted."""
-    ffns, device = list(sub_ffns(model).values()), next(model.parameters()).device
-    counters = {}
-    for layer in layers:
-        counts = torch.zeros(ffns[layer].neurons, dtype=torch.int64, device=device)
-        counters[layer] = ffns[layer].inactivity = InactivityCounter(eps, counts)
-    try:
-        yield counters
-    finally:
-        for layer in layers:
-            ffns[layer].inactivity = None
 
 
 def _parts(dataset: EncodedDataset, lot: Tensor, most: int, packing: Way | None) -> Iterator[dict[str, Tensor]]:

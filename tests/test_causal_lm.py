@@ -31,6 +31,7 @@ from fedpft.data.language import NOT_LEARNED, LanguageDataset
 from fedpft.demo.run import run_federation
 from fedpft.digests import Digests
 from fedpft.errors import ConfigError, DataError, FedPFTError
+from fedpft.evaluation import LogitOffset, evaluate
 from fedpft.model import adapters, loading
 from fedpft.model.packing import way_to_pack
 from fedpft.proxy.bundle import load_proxy
@@ -361,6 +362,57 @@ def test_packed_rows_train_to_the_same_adapter(most: int | None, fm: nn.Module, 
     assert torch.equal(packed.inactivity["1.tokens"], padded.inactivity["1.tokens"])
 
 
+def tuned_pair(directory: Path, *, whole: bool) -> tuple[nn.Module, nn.Module]:
+    """An FM and its proxy with the same adapter, which does something."""
+    fm = loading.load_model(write_fm(directory / "tuned"), "causal-lm", (), seed=0)
+    adapters.attach(fm, AdapterSection(rank=4, alpha=8), seed=0)
+    with torch.no_grad():
+        for name, parameter in fm.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.2)
+    return fm, cut(fm, select(fm, ProxySection(neurons="all" if whole else 24)))
+
+
+def test_a_model_is_as_far_from_a_teacher_as_their_next_tokens_diverge(tmp_path: Path, data: LanguageDataset) -> None:
+    fm, proxy = tuned_pair(tmp_path, whole=False)
+    batch = data.batch(torch.arange(len(data)))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    learned = batch["labels"][:, 1:] != NOT_LEARNED
+    ours, theirs = (tiny.logits(model, inputs)[:, :-1][learned].log_softmax(-1) for model in (fm, proxy))
+    wanted = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    assert float(wanted) > 1e-3
+    loss = TASK.soft_loss(fm, proxy, batch)
+    assert float(loss.detach()) == pytest.approx(float(wanted), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapters.lora_parameters(fm))
+    assert all(p.grad is None for p in proxy.parameters())
+
+
+def test_with_a_whole_proxy_the_logit_offset_is_the_tuned_model(tmp_path: Path, data: LanguageDataset) -> None:
+    fm, proxy = tuned_pair(tmp_path, whole=True)
+    tuned, offset = (evaluate(TASK, model, data, 2) for model in (proxy, LogitOffset(fm, proxy)))
+    assert offset == pytest.approx(tuned, rel=1e-4)
+    with adapters.without_lora(proxy):
+        assert evaluate(TASK, proxy, data, 2)["loss"] != pytest.approx(tuned["loss"], rel=1e-2)
+
+
+def test_a_logit_offset_is_the_untuned_logits_and_what_tuning_did_to_the_proxys(
+    tmp_path: Path, data: LanguageDataset
+) -> None:
+    fm, proxy = tuned_pair(tmp_path, whole=False)
+    batch = data.batch(torch.arange(len(data)))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    before = tiny.snapshot(fm)
+    found = TASK.score(TASK.answers(LogitOffset(fm, proxy).eval(), batch), data, torch.arange(len(data)))
+    tuned = tiny.logits(proxy, inputs)
+    with adapters.without_lora(fm), adapters.without_lora(proxy):
+        logits = tiny.logits(fm, inputs) + tuned - tiny.logits(proxy, inputs)
+    wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert found["loss"] == pytest.approx(float(wanted), rel=1e-4)
+    assert tiny.changed(before, tiny.snapshot(fm)) == set()
+    assert all(parameter.requires_grad for parameter in adapters.lora_parameters(fm))
+
+
 # --- a federation -----------------------------------------------------------------------------------------------------
 
 
@@ -380,7 +432,8 @@ def settings_of(root: Path, **model: Any) -> dict[str, Any]:
         "federation": {"silos": ["north", "south"]},
         "public_data": str(written(root / "public.jsonl", [{"text": line} for line in languages.SENTENCES[:5]])),
         "test_data": str(written(root / "test.jsonl", everything)),
-        "evaluation": {"samples_per_round": 5, "written_samples": 5},
+        "evaluation": {"samples_per_round": 5, "written_samples": 5, "logit_offset": True},
+        "plug_in": {"steps": 3, "batch": 4, "learning_rate": 1e-3, "towards": "proxy"},
     }
 
 
@@ -417,17 +470,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 def test_a_federation_tunes_a_decoder(run: tuple[Path, dict[str, Any]]) -> None:
     out, summary = run
     metrics = summary["metrics"]
-    assert list(metrics) == ["zero_shot", "proxy", "plugged_in"]
+    assert list(metrics) == ["zero_shot", "proxy", "logit_offset", "plugged_in_raw", "plugged_in"]
+    assert metrics["plugged_in_raw"]["loss"] != metrics["plugged_in"]["loss"]
+    assert metrics["plugged_in_raw"]["loss"] == pytest.approx(summary["rounds"][-1]["score"]), "as the rounds left it"
     assert metrics["plugged_in"]["loss"] < metrics["zero_shot"]["loss"] - 0.5
     for row in metrics.values():
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
         assert row["loss_se"] > 0
-        assert 0 <= row["rouge_l"] <= 1
+    assert metrics["logit_offset"].keys() == {"loss", "loss_se", "perplexity", "token_accuracy"}, "it writes nothing"
+    assert all(0 <= row["rouge_l"] <= 1 for name, row in metrics.items() if name != "logit_offset")
     assert [entry["score"] is not None for entry in summary["rounds"]] == [True, True]
     assert summary["data"]["silos"]["north"] == {"samples": 3, "skipped_rows": 0, "cut_texts": 0, "cut_completions": 0}
     assert summary["holdings"]["embeddings"]["model"] == summary["holdings"]["embeddings"]["proxy"]
     assert len(summary["written"]) == 5
-    assert summary["written"][0].keys() == {"asked", "wanted", "zero_shot", "proxy", "plugged_in"}
+    rows = {"zero_shot", "proxy", "plugged_in_raw", "plugged_in"}
+    assert summary["written"][0].keys() == {"asked", "wanted"} | rows
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "has a test loss of" in page
     assert "lower is better" in page

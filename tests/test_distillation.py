@@ -20,7 +20,7 @@ from fedpft.model.architectures import LayerWalk, base_of, layer_outputs, layers
 from fedpft.model.subffn import sub_ffns
 from fedpft.proxy.bundle import apply_patch, patch
 from fedpft.proxy.cut import cut
-from fedpft.proxy.distillation import ffn_norms, layer_level, least_active, neuron_level
+from fedpft.proxy.distillation import ffn_norms, layer_level, neuron_level
 from fedpft.proxy.selection import Selection, select
 from fedpft.seeding import derive_seed
 
@@ -533,44 +533,7 @@ def test_alignment_of_0_steps_changes_nothing(make_fm: ModelFactory) -> None:
     assert tiny.changed(before, proxy.state_dict()) == set()
 
 
-# --- which neurons, which norms ---
-
-
-def counts(layer: int, inactive: list[int], tokens: int) -> dict[str, Tensor]:
-    return {str(layer): torch.tensor(inactive), f"{layer}.tokens": torch.tensor(tokens)}
-
-
-def test_least_active_neurons_are_those_of_most_inactive_tokens() -> None:
-    assert least_active([counts(3, [5, 9, 0, 7], 10)], 0.5)[3].tolist() == [1, 3]
-
-
-def test_silos_counts_are_summed_before_neurons_are_chosen() -> None:
-    # By shares the neurons would have 0.9 + 0.1 and 0.2 + 0.5; by sums 9 + 10 and 2 + 50 of 110.
-    silos = [counts(1, [9, 2], 10), counts(1, [10, 50], 100)]
-    assert least_active(silos, 0.5)[1].tolist() == [1]
-
-
-def test_every_layer_is_ranked_by_itself_with_its_own_denominator() -> None:
-    silos = [
-        counts(1, [1, 2, 3], 3) | counts(2, [30, 20, 10], 100),
-        counts(1, [3, 0, 0], 3) | counts(2, [0, 0, 5], 100),
-    ]
-    chosen = least_active(silos, 1 / 3)
-    assert {layer: neurons.tolist() for layer, neurons in chosen.items()} == {1: [0], 2: [0]}
-
-
-@pytest.mark.parametrize(("fraction", "number"), [(0.0, 0), (0.3, 3), (0.55, 6), (1.0, 10)])
-def test_fraction_says_how_many_are_updated(fraction: float, number: int) -> None:
-    chosen = least_active([counts(1, list(range(10)), 10)], fraction)[1]
-    assert chosen.tolist() == list(range(10 - number, 10))
-
-
-def test_of_equally_inactive_neurons_the_lower_index_is_updated() -> None:
-    assert least_active([counts(1, [4, 4, 4, 4], 5)], 0.5)[1].tolist() == [0, 1]
-
-
-def test_layer_without_a_token_does_not_divide_by_0() -> None:
-    assert least_active([counts(1, [0, 0], 0)], 0.5)[1].tolist() == [0]
+# --- which norms ---
 
 
 @every_kind

@@ -452,6 +452,62 @@ def test_owner_measures_and_plugs_in_what_was_simulated(
     assert "simulation" not in caplog.text, "who had what data makes no difference"
 
 
+@pytest.mark.parametrize("update", ["active", "gradient"])
+def test_no_silo_counts_where_the_server_can_do_without(update: str, inputs: Path, tmp_path: Path) -> None:
+    alignment = {"update": update, **({"counts": "public"} if update == "active" else {})}
+    config = simulated(tmp_path, inputs, alignment=alignment, training={"rounds": 2})
+    summary = simulate(config)
+    assert summary["rounds"][0]["alignment_loss"] > 0
+    with closing(sqlite3.connect(config.out / "ledger.sqlite")) as database:
+        asked = database.execute("SELECT round, count_inactivity FROM rounds ORDER BY round").fetchall()
+    assert asked == [(1, 0), (2, 0)]
+
+
+PLUG_IN = {"layer_scales": True, "steps": 3, "batch": 8, "learning_rate": 0.01}
+
+
+def test_refined_product_is_the_same_after_a_kill_and_by_the_commands(
+    alone: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It begins as one that is not refined, dies when the product is measured, and goes on."""
+    for changes in ({}, {"plug_in": PLUG_IN}):
+        config = simulated(tmp_path, inputs, training={"update_encoding": "int8"}, **changes)
+        with monkeypatch.context() as patched:
+            patched.setattr("fedpft.server.run.measure_worth", deadly)
+            with pytest.raises(Killed):
+                simulate(config)
+    summary = simulate(config)
+    plain = json.loads((alone / "summary.json").read_text(encoding="utf-8"))["metrics"]
+    assert list(summary["metrics"]) == ["majority", "zero_shot", "proxy", "plugged_in_raw", "plugged_in"]
+    assert summary["metrics"]["plugged_in_raw"] == plain["plugged_in"]
+    assert summary["seconds"]["refinement"] > 0
+    curves = json.loads((config.out / "curves.json").read_text(encoding="utf-8"))
+    assert len(curves["refinement"]["layer_scales"]) == tiny.L
+    assert len(curves["refinement"]["loss"]) == 3
+    ours, theirs = left(config.out), left(alone)
+    differ = {name for name in ours if ours[name] != theirs[name]}
+    assert differ == {"merged/model.safetensors", "adapter/adapter_model.safetensors"}, "the federation is the same"
+
+    yaml_file = str(tmp_path / "simulation.yaml")
+    monkeypatch.setattr(sys, "argv", ["fedpft", "plug-in", "--config", yaml_file, "--out", str(tmp_path / "again")])
+    assert cli.main() == 0
+    for name in differ:
+        assert (tmp_path / "again" / name).read_bytes() == (config.out / name).read_bytes()
+    monkeypatch.setattr(sys, "argv", ["fedpft", "evaluate", "--config", yaml_file])
+    assert cli.main() == 0
+    assert "plugged_in_raw" in capsys.readouterr().out
+
+
+def deadly(*_arguments: object) -> None:
+    raise Killed
+
+
+def test_there_is_nothing_to_refine_where_the_proxy_is_the_fm(inputs: Path, tmp_path: Path) -> None:
+    whole = {"neurons": "all", "allow_whole": True}
+    summary = simulate(simulated(tmp_path, inputs, proxy=whole, plug_in=PLUG_IN, training={"rounds": 1}))
+    assert list(summary["metrics"]) == ["majority", "zero_shot", "proxy", "plugged_in"]
+
+
 def test_a_natural_split_keeps_each_value_of_the_column_together(inputs: Path, tmp_path: Path) -> None:
     config = simulated(
         tmp_path,

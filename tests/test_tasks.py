@@ -1,5 +1,6 @@
 """What each task promises: its data files, its loss, its numbers, and a product that loads where people load it."""
 
+import copy
 import csv
 import json
 import math
@@ -519,6 +520,42 @@ def test_a_loss_can_be_had_without_labels(name: str, fm: Callable[[str], nn.Modu
     assert loss == pytest.approx(float(CASES[name].loss(tiny.logits(model, inputs), first["labels"])), rel=1e-5)
     if first["labels"].dim() == 2 and "attention_mask" in inputs and labels.dtype == torch.int64:
         assert torch.equal(first["labels"] >= 0, inputs["attention_mask"].bool()), "padding has no tag"
+
+
+def categorical(logits: Tensor, wanted: Tensor) -> Tensor:
+    return torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (wanted, logits)))
+
+
+def yes_or_no(logits: Tensor, wanted: Tensor) -> Tensor:
+    return torch.distributions.kl_divergence(*(torch.distributions.Bernoulli(logits=x) for x in (wanted, logits)))
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sequence-classification": categorical,
+    "image-classification": categorical,
+    "token-classification": categorical,
+    "multi-label-classification": yes_or_no,
+    "regression": lambda logits, wanted: (logits - wanted)[:, 0] ** 2,
+}
+
+
+@every_task
+def test_a_model_is_as_far_from_a_teacher_as_their_answers_diverge(
+    name: str, fm: Callable[[str], nn.Module], tmp_path: Path
+) -> None:
+    task, model, dataset = TASKS[name], fm(name), encoded(name, tmp_path)
+    teacher = tiny.randomise(copy.deepcopy(model.requires_grad_(True)), seed=1)
+    batch = dataset.batch(torch.arange(len(dataset)))
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits, wanted = (tiny.logits(each, inputs) for each in (model, teacher))
+    real = inputs["attention_mask"].bool() if logits.dim() == 3 else ...
+    each = DIVERGENCES[name](logits, wanted)[real]
+    loss = task.soft_loss(model, teacher, batch)
+    assert float(loss.detach()) == pytest.approx(float(each.mean()), rel=1e-4)
+    assert float(task.soft_loss(model, model, batch).detach()) == pytest.approx(0.0, abs=1e-6)
+    loss.backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].model_type == "bert"])

@@ -108,6 +108,32 @@ def training(model: nn.Module, dropout: float, *, frozen_a: bool = False) -> Ite
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def without_lora(module: nn.Module) -> Iterator[None]:
+    """While open, a model, or one layer of it, computes as if it carried no LoRA. Not within :func:`training`."""
+    layers = [inner for inner in module.modules() if isinstance(inner, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def lora_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """LoRA's A and B in a model, or in one layer of it."""
+    return [parameter for name, parameter in module.named_parameters() if ".lora_" in name]
+
+
+def scale_lora(module: nn.Module, factor: float) -> None:
+    """Multiplies what LoRA adds to each weight of a model, or of one layer of it. In place."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".lora_B." in name:
+                parameter.mul_(factor)
+
+
 def extract(model: nn.Module) -> Adapter:
     """A copy of the adapter that is in a model, on the CPU."""
     return {name: parameter.detach().cpu().clone() for name, parameter in _parameters(model).items()}

@@ -399,6 +399,27 @@ def _updated(name: str) -> str:
     return f"updated_{name.removeprefix('w_')}"
 
 
+@contextmanager
+def counting(model: nn.Module, layers: Sequence[int], eps: float) -> Iterator[dict[int, InactivityCounter]]:
+    """While open, the inactive neurons of these layers of a proxy are counted."""
+    ffns, device = list(sub_ffns(model).values()), next(model.parameters()).device
+    counters = {}
+    for layer in layers:
+        counts = torch.zeros(ffns[layer].neurons, dtype=torch.int64, device=device)
+        counters[layer] = ffns[layer].inactivity = InactivityCounter(eps, counts)
+    try:
+        yield counters
+    finally:
+        for layer in layers:
+            ffns[layer].inactivity = None
+
+
+def totals(counters: Mapping[int, InactivityCounter]) -> dict[str, Tensor]:
+    """What was counted, on the CPU: layer -> (K,) int64 inactive tokens, and "<layer>.tokens" -> () int64 of all."""
+    counts = {str(layer): counter.counts.cpu() for layer, counter in counters.items()}
+    return counts | {f"{layer}.tokens": torch.tensor(int(counter.tokens)) for layer, counter in counters.items()}
+
+
 def _gated(weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
     """Both projections of a gated FFN that are one: (2 F, D), and (2 F,) if there is a bias; the gate is in front."""
     gate, up = weight.chunk(2)

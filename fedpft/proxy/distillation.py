@@ -1,7 +1,7 @@
 """Both distillations of the FM into the proxy: one loss, two choices of what trains.
 
 Layer-level, before the federation (method.md, section 2): all neurons of the compressed layers. Neuron-level, during
-the federation (section 4): the least active neurons, towards the FM that carries the silos' aggregated adapter.
+the federation (section 4): those that updating.py chooses, towards the FM that carries the silos' aggregated adapter.
 
 B batch, T sequence length, D hidden size, K neurons of a compressed layer, U of them updated.
 """
@@ -120,26 +120,6 @@ def neuron_level(
     )
 
 
-def least_active(inactivity: Sequence[Mapping[str, Tensor]], fraction: float) -> dict[int, Tensor]:
-    """The neurons of highest APoZ over all silos: proxy layer -> (round(p K),) int64, ascending.
-
-    Args:
-        inactivity: each silo's counts, as :class:`fedpft.training.LocalResult` has them.
-        fraction: p.
-    """
-    total: dict[str, Tensor] = {}
-    for counts in inactivity:
-        for name, value in counts.items():
-            total[name] = total[name] + value if name in total else value
-    chosen = {}
-    for name, inactive in total.items():
-        if not name.endswith(".tokens"):
-            apoz = inactive.double() / total[f"{name}.tokens"].clamp(min=1)
-            order = torch.sort(apoz, descending=True, stable=True).indices
-            chosen[int(name)] = order[: round(fraction * len(inactive))].sort().values
-    return chosen
-
-
 def ffn_norms(proxy: nn.Module, layers: Sequence[int]) -> list[str]:
     """Names of the parameters of the norms that belong to the given layers' FFNs."""
     row, modules = architecture_of(proxy), layers_of(proxy)
@@ -245,7 +225,7 @@ class _Loss:
             assert self.task is not None
             real = slice(None) if mask is None else mask
             ends = (states[-1].flatten(0, 1)[real] for states in (found, wanted))
-            loss = loss + settings.logit_term * self.task.divergence(self.proxy, *ends)
+            loss = loss + settings.logit_term * self.task.head_divergence(self.proxy, *ends)
         return loss
 
     def _states(self, inputs: Mapping[str, Tensor], *, to_the_end: bool = False) -> tuple[list[Tensor], list[Tensor]]:

@@ -19,6 +19,8 @@ MEANINGS = {
     "zero_shot": "the FM as it was",
     "head_only": "no adapters: a head trained federated on the frozen proxy, plugged into the FM",
     "proxy": "the tuned proxy by itself",
+    "logit_offset": "the FM as it was, the proxy's tuning added to its logits",
+    "plugged_in_raw": "the product before it was refined on public data",
     "plugged_in": "the FM with the silos' adapter: the product",
     "full_model": "federated LoRA on the full FM: the upper bound, with the FM given away",
     "layer_drop": "FedOT: a proxy of whole layers, with as many transformer weights",
@@ -28,7 +30,7 @@ MEANINGS = {
     "local_only": "mean over silos of tuning alone on their own data, plugged in",
 }
 BASELINES = tuple({task.baseline[0] for task in TASKS.values() if task.baseline is not None})
-ALWAYS = (*BASELINES, "zero_shot", "head_only", "proxy", "plugged_in")
+ALWAYS = (*BASELINES, "zero_shot", "head_only", "proxy", "logit_offset", "plugged_in_raw", "plugged_in")
 PARAMETERS = {
     "model": "the FM",
     "proxy": "the proxy: what the silos receive",

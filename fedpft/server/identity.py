@@ -26,9 +26,19 @@ ADAPTER_FILE = "adapter.safetensors"
 PATCH_FILE = "patch.safetensors"
 DIGESTS_FILE = "digests.json"
 
-# Keys of server.yaml, or sections of it, that a run's result does not depend on: they may change between a stop and
-# going on. Of `federation`, sample_fraction may not.
-CHANGEABLE = ("out", "listen", "tls", "insecure_loopback", "threads", "federation", "product", "proxy.allow_whole")
+# Keys of server.yaml, or sections of it, that nothing depends on which a run goes on from: they may change between a
+# stop and going on. Of `federation`, sample_fraction may not. What `plug_in` does comes after all that is kept.
+CHANGEABLE = (
+    "out",
+    "listen",
+    "tls",
+    "insecure_loopback",
+    "threads",
+    "federation",
+    "plug_in",
+    "product",
+    "proxy.allow_whole",
+)
 # These are known by what they lead to; a proxy by the ledger's record of it (run.py).
 BY_CONTENT = (
     "model.path",

@@ -13,8 +13,10 @@ from torch import nn
 from fedpft import atomic
 from fedpft.config import ServerConfig
 from fedpft.data.batches import sample
-from fedpft.evaluation import Difference, Metrics, answers, difference
+from fedpft.evaluation import Difference, LogitOffset, Metrics, answers, difference, evaluate
 from fedpft.model import adapters, loading
+from fedpft.progress import progress
+from fedpft.proxy.refinement import refine, scale_layers
 from fedpft.server.construction import Built, Owner
 from fedpft.tasks import TASKS
 
@@ -40,8 +42,51 @@ class Worth:
     written: list[dict[str, str]] = field(default_factory=list)
 
 
-def measure_worth(config: ServerConfig, owner: Owner, built: Built) -> Worth:
-    """The rows that one federation fills: the FM as it was, if it has a head; the tuned proxy; the plugged-in FM."""
+@dataclass(frozen=True)
+class Refined:
+    """What the refinement after plug-in did.
+
+    before: the FM's adapter as it was plugged in.
+    layer_scales: of each of the proxy's layers, if that was wanted.
+    losses: of each step.
+    """
+
+    before: adapters.Adapter
+    layer_scales: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+def refine_product(config: ServerConfig, owner: Owner, built: Built) -> Refined | None:
+    """Refines the plugged-in FM's adapter, in place, as `plug_in` has it; None if there is nothing to do.
+
+    FM and proxy carry the last round's adapter. It follows from that, the seed and the public data alone, so that a
+    restarted server, `fedpft evaluate` and `fedpft plug-in` come to the same bits.
+    """
+    settings, selection, seed = config.plug_in, built.selection, config.seed
+    # A proxy with all neurons is the FM: there the adapter does what it did.
+    if not settings.is_on or not config.adapter.rank or not selection.matched:
+        return None
+    model, proxy = owner.model, built.proxy.model
+    refined = Refined(adapters.extract(model))
+    last = (len(selection.layers) - 1, selection.layers[-1])
+    watched = tuple(dict.fromkeys((*selection.matched, last)))
+    with built.record.timed("refinement"), progress("refinement after plug-in", settings.steps) as report:
+        if settings.layer_scales:
+            refined.layer_scales.extend(
+                scale_layers(model, proxy, selection.layers, owner.public, batch=settings.batch, seed=seed)
+            )
+            log.info("scales of LoRA after plug-in: %s", " ".join(f"{scale:.3f}" for scale in refined.layer_scales))
+        refined.losses.extend(
+            refine(model, proxy, watched, TASKS[built.proxy.task], owner.public, settings, seed=seed, progress=report)
+        )
+    return refined
+
+
+def measure_worth(config: ServerConfig, owner: Owner, built: Built, refined: Refined | None) -> Worth:
+    """The rows that one federation fills: the FM as it was, if it has a head; the tuned proxy; the plugged-in FM.
+
+    If the product was refined it is also measured as it was before.
+    """
     test, section, task = owner.test, config.evaluation, TASKS[built.proxy.task]
     if test is None:
         return Worth()
@@ -63,18 +108,24 @@ def measure_worth(config: ServerConfig, owner: Owner, built: Built) -> Worth:
                 entry[row] = text
 
     if owner.untrained is not None:
-        with _as_it_was(owner.model, owner.untrained):
+        with _carrying(owner.model, owner.untrained):
             measure("zero_shot", owner.model)
     measure("proxy", built.proxy.model)
+    if section.logit_offset and not task.head:
+        log.info("evaluation: logit_offset")
+        metrics["logit_offset"] = evaluate(task, LogitOffset(owner.model, built.proxy.model), test, section.batch)
+    if refined is not None:
+        with _carrying(owner.model, refined.before):
+            measure("plugged_in_raw", owner.model)
     measure("plugged_in", owner.model)
     gain = difference(task, answered["plugged_in"], answered["proxy"], test)
     return Worth(metrics, answered, gain, written[:SHOWN_ANSWERS])
 
 
 @contextmanager
-def _as_it_was(model: nn.Module, untrained: adapters.Adapter) -> Iterator[None]:
+def _carrying(model: nn.Module, adapter: adapters.Adapter) -> Iterator[None]:
     tuned = adapters.extract(model)
-    adapters.load(model, untrained)
+    adapters.load(model, adapter)
     try:
         yield
     finally:

@@ -33,7 +33,8 @@ from fedpft.model.adapters import Adapter
 from fedpft.model.subffn import sub_ffns
 from fedpft.progress import progress
 from fedpft.proxy.bundle import Proxy, apply_patch, patch
-from fedpft.proxy.distillation import ffn_norms, least_active, neuron_level
+from fedpft.proxy.distillation import ffn_norms, neuron_level
+from fedpft.proxy.updating import updated_neurons
 from fedpft.server.construction import Built, Owner, record_gap
 from fedpft.server.egress import Egress
 from fedpft.server.ledger import Ledger
@@ -186,7 +187,7 @@ class Rounds:
             if self.ledger.entered(path):
                 updates = self._silos.updates(number)
             else:
-                updates = self._silos.run_round(number, count_inactivity=align)
+                updates = self._silos.run_round(number, count_inactivity=align and self.config.alignment.asks_silos)
                 self._save(path, "adapter", self._aggregated(number, updates))
         self._load(self._adapter(number))
         alignment_loss = self._align(number, updates) if align else None
@@ -246,7 +247,7 @@ class Rounds:
         done = {entry["round"]: entry for entry in self.ledger.recorded("alignment")}
         if number not in done:
             counts = [counts for update in updates if (counts := update.inactivity)]
-            if not counts:
+            if not counts and self.config.alignment.asks_silos:
                 log.warning("round %d: no silo shares its inactivity counts, so the proxy stays as it is", number)
                 return None
             done[number] = self._aligned(number, counts)
@@ -255,19 +256,22 @@ class Rounds:
 
     def _aligned(self, number: int, counts: list[dict[str, Tensor]]) -> dict[str, Any]:
         section, proxy, ledger = self.config.alignment, self.built.proxy.model, self.ledger
-        updated = least_active(counts, section.updated_fraction)
+        matched, public, seed = self.built.selection.matched, self.owner.public, self.config.seed
         known = len(self.record.gaps)
         record_gap(self.config, self.owner, self.built, f"round {number}, before")
         title = f"neuron-level distillation after round {number}"
         with self.record.timed("alignment"), progress(title, section.steps) as report:
+            updated = updated_neurons(
+                proxy, self.owner.model, matched, public, section, counts, seed=seed, round=number
+            )
             losses = neuron_level(
                 proxy,
                 self.owner.model,
-                self.built.selection.matched,
+                matched,
                 updated,
-                self.owner.public,
+                public,
                 section,
-                seed=self.config.seed,
+                seed=seed,
                 round=number,
                 progress=report,
                 layers=self.built.selection.layers,

@@ -32,7 +32,7 @@ from fedpft.server.identity import (
     settings,
 )
 from fedpft.server.ledger import Ledger, has_begun, try_out
-from fedpft.server.product import Worth, measure_worth, save_product
+from fedpft.server.product import Worth, measure_worth, refine_product, save_product
 from fedpft.server.rounds import Reach, Rounds, snapshot
 from fedpft.server.service import FederationServer
 from fedpft.wire.certificates import check_certificates
@@ -55,7 +55,7 @@ def run(config: ServerConfig, reach: Reach = FederationServer) -> dict[str, Any]
     OUT/digests.json         of FM and data, so that a restart need not read them all (fedpft/digests.py)
     OUT/patch.safetensors    what the alignments made of the compressed layers
     OUT/adapter.safetensors  the last round's adapter
-    OUT/adapter/             the same as a PEFT adapter for the FM
+    OUT/adapter/             the same as a PEFT adapter for the FM, refined if `plug_in` says so
     OUT/merged/              the adapted FM, a directory that plain transformers loads
     OUT/benchmark/           for some tasks the test data as other programs measure it
     OUT/summary.json, OUT/curves.json, OUT/report.html
@@ -120,7 +120,7 @@ def _finished(config: ServerConfig) -> dict[str, Any]:
 
 
 def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger, reach: Reach) -> dict[str, Any]:
-    """Rounds, plug-in, evaluation, files; returns the summary."""
+    """Rounds, plug-in, refinement, evaluation, files; returns the summary."""
     rounds = Rounds(config, owner, built, ledger, reach)
     adapter = rounds.complete()
     # What `fedpft evaluate` and `fedpft plug-in` start from, beside the proxy directory.
@@ -129,14 +129,17 @@ def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger, 
     made_with = provenance(config, owner.contents, built.files, Digests().of_file(config.out / PATCH_FILE))
     with atomic.replacing(config.out / ADAPTER_FILE) as written:
         save_file(adapter, written, metadata=made_with)
+    refined = refine_product(config, owner, built)
     with built.record.timed("evaluation"):
-        worth = measure_worth(config, owner, built)
+        worth = measure_worth(config, owner, built, refined)
     summary = _summary(config, owner, rounds, worth, sum(tensor.numel() for tensor in adapter.values()))
     if worth.answers:
         atomic.write_text(config.out / "answers.json", json.dumps(worth.answers))
     save_product(owner, config, config.out)
     atomic.write_text(config.out / "summary.json", json.dumps(summary, indent=1))
     curves = _curves(built, ledger.recorded("alignment"), rounds.closed) | rounds.silos_curves()
+    if refined is not None:
+        curves["refinement"] = {"layer_scales": refined.layer_scales, "loss": refined.losses}
     atomic.write_text(config.out / "curves.json", json.dumps(curves))
     write_report(summary, curves, config.out / "report.html")
     ledger.record("finished", None, None)

@@ -113,9 +113,19 @@ class CausalLM(Task):
         hidden, targets = _predicting(model, batch)
         return linear_cross_entropy(hidden, targets=targets, **output_layer(model)) / self.weight(batch)
 
-    def divergence(self, model: nn.Module, hidden: Tensor, teacher: Tensor) -> Tensor:
+    def head_divergence(self, model: nn.Module, hidden: Tensor, teacher: Tensor) -> Tensor:
         """Of the next tokens."""
-        return linear_divergence(hidden, teacher, **output_layer(model)) / max(1, len(hidden))
+        every = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        total = linear_divergence(hidden, targets=every, teacher=teacher.detach(), **output_layer(model))
+        return total / max(1, len(hidden))
+
+    def soft_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
+        """The mean KL of the next tokens that are learned; both have the same output layer, which no silo trains."""
+        hidden, targets = _predicting(model, batch)
+        with torch.no_grad():
+            wanted, _ = _predicting(teacher, batch)
+        total = linear_divergence(hidden, targets=targets, teacher=wanted, **output_layer(model))
+        return total / max(1, self.weight(batch))
 
     def weight(self, batch: Batch) -> int:
         """The tokens that are learned."""

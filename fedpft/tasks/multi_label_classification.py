@@ -75,6 +75,12 @@ class MultiLabelClassification(Task):
         """Binary cross-entropy, the mean over texts and labels."""
         return F.binary_cross_entropy_with_logits(logits, labels)
 
+    def divergence(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """The mean over labels of each one's KL."""
+        share, signs = wanted.sigmoid(), (1.0, -1.0)
+        ours, theirs = ([F.logsigmoid(sign * each) for sign in signs] for each in (logits, wanted))
+        return (share * (theirs[0] - ours[0]) + (1.0 - share) * (theirs[1] - ours[1])).mean(-1)
+
     def with_any_labels(self, inputs: Batch, classes: int, generator: torch.Generator) -> Batch:
         """Each label is there or not with equal probability."""
         ids = inputs["input_ids"]

@@ -71,6 +71,10 @@ class Regression(Task):
         numbers = None if samples.targets is None else torch.tensor(samples.targets, dtype=torch.float32)
         return encode_texts(samples, processor, max_tokens, numbers, bad_rows=bad_rows, way_out=way_out)
 
+    def divergence(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """The squared error."""
+        return (logits - wanted).square().squeeze(-1)
+
     def with_any_labels(self, inputs: Batch, classes: int, generator: torch.Generator) -> Batch:
         """Numbers from the standard normal distribution."""
         ids = inputs["input_ids"]

@@ -147,7 +147,7 @@ class Task(ABC):
         """The mean that is :meth:`loss`, from (..., C) float32."""
         raise NotImplementedError(f"{self.name} has no classes")
 
-    def divergence(self, model: nn.Module, hidden: Tensor, teacher: Tensor) -> Tensor:
+    def head_divergence(self, model: nn.Module, hidden: Tensor, teacher: Tensor) -> Tensor:
         """How far what the FM's own head says of some hidden states is from what it says of the teacher's.
 
         Only of tasks whose FM has such a head: not those with `head`, which is drawn.
@@ -160,6 +160,22 @@ class Task(ABC):
             The mean over N of the Kullback-Leibler divergence, () float32, nats. Differentiable in `hidden` only.
         """
         raise NotImplementedError(f"{self.name} has no head before it is trained")
+
+    def soft_loss(self, model: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
+        """How far a model's answers are from a teacher's, (): 0 where they agree. Differentiable in the model only.
+
+        The mean over samples, or over the tokens that are answered. Labels are not looked at.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with torch.no_grad():
+            wanted = teacher(**inputs).logits.float()
+        each = self.divergence(model(**inputs).logits.float(), wanted)
+        return each.mean() if each.dim() == 1 else each[inputs["attention_mask"].bool()].mean()
+
+    def divergence(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """How far each answer is from the one that is wanted: (..., C) float32 -> (...); by default KL, in nats."""
+        ours, theirs = logits.log_softmax(-1), wanted.log_softmax(-1)
+        return (theirs.exp() * (theirs - ours)).sum(-1)
 
     def weight(self, batch: Batch) -> int:
         """Over how many things the loss of a batch is a mean; by default over its samples."""

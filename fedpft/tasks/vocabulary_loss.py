@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary without ever holding all logits: (N, V) of them can need more than the model.
+"""Losses over a vocabulary without ever holding all logits: (N, V) of them can need more than the model.
 
 The output layer W is frozen, so that only the gradient of the hidden states is wanted. It is known once the loss is, so
 forward computes it beside the loss, some rows at a time, and backward only scales it. Rows that are not to be learned
@@ -49,38 +49,12 @@ def linear_cross_entropy(
     Raises:
         ValueError: a gradient of weight or bias is asked for.
     """
-    _refuse_gradient(weight, bias)
+    _check_frozen(weight, bias)
     hidden, targets = _learned(hidden, targets)
     loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, softcap, scale, chunk
     )
     return loss
-
-
-def linear_divergence(
-    hidden: Tensor,
-    teacher: Tensor,
-    weight: Tensor,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    chunk: int | None = None,
-) -> Tensor:
-    """The sum over tokens of KL(p of the teacher's hidden state || p of `hidden`): () float32, nats.
-
-    Differentiable in `hidden` only. Arguments as of `linear_cross_entropy`, and the same output layer for both:
-
-    Args:
-        teacher: (..., D), as `hidden`.
-        chunk: default: as many as keep both chunks of logits together within LOGITS_BYTES.
-    """
-    _refuse_gradient(weight, bias)
-    rows, wanted = hidden.flatten(0, -2), teacher.detach().flatten(0, -2)
-    total: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
-        rows, wanted, weight, bias, softcap, scale, chunk or max(1, LOGITS_BYTES // (8 * len(weight)))
-    )
-    return total
 
 
 @torch.no_grad()
@@ -111,6 +85,31 @@ def token_losses(
     if found:
         losses[there], right[there] = (torch.cat(parts) for parts in zip(*found, strict=True))
     return losses, right
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    teacher: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """The sum of KL(teacher || student) over the tokens that have a target, whatever that is: () float32, nats.
+
+    Args:
+        teacher: what the teacher gives to the same output layer, shaped as `hidden`.
+        others: as of `linear_cross_entropy`; ValueError as there.
+    """
+    _check_frozen(weight, bias)
+    there = targets != NOT_LEARNED
+    divergence: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
+        hidden[there], weight, bias, teacher[there], softcap, scale, chunk
+    )
+    return divergence
 
 
 class _Loss(torch.autograd.Function):
@@ -154,44 +153,41 @@ class _Loss(torch.autograd.Function):
         return (gradient * grad.to(gradient.dtype), None, None, None, None, None, None)
 
 
-class _Divergence(torch.autograd.Function):
+class _Divergence(_Loss):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
-        teacher: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        teacher: Tensor,
         softcap: float | None,
         scale: float,
-        chunk: int,
+        chunk: int | None,
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits = _logits(hidden[part], weight, bias, softcap, scale)
-            slope = None if softcap is None or gradient is None else (logits / softcap).square_().neg_().add_(1.0)
-            found = logits.log_softmax(-1)
-            wanted = _logits(teacher[part], weight, bias, softcap, scale).log_softmax(-1)
-            odds = wanted.exp()
-            total += odds.mul(wanted.sub_(found)).sum()
-            if gradient is not None:
-                change = found.exp_().sub_(odds)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else hidden.new_empty(0)
+        for rows, wanted, place in _chunks(hidden, teacher, weight, chunk, gradient):
+            theirs = _logits(wanted, weight, bias, softcap, scale)
+            theirs.sub_(theirs.logsumexp(-1)[:, None])
+            ours = _logits(rows, weight, bias, softcap, scale)
+            slope = None if softcap is None or place is None else (ours / softcap).square_().neg_().add_(1.0)
+            ours.sub_(ours.logsumexp(-1)[:, None])
+            odds = theirs.exp()
+            loss += odds.mul(theirs.sub_(ours)).sum()
+            if place is not None:
+                ours.exp_().sub_(odds)
                 if slope is not None:
-                    change.mul_(slope)
-                torch.mm(change.mul_(scale).to(weight.dtype), weight, out=gradient[part])
+                    ours.mul_(slope)
+                if scale != 1.0:
+                    ours.mul_(scale)
+                torch.mm(ours.to(weight.dtype), weight, out=place)
+            del theirs, ours, odds, slope  # before the next chunk's
         ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad.to(gradient.dtype), None, None, None, None, None, None)
+        return loss
 
 
-def _refuse_gradient(weight: Tensor, bias: Tensor | None) -> None:
+def _check_frozen(weight: Tensor, bias: Tensor | None) -> None:
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError("the output layer is frozen: the loss has no gradient of it")
 
