@@ -30,29 +30,65 @@ from fedpft.tasks import TASKS, Metric
 
 log = logging.getLogger(__name__)
 
-GAP_SAMPLES = 24
+GAP_SAMPLES = 16
 PRODUCT, FULL_MODEL, LAYER_DROP, PAPER = "fedpft", "full_model", "layer_drop", "paper"
 QUARTER = 4  # --quick: of the rows, in half the rounds
 
-# What each changes in the product's settings. The product is what a world's YAML file says and the defaults of
-# server.yaml beside that; the first group is what it is compared with.
+# What each changes in the product's settings, which are a world's and beside them the defaults of server.yaml.
 CHANGES: dict[str, dict[str, Settings]] = {
-    "rivals": {PRODUCT: {}, FULL_MODEL: {}, LAYER_DROP: {}},
+    "rivals": {PRODUCT: {}, FULL_MODEL: {}, LAYER_DROP: {}, PAPER: {"preset": "paper"}},
+    "neurons": {
+        "weights": {"proxy": {"importance": "weights"}},
+        "variance": {"proxy": {"importance": "variance"}},
+        "random": {"proxy": {"importance": "random"}},
+        "global spread": {"proxy": {"spread": "global"}},
+    },
+    "making up": {
+        "no closed form": {"distillation": {"closed_form_samples": 0}},
+        "fixed ridge": {"distillation": {"closed_form_ridge": 1e-3}},
+        "probes 0.1": {"distillation": {"closed_form_probes": 0.1}},
+        "a quarter of the samples": {"distillation": {"closed_form_samples": 64}},
+    },
+    "distillation": {
+        "no steps": {"distillation": {"steps": 0}},
+        "steps with probes 0.3": {"distillation": {"probe_term": 0.3}},
+        "each layer by itself": {"distillation": {"local": True}},
+        "no alignment": {"alignment": {"every_rounds": 0}},
+    },
+    "ffn": {"LoRA in the FFN": {"adapter": {"ffn": True}}},
+    "federation": {
+        "least inactive": {"alignment": {"update": "active"}},
+        "at random": {"alignment": {"update": "random"}},
+        "by gradient": {"alignment": {"update": "gradient"}},
+        "public counts": {"alignment": {"counts": "public"}},
+    },
+    "after": {
+        "layer scales": {"plug_in": {"layer_scales": True}},
+        "towards the change": {"plug_in": {"steps": 60, "towards": "change"}},
+        "towards the proxy": {"plug_in": {"steps": 60, "towards": "proxy"}},
+    },
+}
+WORDS: dict[str, Settings] = {  # of language models alone
+    "logits": {"distillation": {"logit_term": 1.0}},
+    "logit offset": {"evaluation": {"logit_offset": True}},
 }
 
 
 def variants(world: World, groups: Sequence[str]) -> dict[str, Settings]:
     """Row -> settings, the rivals first: a table without them says little."""
-    rivals = cells.methods(world.layers)
-    known = {PRODUCT: {}, FULL_MODEL: rivals["FedPETuning"], LAYER_DROP: rivals["FedOT"]}
-    return known | {name: change for group in groups for name, change in CHANGES[group].items() if name not in known}
+    of_the_paper = cells.methods(world.layers)
+    known = CHANGES["rivals"] | {FULL_MODEL: of_the_paper["FedPETuning"], LAYER_DROP: of_the_paper["FedOT"]}
+    found = known | {name: change for group in groups for name, change in CHANGES[group].items() if name not in known}
+    if "distillation" in groups and not TASKS[world.settings["model"]["task"]].head:
+        found |= WORDS
+    return found
 
 
 def table(world: World, groups: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """The cells of one world; every row comes to its first seed before any to its second."""
-    settings = merged(world.settings, {"evaluation": {"gap_samples": GAP_SAMPLES}})
+    settings = merged(merged(world.settings, {"evaluation": {"gap_samples": GAP_SAMPLES}}), world.accuracy)
     return [
-        Cell(world, name, "", merged(settings, change) | {"seed": seed}, counted=False)
+        Cell(world, name, "", {"preset": None} | merged(settings, change) | {"seed": seed}, counted=False)
         for seed in seeds
         for name, change in variants(world, groups).items()
     ]

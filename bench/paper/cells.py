@@ -230,7 +230,7 @@ def _config(cell: Cell, files: Files, out: Path, device: str, threads: int | Non
         "test_data": files.test,
     }
     try:
-        return SimulationConfig.model_validate(merged(cell.settings, paths))
+        return SimulationConfig.model_validate({"preset": "paper"} | merged(cell.settings, paths))
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise ConfigError(f"{cell.title}: {where}: {error.errors()[0]['msg']}", "mend its YAML file") from None

@@ -12,6 +12,7 @@ tasks:
     settings: {...}  what is other than above
 variations:          other values than the paper's, by table
   TABLE: [...]
+accuracy:            sections of simulation.yaml, as bench.accuracy has them in all its rows
 """
 
 import hashlib
@@ -51,6 +52,7 @@ class World:
     layers: of a layer-drop proxy of equal size.
     origin: what sources.py makes model and data of.
     variations: table -> values of what the table varies.
+    accuracy: what bench.accuracy changes in the settings.
     """
 
     setting: str
@@ -60,6 +62,7 @@ class World:
     settings: Settings
     origin: Mapping[str, Mapping[str, Any]]
     variations: Mapping[str, list[Any]] = field(default_factory=dict)
+    accuracy: Settings = field(default_factory=dict)
 
     def files(self, work: Path, packages: Path, data: Path | None) -> Files:
         """Makes what is not there yet.
@@ -117,6 +120,7 @@ def _worlds(path: Path) -> list[World]:
             settings=merged(raw["settings"], given.get("settings", {})),
             origin={"model": {key: value for key, value in about.items() if key != "layers"}, "data": given["data"]},
             variations=raw.get("variations", {}),
+            accuracy=raw.get("accuracy", {}),
         )
         for model, about in raw["models"].items()
         for task, given in raw["tasks"].items()

@@ -74,6 +74,8 @@ def fit_output_projections(
         return
     device, ffns = next(proxy.parameters()).device, list(sub_ffns(proxy).values())
     chosen = sample(len(public), samples, seed, "closed form")
+    if ridge == "held_out":
+        batch = min(batch, max(1, len(chosen) // HELD_OUT))
     moving = Probes(proxy, model, layers) if probes else None
     with torch.no_grad():
         lots = [
@@ -82,9 +84,8 @@ def fit_output_projections(
         ]
         if ridge == "held_out" and len(lots) < 2:
             raise DataError(
-                f"distillation.closed_form_ridge: held_out needs a batch to hold out, and {len(chosen)} public samples "
-                f"in batches of {batch} have none",
-                "lower distillation.batch, or name a number",
+                "distillation.closed_form_ridge: held_out needs two public samples, of which one is held out",
+                "give public_data more rows, or name a number",
             )
         moved = [lot.again() for lot in lots] if moving else []
         for student, teacher in matched:
