@@ -309,6 +309,15 @@ def test_experts_answer_for_the_tokens_that_the_router_sends_them(spare: int | N
         assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_router_that_answers_in_float32_leaves_the_type_to_the_experts(dtype: torch.dtype) -> None:
+    ffn, _, (x, chosen, shares) = mixture()
+    wanted = ffn(x, chosen, shares)
+    y = ffn.to(dtype)(x.to(dtype), chosen, shares.float())
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.to(wanted.dtype), wanted, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_neuron_of_an_expert_is_inactive_where_its_expert_is_not_asked(masked: bool) -> None:
     experts, weights, routed = mixture(spare=2)

@@ -258,7 +258,8 @@ class SubExperts(nn.Module):
                 counts += real.sum() - real[tokens].sum()
                 expert.inactivity = InactivityCounter(counter.eps, counts, mask=real[tokens])
             if len(tokens):
-                y = y.index_add(0, tokens, expert(x[tokens]) * shares[tokens, place, None])
+                part = expert(x[tokens]) * shares[tokens, place, None]  # wider than x, where the router is
+                y = y.index_add(0, tokens, part.to(y.dtype))
             expert.inactivity = None
         return y
 
