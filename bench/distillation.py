@@ -8,7 +8,9 @@ import argparse
 import statistics
 import tempfile
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,10 +26,13 @@ from fedpft.proxy.selection import select
 from fedpft.tasks import TASKS
 
 HELD_OUT = 64
+IMPORTANCE = ("weights", "variance", "leverage", "random")
 TASK = "sequence-classification"
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "as cut": {"closed_form_samples": 0, "steps": 0},
+    "closed form, fixed ridge": {"steps": 0, "closed_form_ridge": 1e-3},
     "closed form": {"steps": 0},
+    "closed form with probes": {"steps": 0, "closed_form_probes": 0.1},
     "steps": {"closed_form_samples": 0},
     "closed form, then steps": {},
 }
@@ -50,16 +55,16 @@ def main() -> None:
     )
     model = loading.load_model(corpora.model_directory(), TASK, labels, seed=seed)
     adapters.attach(model, AdapterSection(), seed=seed)
-    selection = select(model, ProxySection())
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, settings {settings}\n")
-    print("| | hidden-state error | gradient cosine |\n| --- | --- | --- |")
-    for name, changes in WAYS.items():
+    print("| neurons by | then | hidden-state error | gradient cosine |\n| --- | --- | --- | --- |")
+    for importance, (name, changes) in product(IMPORTANCE, WAYS.items()):
+        selection = select(model, ProxySection(importance=importance), seen, seed=seed)
         proxy = cut(model, selection)
         distillation = DistillationSection(**{**settings, **changes})
         layer_level(proxy, model, selection.matched, seen, distillation, seed=seed, progress=lambda _step, _loss: None)
         gap = measure_gap(task, proxy, model, selection.matched, held_out, samples=HELD_OUT, seed=seed)
         error, cosine = statistics.fmean(gap.hidden_error), statistics.fmean(gap.gradient_cosine)
-        print(f"| {name} | {error:.3f} | {cosine:.3f} |", flush=True)
+        print(f"| {importance} | {name} | {error:.3f} | {cosine:.3f} |", flush=True)
 
 
 def _part(samples: Samples, part: slice) -> Samples:

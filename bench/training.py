@@ -84,7 +84,7 @@ class Silo:
         self.processor = loading.load_processor(corpora.model_directory(), TASK)
         self.dataset = _newsgroups(case, self.processor) if case.model == "MiniLM" else _synthetic(case)
         self.fm = loading.load_model(_model_directory(case.model), TASK, LABELS, seed=SEED)
-        self.selection: Selection = select(self.fm, ProxySection())
+        self.selection: Selection = select(self.fm, ProxySection(importance="weights"))
         self.compressed = [layer for layer, _ in self.selection.matched]
         self.settings = RoundSettings(
             seed=SEED,

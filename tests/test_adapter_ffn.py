@@ -15,7 +15,6 @@ from fedpft.config import (
     AdapterSection,
     AlignmentSection,
     LimitsSection,
-    ProxySection,
     RoundSettings,
     TrainingSection,
 )
@@ -51,7 +50,7 @@ every_dense = pytest.mark.parametrize("model_type", DENSE)
 
 
 def proxy_of(fm: nn.Module, **wanted: object) -> tuple[nn.Module, Selection]:
-    selection = select(fm, ProxySection(**wanted))
+    selection = select(fm, tiny.by_weights(**wanted))
     proxy = cut(fm, selection)
     attach(proxy, SETTINGS, seed=0)
     return proxy, selection
@@ -94,7 +93,7 @@ def test_on_a_proxy_it_is_drawn_from_the_seed_and_nothing_else(model_type: str, 
     drawn, random = [], []
     for number, seed in enumerate((0, 0, 1)):
         torch.manual_seed(number)
-        proxy = cut(make_fm(model_type), select(make_fm(model_type), ProxySection(neurons=K)))
+        proxy = cut(make_fm(model_type), select(make_fm(model_type), tiny.by_weights(neurons=K)))
         attach(proxy, SETTINGS, seed=seed)
         drawn.append(extract(proxy))
         random.append(torch.rand(3))
@@ -112,7 +111,7 @@ def test_on_a_proxy_it_is_drawn_from_the_seed_and_nothing_else(model_type: str, 
 @every_dense
 def test_untrained_it_changes_no_bit_of_any_answer(model_type: str, make_fm: ModelFactory) -> None:
     fm, inputs = make_fm(model_type), tiny.batch(model_type)
-    proxy = cut(fm, select(fm, ProxySection(neurons=K)))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons=K)))
     for model in (fm, proxy):
         wanted = tiny.logits(model, inputs)
         attach(model, SETTINGS, seed=0)
@@ -263,7 +262,10 @@ def test_saved_and_merged_it_is_the_plugged_in_model_wherever_it_is_loaded(
 
 @pytest.mark.parametrize("model_type", tiny.MIXTURES)
 def test_mixture_of_experts_is_refused_with_the_key(model_type: str, make_fm: ModelFactory) -> None:
-    for model in (make_fm(model_type), cut(make_fm(model_type), select(make_fm(model_type), ProxySection(neurons=K)))):
+    for model in (
+        make_fm(model_type),
+        cut(make_fm(model_type), select(make_fm(model_type), tiny.by_weights(neurons=K))),
+    ):
         with pytest.raises(ModelError, match=r"adapter\.ffn.*mixture of experts") as caught:
             attach(model, SETTINGS, seed=0)
         assert "adapter.ffn: false" in caught.value.remedy

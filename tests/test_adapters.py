@@ -14,7 +14,7 @@ from conftest import ModelFactory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedpft.config import AdapterSection, ProxySection
+from fedpft.config import AdapterSection
 from fedpft.errors import InvalidUpdate, ModelError
 from fedpft.model.adapters import (
     Adapter,
@@ -107,7 +107,7 @@ def test_plugging_in_an_untouched_adapter_leaves_the_fm_bit_for_bit(model_type: 
     fm, inputs = make_fm(model_type), tiny.batch(model_type)
     state, wanted = tiny.snapshot(fm), tiny.logits(fm, inputs)
     attach(fm, SETTINGS, seed=0)
-    proxy = cut(fm, select(fm, ProxySection()))
+    proxy = cut(fm, select(fm, tiny.by_weights()))
     plug_in(fm, extract(proxy), range(tiny.L), EVERY)
     assert tiny.changed(state, frozen_state(fm)) == set()
     assert tiny.same_bits(tiny.logits(fm, inputs), wanted)
@@ -195,7 +195,7 @@ def test_adapter_of_a_proxy_with_fewer_layers_goes_to_the_layers_it_was_cut_from
 ) -> None:
     fm, inputs = make_fm(model_type), tiny.batch(model_type)
     attach(fm, SETTINGS, seed=0)
-    selection = select(fm, ProxySection(keep="layers", layers=3))
+    selection = select(fm, tiny.by_weights(keep="layers", layers=3))
     assert selection.layers == (0, 2, 3)
     proxy = cut(fm, selection)
     adapter = tuned(proxy)
@@ -264,7 +264,7 @@ def test_adapter_that_does_not_fit_is_not_plugged_in(
 ) -> None:
     fm = make_fm("bert")
     attach(fm, SETTINGS, seed=0)
-    settings = ProxySection(keep="layers", layers=len(layers))
+    settings = tiny.by_weights(keep="layers", layers=len(layers))
     before = tiny.snapshot(fm)
     broken, name = damaged(tuned(cut(fm, select(fm, settings))), change)
     with pytest.raises(InvalidUpdate, match=name):
@@ -283,7 +283,7 @@ def test_adapter_of_a_deeper_proxy_is_not_plugged_in(layers: tuple[int, ...], ma
 def test_adapter_without_its_head_is_not_plugged_in(make_fm: ModelFactory) -> None:
     fm = make_fm("bert")
     attach(fm, SETTINGS, seed=0)
-    adapter = tuned(cut(fm, select(fm, ProxySection(keep="layers", layers=3))))
+    adapter = tuned(cut(fm, select(fm, tiny.by_weights(keep="layers", layers=3))))
     del adapter["classifier.weight"]
     with pytest.raises(InvalidUpdate, match=r"lacks the tensor 'classifier\.weight'"):
         plug_in(fm, adapter, (0, 2, 3), EVERY)
@@ -312,7 +312,7 @@ def test_extracted_adapter_does_not_follow_the_model(make_fm: ModelFactory) -> N
 def test_proxy_and_fm_have_the_same_adapter(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
     attach(fm, SETTINGS, seed=0)
-    proxy = cut(fm, select(fm, ProxySection(neurons=8)))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons=8)))
     assert tiny.changed(extract(fm), extract(proxy)) == set()
 
 
@@ -368,7 +368,7 @@ def probed_pair(
     fm = make_fm(model_type)
     attach(fm, SETTINGS, seed=0)
     load(fm, tuned(fm))
-    selection = select(fm, ProxySection(**(settings or {"neurons": 16})))
+    selection = select(fm, tiny.by_weights(**(settings or {"neurons": 16})))
     return cut(fm, selection), fm, selection
 
 
@@ -450,4 +450,4 @@ def test_backward_after_a_probe_is_that_of_the_model_that_was_probed(make_fm: Mo
 def test_model_without_lora_cannot_be_probed(make_fm: ModelFactory) -> None:
     fm = make_fm("bert")
     with pytest.raises(ValueError, match="has no LoRA"):
-        Probes(cut(fm, select(fm, ProxySection(neurons=8))), fm)
+        Probes(cut(fm, select(fm, tiny.by_weights(neurons=8))), fm)

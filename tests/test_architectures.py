@@ -9,7 +9,6 @@ from conftest import ModelFactory
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedpft.config import ProxySection
 from fedpft.errors import ModelError
 from fedpft.model.architectures import (
     ACTIVATION_NAMES,
@@ -139,7 +138,7 @@ def test_model_type_without_a_row_is_refused_with_those_that_have_one() -> None:
 @every_architecture
 def test_whole_proxy_holds_every_weight_of_the_fm_bit_for_bit(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
-    proxy = cut(fm, select(fm, ProxySection(neurons="all")))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons="all")))
     state, left = fm.state_dict(), proxy.state_dict()
     ffns = list(sub_ffns(proxy).items())
     assert len(ffns) == tiny.L
@@ -155,7 +154,7 @@ def test_whole_proxy_holds_every_weight_of_the_fm_bit_for_bit(model_type: str, m
 @every_architecture
 def test_whole_proxy_computes_what_the_fm_computes(model_type: str, make_fm: ModelFactory) -> None:
     fm, inputs = make_fm(model_type), tiny.batch(model_type)
-    proxy = cut(fm, select(fm, ProxySection(neurons="all")))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons="all")))
     wanted = tiny.logits(fm, inputs)
     assert wanted.std() > 0.01
     torch.testing.assert_close(tiny.logits(proxy, inputs), wanted, rtol=1e-5, atol=1e-5)
@@ -164,7 +163,7 @@ def test_whole_proxy_computes_what_the_fm_computes(model_type: str, make_fm: Mod
 @every_architecture
 def test_whole_proxy_has_the_fms_gradients(model_type: str, make_fm: ModelFactory) -> None:
     fm, inputs = make_fm(model_type), tiny.batch(model_type)
-    proxy = cut(fm, select(fm, ProxySection(neurons="all")))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons="all")))
     gradients = []
     for model in (fm, proxy):
         first = layers_of(model)[0].get_submodule(ARCHITECTURES[model_type].attention[0]).weight.requires_grad_(True)
@@ -206,7 +205,7 @@ def test_layer_outputs_run_no_further_than_asked_and_leave_no_hook(make_fm: Mode
 )
 def test_padding_does_not_reach_the_logits_of_a_proxy(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
-    proxy = cut(fm, select(fm, ProxySection(neurons=16)))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons=16)))
     texts = tiny.dataset(model_type, 5, labelled=False)
     together = tiny.logits(proxy, texts.batch(torch.arange(5)))
     alone = torch.cat([tiny.logits(proxy, texts.batch(torch.tensor([index]))) for index in range(5)])
@@ -251,9 +250,9 @@ def test_whole_proxy_of_a_variant_is_the_variant_and_comes_back_from_its_bundle(
     task, inputs = tiny.task_of(model_type), tiny.batch(model_type)
     fm = load_model(tiny.write_model(model_type, tmp_path / "fm", **settings), task, tiny.LABELS, seed=0)
     wanted = tiny.logits(fm, inputs)
-    whole = tiny.logits(cut(fm, select(fm, ProxySection(neurons="all"))), inputs)
+    whole = tiny.logits(cut(fm, select(fm, tiny.by_weights(neurons="all"))), inputs)
     torch.testing.assert_close(whole, wanted, rtol=1e-4, atol=1e-5)
-    for number, kept in enumerate((ProxySection(neurons=24), ProxySection(keep="layers", layers=3))):
+    for number, kept in enumerate((tiny.by_weights(neurons=24), tiny.by_weights(keep="layers", layers=3))):
         proxy = cut(fm, select(fm, kept))
         assert (tiny.logits(proxy, inputs) - wanted).abs().max() > 0.01
         bundle = Proxy(proxy, tiny.processor(model_type), task, tiny.LABELS, 12, ())

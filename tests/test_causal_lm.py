@@ -22,7 +22,6 @@ from fedpft.config import (
     ColumnsSection,
     DistillationSection,
     LimitsSection,
-    ProxySection,
     RoundSettings,
     ServerConfig,
     TrainingSection,
@@ -257,7 +256,7 @@ def divergence(proxy: nn.Module, fm: nn.Module, data: LanguageDataset) -> float:
 
 
 def distilled(fm: nn.Module, public: LanguageDataset, **others: Any) -> tuple[nn.Module, list[float]]:
-    selection = select(fm, ProxySection(neurons=16))
+    selection = select(fm, tiny.by_weights(neurons=16))
     proxy = cut(fm, selection)
     settings = DistillationSection(**{"closed_form_samples": 0, "weight_term": 0.0, "learning_rate": 5e-3, **others})
     losses = layer_level(
@@ -305,7 +304,7 @@ def one_round(adapter: AdapterSection) -> RoundSettings:
 def test_nothing_of_the_head_trains(tied: bool, tmp_path: Path, data: LanguageDataset) -> None:
     fm = loading.load_model(write_fm(tmp_path / "fm2", tied=tied), "causal-lm", (), seed=0)
     adapters.attach(fm, AdapterSection(rank=2), seed=0)
-    proxy = cut(fm, select(fm, ProxySection(neurons=8)))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons=8)))
     before = tiny.snapshot(proxy)
     settings = one_round(AdapterSection(rank=2))
     result = train_round(
@@ -332,7 +331,7 @@ def test_packed_rows_train_to_the_same_adapter(most: int | None, fm: nn.Module, 
     adapters.attach(fm, AdapterSection(rank=2, dropout=0.0), seed=0)
     start = adapters.extract(fm)
     settings = one_round(AdapterSection(rank=2, dropout=0.0))
-    proxy = cut(fm, select(fm, ProxySection(neurons=8)))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons=8)))
     way = way_to_pack(proxy.base_model, vocabulary=20, longest=40, device=torch.device("cpu"))
     assert way is not None
     results = []
@@ -370,7 +369,7 @@ def tuned_pair(directory: Path, *, whole: bool) -> tuple[nn.Module, nn.Module]:
         for name, parameter in fm.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.2)
-    return fm, cut(fm, select(fm, ProxySection(neurons="all" if whole else 24)))
+    return fm, cut(fm, select(fm, tiny.by_weights(neurons="all" if whole else 24)))
 
 
 def test_a_model_is_as_far_from_a_teacher_as_their_next_tokens_diverge(tmp_path: Path, data: LanguageDataset) -> None:
@@ -470,7 +469,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 def test_a_federation_tunes_a_decoder(run: tuple[Path, dict[str, Any]]) -> None:
     out, summary = run
     metrics = summary["metrics"]
-    assert list(metrics) == ["zero_shot", "proxy", "logit_offset", "plugged_in_raw", "plugged_in"]
+    assert list(metrics) == ["zero_shot", "proxy_zero_shot", "proxy", "logit_offset", "plugged_in_raw", "plugged_in"]
     assert metrics["plugged_in_raw"]["loss"] != metrics["plugged_in"]["loss"]
     assert metrics["plugged_in_raw"]["loss"] == pytest.approx(summary["rounds"][-1]["score"]), "as the rounds left it"
     assert metrics["plugged_in"]["loss"] < metrics["zero_shot"]["loss"] - 0.5
@@ -478,7 +477,9 @@ def test_a_federation_tunes_a_decoder(run: tuple[Path, dict[str, Any]]) -> None:
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
         assert row["loss_se"] > 0
     assert metrics["logit_offset"].keys() == {"loss", "loss_se", "perplexity", "token_accuracy"}, "it writes nothing"
-    assert all(0 <= row["rouge_l"] <= 1 for name, row in metrics.items() if name != "logit_offset")
+    assert all(
+        0 <= row["rouge_l"] <= 1 for name, row in metrics.items() if name not in ("logit_offset", "proxy_zero_shot")
+    )
     assert [entry["score"] is not None for entry in summary["rounds"]] == [True, True]
     assert summary["data"]["silos"]["north"] == {"samples": 3, "skipped_rows": 0, "cut_texts": 0, "cut_completions": 0}
     assert summary["holdings"]["embeddings"]["model"] == summary["holdings"]["embeddings"]["proxy"]

@@ -10,7 +10,7 @@ from conftest import ModelFactory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft.config import AdapterSection, ProxySection
+from fedpft.config import AdapterSection
 from fedpft.data.batches import evaluation_batches, sample
 from fedpft.data.text import TextDataset
 from fedpft.errors import DataError
@@ -39,7 +39,7 @@ FUNCTIONS = {
 def pair(make_fm: ModelFactory, model_type: str) -> tuple[nn.Module, nn.Module, Selection]:
     fm = make_fm(model_type)
     attach(fm, AdapterSection(rank=2), seed=0)
-    selection = select(fm, ProxySection(neurons=K))
+    selection = select(fm, tiny.by_weights(neurons=K))
     return cut(fm, selection), fm, selection
 
 
@@ -172,7 +172,7 @@ def test_nothing_is_fitted_where_layers_were_dropped_and_outputs_are_normalised(
     states = []
     for model_type in ("gemma2", "llama"):
         fm = make_fm(model_type)
-        selection = select(fm, ProxySection(keep="layers", layers=3))
+        selection = select(fm, tiny.by_weights(keep="layers", layers=3))
         proxy = cut(fm, selection)
         before = tiny.snapshot(proxy)
         public = tiny.dataset(model_type, 20, labelled=False)
@@ -213,7 +213,7 @@ def test_fit_without_probes_has_the_bits_of_the_plain_regression(model_type: str
 def test_proxy_that_is_whole_stays_as_it_is(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
     attach(fm, AdapterSection(rank=2), seed=0)
-    proxy = cut(fm, select(fm, ProxySection(neurons="all")))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons="all")))
     before, public = tiny.snapshot(proxy), tiny.dataset(model_type, 60)
     fit_output_projections(proxy, fm, ((1, 1), (2, 2)), public, samples=60, batch=20, seed=0, probes=1.0)
     for name in tiny.changed(before, proxy.state_dict()):

@@ -86,7 +86,7 @@ def test_what_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.Monk
 def test_the_demo_runs_with_a_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     summary = run.run_demo(tmp_path / "out", scale=run.LM_QUICK, seed=0, compare=False)
-    assert summary["metrics"].keys() == {"zero_shot", "proxy", "plugged_in"}
+    assert summary["metrics"].keys() == {"zero_shot", "proxy_zero_shot", "proxy", "plugged_in"}
     assert summary["costs"]["plugged_in"]["silo_peak_bytes"] > 300e6
     merged = tmp_path / "out" / "rows" / "plugged_in" / "out" / "merged"
     model = transformers.AutoModelForCausalLM.from_pretrained(merged)

@@ -11,7 +11,7 @@ from conftest import ModelFactory
 from torch import Tensor, nn
 
 from fedpft import kernels
-from fedpft.config import AdapterSection, AlignmentSection, DistillationSection, ProxySection
+from fedpft.config import AdapterSection, AlignmentSection, DistillationSection
 from fedpft.data.batches import EncodedDataset, batches
 from fedpft.data.text import TextDataset
 from fedpft.errors import ModelError
@@ -32,7 +32,7 @@ every_kind = pytest.mark.parametrize("model_type", tiny.KINDS)
 def pair(make_fm: ModelFactory, model_type: str, **settings: object) -> tuple[nn.Module, nn.Module, Selection]:
     """A proxy and its FM."""
     fm = make_fm(model_type)
-    selection = select(fm, ProxySection(**(settings or {"neurons": K})))
+    selection = select(fm, tiny.by_weights(**(settings or {"neurons": K})))
     return cut(fm, selection), fm, selection
 
 
@@ -338,7 +338,7 @@ def adapted_pair(make_fm: ModelFactory, model_type: str, **settings: object) -> 
     attach(fm, AdapterSection(rank=2), seed=0)
     generator = torch.Generator().manual_seed(1)
     load(fm, {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in sorted(extract(fm).items())})
-    selection = select(fm, ProxySection(**(settings or {"neurons": K})))
+    selection = select(fm, tiny.by_weights(**(settings or {"neurons": K})))
     return cut(fm, selection), fm, selection
 
 
@@ -489,7 +489,7 @@ def test_patch_of_all_neurons_carries_a_layer_level_distillation(make_fm: ModelF
 def test_alignment_follows_the_fm_that_carries_the_adapter(make_fm: ModelFactory) -> None:
     fm = make_fm("bert")
     attach(fm, AdapterSection(rank=2), seed=0)
-    proxy = cut(fm, select(fm, ProxySection(neurons=K)))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons=K)))
     generator = torch.Generator().manual_seed(1)
     adapter = {n: t + 0.2 * torch.randn(t.shape, generator=generator) for n, t in sorted(extract(fm).items())}
     public = tiny.dataset("bert", 5, labelled=False)

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedpft.config import AdapterSection, ProxySection
+from fedpft.config import AdapterSection
 from fedpft.errors import ModelError
 from fedpft.model import adapters
 from fedpft.model.subffn import sub_ffns
@@ -50,8 +51,8 @@ def test_what_an_alignment_makes_of_the_proxy_passes_and_of_the_fm_does_not(
     model_type: str, make_fm: Callable[[str], nn.Module], tmp_path: Path
 ) -> None:
     model = make_fm(model_type)
-    selection = select(model, ProxySection(neurons=5, keep_layers=(0,)))
-    kept, whole = cut(model, selection), cut(model, select(model, ProxySection(neurons="all")))
+    selection = select(model, tiny.by_weights(neurons=5, keep_layers=(0,)))
+    kept, whole = cut(model, selection), cut(model, select(model, tiny.by_weights(neurons="all")))
     state = {name: tensor.contiguous() for name, tensor in adapters.frozen_state(kept).items()}
     save_file(state, tmp_path / "model.safetensors")
     for each in (kept, model):

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft.config import AdapterSection, ProxySection
+from fedpft.config import AdapterSection
 from fedpft.data.batches import sample
 from fedpft.data.text import TextDataset
 from fedpft.evaluation import Gap, answers, difference, evaluate, format_gaps, measure_gap
@@ -98,7 +98,7 @@ def adapted_pair(make_fm: ModelFactory, model_type: str, **settings: object) -> 
     attach(fm, AdapterSection(rank=2, alpha=4.0), seed=0)
     generator = torch.Generator().manual_seed(3)
     load(fm, {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in sorted(extract(fm).items())})
-    selection = select(fm, ProxySection(**settings))
+    selection = select(fm, tiny.by_weights(**settings))
     return cut(fm, selection), fm, selection
 
 

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft.config import AdapterSection, ProxySection, TaskName
+from fedpft.config import AdapterSection, TaskName
 from fedpft.errors import ModelError
 from fedpft.model.adapters import attach, extract, frozen_state, merge, plug_in
 from fedpft.model.architectures import ARCHITECTURES, head_of, layers_of
@@ -64,7 +64,7 @@ def test_whole_proxy_is_the_model_in_weights_outputs_and_gradients(
     model_type: str, class_name: str, load: Load
 ) -> None:
     fm, inputs = load(model_type, class_name), tiny.batch(model_type)
-    proxy = cut(fm, select(fm, ProxySection(neurons="all")))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons="all")))
     state, left = fm.state_dict(), proxy.state_dict()
     for layer, (path, ffn) in enumerate(sub_ffns(proxy).items()):
         for (part, _), wanted in zip(tiny.parts(path, ffn), tiny.ffns(state, model_type, layer), strict=True):
@@ -90,7 +90,7 @@ def test_whole_proxy_is_the_model_in_weights_outputs_and_gradients(
 def test_bundle_is_the_proxy_and_says_what_trains(model_type: str, class_name: str, load: Load, tmp_path: Path) -> None:
     fm, inputs = load(model_type, class_name), tiny.batch(model_type)
     proxy = Proxy(
-        cut(fm, select(fm, ProxySection(neurons=K))),
+        cut(fm, select(fm, tiny.by_weights(neurons=K))),
         tiny.processor(model_type),
         TASK_OF[class_name],
         tiny.LABELS,
@@ -115,7 +115,7 @@ def test_adapter_of_a_proxy_merged_into_the_fm_is_loaded_by_plain_transformers(
     fm, inputs = load(model_type, class_name), tiny.batch(model_type)
     untouched = tiny.logits(fm, inputs)
     attach(fm, SETTINGS, seed=0)
-    selection = select(fm, ProxySection(neurons=K))
+    selection = select(fm, tiny.by_weights(neurons=K))
     plug_in(fm, tuned(cut(fm, selection)), selection.layers, selection.neurons)
     wanted = tiny.logits(fm, inputs)
     assert (wanted - untouched).abs().max() > 0.1
@@ -150,7 +150,7 @@ def test_embeddings_travel_once_if_they_are_shared(model_type: str, tied: bool, 
     fm = load(model_type, DECODERS, tie_word_embeddings=tied)
     embedding, last = fm.get_input_embeddings(), fm.get_output_embeddings()
     assert (last.weight is embedding.weight) == tied
-    model = cut(fm, select(fm, ProxySection(neurons=K)))
+    model = cut(fm, select(fm, tiny.by_weights(neurons=K)))
     save_bundle(Proxy(model, tiny.processor(model_type), TASK_OF[DECODERS], tiny.LABELS, 12, ()), tmp_path / "bundle")
     kept = load_file(tmp_path / "bundle" / "model.safetensors")
     assert kept.keys() == frozen_state(fm).keys() - {

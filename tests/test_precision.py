@@ -24,7 +24,6 @@ from fedpft.config import (
     DistillationSection,
     Dtype,
     LimitsSection,
-    ProxySection,
     RoundSettings,
     ServerConfig,
     TrainingSection,
@@ -100,7 +99,7 @@ def travel(model_type: str, directory: Path, root: Path, dtype: Dtype, device: s
     task, inputs, data = tiny.task_of(model_type), tiny.batch(model_type), tiny.dataset(model_type, 24)
     fm = loading.load_model(directory, task, tiny.LABELS, seed=0, dtype=dtype).to(device)
     adapters.attach(fm, LORA, seed=0)
-    selection = select(fm, ProxySection(neurons=K))
+    selection = select(fm, tiny.by_weights(neurons=K))
     proxy = cut(fm, selection)
     losses = layer_level(
         proxy,
@@ -216,7 +215,7 @@ def test_what_the_silos_hold_is_what_the_server_holds_bit_for_bit(fm_directory: 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_no_weight_of_a_dropped_neuron_is_sent_in_a_narrow_type(dtype: Dtype, fm_directory: FM, tmp_path: Path) -> None:
     fm = loading.load_model(fm_directory("bert"), "sequence-classification", tiny.LABELS, seed=0, dtype=dtype)
-    selection = select(fm, ProxySection(neurons=K))
+    selection = select(fm, tiny.by_weights(neurons=K))
     task = "sequence-classification"
     save_bundle(Proxy(cut(fm, selection), tiny.processor("bert"), task, tiny.LABELS, 12, (1, 2)), tmp_path / "bundle")
     content = b"".join(path.read_bytes() for path in sorted((tmp_path / "bundle").iterdir()))
@@ -327,7 +326,7 @@ def test_a_proxy_of_another_type_than_the_fm_is_refused(fm_directory: FM, tmp_pa
 
 def test_a_bundle_whose_weights_are_of_another_type_than_it_says_is_refused(fm_directory: FM, tmp_path: Path) -> None:
     fm = load(fm_directory("bert"), "bfloat16")
-    task, proxy = "sequence-classification", cut(fm, select(fm, ProxySection(neurons=K)))
+    task, proxy = "sequence-classification", cut(fm, select(fm, tiny.by_weights(neurons=K)))
     save_bundle(Proxy(proxy, tiny.processor("bert"), task, tiny.LABELS, 12, (1, 2)), tmp_path / "bundle")
     load_proxy(tmp_path / "bundle")
     path = tmp_path / "bundle" / "config.json"

@@ -13,7 +13,7 @@ from conftest import ModelFactory
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft.config import AdapterSection, ProxySection
+from fedpft.config import AdapterSection
 from fedpft.errors import ModelError
 from fedpft.model import adapters
 from fedpft.model.architectures import config_of, layer_outputs, layers_of, layers_path
@@ -39,7 +39,7 @@ def published_choice(fm: nn.Module, model_type: str, layer: int, count: int) -> 
 
 
 def bundle_of(fm: nn.Module, model_type: str, directory: Path, **settings: object) -> tuple[Proxy, Selection]:
-    selection = select(fm, ProxySection(**settings))
+    selection = select(fm, tiny.by_weights(**settings))
     compressed = tuple(layer for layer, _ in selection.matched)
     task, processor = tiny.task_of(model_type), tiny.processor(model_type)
     proxy = Proxy(cut(fm, selection), processor, task, tiny.LABELS, 12, compressed)
@@ -57,7 +57,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @every_kind
 def test_saliency_is_the_norm_of_all_weights_of_a_neuron(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
-    for layer, scores in enumerate(select(fm, ProxySection()).saliency):
+    for layer, scores in enumerate(select(fm, tiny.by_weights()).saliency):
         ffns = tiny.ffns(fm.state_dict(), model_type, layer)
         assert scores.shape == ((len(ffns), tiny.F) if len(ffns) > 1 else (tiny.F,))
         for ffn, own in zip(ffns, scores.view(len(ffns), -1), strict=True):
@@ -69,7 +69,7 @@ def test_saliency_is_the_norm_of_all_weights_of_a_neuron(model_type: str, make_f
 @pytest.mark.parametrize("count", [1, K, tiny.F - 1])
 def test_neurons_are_those_of_the_published_code(model_type: str, count: int, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
-    selection = select(fm, ProxySection(neurons=count, keep_layers=(0, -1)))
+    selection = select(fm, tiny.by_weights(neurons=count, keep_layers=(0, -1)))
     for layer in (1, 2):
         assert torch.equal(selection.neurons[layer], published_choice(fm, model_type, layer, count))
     for layer in (0, 3):
@@ -85,19 +85,19 @@ def test_of_equally_salient_neurons_the_lower_index_is_kept() -> None:
 def test_twin_neurons_of_an_fm_tie(make_fm: ModelFactory) -> None:
     fm = make_fm("bert")
     ffn = tiny.ffn(fm.state_dict(), "bert", 1)
-    scores = select(fm, ProxySection()).saliency[1]
+    scores = select(fm, tiny.by_weights()).saliency[1]
     best, worst = int(scores.argmax()), int(scores.argmin())
     ffn["w_in"][worst], ffn["w_out"][worst] = ffn["w_in"][best], ffn["w_out"][best]
-    assert select(fm, ProxySection(neurons=1)).neurons[1].tolist() == [min(best, worst)]
+    assert select(fm, tiny.by_weights(neurons=1)).neurons[1].tolist() == [min(best, worst)]
 
 
 def test_default_keeps_as_many_neurons_as_the_hidden_size(make_fm: ModelFactory) -> None:
-    assert [len(n) for n in select(make_fm("bert"), ProxySection()).neurons] == [tiny.F, tiny.D, tiny.D, tiny.F]
+    assert [len(n) for n in select(make_fm("bert"), tiny.by_weights()).neurons] == [tiny.F, tiny.D, tiny.D, tiny.F]
 
 
 def test_saliency_kept_is_the_share_of_squared_weights(make_fm: ModelFactory) -> None:
     fm = make_fm("llama")
-    selection = select(fm, ProxySection(neurons=K))
+    selection = select(fm, tiny.by_weights(neurons=K))
     ffn = tiny.ffn(fm.state_dict(), "llama", 2)
     weights = torch.cat([ffn[name] for name in ("w_in", "w_gate", "w_out")], dim=1).square().sum(1)
     share = float(weights[selection.neurons[2]].sum() / weights.sum())
@@ -113,7 +113,7 @@ def test_saliency_kept_is_the_share_of_squared_weights(make_fm: ModelFactory) ->
 def test_dropping_layers_keeps_the_ends_and_spreads_the_rest(
     layers: int, kept: tuple[int, ...], matched: tuple[tuple[int, int], ...], make_fm: ModelFactory
 ) -> None:
-    selection = select(make_fm("bert"), ProxySection(keep="layers", layers=layers))
+    selection = select(make_fm("bert"), tiny.by_weights(keep="layers", layers=layers))
     assert selection.layers == kept
     assert selection.matched == matched
     assert [len(neurons) for neurons in selection.neurons] == [tiny.F] * layers
@@ -122,7 +122,7 @@ def test_dropping_layers_keeps_the_ends_and_spreads_the_rest(
 def test_kept_layer_answers_for_the_dropped_layers_that_follow_it(tmp_path: Path) -> None:
     directory = tiny.write_model("gpt2", tmp_path, num_hidden_layers=6)
     fm = load_model(directory, "sequence-classification", tiny.LABELS, seed=0)
-    selection = select(fm, ProxySection(keep="layers", layers=4))
+    selection = select(fm, tiny.by_weights(keep="layers", layers=4))
     assert selection.layers == (0, 2, 3, 5)
     assert selection.matched == ((1, 2), (2, 4))
     assert [share > 0 for share in selection.saliency_kept] == [True, False, True, True, False, True]
@@ -136,7 +136,7 @@ def test_kept_layer_answers_for_the_dropped_layers_that_follow_it(tmp_path: Path
 ])  # fmt: skip
 def test_more_than_the_fm_has_is_refused(settings: dict[str, object], message: str, make_fm: ModelFactory) -> None:
     with pytest.raises(ModelError, match=message):
-        select(make_fm("bert"), ProxySection(**settings))
+        select(make_fm("bert"), tiny.by_weights(**settings))
 
 
 # --- the proxy ---
@@ -146,7 +146,7 @@ def test_more_than_the_fm_has_is_refused(settings: dict[str, object], message: s
 def test_proxy_differs_from_the_fm_in_compressed_layers_only(model_type: str, make_fm: ModelFactory) -> None:
     fm = make_fm(model_type)
     before = tiny.snapshot(fm)
-    selection = select(fm, ProxySection(neurons=K))
+    selection = select(fm, tiny.by_weights(neurons=K))
     proxy = cut(fm, selection)
     assert tiny.changed(before, fm.state_dict()) == set()  # the FM itself stays whole
     left = proxy.state_dict()
@@ -168,7 +168,7 @@ def test_proxy_computes_what_the_fm_does_with_the_other_neurons_silenced(
     model_type: str, make_fm: ModelFactory
 ) -> None:
     fm, inputs = make_fm(model_type), tiny.batch(model_type)
-    selection = select(fm, ProxySection(neurons=K))
+    selection = select(fm, tiny.by_weights(neurons=K))
     proxy = cut(fm, selection)
     whole = tiny.logits(fm, inputs)
     for layer in (1, 2):
@@ -183,7 +183,7 @@ def test_proxy_computes_what_the_fm_does_with_the_other_neurons_silenced(
 @every_kind
 def test_proxy_of_fewer_layers_computes_what_those_layers_do(model_type: str, make_fm: ModelFactory) -> None:
     fm, inputs = make_fm(model_type), tiny.batch(model_type)
-    proxy = cut(fm, select(fm, ProxySection(keep="layers", layers=3)))
+    proxy = cut(fm, select(fm, tiny.by_weights(keep="layers", layers=3)))
     del layers_of(fm)[1]
     config = config_of(fm.config)
     config.num_hidden_layers = 3
@@ -198,7 +198,7 @@ def test_proxy_of_fewer_layers_writes_with_a_cache_what_it_writes_without(model_
     config = tiny.CONFIGS[model_type]()
     fm = tiny.randomise(transformers.AutoModelForCausalLM.from_config(config)).eval()
     fm.trained_modules = ()
-    proxy = cut(fm, select(fm, ProxySection(keep="layers", layers=3)))
+    proxy = cut(fm, select(fm, tiny.by_weights(keep="layers", layers=3)))
     prompt = torch.tensor([[2, 7, 9, 5]])
     written = [
         proxy.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=cached, eos_token_id=None)
@@ -211,15 +211,15 @@ def test_proxy_of_fewer_layers_writes_with_a_cache_what_it_writes_without(model_
 def test_no_layer_is_dropped_of_an_fm_whose_layers_count_themselves(tmp_path: Path) -> None:
     directory = tiny.write_model("gpt2", tmp_path, scale_attn_by_inverse_layer_idx=True)
     fm = load_model(directory, "sequence-classification", tiny.LABELS, seed=0)
-    cut(fm, select(fm, ProxySection(neurons=K)))
+    cut(fm, select(fm, tiny.by_weights(neurons=K)))
     with pytest.raises(ModelError, match="scales a layer's attention by its number") as caught:
-        cut(fm, select(fm, ProxySection(keep="layers", layers=3)))
+        cut(fm, select(fm, tiny.by_weights(keep="layers", layers=3)))
     assert "proxy.keep: neurons" in caught.value.remedy
 
 
 def test_parameters_are_counted_without_the_head(make_fm: ModelFactory) -> None:
     fm = make_fm("bert")
-    proxy = cut(fm, select(fm, ProxySection(neurons=K)))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons=K)))
     counts = parameter_counts(fm)
     assert sum(counts.values()) == sum(p.numel() for p in fm.bert.parameters())
     assert sum(counts.values()) - counts["embeddings"] == sum(p.numel() for p in fm.bert.encoder.parameters())
@@ -240,7 +240,7 @@ def test_every_parameter_is_counted_in_its_part(model_type: str, make_fm: ModelF
             wanted[inside if name.startswith(layers_path(fm)) else "embeddings"] += parameter.numel()
     assert min(wanted.values()) > 0
     assert parameter_counts(fm) == wanted
-    whole = cut(fm, select(fm, ProxySection(neurons="all")))
+    whole = cut(fm, select(fm, tiny.by_weights(neurons="all")))
     adapters.attach(whole, AdapterSection(), seed=0)
     assert parameter_counts(whole) == wanted
 
@@ -255,12 +255,12 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", WHOLE.values(), ids=WHOLE)
 def test_proxy_that_is_the_whole_fm_is_known(settings: dict[str, Any], make_fm: ModelFactory) -> None:
-    assert select(make_fm("bert"), ProxySection(**settings)).whole
+    assert select(make_fm("bert"), tiny.by_weights(**settings)).whole
 
 
 @pytest.mark.parametrize("settings", [{"neurons": tiny.F - 1}, {"keep": "layers", "layers": tiny.L - 1}])
 def test_proxy_that_lacks_something_is_not_whole(settings: dict[str, Any], make_fm: ModelFactory) -> None:
-    assert not select(make_fm("bert"), ProxySection(**settings)).whole
+    assert not select(make_fm("bert"), tiny.by_weights(**settings)).whole
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -345,7 +345,7 @@ def test_bundle_says_nothing_of_where_the_fm_lies(model_type: str, fm_directory:
     place, task = fm_directory(model_type), tiny.task_of(model_type)
     fm = load_model(place, task, tiny.LABELS, seed=0)
     assert fm.config._name_or_path == str(place)  # there is something to hide
-    selection = select(fm, ProxySection(neurons=K))
+    selection = select(fm, tiny.by_weights(neurons=K))
     save_bundle(Proxy(cut(fm, selection), load_processor(place, task), task, tiny.LABELS, 12, (1, 2)), tmp_path)
     for name, file in contents(tmp_path).items():
         assert str(place).encode() not in file, name
@@ -413,7 +413,7 @@ def test_broken_bundle_is_refused_in_one_line_that_names_it(damage: str, make_fm
 
 
 def test_selection_comes_back(make_fm: ModelFactory, tmp_path: Path) -> None:
-    selection = select(make_fm("gpt2"), ProxySection(neurons=K))
+    selection = select(make_fm("gpt2"), tiny.by_weights(neurons=K))
     save_selection(selection, tmp_path / "selection.safetensors")
     loaded = load_selection(tmp_path / "selection.safetensors")
     assert loaded.layers == selection.layers
@@ -437,7 +437,7 @@ def test_selection_that_cannot_be_read_is_named(content: bytes | None, tmp_path:
 def patched(make_fm: ModelFactory) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
     """A proxy, an aligned copy of it, and the patch between them."""
     fm = make_fm("bert")
-    selection = select(fm, ProxySection(neurons=K))
+    selection = select(fm, tiny.by_weights(neurons=K))
     before, after = cut(fm, selection), cut(fm, selection)
     rows, norms = (
         torch.tensor([3, 20]),
@@ -513,7 +513,7 @@ def test_patch_that_does_not_fit_changes_nothing(misfit: str, make_fm: ModelFact
 
 def test_layer_outputs_agree_up_to_the_first_compressed_layer(make_fm: ModelFactory) -> None:
     fm, inputs = make_fm("gpt2"), tiny.batch("gpt2")
-    proxy = cut(fm, select(fm, ProxySection(neurons=K, keep_layers=(0, 1))))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons=K, keep_layers=(0, 1))))
     with torch.no_grad():
         for layer, (ours, theirs) in enumerate(
             zip(layer_outputs(proxy, range(4), inputs), layer_outputs(fm, range(4), inputs), strict=True)
@@ -533,4 +533,4 @@ def test_a_variant_whose_ffn_is_elsewhere_is_named() -> None:
     )
     model = transformers.Dinov2ForImageClassification(config)
     with pytest.raises(ModelError, match=r"dinov2 has no 'mlp\.fc1'"):
-        select(model, ProxySection())
+        select(model, tiny.by_weights())

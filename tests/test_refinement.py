@@ -8,7 +8,7 @@ import torch
 from conftest import ModelFactory
 from torch import Tensor, nn
 
-from fedpft.config import AdapterSection, PlugInSection, ProxySection
+from fedpft.config import AdapterSection, PlugInSection
 from fedpft.data.batches import EncodedDataset
 from fedpft.errors import ModelError
 from fedpft.model.adapters import attach, scale_lora, without_lora
@@ -32,7 +32,7 @@ def plugged_in(make_fm: ModelFactory, model_type: str, **settings: object) -> tu
         for name, parameter in fm.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(std=0.2)
-    return fm, cut(fm, select(fm, ProxySection(**(settings or {"neurons": K}))))
+    return fm, cut(fm, select(fm, tiny.by_weights(**(settings or {"neurons": K}))))
 
 
 def data(model_type: str, samples: int = 400, seed: int = 0) -> EncodedDataset:
@@ -136,7 +136,7 @@ def test_a_proxy_with_all_neurons_does_as_the_fm_does(model_type: str, make_fm: 
 def test_tuning_that_changed_nothing_asks_for_nothing(make_fm: ModelFactory) -> None:
     fm, _ = plugged_in(make_fm, "bert")
     scale_lora(fm, 0.0)
-    proxy = cut(fm, select(fm, ProxySection(neurons=K)))
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons=K)))
     before = tiny.snapshot(fm)
     assert scaled(fm, proxy, "bert") == [1.0] * tiny.L
     assert refined(fm, proxy, "bert", steps=2) == [0.0, 0.0]

@@ -27,7 +27,6 @@ from safetensors import SafetensorError
 from fedpft import audit
 from fedpft.config import (
     AdapterSection,
-    ProxySection,
     RoundSettings,
     ShareSection,
     SiloConfig,
@@ -559,7 +558,7 @@ TEXTS = [f"the {color} {thing} moves" for color in ("red", "green", "blue") for 
 def bundle(tmp_path_factory: pytest.TempPathFactory, _loaded: Callable[[str], torch.nn.Module]) -> Path:
     """A proxy with two compressed layers."""
     directory, fm = tmp_path_factory.mktemp("bundle"), _loaded("bert")
-    model = cut(fm, select(fm, ProxySection(neurons=8)))
+    model = cut(fm, select(fm, tiny.by_weights(neurons=8)))
     save_bundle(Proxy(model, tiny.processor("bert"), "sequence-classification", tiny.LABELS, 12, (1, 2)), directory)
     return directory
 
@@ -925,7 +924,7 @@ def test_an_image_that_changes_between_rounds_is_noticed(
     (tmp_path / "data.csv").write_text("image,label\na.png,sea\nb.png,sky\n")
     fm = make_fm("vit")
     proxy = Proxy(
-        cut(fm, select(fm, ProxySection())), tiny.processor("vit"), "image-classification", tiny.LABELS, 1, ()
+        cut(fm, select(fm, tiny.by_weights())), tiny.processor("vit"), "image-classification", tiny.LABELS, 1, ()
     )
     save_bundle(proxy, tmp_path / "bundle")
     adapters.attach(proxy.model, server.settings.adapter, seed=1)

@@ -10,7 +10,7 @@ from conftest import ModelFactory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft.config import AdapterSection, LimitsSection, ProxySection, RoundSettings, TrainingSection
+from fedpft.config import AdapterSection, LimitsSection, RoundSettings, TrainingSection
 from fedpft.data.batches import EncodedDataset, batches, round_window
 from fedpft.data.images import ImageDataset
 from fedpft.data.text import TextDataset
@@ -45,7 +45,7 @@ def proxy_for(
 ) -> tuple[nn.Module, Selection]:
     fm = make_fm(model_type)
     attach(fm, wanted.adapter, seed=wanted.seed)
-    selection = select(fm, ProxySection(neurons=neurons))
+    selection = select(fm, tiny.by_weights(neurons=neurons))
     return cut(fm, selection), selection
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpft import kernels
-from fedpft.config import AdapterSection, AlignmentSection, ProxySection
+from fedpft.config import AdapterSection, AlignmentSection
 from fedpft.errors import ModelError
 from fedpft.model.adapters import attach
 from fedpft.model.architectures import layer_outputs
@@ -67,7 +67,7 @@ def pair(make_fm: ModelFactory, model_type: str) -> tuple[nn.Module, nn.Module]:
     """A proxy and its FM, which carry an adapter."""
     fm = make_fm(model_type)
     attach(fm, AdapterSection(rank=2), seed=0)
-    return cut(fm, select(fm, ProxySection(neurons=K))), fm
+    return cut(fm, select(fm, tiny.by_weights(neurons=K))), fm
 
 
 def choose(

@@ -15,7 +15,7 @@ from bits import bits
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from fedpft.config import TaskName
+from fedpft.config import ProxySection, TaskName
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.images import ImageDataset
 from fedpft.data.text import TextDataset
@@ -290,6 +290,11 @@ def ffn_names(model_type: str, layer: int) -> set[str]:
     projections = [place[0] for place in (names.w_in, names.w_gate, names.w_out) if place is not None]
     kinds = ("weight", "bias") if names.biases else ("weight",)
     return {f"{prefix}{projection}.{kind}" for projection in projections for kind in kinds}
+
+
+def by_weights(**settings: Any) -> ProxySection:
+    """How a proxy is cut where it does not matter which neurons stay, and there is no public data to tell by."""
+    return ProxySection(**{"importance": "weights"} | settings)
 
 
 def parts(path: str, ffn: SubFFN | SubExperts) -> list[tuple[str, SubFFN]]:

@@ -18,6 +18,7 @@ MEANINGS = {
     **dict(task.baseline for task in TASKS.values() if task.baseline is not None),
     "zero_shot": "the FM as it was",
     "head_only": "no adapters: a head trained federated on the frozen proxy, plugged into the FM",
+    "proxy_zero_shot": "the proxy without tuning: what whoever has it has at once",
     "proxy": "the tuned proxy by itself",
     "logit_offset": "the FM as it was, the proxy's tuning added to its logits",
     "plugged_in_raw": "the product before it was refined on public data",
@@ -30,7 +31,16 @@ MEANINGS = {
     "local_only": "mean over silos of tuning alone on their own data, plugged in",
 }
 BASELINES = tuple({task.baseline[0] for task in TASKS.values() if task.baseline is not None})
-ALWAYS = (*BASELINES, "zero_shot", "head_only", "proxy", "logit_offset", "plugged_in_raw", "plugged_in")
+ALWAYS = (
+    *BASELINES,
+    "zero_shot",
+    "head_only",
+    "proxy_zero_shot",
+    "proxy",
+    "logit_offset",
+    "plugged_in_raw",
+    "plugged_in",
+)
 PARAMETERS = {
     "model": "the FM",
     "proxy": "the proxy: what the silos receive",

@@ -110,6 +110,10 @@ def measure_worth(config: ServerConfig, owner: Owner, built: Built, refined: Ref
     if owner.untrained is not None:
         with _carrying(owner.model, owner.untrained):
             measure("zero_shot", owner.model)
+    if not task.head:
+        log.info("evaluation: proxy_zero_shot")
+        with adapters.without_lora(built.proxy.model):
+            metrics["proxy_zero_shot"] = evaluate(task, built.proxy.model, test, section.batch)
     measure("proxy", built.proxy.model)
     if section.logit_offset and not task.head:
         log.info("evaluation: logit_offset")
