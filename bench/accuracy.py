@@ -23,14 +23,18 @@ from typing import Any
 
 from bench.paper import cells, worlds
 from bench.paper.cells import Cell, Record
+from bench.paper.shown import standing_alone
 from bench.paper.worlds import Files, World
+from fedpft import atomic
 from fedpft.command import run_command
 from fedpft.demo.run import Settings, merged
+from fedpft.report.figures import score_by_round
 from fedpft.tasks import TASKS, Metric
 
 log = logging.getLogger(__name__)
 
 GAP_SAMPLES = 16
+KEPT = "K, neurons kept in a layer"
 PRODUCT, FULL_MODEL, LAYER_DROP, PAPER = "fedpft", "full_model", "layer_drop", "paper"
 QUARTER = 4  # --quick: of the rows, in half the rounds
 
@@ -62,12 +66,14 @@ CHANGES: dict[str, dict[str, Settings]] = {
         "by gradient": {"alignment": {"update": "gradient"}},
         "public counts": {"alignment": {"counts": "public"}},
     },
+    "dials": {},
     "after": {
         "layer scales": {"plug_in": {"layer_scales": True}},
         "towards the change": {"plug_in": {"steps": 60, "towards": "change"}},
         "towards the proxy": {"plug_in": {"steps": 60, "towards": "proxy"}},
     },
 }
+DIALS = (1 / 16, 1 / 8, 1 / 2, 1)  # K as a share of F; the product's own K = D is between
 WORDS: dict[str, Settings] = {  # of language models alone
     "logits": {"distillation": {"logit_term": 1.0}},
     "logit offset": {"evaluation": {"logit_offset": True}},
@@ -79,9 +85,16 @@ def variants(world: World, groups: Sequence[str]) -> dict[str, Settings]:
     of_the_paper = cells.methods(world.layers)
     known = CHANGES["rivals"] | {FULL_MODEL: of_the_paper["FedPETuning"], LAYER_DROP: of_the_paper["FedOT"]}
     found = known | {name: change for group in groups for name, change in CHANGES[group].items() if name not in known}
+    if "dials" in groups:
+        found |= {f"K = F / {1 / share:g}": dial(world, share) for share in DIALS}
     if "distillation" in groups and not TASKS[world.settings["model"]["task"]].head:
         found |= WORDS
     return found
+
+
+def dial(world: World, share: float) -> Settings:
+    """With another K; layers that stay whole anyway do so as before."""
+    return {"proxy": {"neurons": round(share * world.ffn), "allow_whole": share == 1}}
 
 
 def table(world: World, groups: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
@@ -183,6 +196,25 @@ def markdown(found: Sequence[Cell], records: Mapping[str, Record]) -> str:
     return "\n".join(lines)
 
 
+def drawing(found: Sequence[Cell], records: Mapping[str, Record]) -> str:
+    """The dials of one world as an SVG file: plugged-in model and proxy over K; empty if only one has been run."""
+    world, metric = found[0].world, TASKS[found[0].settings["model"]["task"]].headline
+    dials = {f"K = F / {1 / share:g}": round(share * world.ffn) for share in DIALS}
+    values: dict[str, dict[str, list[float]]] = {}
+    for cell in found:
+        for row in ("proxy", "plugged_in") if cell.key in records else ():
+            reached = records[cell.key]["metrics"][row][metric.name]
+            values.setdefault(cell.method, {}).setdefault(row, []).append(reached)
+    means = {name: {row: statistics.fmean(each) for row, each in rows.items()} for name, rows in values.items()}
+    levels = {name: means[name]["plugged_in"] for name in (FULL_MODEL, LAYER_DROP) if name in means}
+    points = [{KEPT: dials[name], **rows} for name, rows in means.items() if name in dials]
+    if not points:
+        return ""
+    if PRODUCT in means:
+        points.append({KEPT: world.hidden, **means[PRODUCT]})
+    return standing_alone(score_by_round(sorted(points, key=lambda each: each[KEPT]), levels, metric, KEPT))
+
+
 def _before(rows: Mapping[str, Mapping[int, Record]], metric: Metric) -> str:
     """What there was before any tuning."""
     found: dict[str, list[float]] = {}
@@ -261,6 +293,8 @@ def run(arguments: argparse.Namespace) -> None:
                 records[cell.key] = record
                 cells.add_record(out / "accuracy.jsonl", record)
         print(f"\n{markdown(planned, records)}", flush=True)
+        if not arguments.show and (picture := drawing(planned, records)):
+            atomic.write_text(out / f"accuracy-dials-{world.model}-{world.task}.svg", picture)
 
 
 def parse(command_line: list[str] | None = None) -> argparse.Namespace:

@@ -24,7 +24,16 @@ SETTINGS = {
     "federation": {"sample_fraction": 0.5},
     "simulation": {"silos": 4, "partition": {"kind": "iid"}},
 }
-TINY = World("tiny", "bert", "animals", layers=3, settings=SETTINGS, origin={"model": {}, "data": {"train": 32}})
+TINY = World(
+    "tiny",
+    "bert",
+    "animals",
+    layers=3,
+    hidden=tiny.D,
+    ffn=tiny.F,
+    settings=SETTINGS,
+    origin={"model": {}, "data": {"train": 32}},
+)
 
 
 @pytest.fixture
@@ -68,6 +77,16 @@ def test_the_rivals_are_run_once_and_shown_side_by_side(data: Path, capsys: pyte
         assert name in table
     accuracy.run(asked(data))
     assert (data / "out" / "accuracy.jsonl").read_text(encoding="utf-8") == first
+
+
+def test_the_dials_are_drawn(data: Path) -> None:
+    accuracy.run(asked(data, "--change", "dials"))
+    records = cells.read_records(data / "out" / "accuracy.jsonl")
+    sent = {record["method"]: record["parameters"]["proxy_transformer"] for record in records.values()}
+    assert sent["K = F / 16"] < sent["K = F / 8"] < sent["fedpft"] <= sent["K = F / 2"] < sent["K = F / 1"]
+    svg = (data / "out" / "accuracy-dials-bert-animals.svg").read_text(encoding="utf-8")
+    assert "neurons kept" in svg
+    assert "plugged-in" in svg
 
 
 def test_one_row_of_one_seed_can_be_run_alone(data: Path) -> None:

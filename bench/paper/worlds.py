@@ -6,6 +6,7 @@ models:
     hub: NAME        or `package: NAME`, see sources.py; not looked at with --data
     separator: TEXT  stands between the two sentences of a task that has pairs
     layers: N        of a layer-drop proxy that has as many transformer parameters as the product's
+    hidden: D, ffn: F    sizes of a layer
 tasks:
   NAME:
     data: {...}      see sources.py; not looked at with --data
@@ -30,6 +31,7 @@ from fedpft.errors import ConfigError
 from fedpft.tasks import TASKS
 
 DIRECTORY = Path(__file__).parent
+SIZES = ("layers", "hidden", "ffn")  # of a model, which do not say which one it is
 PAPER_TEXT, PAPER_VISION, QUICK = "paper_text", "paper_vision", "quick"
 
 
@@ -50,6 +52,7 @@ class World:
 
     setting: the YAML file, without its ending.
     layers: of a layer-drop proxy of equal size.
+    hidden, ffn: D and F of the model's layers.
     origin: what sources.py makes model and data of.
     variations: table -> values of what the table varies.
     accuracy: what bench.accuracy changes in the settings.
@@ -59,6 +62,8 @@ class World:
     model: str
     task: str
     layers: int
+    hidden: int
+    ffn: int
     settings: Settings
     origin: Mapping[str, Mapping[str, Any]]
     variations: Mapping[str, list[Any]] = field(default_factory=dict)
@@ -117,8 +122,13 @@ def _worlds(path: Path) -> list[World]:
             model=model,
             task=task,
             layers=about["layers"],
+            hidden=about["hidden"],
+            ffn=about["ffn"],
             settings=merged(raw["settings"], given.get("settings", {})),
-            origin={"model": {key: value for key, value in about.items() if key != "layers"}, "data": given["data"]},
+            origin={
+                "model": {key: value for key, value in about.items() if key not in ("layers", "ffn")},
+                "data": given["data"],
+            },
             variations=raw.get("variations", {}),
             accuracy=raw.get("accuracy", {}),
         )

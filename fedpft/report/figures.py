@@ -66,10 +66,16 @@ SHADES = ((0.03, 0.12), (0.12, 0.28), (0.28, 0.48), (0.6, 0.72), (1.0, 1.0))
 LIGHT_TEXT_ABOVE = 0.28
 
 
-def score_by_round(rounds: Sequence[Mapping[str, Any]], reference: Mapping[str, float], metric: Metric) -> str:
-    """The headline of proxy and plugged-in model by round; `reference` are rows without rounds, drawn as levels."""
+def score_by_round(
+    rounds: Sequence[Mapping[str, Any]], reference: Mapping[str, float], metric: Metric, by: str = "round"
+) -> str:
+    """The headline of proxy and plugged-in model by round; `reference` are rows without rounds, drawn as levels.
+
+    Args:
+        by: another key of `rounds` that has whole numbers, and what is written below them.
+    """
     series = {
-        name: [(entry["round"], entry[name]) for entry in rounds if entry.get(name) is not None]
+        name: [(entry[by], entry[name]) for entry in rounds if entry.get(name) is not None]
         for name in ("proxy", "plugged_in")
     }
     if not any(series.values()):
@@ -82,7 +88,7 @@ def score_by_round(rounds: Sequence[Mapping[str, Any]], reference: Mapping[str, 
                 axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=label, clip_on=False)
         for (name, level), dashes in zip(reference.items(), ((5, 3), (1.5, 2.5), (8, 2)), strict=False):
             axes.axhline(level, color=MUTED, linewidth=1.1, dashes=dashes, label=name)
-        axes.set_xlabel("round")
+        axes.set_xlabel(by)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if metric.percent:
             axes.set_ylim(bottom=0)
@@ -93,7 +99,7 @@ def score_by_round(rounds: Sequence[Mapping[str, Any]], reference: Mapping[str, 
             for name, points in series.items()
             if points
         )
-        return _svg(figure, f"Line chart of test {metric.title} by round: {said}.")
+        return _svg(figure, f"Line chart of test {metric.title} by {by}: {said}.")
 
 
 def distillation_loss(stages: Sequence[Mapping[str, Any]]) -> str:
