@@ -59,7 +59,10 @@ CHANGES: dict[str, dict[str, Settings]] = {
         "each layer by itself": {"distillation": {"local": True}},
         "no alignment": {"alignment": {"every_rounds": 0}},
     },
-    "ffn": {"LoRA in the FFN": {"adapter": {"ffn": True}}},
+    "ffn": {  # at rank 4 fewer bytes than rank 8 has on attention alone, at rank 5 a few more
+        "LoRA in the FFN, R 4": {"adapter": {"ffn": True, "rank": 4, "alpha": 24.0}},
+        "LoRA in the FFN, R 5": {"adapter": {"ffn": True, "rank": 5, "alpha": 30.0}},
+    },
     "federation": {
         "least inactive": {"alignment": {"update": "active"}},
         "at random": {"alignment": {"update": "random"}},

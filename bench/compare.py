@@ -20,6 +20,7 @@ from fedpft.tasks import TASKS
 
 ORDER = (
     "zero_shot",
+    "proxy_zero_shot",
     "full_model",
     "plugged_in",
     "plugged_in_raw",
