@@ -35,12 +35,13 @@ log = logging.getLogger(__name__)
 
 GAP_SAMPLES = 16
 KEPT = "K, neurons kept in a layer"
-PRODUCT, FULL_MODEL, LAYER_DROP, PAPER = "fedpft", "full_model", "layer_drop", "paper"
+PRODUCT, FULL_MODEL, PAPER = "fedpft", "full_model", "paper"
+LAYER_DROPS = ("layer_drop", "layer_drop, not distilled")  # either may be the better one
 QUARTER = 4  # --quick: of the rows, in half the rounds
 
 # What each changes in the product's settings, which are a world's and beside them the defaults of server.yaml.
 CHANGES: dict[str, dict[str, Settings]] = {
-    "rivals": {PRODUCT: {}, FULL_MODEL: {}, LAYER_DROP: {}, PAPER: {"preset": "paper"}},
+    "rivals": {PRODUCT: {}, FULL_MODEL: {}, **dict.fromkeys(LAYER_DROPS, {}), PAPER: {"preset": "paper"}},
     "neurons": {
         "weights": {"proxy": {"importance": "weights"}},
         "variance": {"proxy": {"importance": "variance"}},
@@ -86,7 +87,8 @@ WORDS: dict[str, Settings] = {  # of language models alone
 def variants(world: World, groups: Sequence[str]) -> dict[str, Settings]:
     """Row -> settings, the rivals first: a table without them says little."""
     of_the_paper = cells.methods(world.layers)
-    known = CHANGES["rivals"] | {FULL_MODEL: of_the_paper["FedPETuning"], LAYER_DROP: of_the_paper["FedOT"]}
+    given = ("FedPETuning", "FedOT", "FedOT, not distilled")
+    known = CHANGES["rivals"] | dict(zip((FULL_MODEL, *LAYER_DROPS), map(of_the_paper.get, given), strict=True))
     found = known | {name: change for group in groups for name, change in CHANGES[group].items() if name not in known}
     if "dials" in groups:
         found |= {f"K = F / {1 / share:g}": dial(world, share) for share in DIALS}
@@ -209,7 +211,7 @@ def drawing(found: Sequence[Cell], records: Mapping[str, Record]) -> str:
             reached = records[cell.key]["metrics"][row][metric.name]
             values.setdefault(cell.method, {}).setdefault(row, []).append(reached)
     means = {name: {row: statistics.fmean(each) for row, each in rows.items()} for name, rows in values.items()}
-    levels = {name: means[name]["plugged_in"] for name in (FULL_MODEL, LAYER_DROP) if name in means}
+    levels = {name: means[name]["plugged_in"] for name in (FULL_MODEL, *LAYER_DROPS) if name in means}
     points = [{KEPT: dials[name], **rows} for name, rows in means.items() if name in dials]
     if not points:
         return ""
@@ -248,14 +250,15 @@ def _columns(own: Mapping[int, Record], rows: Mapping[str, Mapping[int, Record]]
 
 
 def way(own: Mapping[int, Record], rows: Mapping[str, Mapping[int, Record]], metric: Metric) -> str:
-    """How much of the way from the layer-drop proxy's product to the tuned full model, over the seeds that all have."""
-    ends = rows.get(LAYER_DROP, {}), rows.get(FULL_MODEL, {})
-    seeds = own.keys() & ends[0].keys() & ends[1].keys()
+    """How much of the way from the better layer-drop proxy's product to the tuned full model, over the seeds of all."""
+    sides = [side for name in (*LAYER_DROPS, FULL_MODEL) if (side := rows.get(name))]
+    seeds = own.keys() & set.intersection(*map(set, sides)) if FULL_MODEL in rows and len(sides) > 1 else set()
     if not seeds:
         return ""
-    start, end, reached = (
-        statistics.fmean(side[seed]["metrics"]["plugged_in"][metric.name] for seed in seeds) for side in (*ends, own)
+    *drops, end, reached = (
+        statistics.fmean(side[seed]["metrics"]["plugged_in"][metric.name] for seed in seeds) for side in (*sides, own)
     )
+    start = max(drops) if metric.more_is_better else min(drops)
     return f"{(reached - start) / (end - start):.0%}" if end != start else ""
 
 

@@ -63,7 +63,7 @@ def test_the_rivals_are_run_once_and_shown_side_by_side(data: Path, capsys: pyte
     table = capsys.readouterr().out
     first = (data / "out" / "accuracy.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in first.splitlines()]
-    assert [record["method"] for record in records] == ["fedpft", "full_model", "layer_drop", "paper"]
+    assert [record["method"] for record in records] == ["fedpft", "full_model", *accuracy.LAYER_DROPS, "paper"]
     for record in records:
         for row in ("proxy", "plugged_in"):
             outcomes = record["outcomes"][row]
@@ -150,9 +150,12 @@ def test_the_way_counts_from_layer_drop_to_the_full_model() -> None:
     def of(value: float) -> dict[int, Any]:
         return {0: {"metrics": {"plugged_in": {"loss": value}}}}
 
-    rows = {accuracy.LAYER_DROP: of(4.0), accuracy.FULL_MODEL: of(3.0), "x": of(3.25)}
+    rows = {accuracy.LAYER_DROPS[1]: of(4.0), accuracy.FULL_MODEL: of(3.0), "x": of(3.25)}
     assert accuracy.way(rows["x"], rows, LOSS) == "75%"
+    assert accuracy.way(rows["x"], rows | {accuracy.LAYER_DROPS[0]: of(5.0)}, LOSS) == "75%", "from the better one"
+    assert accuracy.way(rows["x"], rows | {accuracy.LAYER_DROPS[0]: of(3.5)}, LOSS) == "50%"
     assert accuracy.way(rows["x"], {}, LOSS) == ""
+    assert accuracy.way(rows["x"], {"x": rows["x"], accuracy.FULL_MODEL: of(3.0)}, LOSS) == ""
 
 
 def test_settings_that_a_world_has_are_kept() -> None:

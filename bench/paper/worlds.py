@@ -126,7 +126,7 @@ def _worlds(path: Path) -> list[World]:
             ffn=about["ffn"],
             settings=merged(raw["settings"], given.get("settings", {})),
             origin={
-                "model": {key: value for key, value in about.items() if key not in ("layers", "ffn")},
+                "model": {key: value for key, value in about.items() if key not in SIZES},
                 "data": given["data"],
             },
             variations=raw.get("variations", {}),
