@@ -41,7 +41,7 @@ QUARTER = 4  # --quick: of the rows, in half the rounds
 
 # What each changes in the product's settings, which are a world's and beside them the defaults of server.yaml.
 CHANGES: dict[str, dict[str, Settings]] = {
-    "rivals": {PRODUCT: {}, FULL_MODEL: {}, **dict.fromkeys(LAYER_DROPS, {}), PAPER: {"preset": "paper"}},
+    "rivals": {PRODUCT: {}, PAPER: {"preset": "paper"}},  # and what bench.paper compares with
     "neurons": {
         "weights": {"proxy": {"importance": "weights"}},
         "variance": {"proxy": {"importance": "variance"}},
@@ -87,8 +87,8 @@ WORDS: dict[str, Settings] = {  # of language models alone
 def variants(world: World, groups: Sequence[str]) -> dict[str, Settings]:
     """Row -> settings, the rivals first: a table without them says little."""
     of_the_paper = cells.methods(world.layers)
-    given = ("FedPETuning", "FedOT", "FedOT, not distilled")
-    known = CHANGES["rivals"] | dict(zip((FULL_MODEL, *LAYER_DROPS), map(of_the_paper.get, given), strict=True))
+    names = {FULL_MODEL: "FedPETuning", LAYER_DROPS[0]: "FedOT", LAYER_DROPS[1]: "FedOT, not distilled"}
+    known = CHANGES["rivals"] | {row: of_the_paper[name] for row, name in names.items()}
     found = known | {name: change for group in groups for name, change in CHANGES[group].items() if name not in known}
     if "dials" in groups:
         found |= {f"K = F / {1 / share:g}": dial(world, share) for share in DIALS}

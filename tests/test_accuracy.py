@@ -63,7 +63,7 @@ def test_the_rivals_are_run_once_and_shown_side_by_side(data: Path, capsys: pyte
     table = capsys.readouterr().out
     first = (data / "out" / "accuracy.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in first.splitlines()]
-    assert [record["method"] for record in records] == ["fedpft", "full_model", *accuracy.LAYER_DROPS, "paper"]
+    assert [record["method"] for record in records] == ["fedpft", "paper", "full_model", *accuracy.LAYER_DROPS]
     for record in records:
         for row in ("proxy", "plugged_in"):
             outcomes = record["outcomes"][row]
