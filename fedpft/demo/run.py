@@ -66,7 +66,7 @@ FULL = Scale(
     ),
     model=corpora.model_directory,
     settings={
-        "distillation": {"closed_form_samples": 256, "steps": 100, "learning_rate": 1.5e-3},
+        "distillation": {"closed_form_samples": 256, "steps": 60, "learning_rate": 1.5e-3},
         "alignment": {"every_rounds": 1, "steps": 15, "learning_rate": 5e-4},
         "training": {"rounds": 4, "local_epochs": 0.5, "batch": 16, "head_learning_rate": 0.02},
         "evaluation": {"samples_per_round": 300},
@@ -79,6 +79,7 @@ QUICK = Scale(
     ),
     model=corpora.model_directory,
     settings={
+        "proxy": {"importance_samples": 64},
         "distillation": {"closed_form_samples": 64, "steps": 8, "batch": 8},
         "alignment": {"every_rounds": 1, "steps": 3, "batch": 8},
         "training": {"rounds": 2, "batch": 16, "head_learning_rate": 0.02},
@@ -91,7 +92,8 @@ LM_FULL = Scale(
     prepare=partial(dialogues.prepare, rows=120, test_rows=100, public_rows=400),
     model=dialogues.model_directory,
     settings={
-        "distillation": {"closed_form_samples": 64, "steps": 16, "batch": 8, "weight_term": 0.0},
+        "proxy": {"importance_samples": 64},
+        "distillation": {"closed_form_samples": 128, "steps": 16, "batch": 8, "weight_term": 0.0},
         "alignment": {"every_rounds": 1, "steps": 4, "batch": 8},
         "training": {"rounds": 3, "local_epochs": 0.4, "batch": 8, "learning_rate": 2e-3},
         "evaluation": {"every_rounds": 0, "batch": 16, "gap_samples": 4, "written_samples": 16},
@@ -103,7 +105,8 @@ LM_QUICK = Scale(
     prepare=partial(dialogues.prepare, rows=8, test_rows=8, public_rows=16),
     model=dialogues.model_directory,
     settings={
-        "distillation": {"closed_form_samples": 8, "steps": 2, "batch": 4, "weight_term": 0.0},
+        "proxy": {"importance_samples": 16},
+        "distillation": {"closed_form_samples": 16, "steps": 2, "batch": 4, "weight_term": 0.0},
         "alignment": {"every_rounds": 1, "steps": 1, "batch": 4},
         "training": {"rounds": 2, "batch": 4},
         "evaluation": {"every_rounds": 0, "batch": 8, "gap_samples": 0, "written_samples": 2},

@@ -168,6 +168,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
     (directory / "record.json").unlink(missing_ok=True)
     record = Record(model=owner.contents["model.path"])
     with record.timed("construction"):
+        log.info("proxy.importance: %s: choosing neurons", config.proxy.importance)
         selection = select(owner.model, config.proxy, owner.public, seed=config.seed)
         check_holdings(selection, config.proxy)
         model = cut(owner.model, selection)
