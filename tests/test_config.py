@@ -100,6 +100,32 @@ TYPOS = [
 ]
 
 
+def test_a_preset_stands_behind_the_keys_that_are_given(tmp_path: Path) -> None:
+    plain = load_server_config(written(tmp_path, SERVER))
+    paper = load_server_config(written(tmp_path, changed(SERVER, {"preset": "paper", "training.rounds": 3})))
+    assert (plain.proxy.importance, plain.distillation.closed_form_ridge) == ("leverage", "held_out")
+    assert (paper.proxy.importance, paper.distillation.closed_form_ridge) == ("weights", 1e-3)
+    assert (paper.training.logit_adjustment, paper.aggregation.weights) == ("none", "samples")
+    assert paper.training.rounds == 3
+    changes = {"preset": "paper", "proxy.importance": "variance"}
+    assert load_server_config(written(tmp_path, changed(SERVER, changes))).proxy.importance == "variance"
+    assert load_server_config(written(tmp_path, {**dump(paper)})) == paper
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"preset": "papers"}, "preset"),
+        ({"preset": ["paper"]}, "preset"),
+        ({"preset": {"paper": 1}}, "preset"),
+        ({"preset": "paper", "training": 3}, "training"),
+        ({"preset": "paper", "proxy": {"importance": "weight"}}, "proxy.importance"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    assert text in fault(tmp_path, {**SERVER, **changes})
+
+
 @pytest.mark.parametrize(("key", "value", "text"), TYPOS)
 def test_an_unknown_key_is_named_with_what_was_meant(tmp_path: Path, key: str, value: Any, text: str) -> None:
     assert text in fault(tmp_path, changed(SERVER, {key: value}))
