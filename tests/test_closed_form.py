@@ -269,9 +269,18 @@ def test_held_out_ridge_is_large_where_tokens_are_few_and_small_where_they_are_m
     assert taken_ridge(make_fm, samples=300, batch=30) <= 1e-2
 
 
-def test_a_ridge_cannot_be_held_out_of_one_batch(make_fm: ModelFactory) -> None:
+def test_a_ridge_cannot_be_held_out_of_one_sample(make_fm: ModelFactory) -> None:
     proxy, fm, selection = pair(make_fm, "bert")
     with pytest.raises(DataError, match="closed_form_ridge: held_out"):
         fit_output_projections(
-            proxy, fm, selection.matched, tiny.dataset("bert", 8), samples=8, batch=8, seed=0, ridge="held_out"
+            proxy, fm, selection.matched, tiny.dataset("bert", 1), samples=8, batch=8, seed=0, ridge="held_out"
         )
+
+
+def test_few_samples_are_held_out_in_smaller_batches(make_fm: ModelFactory) -> None:
+    proxy, fm, selection = pair(make_fm, "bert")
+    before = tiny.snapshot(proxy)
+    fit_output_projections(
+        proxy, fm, selection.matched, tiny.dataset("bert", 8), samples=8, batch=8, seed=0, ridge="held_out"
+    )
+    assert tiny.changed(before, proxy.state_dict())

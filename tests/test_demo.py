@@ -39,7 +39,7 @@ def test_the_demo_prints_a_table_and_writes_what_it_promises(finished: tuple[Pat
     out, printed = finished
     summary = summary_of(out)
     assert summary.keys() == {
-        "metrics", "parameters", "data", "holdings", "task", "written", "costs",
+        "metrics", "gain", "parameters", "data", "holdings", "task", "written", "costs",
         "bytes", "seconds", "rounds", "versions", "seed", "config",
     }  # fmt: skip
     assert summary["metrics"].keys() == {"majority", "head_only", "proxy", "plugged_in"}
@@ -79,12 +79,13 @@ def test_evaluate_alignment_measures_every_compressed_layer_at_every_stage(finis
     config = finished[0] / "rows" / "plugged_in" / "server.yaml"
     ran = fedpft("evaluate", "--alignment", "--config", config)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    rows = [line.rsplit(maxsplit=3) for line in ran.stdout.splitlines()[1:]]
+    assert "with labels" in ran.stdout.splitlines()[0]
+    rows = [line.rsplit(maxsplit=4) for line in ran.stdout.splitlines()[1:]]
     stages = {row[0].strip() for row in rows}
     assert stages == {"cut", "distilled", "round 1, before", "round 1, after"}
     error = {(row[0].strip(), int(row[1])): float(row[2]) for row in rows}
     assert all(error["distilled", layer] < error["cut", layer] for layer in (1, 2, 3, 4))
-    assert all(-1.0 <= float(row[3]) <= 1.0 for row in rows)
+    assert all(-1.0 <= float(cosine) <= 1.0 for row in rows for cosine in row[3:])
 
 
 def test_plug_in_writes_the_same_model_again(finished: tuple[Path, str], tmp_path: Path) -> None:

@@ -741,7 +741,7 @@ def test_stopped_in_a_round_and_started_again(inputs: Path, tmp_path: Path, refe
 
         server.start()  # once more: the run is over, and nothing happens to it
         assert server.await_end() == 0
-        assert server.stdout.splitlines()[-6:] == server.stdout.splitlines()[-12:-6]
+        assert server.stdout.splitlines()[-8:] == server.stdout.splitlines()[-16:-8]
         check(running, reference, ["kill"] * 4)
 
 

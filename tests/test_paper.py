@@ -432,3 +432,17 @@ def test_runs_that_make_one_directory_end_with_a_whole_one(tmp_path: Path) -> No
     sources._whole(tmp_path / "data", make)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert (tmp_path / "data" / "rows").read_text(encoding="utf-8") == "whole"
+
+
+def test_a_preset_is_part_of_what_a_proxy_is_known_by(
+    data: Callable[[str, str], Path], stand_ins: None, tmp_path: Path
+) -> None:
+    here = small(world("minilm", "domains"))
+    files = here.files(tmp_path / "work", tmp_path, data("minilm", "domains"))
+    (cell,) = (cell for cell in cells.cells("ablation", here, [0]) if cell.method == "FedPFT")
+    plain = replace(cell, settings={**cell.settings, "preset": None})
+    found = {
+        cells._proxy(each, cells._config(each, files, tmp_path / "out", "cpu", 1), tmp_path / "work")
+        for each in (cell, plain)
+    }
+    assert len(found) == 2

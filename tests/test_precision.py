@@ -106,7 +106,7 @@ def travel(model_type: str, directory: Path, root: Path, dtype: Dtype, device: s
         fm,
         selection.matched,
         tiny.dataset(model_type, 32, labelled=False, seed=1),
-        DistillationSection(closed_form_samples=16, steps=6, batch=8, learning_rate=6e-4),
+        DistillationSection(closed_form_samples=16, closed_form_ridge=1e-3, steps=6, batch=8, learning_rate=6e-4),
         seed=0,
         progress=lambda _step, _loss: None,
     )

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from bench.measure import commit, machine, peak_resident_bytes, reset_peak
 from bench.paper.worlds import Files, World, digest
 from fedpft import atomic
-from fedpft.config import SimulationConfig
+from fedpft.config import SimulationConfig, dump
 from fedpft.demo.run import NO_DISTILLATION, Settings, merged, rows
 from fedpft.digests import Digests
 from fedpft.errors import ConfigError
@@ -238,8 +238,9 @@ def _config(cell: Cell, files: Files, out: Path, device: str, threads: int | Non
 
 def _proxy(cell: Cell, config: SimulationConfig, work: Path) -> Path:
     """What is distilled alike before the federation is distilled once; a run comes to the same bits either way."""
-    parts = ("model", "proxy", "distillation", "adapter", "evaluation", "seed")
-    known = [cell.world.model, cell.world.task, cell.world.origin, {part: cell.settings.get(part) for part in parts}]
+    given = [cell.world.model, cell.world.task, cell.world.origin, cell.settings["model"], cell.seed]
+    parts = (config.proxy, config.distillation, config.adapter, config.evaluation)  # with what a preset says of them
+    known = [*given, *(dump(part) for part in parts)]
     directory = work / "proxies" / digest(known)[:16]
     if not (directory / "record.json").exists():
         build_proxy(config, load_owner(config, Digests()), directory)
