@@ -69,7 +69,7 @@ FULL = Scale(
         "distillation": {"closed_form_samples": 256, "steps": 60, "learning_rate": 1.5e-3},
         "alignment": {"every_rounds": 1, "steps": 15, "learning_rate": 5e-4},
         "training": {"rounds": 4, "local_epochs": 0.5, "batch": 16, "head_learning_rate": 0.02},
-        "evaluation": {"samples_per_round": 300},
+        "evaluation": {"samples_per_round": 300, "gap_samples": 8},
         "model": {"max_tokens": 40},
     },
 )
