@@ -93,7 +93,7 @@ LM_FULL = Scale(
     model=dialogues.model_directory,
     settings={
         "proxy": {"importance_samples": 64},
-        "distillation": {"closed_form_samples": 128, "steps": 16, "batch": 8, "weight_term": 0.0},
+        "distillation": {"closed_form_samples": 64, "steps": 16, "batch": 8, "weight_term": 0.0},
         "alignment": {"every_rounds": 1, "steps": 4, "batch": 8},
         "training": {"rounds": 3, "local_epochs": 0.4, "batch": 8, "learning_rate": 2e-3},
         "evaluation": {"every_rounds": 0, "batch": 16, "gap_samples": 4, "written_samples": 16},
