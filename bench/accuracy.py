@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper import cells, worlds
+from bench.paper.__main__ import add_options
 from bench.paper.cells import Cell, Record
-from bench.paper.shown import standing_alone
+from bench.paper.shown import line, spread, standing_alone
 from bench.paper.worlds import Files, World
 from fedpft import atomic
 from fedpft.command import run_command
@@ -77,7 +78,7 @@ CHANGES: dict[str, dict[str, Settings]] = {
         "towards the proxy": {"plug_in": {"steps": 60, "towards": "proxy"}},
     },
 }
-DIALS = (1 / 16, 1 / 8, 1 / 2, 1)  # K as a share of F; the product's own K = D is between
+DIALS = {f"K = F / {part}": 1 / part for part in (16, 8, 2, 1)}  # K as a share of F; the product's K = D is between
 WORDS: dict[str, Settings] = {  # of language models alone
     "logits": {"distillation": {"logit_term": 1.0}},
     "logit offset": {"evaluation": {"logit_offset": True}},
@@ -91,7 +92,7 @@ def variants(world: World, groups: Sequence[str]) -> dict[str, Settings]:
     known = CHANGES["rivals"] | {row: of_the_paper[name] for row, name in names.items()}
     found = known | {name: change for group in groups for name, change in CHANGES[group].items() if name not in known}
     if "dials" in groups:
-        found |= {f"K = F / {1 / share:g}": dial(world, share) for share in DIALS}
+        found |= {name: dial(world, share) for name, share in DIALS.items()}
     if "distillation" in groups and not TASKS[world.settings["model"]["task"]].head:
         found |= WORDS
     return found
@@ -195,16 +196,16 @@ def markdown(found: Sequence[Cell], records: Mapping[str, Record]) -> str:
         "row", "plugged_in", "proxy", "plugged_in - proxy", f"against {PRODUCT}", "of the way", "hidden error",
         "gradient cosine", "with labels", "distillation, s", "in all, s", "seeds",
     ]  # fmt: skip
-    lines = [f"{world.model}, {world.task}{_before(rows, metric)}", "", _line(head), _line(["---"] * len(head))]
+    lines = [f"{world.model}, {world.task}{_before(rows, metric)}", "", line(head), line(["---"] * len(head))]
     for name, of_seed in rows.items():
-        lines.append(_line([name, *_columns(of_seed, rows, metric), " ".join(map(str, sorted(of_seed)))]))
+        lines.append(line([name, *_columns(of_seed, rows, metric), " ".join(map(str, sorted(of_seed)))]))
     return "\n".join(lines)
 
 
 def drawing(found: Sequence[Cell], records: Mapping[str, Record]) -> str:
     """The dials of one world as an SVG file: plugged-in model and proxy over K; empty if only one has been run."""
     world, metric = found[0].world, TASKS[found[0].settings["model"]["task"]].headline
-    dials = {f"K = F / {1 / share:g}": round(share * world.ffn) for share in DIALS}
+    dials = {name: round(share * world.ffn) for name, share in DIALS.items()}
     values: dict[str, dict[str, list[float]]] = {}
     for cell in found:
         for row in ("proxy", "plugged_in") if cell.key in records else ():
@@ -227,7 +228,7 @@ def _before(rows: Mapping[str, Mapping[int, Record]], metric: Metric) -> str:
         for name in ("majority", "zero_shot", "proxy_zero_shot"):
             if name in record["metrics"]:
                 found.setdefault(name, []).append(record["metrics"][name][metric.name])
-    return "".join(f"; {name} {_spread(values, metric)}" for name, values in found.items())
+    return "".join(f"; {name} {spread(values, metric)}" for name, values in found.items())
 
 
 def _columns(own: Mapping[int, Record], rows: Mapping[str, Mapping[int, Record]], metric: Metric) -> list[str]:
@@ -238,8 +239,8 @@ def _columns(own: Mapping[int, Record], rows: Mapping[str, Mapping[int, Record]]
     stages = [record["gaps"] for record in records]
     seconds = [record["seconds"] for record in records]
     return [
-        _spread([record["metrics"]["plugged_in"][metric.name] for record in records], metric),
-        _spread([record["metrics"]["proxy"][metric.name] for record in records], metric),
+        spread([record["metrics"]["plugged_in"][metric.name] for record in records], metric),
+        spread([record["metrics"]["proxy"][metric.name] for record in records], metric),
         gain.shown(metric),
         compared(*against, ("plugged_in", "plugged_in"), metric).shown(metric) if shared and own is not product else "",
         way(own, rows, metric),
@@ -269,16 +270,6 @@ def _last(stages: Sequence[Sequence[Mapping[str, Any]]], name: str) -> str:
     ]
     means = [statistics.fmean(each[-1]) for each in found if each]
     return f"{statistics.fmean(means):.3f}" if means else ""
-
-
-def _spread(values: Sequence[float], metric: Metric) -> str:
-    scale, digits = (100, 1) if metric.percent else (1, 3)
-    mean = f"{scale * statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def _line(values: Sequence[str]) -> str:
-    return f"| {' | '.join(values)} |"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -311,15 +302,8 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True)
     add("--task", required=True)
     add("--row", help="run only this one")
-    add("--seeds", type=int, default=1, help="how many; default: %(default)s")
-    add("--data", type=Path, help="your own directory of models and data (docs/paper.md)")
-    add("--packages", type=Path, help="where pip put packages with models and data; default: WORK/packages")
-    add("--device", default="cpu", help="default: %(default)s")
-    add("--threads", type=int, help="CPU threads; default: all cores, but one for a silo")
     add("--quick", action="store_true", help="a quarter of the rows, half the rounds")
-    add("--show", action="store_true", help="run nothing, print what there is")
-    add("--out", type=Path, help="directory of the results; default: bench/results, with --quick WORK/quick")
-    add("--work", type=Path, default=Path("paper-out"), help="default: %(default)s")
+    add_options(parser)
     return parser.parse_args(command_line)
 
 

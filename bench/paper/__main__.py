@@ -54,16 +54,22 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     add("--model", help="default: those of the paper")
     add("--task", help="default: all")
     add("--method", choices=cells.methods(2), help="run only this one")
+    add("--quick", action="store_true", help="minutes: whether it works here")
+    add_options(parser)
+    return parser.parse_args(command_line)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Where models and data come from, how cells run, and where results go."""
+    add = parser.add_argument
     add("--seeds", type=int, default=1, help="how many; default: %(default)s")
     add("--data", type=Path, help="your own directory of models and data (docs/paper.md)")
     add("--packages", type=Path, help="where pip put packages with models and data; default: WORK/packages")
     add("--device", default="cpu", help="default: %(default)s")
     add("--threads", type=int, help="CPU threads; default: all cores, but one for a silo")
-    add("--quick", action="store_true", help="minutes: whether it works here")
     add("--show", action="store_true", help="run nothing, print what there is")
     add("--out", type=Path, help="directory of the results; default: bench/results, with --quick WORK/quick")
     add("--work", type=Path, default=Path("paper-out"), help="default: %(default)s")
-    return parser.parse_args(command_line)
 
 
 def main() -> int:

@@ -68,12 +68,12 @@ def markdown(table: str, cells: Sequence[Cell], records: Mapping[str, Record]) -
     task = TASKS[world.settings["model"]["task"]]
     columns = show(table, task)
     head = ["method", *([section.varied] if section.varied else []), *columns, "seeds"]
-    lines = [f"{world.model}, {world.task}", "", _line(head), _line(["---"] * len(head))]
+    lines = [f"{world.model}, {world.task}", "", line(head), line(["---"] * len(head))]
     for (method, variation), group in groups.items():
         found = [records[cell.key] for cell in group if cell.key in records]
         values = [column(group[0], found) if found else "-" for column in columns.values()]
         seeds = " ".join(str(cell.seed) for cell in group if cell.key in records) or "-"
-        lines.append(_line([method, *([variation] if section.varied else []), *values, seeds]))
+        lines.append(line([method, *([variation] if section.varied else []), *values, seeds]))
     return "\n".join(lines)
 
 
@@ -115,18 +115,18 @@ def _measures(table: str, task: Task) -> dict[str, Column]:
 
     def zero_shot(_: Cell, found: Sequence[Record]) -> str:
         values = [record["metrics"]["zero_shot"][metric.name] for record in found if "zero_shot" in record["metrics"]]
-        return _spread(values, metric) if values else "-"
+        return spread(values, metric) if values else "-"
 
     def mean(name: str, unit: float) -> Column:
         return lambda _, found: f"{statistics.fmean(record[name] for record in found) / unit:,.1f}"
 
     return {
-        metric.title + (", %" if metric.percent else ""): lambda _, found: _spread(
+        metric.title + (", %" if metric.percent else ""): lambda _, found: spread(
             [_headline(record, metric) for record in found], metric
         ),
         "s.e.": lambda _, found: _shown(statistics.fmean(standard_error(record, metric) for record in found), metric),
         "paper": paper,
-        "plugged in - proxy": lambda _, found: _spread([gain(record) for record in found], metric),
+        "plugged in - proxy": lambda _, found: spread([gain(record) for record in found], metric),
         "zero-shot": zero_shot,
         "sent, M parameters": lambda _, found: f"{found[0]['parameters']['proxy_transformer'] / 1e6:.1f}",
         "adapter, MB": mean("adapter_bytes", 1e6),
@@ -176,10 +176,12 @@ def _shown(value: float, metric: Metric) -> str:
     return f"{100 * value:.1f}" if metric.percent else f"{value:.3f}"
 
 
-def _spread(values: Sequence[float], metric: Metric) -> str:
+def spread(values: Sequence[float], metric: Metric) -> str:
+    """The mean, and the standard deviation if there are several; in percent, if the metric is a share."""
     mean = _shown(statistics.fmean(values), metric)
     return f"{mean} ± {_shown(statistics.stdev(values), metric)}" if len(values) > 1 else mean
 
 
-def _line(values: Sequence[str]) -> str:
+def line(values: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(values)} |"
