@@ -3,21 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <iterator>
-#include <sstream>
-#include <string>
-#include <vector>
-
 #include "cpu/capability.h"
-
-namespace {
-
-[[maybe_unused]] std::vector<std::string> words(const std::string& text) {
-  std::istringstream stream(text);
-  return {std::istream_iterator<std::string>(stream), {}};
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_C, module) {
   fedpft::vector_kernels();  // a wrong FEDPFT_CPU_CAPABILITY must fail here, not in the first operator
@@ -27,8 +13,8 @@ PYBIND11_MODULE(_C, module) {
 #ifdef FEDPFT_NVCC
     info["cuda"] = true;
     info["nvcc"] = FEDPFT_NVCC;
-    info["cuda_architectures"] = words(FEDPFT_CUDA_ARCHITECTURES);
-    info["cutlass"] = words(FEDPFT_CUTLASS);
+    info["cuda_architectures"] = pybind11::str(FEDPFT_CUDA_ARCHITECTURES).attr("split")();
+    info["cutlass"] = pybind11::str(FEDPFT_CUTLASS).attr("split")();
 #endif
     info["capabilities"] = fedpft::compiled_capabilities();
     info["capability"] = fedpft::vector_kernels().name;

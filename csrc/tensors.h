@@ -3,11 +3,22 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "types.h"
 
 namespace fedpft {
+
+// Raises a Python error. Not by torch's own macro, which writes the text to a stream: a compiler that links libstdc++
+// into the library brings a second set of locale facets, and a stream then crashes on those of the other set.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::string text;
+  (text.append(std::string_view(parts)), ...);
+  throw std::runtime_error(text);
+}
 
 inline Element element_of(const torch::stable::Tensor& tensor, const char* what) {
   using torch::headeronly::ScalarType;
@@ -21,7 +32,7 @@ inline Element element_of(const torch::stable::Tensor& tensor, const char* what)
     case ScalarType::BFloat16:
       return Element::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, what, ": unsupported dtype");
+      fail(what, ": unsupported dtype");
   }
 }
 
@@ -31,7 +42,7 @@ inline Activation activation_of(const std::string& activation, const char* what)
   if (activation == "gelu_tanh") return Activation::kGeluTanh;
   if (activation == "silu") return Activation::kSilu;
   if (activation == "quick_gelu") return Activation::kQuickGelu;
-  STD_TORCH_CHECK(false, what, ": unknown activation ", activation);
+  fail(what, ": unknown activation ", activation);
 }
 
 }  // namespace fedpft

@@ -30,6 +30,7 @@ from fedpft.model.adapters import (
     merge,
     plug_in,
     save_peft,
+    without_lora,
 )
 from fedpft.model.architectures import ARCHITECTURES
 from fedpft.model.loading import load_model, save_model
@@ -92,8 +93,8 @@ def test_it_is_on_every_projection_of_the_fm_and_leaves_that_on_attention_as_it_
 def test_on_a_proxy_it_is_drawn_from_the_seed_and_nothing_else(model_type: str, make_fm: ModelFactory) -> None:
     drawn, random = [], []
     for number, seed in enumerate((0, 0, 1)):
-        torch.manual_seed(number)
         proxy = cut(make_fm(model_type), select(make_fm(model_type), tiny.by_weights(neurons=K)))
+        torch.manual_seed(number)  # only now: making an FM may draw
         attach(proxy, SETTINGS, seed=seed)
         drawn.append(extract(proxy))
         random.append(torch.rand(3))
@@ -116,6 +117,20 @@ def test_untrained_it_changes_no_bit_of_any_answer(model_type: str, make_fm: Mod
         wanted = tiny.logits(model, inputs)
         attach(model, SETTINGS, seed=0)
         assert tiny.same_bits(tiny.logits(model, inputs), wanted)
+
+
+@every_dense
+def test_without_lora_both_answer_as_if_they_had_none(model_type: str, make_fm: ModelFactory) -> None:
+    fm, inputs = make_fm(model_type), tiny.batch(model_type)
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons=K)))
+    for model in (fm, proxy):
+        wanted = tiny.logits(model, inputs)
+        attach(model, SETTINGS, seed=0)
+        load(model, {name: t if ".lora_" in name else extract(model)[name] for name, t in tuned(model).items()})
+        assert not tiny.same_bits(tiny.logits(model, inputs), wanted)
+        with without_lora(model):
+            assert tiny.same_bits(tiny.logits(model, inputs), wanted)
+        assert not tiny.same_bits(tiny.logits(model, inputs), wanted)
 
 
 @every_dense

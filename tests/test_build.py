@@ -73,6 +73,17 @@ def test_build_info_says_what_was_built() -> None:
     assert info["torch_target"] == "2.11"
 
 
+@needs_source
+def test_no_native_source_writes_to_a_stream() -> None:
+    # Where the compiler links libstdc++ into the library, a stream crashes on locale facets of another libstdc++.
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    found = {
+        path.name: re.findall(r"STD_TORCH_CHECK|<\w*(?:stream|iomanip|locale)>", path.read_text()) for path in sources
+    }
+    assert len(found) > 30
+    assert {name: uses for name, uses in found.items() if uses} == {}
+
+
 def test_without_the_library_there_is_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

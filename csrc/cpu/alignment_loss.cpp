@@ -36,7 +36,7 @@ struct Pair {
   int64_t N, D, bytes, rows_per_block;
 
   Pair(const Tensor& s, const Tensor& t) : element(fedpft::element_of(s, "student")) {
-    STD_TORCH_CHECK(s.dim() == 2, "student must have two dimensions");
+    if (s.dim() != 2) fedpft::fail("student must have two dimensions");
     N = s.size(0), D = s.size(1), bytes = static_cast<int64_t>(s.element_size());
     fedpft::check(t, "teacher", s.scalar_type(), {N, D});
     student = fedpft::packed_rows(s), teacher = fedpft::packed_rows(t);

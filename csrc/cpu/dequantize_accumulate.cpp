@@ -22,8 +22,8 @@ using torch::stable::Tensor;
 constexpr int64_t kValuesPerTask = 1 << 15;
 
 void dequantize_accumulate_cpu(Tensor total, Tensor q, Tensor scales, double weight, int64_t block) {
-  STD_TORCH_CHECK(total.dim() == 1, "total must have one dimension");
-  STD_TORCH_CHECK(block > 0, "block must be positive");
+  if (total.dim() != 1) fedpft::fail("total must have one dimension");
+  if (block <= 0) fedpft::fail("block must be positive");
   const int64_t n = total.size(0), blocks = n / block + (n % block != 0);
   fedpft::check(total, "total", ScalarType::Float, {n});
   fedpft::check(q, "q", ScalarType::Char, {n});

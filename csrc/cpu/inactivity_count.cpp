@@ -55,7 +55,7 @@ void count(
 
 Tensor inactivity_count_cpu(Tensor z, std::optional<Tensor> mask, std::string activation, double eps) {
   const Element element = fedpft::element_of(z, "z");
-  STD_TORCH_CHECK(z.dim() == 2, "z must have two dimensions");
+  if (z.dim() != 2) fedpft::fail("z must have two dimensions");
   const Activation act = fedpft::activation_of(activation, "inactivity_count");
   const Mask counted(mask, z.size(0));
   const Tensor rows = fedpft::packed_rows(z), counts = torch::stable::new_zeros(z, {z.size(1)}, ScalarType::Long);

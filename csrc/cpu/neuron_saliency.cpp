@@ -32,9 +32,9 @@ struct Neurons {
 };
 
 Neurons by_neuron(const Tensor& weight, int64_t neuron_dim, int64_t neurons, ScalarType type) {
-  STD_TORCH_CHECK(
-      weight.dim() == 2 && weight.size(neuron_dim) == neurons && weight.scalar_type() == type,
-      "neuron_saliency: a weight differs in its neurons or dtype from w_in[0]");
+  if (weight.dim() != 2 || weight.size(neuron_dim) != neurons || weight.scalar_type() != type) {
+    fedpft::fail("neuron_saliency: a weight differs in its neurons or dtype from w_in[0]");
+  }
   return {
       static_cast<const char*>(weight.const_data_ptr()), weight.size(1 - neuron_dim), weight.stride(neuron_dim),
       weight.stride(1 - neuron_dim)};

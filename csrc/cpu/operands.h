@@ -16,7 +16,7 @@ inline void check(
     std::vector<int64_t> shape) {
   bool fits = tensor.scalar_type() == type && tensor.dim() == static_cast<int64_t>(shape.size());
   for (size_t d = 0; fits && d < shape.size(); ++d) fits = tensor.size(d) == shape[d];
-  STD_TORCH_CHECK(fits, name, " has a wrong shape or dtype");
+  if (!fits) fail(name, " has a wrong shape or dtype");
 }
 
 // The tensor itself where its values are contiguous, else a copy.

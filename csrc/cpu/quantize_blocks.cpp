@@ -25,8 +25,8 @@ constexpr int64_t kValuesPerTask = 1 << 15;
 
 std::tuple<Tensor, Tensor> quantize_blocks_cpu(Tensor x, int64_t block) {
   const fedpft::Element element = fedpft::element_of(x, "x");
-  STD_TORCH_CHECK(x.dim() == 1, "x must have one dimension");
-  STD_TORCH_CHECK(block > 0, "block must be positive");
+  if (x.dim() != 1) fedpft::fail("x must have one dimension");
+  if (block <= 0) fedpft::fail("block must be positive");
   const int64_t n = x.size(0), blocks = n / block + (n % block != 0), bytes = static_cast<int64_t>(x.element_size());
   const Tensor values = fedpft::packed(x);
   Tensor q = torch::stable::new_empty(x, {n}, ScalarType::Char);

@@ -29,9 +29,11 @@ Optional packed_neurons(const Optional& neurons, int64_t rows) {
   const Tensor whole = packed(*neurons);
   for (int64_t j = 0; j < whole.numel(); ++j) {
     const int64_t row = data<int64_t>(whole)[j];
-    STD_TORCH_CHECK(
-        row >= 0 && row < rows, "neurons: has ", row, " at position ", j, ", but the weights have rows 0 to ",
-        rows - 1);
+    if (row < 0 || row >= rows) {
+      fail(
+          "neurons: has ", std::to_string(row), " at position ", std::to_string(j), ", but the weights have rows 0 to ",
+          std::to_string(rows - 1));
+    }
   }
   return whole;
 }
@@ -174,7 +176,7 @@ Tensor sub_ffn_backward_cpu(
     Tensor grad_y, Tensor saved, Tensor w_in, Optional w_gate, Tensor w_out, Optional neurons, std::string activation,
     bool compact) {
   const ScalarType type = grad_y.scalar_type();
-  STD_TORCH_CHECK(grad_y.dim() == 2 && w_in.dim() == 2, "sub_ffn_backward: grad_y and w_in must have two dimensions");
+  if (grad_y.dim() != 2 || w_in.dim() != 2) fail("sub_ffn_backward: grad_y and w_in must have two dimensions");
   const int64_t N = grad_y.size(0), D = grad_y.size(1), F = w_in.size(0);
   const Optional chosen = packed_neurons(neurons, F);
   check(saved, "saved", compact ? ScalarType::BFloat16 : type, {w_gate ? 2 : 1, N, chosen ? chosen->size(0) : F});
@@ -191,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> sub_ffn_cpu(
     Tensor x, Tensor w_in, Optional b_in, Optional w_gate, Optional b_gate, Tensor w_out, Optional b_out,
     Optional neurons, Optional mask, std::string activation, double eps, bool count, bool save, bool compact) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 2, "sub_ffn: x and w_in must have two dimensions");
+  if (x.dim() != 2 || w_in.dim() != 2) fail("sub_ffn: x and w_in must have two dimensions");
   const int64_t N = x.size(0), D = x.size(1), F = w_in.size(0);
   check(w_in, "w_in", type, {F, D});
   check(b_in, "b_in", type, {F});

@@ -137,9 +137,11 @@ Gradients sub_ffn_train_backward_cpu(
     Tensor grad_y, Tensor x, Tensor saved, Tensor w_in, Optional w_gate, Tensor w_out, int64_t updated,
     std::string activation, bool input_grad) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 2, "sub_ffn_train_backward: x and w_in must have two dimensions");
+  if (x.dim() != 2 || w_in.dim() != 2) fail("sub_ffn_train_backward: x and w_in must have two dimensions");
   const int64_t N = x.size(0), D = x.size(1), K = w_in.size(0);
-  STD_TORCH_CHECK(updated >= 0 && updated <= K, "sub_ffn_train_backward: updated must be 0 to ", K, ", not ", updated);
+  if (updated < 0 || updated > K) {
+    fail("sub_ffn_train_backward: updated must be 0 to ", std::to_string(K), ", not ", std::to_string(updated));
+  }
   check(grad_y, "grad_y", type, {N, D});
   check(saved, "saved", type, {w_gate ? 2 : 1, N, K});
   check(w_in, "w_in", type, {K, D});

@@ -23,7 +23,7 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 void require(bool fits, const char* name, const char* argument) {
-  STD_TORCH_CHECK(fits, name, ": ", argument, " has a wrong shape, dtype or device");
+  if (!fits) fedpft::fail(name, ": ", argument, " has a wrong shape, dtype or device");
 }
 
 bool is(const Tensor& tensor, ScalarType type, const std::vector<int64_t>& shape, const Tensor& on) {

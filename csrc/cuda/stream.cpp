@@ -12,9 +12,9 @@ using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
 CurrentStream find_current_stream() {
   void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   void* function = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
-  STD_TORCH_CHECK(
-      function != nullptr,
-      "fedpft: torch's current CUDA stream was not found in libtorch_cuda.so -> report this torch version");
+  if (function == nullptr) {
+    fail("fedpft: torch's current CUDA stream was not found in libtorch_cuda.so -> report this torch version");
+  }
   return reinterpret_cast<CurrentStream>(function);
 }
 

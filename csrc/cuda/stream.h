@@ -3,7 +3,6 @@
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 
@@ -29,7 +28,7 @@ class Stream {
 
 // Raises a Python error that names the operator, if a launch failed.
 inline void check(cudaError_t error, const char* name) {
-  STD_TORCH_CHECK(error == cudaSuccess, name, ": CUDA error: ", cudaGetErrorString(error));
+  if (error != cudaSuccess) fail(name, ": CUDA error: ", cudaGetErrorString(error));
 }
 
 using fedpft::activation_of;

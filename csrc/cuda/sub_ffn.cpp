@@ -100,7 +100,7 @@ void check(
   bool fits = tensor->scalar_type() == type && tensor->dim() == static_cast<int64_t>(shape.size()) &&
               tensor->get_device_index() == like.get_device_index();
   for (size_t d = 0; fits && d < shape.size(); ++d) fits = tensor->size(d) == shape[d];
-  STD_TORCH_CHECK(fits, "sub_ffn: ", name, " has a wrong shape, dtype or device");
+  if (!fits) fedpft::fail("sub_ffn: ", name, " has a wrong shape, dtype or device");
 }
 
 struct Weights {
@@ -166,7 +166,9 @@ const fedpft::cuda::FfnGemms* fused(
   return fedpft::cuda::ffn_gemms(fedpft::cuda::element_of(x, "sub_ffn"));
 }
 
-void check_gemm(const char* error) { STD_TORCH_CHECK(error == nullptr, "sub_ffn: fused multiply: ", error); }
+void check_gemm(const char* error) {
+  if (error != nullptr) fedpft::fail("sub_ffn: fused multiply: ", error);
+}
 
 // ------------------------------------------------------------------------------------------------ forward
 
@@ -248,7 +250,7 @@ struct Forward {
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Weights& weights, const Optional& b_out, const Optional& neurons, const Optional& mask,
     const std::string& activation, double eps, bool count, bool save, bool compact) {
-  STD_TORCH_CHECK(x.dim() == 2 && weights.in.dim() == 2, "sub_ffn: x and w_in must have two dimensions");
+  if (x.dim() != 2 || weights.in.dim() != 2) fedpft::fail("sub_ffn: x and w_in must have two dimensions");
   const int64_t N = x.size(0), D = x.size(1), F = weights.size();
   const ScalarType type = x.scalar_type();
   check(weights.in, "w_in", type, {F, D}, x);
@@ -326,8 +328,9 @@ void add_grad_x(const Tensor& grad_x, const Gradients& grad, const Weights& weig
 }
 
 void check_backward(const Tensor& grad_y, const Tensor& saved, const Weights& weights, int64_t K, bool compact) {
-  STD_TORCH_CHECK(
-      grad_y.dim() == 2 && weights.in.dim() == 2, "sub_ffn_backward: grad_y and w_in must have two dimensions");
+  if (grad_y.dim() != 2 || weights.in.dim() != 2) {
+    fedpft::fail("sub_ffn_backward: grad_y and w_in must have two dimensions");
+  }
   const int64_t N = grad_y.size(0), D = grad_y.size(1), F = weights.size(), P = weights.gated() ? 2 : 1;
   const ScalarType type = grad_y.scalar_type();
   check(saved, "saved", compact ? ScalarType::BFloat16 : type, {P, N, K}, grad_y);
@@ -395,7 +398,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sub_ffn_train
   const int64_t K = weights.size(), U = updated;
   check_backward(grad_y, saved, weights, K, false);
   check(x, "x", grad_y.scalar_type(), {grad_y.size(0), grad_y.size(1)}, grad_y);
-  STD_TORCH_CHECK(0 <= U && U <= K, "sub_ffn_train_backward: updated must be between 0 and the number of neurons");
+  if (U < 0 || U > K) {
+    fedpft::fail("sub_ffn_train_backward: updated must be between 0 and the number of neurons");
+  }
   const Stream stream(grad_y);
   const Activation act = activation_of(activation, "sub_ffn");
   const Tensor kept = packed(saved);

@@ -112,13 +112,19 @@ def training(model: nn.Module, dropout: float, *, frozen_a: bool = False) -> Ite
 def without_lora(module: nn.Module) -> Iterator[None]:
     """While open, a model, or one layer of it, computes as if it carried no LoRA. Not within :func:`training`."""
     layers = [inner for inner in module.modules() if isinstance(inner, LoraLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
+    ffns = [inner for inner in module.modules() if isinstance(inner, SubFFN)]
+
+    def enable(wanted: bool) -> None:
+        for layer in layers:
+            layer.enable_adapters(wanted)
+        for ffn in ffns:
+            ffn.lora_enabled = wanted
+
+    enable(False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        enable(True)
 
 
 def lora_parameters(module: nn.Module) -> list[nn.Parameter]:

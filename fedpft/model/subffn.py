@@ -52,6 +52,7 @@ class SubFFN(nn.Module):
         w_out: (K, D), the transpose of the output projection, b_out: (D,) or None.
         lora_A, lora_B: after `attach_lora`, by the projections' names, float32, in the shapes that LoRA has on the FM's
             projections, but with K for F.
+        lora_enabled: whether the FFN computes with it, as peft's layers are told by `enable_adapters`.
 
     With LoRA the kernels get W + s B A, rounded to W's type once, as `merge` rounds it in the FM. So LoRA has no
     dropout here: its mask would lie between B A and the input, inside of the fused FFN.
@@ -71,6 +72,7 @@ class SubFFN(nn.Module):
         self.inactivity: InactivityCounter | None = None
         self.lora_A: nn.ParameterDict | None = None
         self.lora_B: nn.ParameterDict | None = None
+        self.lora_enabled = True
         self._lora_scale, self._one_gated = 0.0, False
         self._training: dict[str, Any] | None = None  # sub_ffn_train's tensors while training_neurons is open
         self._order: Tensor | slice = slice(None)  # in which the neurons stand there
@@ -215,7 +217,7 @@ class SubFFN(nn.Module):
 
     def _lora_changes(self) -> dict[str, Tensor]:
         """s B A of each of the neurons' weights, (K, D)."""
-        if self.lora_A is None or self.lora_B is None:
+        if self.lora_A is None or self.lora_B is None or not self.lora_enabled:
             return {}
         changes = {name: self._lora_scale * (self.lora_B[name] @ a) for name, a in self.lora_A.items()}
         changes["w_out"] = changes["w_out"].t()
