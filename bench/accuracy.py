@@ -64,6 +64,10 @@ CHANGES: dict[str, dict[str, Settings]] = {
     "ffn": {  # at rank 4 fewer bytes than rank 8 has on attention alone, at rank 5 a few more
         "LoRA in the FFN, R 4": {"adapter": {"ffn": True, "rank": 4, "alpha": 24.0}},
         "LoRA in the FFN, R 5": {"adapter": {"ffn": True, "rank": 5, "alpha": 30.0}},
+        "LoRA in the FFN, R 5, no steps": {
+            "adapter": {"ffn": True, "rank": 5, "alpha": 30.0},
+            "distillation": {"steps": 0},
+        },
     },
     "federation": {
         "least inactive": {"alignment": {"update": "active"}},
@@ -72,15 +76,18 @@ CHANGES: dict[str, dict[str, Settings]] = {
         "public counts": {"alignment": {"counts": "public"}},
     },
     "dials": {},
+    "steps": {},
     "after": {
         "layer scales": {"plug_in": {"layer_scales": True}},
         "towards the change": {"plug_in": {"steps": 60, "towards": "change"}},
         "towards the proxy": {"plug_in": {"steps": 60, "towards": "proxy"}},
     },
 }
+STEPS = {"steps / 4": 1 / 4, "steps x 4": 4, "steps x 16": 16}  # of the layer-level distillation; a world's own between
 DIALS = {f"K = F / {part}": 1 / part for part in (16, 8, 2, 1)}  # K as a share of F; the product's K = D is between
 WORDS: dict[str, Settings] = {  # of language models alone
     "logits": {"distillation": {"logit_term": 1.0}},
+    "logits, steps x 4": {"distillation": {"logit_term": 1.0, "steps": 64}},
     "logit offset": {"evaluation": {"logit_offset": True}},
 }
 
@@ -93,6 +100,9 @@ def variants(world: World, groups: Sequence[str]) -> dict[str, Settings]:
     found = known | {name: change for group in groups for name, change in CHANGES[group].items() if name not in known}
     if "dials" in groups:
         found |= {name: dial(world, share) for name, share in DIALS.items()}
+    if "steps" in groups:
+        own = world.settings["distillation"]["steps"]
+        found |= {name: {"distillation": {"steps": round(factor * own)}} for name, factor in STEPS.items()}
     if "distillation" in groups and not TASKS[world.settings["model"]["task"]].head:
         found |= WORDS
     return found
