@@ -193,6 +193,12 @@ class AlignmentSection(Section):
     inactive_below: float = Field(
         0.01, ge=0.0, description="eps: a neuron is inactive at a token if |act(z)| <= eps. Use 0 for ReLU."
     )
+    closed_form_samples: int = Field(
+        0,
+        ge=0,
+        description="Public samples on which the updated neurons' output weights are refitted before the first step, "
+        "with `distillation.closed_form_ridge: held_out`; 0: none.",
+    )
     steps: int = Field(30, ge=0, description="Optimizer steps of one alignment.")
     batch: int = Field(16, ge=1, description="Public samples a step.")
     learning_rate: Rate = Field(2e-4, description="Peak rate of AdamW, with the same schedule as the distillation.")

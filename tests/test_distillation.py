@@ -464,13 +464,52 @@ def test_neuron_level_changes_the_updated_neurons_biases_and_norms_only(model_ty
                 assert rows.nonzero().flatten().tolist() == own, part
 
 
+@every_kind
+def test_refit_during_the_federation_changes_output_weights_of_the_updated_neurons_only(
+    model_type: str, make_fm: ModelFactory
+) -> None:
+    proxy, fm, _ = pair(make_fm, model_type)
+    before, updated = tiny.snapshot(proxy), {1: torch.arange(0, K, 2), 2: torch.tensor([7])}
+    losses = align(proxy, fm, updated, tiny.dataset(model_type, 60), closed_form_samples=60, steps=0)
+    assert losses == []
+    after = proxy.state_dict()
+    changed = tiny.changed(before, after)
+    assert {name.rpartition(".")[2] for name in changed} <= {"w_out", "b_out"}
+    ffns = list(sub_ffns(proxy).items())
+    for layer, neurons in updated.items():
+        part, inner = next(iter(tiny.parts(*ffns[layer])))
+        rows = (before[f"{part}.w_out"] != after[f"{part}.w_out"]).any(1)
+        assert rows.nonzero().flatten().tolist() == neurons.tolist()
+        assert inner.b_out is None or f"{part}.b_out" in changed
+
+
+def test_refit_follows_the_fm_that_carries_the_adapter(make_fm: ModelFactory) -> None:
+    fm, public = make_fm("bert"), tiny.dataset("bert", 200, labelled=False)
+    attach(fm, AdapterSection(rank=2), seed=0)
+    proxy = cut(fm, select(fm, tiny.by_weights(neurons=K)))
+    attach(proxy, AdapterSection(rank=2), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    adapter = {n: t + 0.2 * torch.randn(t.shape, generator=generator) for n, t in sorted(extract(fm).items())}
+    everything = {1: torch.arange(K), 2: torch.arange(K)}
+    inputs = tiny.dataset("bert", 30, labelled=False, seed=9).batch(torch.arange(30))
+    align(proxy, fm, everything, public, closed_form_samples=200, steps=0)  # without the adapter
+    load(proxy, adapter)
+    load(fm, adapter)
+    before = sum(alignment_by_hand(proxy, fm, inputs))
+    align(proxy, fm, everything, public, closed_form_samples=200, steps=0)
+    assert sum(alignment_by_hand(proxy, fm, inputs)) < 0.97 * before
+
+
+@pytest.mark.parametrize("settings", [{}, {"closed_form_samples": 12, "steps": 0}], ids=["steps", "refit"])
 @pytest.mark.parametrize("model_type", ["bert", "llama", "gemma2", "mixtral"])
-def test_patch_of_an_alignment_makes_the_same_proxy_elsewhere(model_type: str, make_fm: ModelFactory) -> None:
+def test_patch_of_an_alignment_makes_the_same_proxy_elsewhere(
+    settings: dict[str, object], model_type: str, make_fm: ModelFactory
+) -> None:
     proxy, fm, _ = pair(make_fm, model_type)
     silos = copy.deepcopy(proxy)
     attach(silos, AdapterSection(rank=2), seed=0)
     updated = {1: torch.tensor([2, 3]), 2: torch.tensor([0, 9, 20])}
-    align(proxy, fm, updated, tiny.dataset(model_type, 12, labelled=False))
+    align(proxy, fm, updated, tiny.dataset(model_type, 12, labelled=False), **settings)
     tensors = patch(proxy, updated, ffn_norms(proxy, [1, 2]))
     assert sum(tensor.numel() for tensor in tensors.values()) < 0.1 * sum(p.numel() for p in proxy.parameters())
     apply_patch(silos, tensors)

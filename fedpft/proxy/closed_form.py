@@ -1,4 +1,4 @@
-"""The start of layer-level distillation: each output projection from a linear regression, in closed form.
+"""The start of a distillation: each output projection from a linear regression, in closed form.
 
 What a dropped neuron did for the tokens of the public data, the kept ones can do in part: their output weights and the
 output bias are refitted, layer by layer, so that the proxy's residual stream comes as near to the FM's as it can.
@@ -11,6 +11,8 @@ probe, a random LoRA put on both models; c = rms(S) / rms(S' - S), of a batch, s
 the same. The second brings the proxy's Jacobian to the FM's, along directions in which training can move LoRA, and with
 it the gradient. The normal equations need only sums over tokens.
 
+During the federation both models carry the silos' adapter, a (N, U) is of the neurons that are updated, and dW theirs.
+
 Where the FFN's output goes through a norm before it is added (Gemma), no linear fit brings the streams together: the
 norm undoes any change of size. There S and s are the outputs of the FFNs before that norm, so that the proxy's FFN does
 for its own stream what the FM's does for the FM's. Where whole layers were dropped that says nothing of the dropped
@@ -20,7 +22,7 @@ ones, and the weights stay as they were cut.
 public samples halves the hidden-state error before the first step; docs/results.md has the figures.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -54,6 +56,7 @@ def fit_output_projections(
     ridge: Ridge = 1e-3,
     probes: float = 0.0,
     layers: Sequence[int] | None = None,
+    updated: Mapping[int, Tensor] | None = None,
 ) -> None:
     """Refits the output projection and bias of every compressed layer, in place, from the first layer to the last.
 
@@ -65,6 +68,7 @@ def fit_output_projections(
             which the layer is then fitted on all.
         probes: lambda.
         layers: as of :class:`Probes`.
+        updated: proxy layer -> (U,) int64 neurons whose output weights are refitted; None: all of them.
 
     Raises:
         DataError: there is no batch to hold out.
@@ -90,21 +94,23 @@ def fit_output_projections(
         moved = [lot.again() for lot in lots] if moving else []
         for student, teacher in matched:
             layer, ffn = layers_of(proxy)[student], ffns[student]
+            own = torch.arange(ffn.neurons) if updated is None else updated[student]
+            own = own.to(device)
             scale = layer.get_parameter(row.scale).detach() if row.scale is not None else 1.0
-            seen = unseen = _NormalEquations(ffn.neurons, lots[0].hidden_size, device)
+            seen = unseen = _NormalEquations(len(own), lots[0].hidden_size, device)
             if ridge == "held_out":
-                unseen = _NormalEquations(ffn.neurons, lots[0].hidden_size, device)
+                unseen = _NormalEquations(len(own), lots[0].hidden_size, device)
             for number, lot in enumerate(lots):
                 equations = unseen if number % HELD_OUT == 1 else seen
                 a, theirs, ours = lot.at(student, teacher, ffn)
-                equations.add(a, (theirs - ours) / scale)
+                equations.add(a[:, own], (theirs - ours) / scale)
                 if moving:
                     with moving.drawn(derive_seed(seed, "closed form, probe", number)):
                         a_moved, theirs_moved, ours_moved = moved[number].at(student, teacher, ffn)
                     change = theirs_moved - theirs
                     weight = (probes * theirs.square().mean() / change.square().mean()).sqrt() if change.any() else 0.0
                     wanted = (change - (ours_moved - ours)) / scale
-                    equations.add(weight * (a_moved - a), weight * wanted, constant=0.0)
+                    equations.add(weight * (a_moved - a)[:, own], weight * wanted, constant=0.0)
             if not ffn.has_output_bias:
                 seen.leave_out_bias()
                 unseen.leave_out_bias()
@@ -114,7 +120,8 @@ def fit_output_projections(
             else:
                 r = ridge
             solution = seen.solve(r)
-            ffn.add_to_output(solution[:-1], solution[-1])
+            weights = solution.new_zeros(ffn.neurons, solution.shape[1]).index_copy(0, own, solution[:-1])
+            ffn.add_to_output(weights, solution[-1])
 
 
 @dataclass

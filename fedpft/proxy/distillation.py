@@ -99,6 +99,19 @@ def neuron_level(
         updated: proxy layer -> (U,) int64 neurons that train.
         others: as in :func:`layer_level`.
     """
+    if settings.closed_form_samples:
+        fit_output_projections(
+            proxy,
+            model,
+            matched,
+            public,
+            samples=settings.closed_form_samples,
+            batch=settings.batch,
+            seed=derive_seed(seed, "closed form during the federation", round),
+            ridge="held_out",
+            layers=layers,
+            updated=updated,
+        )
     schedule = DistillationSection(
         steps=settings.steps,
         batch=settings.batch,
