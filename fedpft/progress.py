@@ -12,21 +12,23 @@ LINES = 5  # log lines a phase, where there is no terminal
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int, float], None]]:
-    """Yields a function to call with (steps done, loss) after each step."""
+def progress(title: str, total: int, unit: str = "step") -> Iterator[Callable[..., None]]:
+    """Yields a function to call with (units done, loss) after each, or with (units done) where there is no loss."""
     if sys.stderr.isatty():
         with tqdm(total=total, desc=title, leave=False) as bar:
 
-            def draw(done: int, loss: float) -> None:
+            def draw(done: int, loss: float | None = None, /) -> None:
                 bar.update(done - bar.n)
-                bar.set_postfix(loss=f"{loss:.3f}")
+                if loss is not None:
+                    bar.set_postfix(loss=f"{loss:.3f}")
 
             yield draw
         return
     every = max(1, -(-total // LINES))
 
-    def write(done: int, loss: float) -> None:
+    def write(done: int, loss: float | None = None, /) -> None:
         if done % every == 0 or done == total:
-            log.info("%s: step %d of %d, loss %.4f", title, done, total, loss)
+            reached = "" if loss is None else f", loss {loss:.4f}"
+            log.info("%s: %s %d of %d%s", title, unit, done, total, reached)
 
     yield write

@@ -36,6 +36,7 @@ from fedpft.model.adapters import Probes
 from fedpft.model.architectures import LayerWalk, architecture_of, is_post_norm, layers_of
 from fedpft.model.precision import wide
 from fedpft.model.subffn import SubExperts, SubFFN, sub_ffns
+from fedpft.progress import progress
 from fedpft.seeding import derive_seed
 
 # r, in units of the mean square of a neuron's value: regression on fewer tokens than neurons stays sane
@@ -81,7 +82,7 @@ def fit_output_projections(
     if ridge == "held_out":
         batch = min(batch, max(1, len(chosen) // HELD_OUT))
     moving = Probes(proxy, model, layers) if probes else None
-    with torch.no_grad():
+    with torch.no_grad(), progress("closed form", len(matched), "layer") as report:
         lots = [
             _Lot(proxy, model, LayerWalk(proxy, inputs), LayerWalk(model, inputs), real)
             for inputs, real in real_inputs(public, chosen, batch, device)
@@ -92,7 +93,7 @@ def fit_output_projections(
                 "give public_data more rows, or name a number",
             )
         moved = [lot.again() for lot in lots] if moving else []
-        for student, teacher in matched:
+        for done, (student, teacher) in enumerate(matched, 1):
             layer, ffn = layers_of(proxy)[student], ffns[student]
             own = torch.arange(ffn.neurons) if updated is None else updated[student]
             own = own.to(device)
@@ -122,6 +123,7 @@ def fit_output_projections(
             solution = seen.solve(r)
             weights = solution.new_zeros(ffn.neurons, solution.shape[1]).index_copy(0, own, solution[:-1])
             ffn.add_to_output(weights, solution[-1])
+            report(done)
 
 
 @dataclass

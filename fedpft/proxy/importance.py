@@ -33,6 +33,7 @@ from fedpft.errors import ModelError
 from fedpft.model import architectures
 from fedpft.model.architectures import LayerWalk
 from fedpft.model.subffn import ffn_path, projections, sub_ffn_of
+from fedpft.progress import progress
 from fedpft.proxy.closed_form import look, real_inputs
 from fedpft.seeding import derive_seed
 
@@ -101,9 +102,13 @@ def by_activations(
     """
     device = next(model.parameters()).device
     chosen = sample(len(public), settings.importance_samples, seed, "importance")
-    with torch.no_grad():
+    found: dict[int, Ranking] = {}
+    with torch.no_grad(), progress(f"proxy.importance: {settings.importance}", len(layers), "layer") as report:
         walks = [(LayerWalk(model, inputs), real) for inputs, real in real_inputs(public, chosen, BATCH, device)]
-        return {layer: _ranking(model, layer, walks, leverage=settings.importance == "leverage") for layer in layers}
+        for layer in layers:
+            found[layer] = _ranking(model, layer, walks, leverage=settings.importance == "leverage")
+            report(len(found))
+    return found
 
 
 def eliminate(a: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
