@@ -461,6 +461,10 @@ MISFITS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other labels": (other_labels, "model.labels"),
     "another proxy": (other_proxy, "it was made with another proxy"),
     "another scale": (lambda d: edited_yaml(d, adapter={"rank": 2, "alpha": 8}), "adapter.alpha was 4.0"),
+    "LoRA elsewhere": (
+        lambda d: edited_yaml(d, adapter={"rank": 2, "alpha": 4, "ffn": True}),
+        "adapter.ffn was false",
+    ),
     "another rank": (lambda d: edited_yaml(d, adapter={"rank": 1, "alpha": 4}), "adapter.rank was 2"),
 }
 

@@ -218,6 +218,14 @@ def cells(drawing: str) -> int:
     return sum(path.count("z") for path in paths)
 
 
+def test_the_refinement_after_plug_in_is_drawn_beside_the_distillations(tmp_path: Path) -> None:
+    curves = CURVES | {"refinement": {"layer_scales": [1.0, 0.9], "loss": [0.5, 0.25]}}
+    html = page(tmp_path, SUMMARY, curves)
+    assert "refinement from 0.5 to 0.25" in html
+    assert "refinement after plug-in" in html
+    assert "refinement" not in page(tmp_path, SUMMARY, CURVES | {"refinement": {"layer_scales": [], "loss": []}})
+
+
 def test_a_small_split_is_drawn_with_every_count_and_name(tmp_path: Path) -> None:
     (drawing,) = drawings(page(tmp_path, SUMMARY, {"split": CURVES["split"]}))
     texts = [unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawing)]

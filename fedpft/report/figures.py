@@ -58,6 +58,7 @@ STYLE: Any = {
 }
 EACH_LAYER_NAMED = 14  # beyond so many there is no room
 WIDTH_INCHES, HEIGHT_INCHES = 7.4, 2.7
+ONCE = {"layer-level": "layer-level distillation", "refinement": "refinement after plug-in"}  # stages, and titles
 MOST_SILOS, MOST_LABELS = 120, 30  # that are told apart
 EACH_SILO_NAMED, EACH_SILO_COUNTED = 20, 8
 NAME_CHARACTERS = 18
@@ -103,28 +104,26 @@ def score_by_round(
 
 
 def distillation_loss(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Loss by step: the layer-level distillation in one panel, the alignments one after another in the next."""
+    """Loss by step: what was done once in a panel of its own, the alignments in one, one after another."""
     stages = [stage for stage in stages if stage["loss"]]
-    panels = [
-        [stage for stage in stages if stage["stage"] == "layer-level"],
-        [stage for stage in stages if stage["stage"] != "layer-level"],
-    ]
-    panels = [panel for panel in panels if panel]
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for stage in stages:
+        panels.setdefault(ONCE.get(stage["stage"], "alignment"), []).append(stage)
     if not panels:
         return ""
     with matplotlib.rc_context(STYLE):
         figure, all_axes = _panels(len(panels))
-        for axes, panel in zip(all_axes, panels, strict=True):
+        for axes, (title, panel) in zip(all_axes, panels.items(), strict=True):
             start = 1
             for stage in panel:
                 losses = stage["loss"]
                 steps = range(start, start + len(losses))
                 axes.plot(steps, losses, color=ACCENT, linewidth=0.8, alpha=0.35)
                 axes.plot(steps, _smooth(losses), color=ACCENT)
-                if panel[0]["stage"] != "layer-level":
+                if title not in ONCE.values():
                     _name_span(axes, stage["stage"], start, len(losses))
                 start += len(losses)
-            axes.set_title("layer-level distillation" if panel[0]["stage"] == "layer-level" else "alignment")
+            axes.set_title(title)
             axes.set_xlabel("step")
             axes.set_ylim(bottom=0)
         said = "; ".join(f"{stage['stage']} from {stage['loss'][0]:.3g} to {stage['loss'][-1]:.3g}" for stage in stages)

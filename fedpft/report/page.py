@@ -86,7 +86,7 @@ def write_report(summary: Mapping[str, Any], curves: Mapping[str, Any], path: Pa
 
     Args:
         summary: as summary.json.
-        curves: {"distillation": [{"stage": "layer-level" or "round 2", "loss": [..]}],
+        curves: {"distillation": [{"stage": "layer-level" or "round 2", "loss": [..]}], "refinement": {"loss": [..]},
             "alignment": {"layers": [..], "stages": [{"stage": str, "hidden_error": [..], "gradient_cosine": [..]}]},
             "saliency_kept": {"layers": [..], "share": [..]},
             "rounds": [{"round": i, "proxy": headline, "plugged_in": headline}],
@@ -210,6 +210,7 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
     alignment, saliency = curves.get("alignment", {}), curves.get("saliency_kept", {})
     parameters, traffic, seconds = (summary.get(key, {}) for key in ("parameters", "bytes", "seconds"))
     compared = found if found.keys() - set(ALWAYS) else {}
+    refined = {"stage": "refinement", "loss": curves.get("refinement", {}).get("loss", [])}
     reference = {name: found[name] for name in ("zero_shot", "head_only", *BASELINES) if name in found}
     measured = [f"{each.title}#" for each in _metrics(summary)]
     sections = [
@@ -225,7 +226,7 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
         ),
         _answers(summary.get("written", [])),
         _figure(
-            figures.distillation_loss(curves.get("distillation", [])),
+            figures.distillation_loss([*curves.get("distillation", []), refined]),
             "Distillation loss on public data: thin as measured, thick smoothed.",
         ),
         _figure(

@@ -225,7 +225,11 @@ def check_provenance(
     before: Contents = made["contents"]
     essential = {key: found[key] for key in ("model.path", "model.labels", "model.chat_template")}
     wrong = [difference(config, before, essential)]
-    wrong += [f"adapter.{key} was {value}" for key, value in made["adapter"].items() if _scale(config)[key] != value]
+    wrong += [
+        f"adapter.{key} was {json.dumps(value)}"
+        for key, value in made["adapter"].items()
+        if _scale(config)[key] != value
+    ]
     wrong += ["it was made with another proxy"] * (made["proxy"] != combined(proxy))
     wrong += [f"{config.out / PATCH_FILE} is not the one that goes with it"] * (patch not in (None, made["patch"]))
     if what := "; ".join(filter(None, wrong)):
@@ -236,7 +240,7 @@ def check_provenance(
 
 def _scale(config: ServerConfig) -> dict[str, float]:
     """What an adapter's tensors mean only together with."""
-    return {"rank": config.adapter.rank, "alpha": config.adapter.alpha}
+    return {"rank": config.adapter.rank, "alpha": config.adapter.alpha, "ffn": config.adapter.ffn}
 
 
 def _metadata(adapter: Path) -> Any:
