@@ -76,6 +76,10 @@ CHANGES: dict[str, dict[str, Settings]] = {
         "public counts": {"alignment": {"counts": "public"}},
         "refitted": {"alignment": {"closed_form_samples": 256}},
         "refitted, no steps": {"alignment": {"closed_form_samples": 256, "steps": 0}},
+        "refits alone": {  # no gradient at the server, before the federation or during it
+            "distillation": {"steps": 0},
+            "alignment": {"closed_form_samples": 256, "steps": 0},
+        },
         "all refitted, no steps": {"alignment": {"closed_form_samples": 256, "steps": 0, "updated_fraction": 1.0}},
     },
     "dials": {},
