@@ -139,9 +139,10 @@ class DistillationSection(Section):
         "is put on both; 0: not at all.",
     )
     steps: int = Field(
-        250,
+        0,
         ge=0,
-        description="Optimizer steps; 0 here and in `closed_form_samples`: no layer-level distillation.",
+        description="Optimizer steps after the closed form; 0 here and in `closed_form_samples`: no layer-level "
+        "distillation.",
     )
     batch: int = Field(16, ge=1, description="Public samples a step.")
     learning_rate: Rate = Field(6e-4, description="Peak rate of AdamW; linear warm-up, then linear decay to 0.")
@@ -528,7 +529,7 @@ class PartitionSection(Section):
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "proxy": {"importance": "weights"},
-        "distillation": {"closed_form_ridge": 1e-3},
+        "distillation": {"closed_form_ridge": 1e-3, "steps": 250},
         "training": {"logit_adjustment": "none"},
         "aggregation": {"weights": "samples"},
     }

@@ -124,6 +124,10 @@ def test_every_compared_row_changes_the_products_configuration() -> None:
     }  # fmt: skip
     assert "head_only" not in run.rows(4, head=False, compare=True, ablations=False)
     assert all("training" not in changes for changes in rows.values()), "every row has the same number of steps"
+    assert "steps" not in rows["layer_drop"]["distillation"]
+    stepped = run.rows(4, head=True, compare=True, ablations=True, layer_drop_steps=7)
+    assert {row for row in rows if rows[row] != stepped[row]} == {"layer_drop"}
+    assert stepped["layer_drop"]["distillation"]["steps"] == 7
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,14 @@ class Scale:
     prepare: called with the data directory, `silos` and `seed`; writes everybody's files.
     model: the FM's directory.
     settings: sections of server.yaml.
+    layer_drop_steps: of the distillation of the layer-drop proxy, for which a closed form alone is not enough.
     ablations: whether `compare` adds the rows without one or both distillations.
     """
 
     prepare: Callable[..., DemoData]
     model: Callable[[], Path]
     settings: Settings
+    layer_drop_steps: int
     ablations: bool = True
 
 
@@ -66,12 +68,13 @@ FULL = Scale(
     ),
     model=corpora.model_directory,
     settings={
-        "distillation": {"closed_form_samples": 256, "steps": 60, "learning_rate": 1.5e-3},
+        "distillation": {"closed_form_samples": 256, "learning_rate": 1.5e-3},
         "alignment": {"every_rounds": 1, "steps": 15, "learning_rate": 5e-4},
         "training": {"rounds": 4, "local_epochs": 0.5, "batch": 16, "head_learning_rate": 0.02},
         "evaluation": {"samples_per_round": 300, "gap_samples": 8},
         "model": {"max_tokens": 40},
     },
+    layer_drop_steps=60,
 )
 QUICK = Scale(
     prepare=partial(
@@ -80,25 +83,26 @@ QUICK = Scale(
     model=corpora.model_directory,
     settings={
         "proxy": {"importance_samples": 64},
-        "distillation": {"closed_form_samples": 64, "steps": 8, "batch": 8},
+        "distillation": {"closed_form_samples": 64, "batch": 8},
         "alignment": {"every_rounds": 1, "steps": 3, "batch": 8},
         "training": {"rounds": 2, "batch": 16, "head_learning_rate": 0.02},
         "evaluation": {"samples_per_round": 40},
         "model": {"max_tokens": 32},
     },
+    layer_drop_steps=8,
 )
-# Of a gated FFN W_out W_in is not what it would be without activation, so the distillation has no term for it.
 LM_FULL = Scale(
     prepare=partial(dialogues.prepare, rows=120, test_rows=100, public_rows=400),
     model=dialogues.model_directory,
     settings={
         "proxy": {"importance_samples": 64},
-        "distillation": {"closed_form_samples": 64, "steps": 16, "batch": 8, "weight_term": 0.0},
+        "distillation": {"closed_form_samples": 64, "batch": 8},
         "alignment": {"every_rounds": 1, "steps": 4, "batch": 8},
         "training": {"rounds": 3, "local_epochs": 0.4, "batch": 8, "learning_rate": 2e-3},
         "evaluation": {"every_rounds": 0, "batch": 16, "gap_samples": 4, "written_samples": 16},
         "model": {"task": CausalLM.name, "max_tokens": 128},
     },
+    layer_drop_steps=16,
     ablations=False,
 )
 LM_QUICK = Scale(
@@ -106,12 +110,13 @@ LM_QUICK = Scale(
     model=dialogues.model_directory,
     settings={
         "proxy": {"importance_samples": 16},
-        "distillation": {"closed_form_samples": 16, "steps": 2, "batch": 4, "weight_term": 0.0},
+        "distillation": {"closed_form_samples": 16, "batch": 4},
         "alignment": {"every_rounds": 1, "steps": 1, "batch": 4},
         "training": {"rounds": 2, "batch": 4},
         "evaluation": {"every_rounds": 0, "batch": 8, "gap_samples": 0, "written_samples": 2},
         "model": {"task": CausalLM.name, "max_tokens": 48},
     },
+    layer_drop_steps=2,
     ablations=False,
 )
 
@@ -125,7 +130,9 @@ ABLATIONS: dict[str, Settings] = {
 MAIN = "plugged_in"
 
 
-def rows(layers: int, *, head: bool, compare: bool, ablations: bool) -> dict[str, Settings]:
+def rows(
+    layers: int, *, head: bool, compare: bool, ablations: bool, layer_drop_steps: int | None = None
+) -> dict[str, Settings]:
     """What each row changes in the product's server.yaml. `local_only` is one federation for each silo.
 
     Args:
@@ -133,14 +140,16 @@ def rows(layers: int, *, head: bool, compare: bool, ablations: bool) -> dict[str
         head: whether there is one to be trained alone.
         compare: whether others than that are wanted.
         ablations: whether those without distillation are among them.
+        layer_drop_steps: of the layer-drop proxy's distillation; None: as many as the product's.
     """
     found: dict[str, Settings] = {"head_only": {"adapter": {"rank": 0}, **NO_ALIGNMENT}} if head else {}
+    steps = {} if layer_drop_steps is None else {"steps": layer_drop_steps}
     if compare:
         found |= {
             "full_model": {"proxy": {"neurons": "all", "allow_whole": True}, **NO_DISTILLATION, **NO_ALIGNMENT},
             "layer_drop": {
                 "proxy": {"keep": "layers", "layers": layers},
-                "distillation": {"weight_term": 0.0},
+                "distillation": {"weight_term": 0.0, **steps},
                 **NO_ALIGNMENT,
             },
             **(ABLATIONS if ablations else {}),
@@ -166,8 +175,14 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, 
     curves = json.loads((out / "rows" / MAIN / "out" / "curves.json").read_text(encoding="utf-8"))
     model_layers = len(curves["saliency_kept"]["layers"])
     local: list[dict[str, float]] = []
-    layers, head = _equal_layers(summary, model_layers), TASKS[summary["task"]].head
-    for row, changes in rows(layers, head=head, compare=compare, ablations=scale.ablations).items():
+    others = rows(
+        _equal_layers(summary, model_layers),
+        head=TASKS[summary["task"]].head,
+        compare=compare,
+        ablations=scale.ablations,
+        layer_drop_steps=scale.layer_drop_steps,
+    )
+    for row, changes in others.items():
         settings = merged(product, changes)
         if not {"proxy", "distillation"} & changes.keys():
             settings["proxy_path"] = str(out / "rows" / MAIN / "out" / "proxy")
