@@ -277,7 +277,7 @@ def way(own: Mapping[int, Record], rows: Mapping[str, Mapping[int, Record]], met
         statistics.fmean(side[seed]["metrics"]["plugged_in"][metric.name] for seed in seeds) for side in (*sides, own)
     )
     start = max(drops) if metric.more_is_better else min(drops)
-    return f"{(reached - start) / (end - start):.0%}" if end != start else ""
+    return f"{(reached - start) / (end - start) + 0.0:.0%}".replace("-0%", "0%") if end != start else ""
 
 
 def _last(stages: Sequence[Sequence[Mapping[str, Any]]], name: str) -> str:

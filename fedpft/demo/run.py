@@ -92,14 +92,14 @@ QUICK = Scale(
     layer_drop_steps=8,
 )
 LM_FULL = Scale(
-    prepare=partial(dialogues.prepare, rows=120, test_rows=100, public_rows=400),
+    prepare=partial(dialogues.prepare, rows=120, test_rows=60, public_rows=400),
     model=dialogues.model_directory,
     settings={
         "proxy": {"importance_samples": 64},
         "distillation": {"closed_form_samples": 64, "batch": 8},
         "alignment": {"every_rounds": 1, "steps": 4, "batch": 8},
         "training": {"rounds": 3, "local_epochs": 0.4, "batch": 8, "learning_rate": 2e-3},
-        "evaluation": {"every_rounds": 0, "batch": 16, "gap_samples": 4, "written_samples": 16},
+        "evaluation": {"every_rounds": 0, "batch": 16, "gap_samples": 2, "written_samples": 8},
         "model": {"task": CausalLM.name, "max_tokens": 128},
     },
     layer_drop_steps=16,
