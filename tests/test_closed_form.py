@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fedpft.config import AdapterSection
 from fedpft.data.batches import evaluation_batches, sample
 from fedpft.data.text import TextDataset
-from fedpft.errors import DataError
+from fedpft.errors import DataError, ModelError
 from fedpft.model.adapters import Probes, attach
 from fedpft.model.architectures import ARCHITECTURES, layer_outputs, layers_of
 from fedpft.model.subffn import sub_ffns
@@ -284,3 +284,25 @@ def test_few_samples_are_held_out_in_smaller_batches(make_fm: ModelFactory) -> N
         proxy, fm, selection.matched, tiny.dataset("bert", 8), samples=8, batch=8, seed=0, ridge="held_out"
     )
     assert tiny.changed(before, proxy.state_dict())
+
+
+@pytest.mark.parametrize("ridge", [1e-3, "held_out"])
+def test_a_model_that_is_not_finite_is_named_and_nothing_is_written(make_fm: ModelFactory, ridge: Any) -> None:
+    proxy, fm, selection = pair(make_fm, "bert")
+    with torch.no_grad():
+        layers_of(fm)[1].get_parameter("output.dense.bias")[0] = torch.inf
+    before = tiny.snapshot(proxy)
+    with pytest.raises(ModelError, match=r"closed form of the proxy's layer 1: .* not finite"):
+        fit_output_projections(
+            proxy, fm, selection.matched, tiny.dataset("bert", 20), samples=20, batch=5, seed=0, ridge=ridge
+        )
+    assert tiny.changed(before, proxy.state_dict()) == set()
+
+
+def test_refit_of_no_neuron_is_one_of_the_bias(make_fm: ModelFactory) -> None:
+    proxy, fm, selection = pair(make_fm, "bert")
+    before, public = tiny.snapshot(proxy), tiny.dataset("bert", 20)
+    none = {1: torch.tensor([], dtype=torch.int64), 2: torch.tensor([], dtype=torch.int64)}
+    fit_output_projections(proxy, fm, selection.matched, public, samples=20, batch=5, seed=0, updated=none)
+    changed = tiny.changed(before, proxy.state_dict())
+    assert {name.rpartition(".")[2] for name in changed} == {"b_out"}

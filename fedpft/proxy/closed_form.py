@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
-from fedpft.errors import DataError
+from fedpft.errors import DataError, ModelError
+from fedpft.finite import is_finite
 from fedpft.model.adapters import Probes
 from fedpft.model.architectures import LayerWalk, architecture_of, is_post_norm, layers_of
 from fedpft.model.precision import wide
@@ -73,6 +74,7 @@ def fit_output_projections(
 
     Raises:
         DataError: there is no batch to hold out.
+        ModelError: FM or proxy is not finite on the samples.
     """
     row = architecture_of(proxy)
     if row.output_norm is not None and len(layers_of(proxy)) < len(layers_of(model)):
@@ -89,8 +91,8 @@ def fit_output_projections(
         ]
         if ridge == "held_out" and len(lots) < 2:
             raise DataError(
-                "distillation.closed_form_ridge: held_out needs two public samples, of which one is held out",
-                "give public_data more rows, or name a number",
+                "closed_form_ridge: held_out needs two of closed_form_samples, of which one is held out",
+                "ask for more of them and give public_data the rows, or name a number",
             )
         moved = [lot.again() for lot in lots] if moving else []
         for done, (student, teacher) in enumerate(matched, 1):
@@ -121,6 +123,11 @@ def fit_output_projections(
             else:
                 r = ridge
             solution = seen.solve(r)
+            if not is_finite(solution):
+                raise ModelError(
+                    f"the closed form of the proxy's layer {student}: FM or proxy is not finite on public_data",
+                    "set model.dtype: bfloat16 or float32",
+                )
             weights = solution.new_zeros(ffn.neurons, solution.shape[1]).index_copy(0, own, solution[:-1])
             ffn.add_to_output(weights, solution[-1])
             report(done)
