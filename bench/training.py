@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from torch import Tensor, nn
@@ -81,8 +82,11 @@ class Silo:
 
     def __init__(self, case: Case, dropout: bool, device: str) -> None:
         self.case, self.dropout, self.device = case, dropout, device
-        self.processor = loading.load_processor(corpora.model_directory(), TASK)
-        self.dataset = _newsgroups(case, self.processor) if case.model == "MiniLM" else _synthetic(case)
+        if case.model == "MiniLM":
+            self.processor = loading.load_processor(corpora.model_directory(), TASK)
+            self.dataset = _newsgroups(case, self.processor)
+        else:
+            self.processor, self.dataset = _padder(), _synthetic(case)
         self.fm = loading.load_model(_model_directory(case.model), TASK, LABELS, seed=SEED)
         self.selection: Selection = select(self.fm, ProxySection(importance="weights"))
         self.compressed = [layer for layer, _ in self.selection.matched]
@@ -284,6 +288,12 @@ def _newsgroups(case: Case, processor: Any) -> EncodedDataset:
         labels = read_label_list(data.labels)
         samples = TASKS[TASK].read_labelled(data.silos[SILO], ColumnsSection(), labels)
     return TASKS[TASK].encode(samples, processor, case.max_tokens)
+
+
+def _padder() -> Any:
+    """A tokenizer that can pad, and nothing else."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0}, "[PAD]"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
 
 
 def _synthetic(case: Case) -> EncodedDataset:
