@@ -94,7 +94,6 @@ STEPS = {"steps / 4": 1 / 4, "steps x 4": 4, "steps x 16": 16}  # of the layer-l
 DIALS = {f"K = F / {part}": 1 / part for part in (16, 8, 2, 1)}  # K as a share of F; the product's K = D is between
 WORDS: dict[str, Settings] = {  # of language models alone
     "logits": {"distillation": {"logit_term": 1.0}},
-    "logits, steps x 4": {"distillation": {"logit_term": 1.0, "steps": 64}},
     "logit offset": {"evaluation": {"logit_offset": True}},
 }
 
@@ -108,11 +107,16 @@ def variants(world: World, groups: Sequence[str]) -> dict[str, Settings]:
     if "dials" in groups:
         found |= {name: dial(world, share) for name, share in DIALS.items()}
     if "steps" in groups:
-        own = world.settings["distillation"]["steps"]
-        found |= {name: {"distillation": {"steps": round(factor * own)}} for name, factor in STEPS.items()}
+        found |= {name: stepped(world, factor) for name, factor in STEPS.items()}
     if "distillation" in groups and not TASKS[world.settings["model"]["task"]].head:
-        found |= WORDS
+        more = merged(WORDS["logits"], stepped(world, STEPS["steps x 4"]))
+        found |= WORDS | {"logits, steps x 4": more}
     return found
+
+
+def stepped(world: World, factor: float) -> Settings:
+    """With so many times the world's own steps of the layer-level distillation."""
+    return {"distillation": {"steps": round(factor * world.settings["distillation"]["steps"])}}
 
 
 def dial(world: World, share: float) -> Settings:
@@ -277,7 +281,7 @@ def way(own: Mapping[int, Record], rows: Mapping[str, Mapping[int, Record]], met
         statistics.fmean(side[seed]["metrics"]["plugged_in"][metric.name] for seed in seeds) for side in (*sides, own)
     )
     start = max(drops) if metric.more_is_better else min(drops)
-    return f"{(reached - start) / (end - start) + 0.0:.0%}".replace("-0%", "0%") if end != start else ""
+    return f"{(reached - start) / (end - start):.0%}".replace("-0%", "0%") if end != start else ""
 
 
 def _last(stages: Sequence[Sequence[Mapping[str, Any]]], name: str) -> str:

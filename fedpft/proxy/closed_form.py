@@ -97,12 +97,12 @@ def fit_output_projections(
         moved = [lot.again() for lot in lots] if moving else []
         for done, (student, teacher) in enumerate(matched, 1):
             layer, ffn = layers_of(proxy)[student], ffns[student]
-            own = torch.arange(ffn.neurons) if updated is None else updated[student]
-            own = own.to(device)
+            own = slice(None) if updated is None else updated[student].to(device)
+            count = ffn.neurons if updated is None else len(updated[student])
             scale = layer.get_parameter(row.scale).detach() if row.scale is not None else 1.0
-            seen = unseen = _NormalEquations(len(own), lots[0].hidden_size, device)
+            seen = unseen = _NormalEquations(count, lots[0].hidden_size, device)
             if ridge == "held_out":
-                unseen = _NormalEquations(len(own), lots[0].hidden_size, device)
+                unseen = _NormalEquations(count, lots[0].hidden_size, device)
             for number, lot in enumerate(lots):
                 equations = unseen if number % HELD_OUT == 1 else seen
                 a, theirs, ours = lot.at(student, teacher, ffn)
@@ -128,7 +128,8 @@ def fit_output_projections(
                     f"the closed form of the proxy's layer {student}: FM or proxy is not finite on public_data",
                     "set model.dtype: bfloat16 or float32",
                 )
-            weights = solution.new_zeros(ffn.neurons, solution.shape[1]).index_copy(0, own, solution[:-1])
+            weights = solution.new_zeros(ffn.neurons, solution.shape[1])
+            weights[own] = solution[:-1]
             ffn.add_to_output(weights, solution[-1])
             report(done)
 

@@ -51,19 +51,7 @@ def layer_level(
         layers: for each layer of the proxy, the FM's layer it was cut from; None: the proxy has every layer.
         task: with a `logit_term`, the one that knows the FM's own head.
     """
-    if settings.closed_form_samples:
-        fit_output_projections(
-            proxy,
-            model,
-            matched,
-            public,
-            samples=settings.closed_form_samples,
-            batch=settings.batch,
-            seed=seed,
-            ridge=settings.closed_form_ridge,
-            probes=settings.closed_form_probes,
-            layers=layers,
-        )
+    _refit(proxy, model, matched, None, public, settings, seed=seed, layers=layers)
     everything: dict[int, Tensor | None] = {layer: None for layer, _ in matched}
     return _distil(
         proxy,
@@ -99,26 +87,17 @@ def neuron_level(
         updated: proxy layer -> (U,) int64 neurons that train.
         others: as in :func:`layer_level`.
     """
-    if settings.closed_form_samples:
-        fit_output_projections(
-            proxy,
-            model,
-            matched,
-            public,
-            samples=settings.closed_form_samples,
-            batch=settings.batch,
-            seed=derive_seed(seed, "closed form during the federation", round),
-            ridge="held_out",
-            layers=layers,
-            updated=updated,
-        )
     schedule = DistillationSection(
+        closed_form_samples=settings.closed_form_samples,
+        closed_form_ridge="held_out",
         steps=settings.steps,
         batch=settings.batch,
         learning_rate=settings.learning_rate,
         weight_term=0.0,
         probe_term=settings.probe_term,
     )
+    refit_seed = derive_seed(seed, "closed form during the federation", round)
+    _refit(proxy, model, matched, updated, public, schedule, seed=refit_seed, layers=layers)
     return _distil(
         proxy,
         model,
@@ -139,6 +118,33 @@ def ffn_norms(proxy: nn.Module, layers: Sequence[int]) -> list[str]:
     norms = [modules[layer].get_submodule(path) for layer in layers for path in (row.norm, row.output_norm) if path]
     wanted = {id(parameter) for norm in norms for parameter in norm.parameters()}
     return [name for name, parameter in proxy.named_parameters() if id(parameter) in wanted]
+
+
+def _refit(
+    proxy: nn.Module,
+    model: nn.Module,
+    matched: Matched,
+    updated: Mapping[int, Tensor] | None,
+    public: EncodedDataset,
+    settings: DistillationSection,
+    *,
+    seed: int,
+    layers: Sequence[int] | None,
+) -> None:
+    if settings.closed_form_samples:
+        fit_output_projections(
+            proxy,
+            model,
+            matched,
+            public,
+            samples=settings.closed_form_samples,
+            batch=settings.batch,
+            seed=seed,
+            ridge=settings.closed_form_ridge,
+            probes=settings.closed_form_probes,
+            layers=layers,
+            updated=updated,
+        )
 
 
 def _distil(
