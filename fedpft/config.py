@@ -24,6 +24,7 @@ MOST_THREADS = 1024
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Hold = Literal["auto", "memory", "disk"]
 TaskName = Literal[
     "sequence-classification",
     "multi-label-classification",
@@ -79,6 +80,12 @@ class ModelSection(Section):
         "auto",
         description="What FM and proxy are held and sent in, and merged/ is written in; `auto`: what the FM is stored "
         "in. LoRA, task head and optimizer are float32 in any case.",
+    )
+    hold: Hold = Field(
+        "auto",
+        description="Where the FM's weights are while the server runs. `memory`: read once; `disk`: in the FM's files, "
+        "and in memory a layer at a time, on the CPU; `auto`: on disk if they are more than a fifth of the memory. A "
+        "value that is not stored as `dtype` has it is in memory in any case, and so are experts of a mixture.",
     )
     max_tokens: int = Field(64, ge=1, description="Texts are cut after this many tokens. No meaning for images.")
     chat_template: Path | None = Field(

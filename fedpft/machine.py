@@ -1,5 +1,9 @@
 """What a process takes of its machine, looked at before it needs it: the torch device, the CPU's threads."""
 
+import contextlib
+import os
+from pathlib import Path
+
 import torch
 
 from fedpft import faults
@@ -42,6 +46,15 @@ def check_device(name: str) -> str:
     if wrong is not None:
         raise ConfigError(f"device: {name}: {wrong}", f"set `device` to one of this machine's: {_devices()}")
     return name
+
+
+def memory_bytes() -> int:
+    """What this process may use: the machine's memory, or what its container has of it."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # of no container, or `max`
+            whole = min(whole, int(Path(limit).read_text(encoding="ascii")))
+    return whole
 
 
 def _devices() -> str:

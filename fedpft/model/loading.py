@@ -12,16 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from fedpft import faults
-from fedpft.config import Dtype, TaskName
+from fedpft import faults, machine
+from fedpft.config import Dtype, Hold, TaskName
 from fedpft.errors import ModelError
-from fedpft.finite import not_finite
+from fedpft.finite import is_finite
 from fedpft.model import architectures
+from fedpft.model.mapped import MappedTensors, hold_on_disk
 from fedpft.model.packing import varlen_attention
 from fedpft.model.precision import DTYPES, hold_wide, name_of
 from fedpft.seeding import derive_seed
@@ -34,8 +36,10 @@ transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 
+IN_MEMORY = 0.2  # of the machine's: an FM, its proxy, and what both need to be distilled
 # What safetensors calls the types that weights may be stored in, and what they are held in then. The widest come first.
 PRECISIONS = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -57,7 +61,9 @@ _REFUSED = {
 }
 
 
-def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int, dtype: Dtype = "auto") -> nn.Module:
+def load_model(
+    path: Path, task: TaskName, labels: Sequence[str], *, seed: int, dtype: Dtype = "auto", hold: Hold = "memory"
+) -> nn.Module:
     """Loads an FM for a task, in eval mode and with every parameter frozen.
 
     The task head, if the task has one, is drawn where the checkpoint has none of C rows; so is a module that a
@@ -70,6 +76,8 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int, 
         labels: C label names in the order of their class indices; none for a head of one number.
         seed: for what is drawn.
         dtype: what the FM is held in; `auto`: what most of its values are stored in (of float64: float32).
+        hold: `disk`: the weights stay in their files (`held` of the model), but for those that are stored in
+            another type; `auto`: if they would take more than IN_MEMORY of the machine's memory.
 
     Raises:
         ModelError: no such directory, not a model, weights that are not those that config.json asks for or hold NaN, or
@@ -84,16 +92,15 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int, 
     config.problem_type = TASKS[task].problem_type
     held = _stored_in(path) if dtype == "auto" else DTYPES[dtype]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "task head"))
         try:
-            model, report = _model_class(task).from_pretrained(
-                path,
+            stored, kind = MappedTensors(weight_files(path)), _class_of(task, config, held)
+            torch.manual_seed(derive_seed(seed, "task head"))
+            model, report = kind.from_pretrained(
+                None,
                 config=config,
+                state_dict=dict(stored.tensors),
                 dtype=held,
                 ignore_mismatched_sizes=True,  # of the head; of all else it is said below
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
                 output_loading_info=True,
             )
         except Exception as error:  # of whatever kind: the directory is somebody else's, the code as well
@@ -103,6 +110,9 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int, 
                 f"{path}: cannot be loaded for {task} ({first_line(error)})",
                 "check model.path: config.json and weights must be those of one model",
             ) from None
+    model.config._name_or_path = ""  # what is written out need not say where the FM lies
+    if (path / GENERATION).is_file() and model.can_generate():
+        model.generation_config = _generation_config(path)
     if not len(architectures.layers_of(model)):
         raise ModelError(f"{path}: config.json says that the FM has no layers", "check model.path")
     head = architectures.on_top(model) if TASKS[task].head else ()
@@ -113,16 +123,24 @@ def load_model(path: Path, task: TaskName, labels: Sequence[str], *, seed: int, 
     if drawn and held != torch.float32:
         _draw_in_float32(model, report, derive_seed(seed, "task head"))
     hold_wide(model, model.trained_modules)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # or it stays a map of its file, and changes with whatever is written there
-    if (name := not_finite(model.state_dict())) is not None:
-        raise ModelError(
-            f"{path}: {name} holds NaN or infinity in {name_of(held)}",
-            "restore the FM's weights from where they came from"
-            if held != torch.float16
-            else "set model.dtype: bfloat16 if its numbers are too large for float16, or restore its weights",
-        )
-    log.info("%s: the FM is held in %s", path, name_of(held))
+    for name, tensor in model.state_dict().items():
+        if not is_finite(tensor):
+            raise ModelError(
+                f"{path}: {name} holds NaN or infinity in {name_of(held)}",
+                "restore the FM's weights from where they came from"
+                if held != torch.float16
+                else "set model.dtype: bfloat16 if its numbers are too large for float16, or restore its weights",
+            )
+        stored.release()
+    on_disk = hold == "disk" or (hold == "auto" and stored.nbytes > IN_MEMORY * machine.memory_bytes())
+    if on_disk:
+        hold_on_disk(model, stored)
+    for tensor in () if on_disk else (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # or it would change with whatever is written into its file
+        stored.release()
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    mapped = sum(parameter.nbytes for parameter in model.parameters() if parameter in stored)
+    log.info("%s: the FM is held in %s%s", path, name_of(held), _where(mapped, whole))
     return prepare(model)
 
 
@@ -189,7 +207,7 @@ def _check_files(path: Path) -> None:
 
 
 def empty_model(directory: Path, task: TaskName, num_layers: int) -> nn.Module:
-    """A model of the FM's shape and type with `num_layers` layers and meaningless weights, from config.json alone.
+    """A model of the FM's shape and type with `num_layers` layers, whose parameters are yet to be put in (`assign`).
 
     Raises:
         ValueError: config.json names a type in which no FM is held.
@@ -199,7 +217,10 @@ def empty_model(directory: Path, task: TaskName, num_layers: int) -> nn.Module:
         raise ValueError(f"config.json: dtype is {held}")
     set_layers(config, range(num_layers))
     config.problem_type = TASKS[task].problem_type
-    model: nn.Module = _model_class(task).from_config(config, dtype=DTYPES[held], trust_remote_code=False)
+    shape = getattr(transformers, TASKS[task].model)
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = shape.from_config(config, dtype=DTYPES[held], trust_remote_code=False)
+    model.tie_weights()  # which each parameter's move to `meta` has undone
     return prepare(model)
 
 
@@ -286,8 +307,24 @@ def convert_gguf(file: Path, directory: Path) -> None:
     save_model(model, tokenizer, directory)
 
 
-def _model_class(task: TaskName) -> Any:
-    return getattr(transformers, TASKS[task].model)
+def _class_of(task: TaskName, config: Any, dtype: torch.dtype) -> Any:
+    """The class of transformers that a model of this configuration has for a task; of two the config names one."""
+    with torch.device("meta"):
+        return type(getattr(transformers, TASKS[task].model).from_config(config, dtype=dtype, trust_remote_code=False))
+
+
+def _generation_config(path: Path) -> Any:
+    try:
+        return transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{path / GENERATION}: {first_line(error)}", "save it with transformers again") from None
+
+
+def _where(mapped: int, whole: int) -> str:
+    """What of an FM of `whole` bytes stays on disk, if anything does."""
+    if not mapped:
+        return ""
+    return f"; {mapped / 2**30:.1f} of {whole / 2**30:.1f} GiB stay on disk, and are read layer by layer"
 
 
 def _config(path: Path) -> Any:
@@ -313,9 +350,8 @@ def _config(path: Path) -> Any:
 def _stored_in(path: Path) -> torch.dtype:
     """What most values of an FM are stored in. Who wants the others as they are, says it in the configuration."""
     counts = dict.fromkeys(PRECISIONS, 0)
-    files = [path / WEIGHTS] if (path / WEIGHTS).exists() else [path / name for name in _shards(path)]
     try:
-        for file in files:
+        for file in weight_files(path):
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a mapping)
                     stored = opened.get_slice(name)
@@ -347,6 +383,11 @@ def _draw_in_float32(model: Any, report: dict[str, Any], seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.initialize_weights()
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The one safetensors file of a model, or its shards; ModelError."""
+    return [path / WEIGHTS] if (path / WEIGHTS).exists() else [path / name for name in _shards(path)]
 
 
 def _shards(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedpft.config import TaskName
@@ -19,6 +19,7 @@ from fedpft.errors import ModelError
 from fedpft.finite import not_finite
 from fedpft.model import architectures, loading
 from fedpft.model.adapters import frozen_state
+from fedpft.model.mapped import copies
 from fedpft.model.precision import hold_wide
 from fedpft.model.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
 
@@ -79,12 +80,14 @@ def load_proxy(directory: Path) -> Proxy:
             replace_ffn(model, layer, torch.arange(count // len(projections(model, layer))))
         model.trained_modules = tuple(description["trained"])  # type: ignore[assignment]
         hold_wide(model, architectures.head_of(model))
-        tensors, expected = load_file(directory / "model.safetensors"), frozen_state(model)
+        tensors, expected = copies(loading.weight_files(directory)), frozen_state(model)
         if odd := sorted(tensors.keys() ^ expected):
             raise ValueError(f"model.safetensors {'lacks' if odd[0] in expected else 'has an unknown'} {odd[0]}")
         if odd := sorted(name for name, tensor in tensors.items() if tensor.dtype != expected[name].dtype):
             raise ValueError(f"model.safetensors: {odd[0]} is {tensors[odd[0]].dtype}, not {expected[odd[0]].dtype}")
-        model.load_state_dict(tensors, strict=False)  # without the second names of what is shared
+        # `assign`: the model has no parameters of its own so far. Second names of what is shared are not in the file.
+        model.load_state_dict(tensors, strict=False, assign=True)
+        model.tie_weights()  # type: ignore[operator]
         check_finite(model, f"the proxy in {directory}")
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
         return Proxy(
