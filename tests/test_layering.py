@@ -58,6 +58,7 @@ ORDER = {
         "adapters",
     ),
     "proxy": (
+        "journal",
         "closed_form",
         "importance",
         "selection",

@@ -276,25 +276,52 @@ def merge(model: nn.Module) -> None:
     dtype = dtype_of(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
-            base, (active,) = cast(nn.Linear, module.get_base_layer()), module.active_adapters
-            change: Tensor = module.get_delta_weight(active)  # type: ignore[attr-defined]
-            base.weight.data = (base.weight.data + change).to(dtype)
-            if not is_finite(base.weight.data):
-                raise ModelError(
-                    f"{name}: its weight with LoRA is too large for {name_of(dtype)}", "set model.dtype: bfloat16"
-                )
+            base = cast(nn.Linear, module.get_base_layer())
+            base.weight.data = _merged(name, module, dtype)
             model.set_submodule(name, base)
     narrow(model.requires_grad_(False), dtype)
 
 
-def frozen_state(model: nn.Module) -> dict[str, Tensor]:
+def merged_parts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The state dict that :func:`merge` would leave, part by part: what is outside of the layers, then each layer.
+
+    The model stays as it is.
+
+    Raises:
+        ModelError: a weight is too large for the type.
+    """
+    dtype, path, parameters = dtype_of(model), layers_path(model), {id(each) for each in model.parameters()}
+    carriers = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    parts: dict[str, dict[str, Tensor]] = {"": {}}
+    for name, tensor in frozen_state(model, keep_vars=True).items():
+        layer = name.removeprefix(path).partition(".")[0] if name.startswith(path) else ""
+        parts.setdefault(layer, {})[name] = tensor
+    for part in parts.values():
+        yield {
+            name: _merged(name.removesuffix(".weight"), carriers[name], dtype)
+            if name in carriers
+            else tensor.detach().to(dtype if id(tensor) in parameters else tensor.dtype)
+            for name, tensor in part.items()
+        }
+
+
+def _merged(name: str, module: LoraLayer, dtype: torch.dtype) -> Tensor:
+    base, (active,) = cast(nn.Linear, module.get_base_layer()), module.active_adapters
+    change: Tensor = module.get_delta_weight(active)  # type: ignore[attr-defined]
+    merged = (base.weight.detach() + change).to(dtype)
+    if not is_finite(merged):
+        raise ModelError(f"{name}: its weight with LoRA is too large for {name_of(dtype)}", "set model.dtype: bfloat16")
+    return merged
+
+
+def frozen_state(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
     """The state dict of a model as if no LoRA were attached; the tensors are the model's own.
 
     A parameter that two modules share, as embeddings and `lm_head` of many decoders do, is there by its first name.
     """
     every = (name for name, _ in model.named_parameters(remove_duplicate=False))
     again = set(every) - {name for name, _ in model.named_parameters()}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in again}
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=keep_vars).items() if name not in again}
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
 
 

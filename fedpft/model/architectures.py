@@ -361,17 +361,30 @@ class LayerWalk:
     """
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-        """Runs the model once, to see what else each layer is given: masks and positions, the same at any time."""
+        """Sees what else each layer is given: masks and positions, the same at any time.
+
+        Of the layers only the first is run, to see in what form they leave the states; the others pass them on.
+        """
         self._layers = layers_of(model)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.position = 0
         self.hidden: Tensor
-        hooks = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in self._layers]
+        form: list[Tensor | tuple[Tensor, ...]] = []
+        first, *others = self._layers
+        hooks = [
+            first.register_forward_pre_hook(self._note, with_kwargs=True),
+            first.register_forward_hook(lambda _layer, _given, output: form.append(output)),
+        ]
+        passed = partial(self._pass, form)
+        for layer in others:
+            layer.forward = passed
         try:
             base_of(model)(**{name: value for name, value in inputs.items() if name != "labels"})
         finally:
             for hook in hooks:
                 hook.remove()
+            for layer in others:
+                del layer.forward  # the instance's; the class's is the layer's own
 
     def output(self) -> Tensor:
         """What the next layer makes of the states, (B, T, D), which stay where they are."""
@@ -383,6 +396,10 @@ class LayerWalk:
         """Leaves the next layer behind, whose output is `hidden`, if that is known."""
         self.hidden = self.output() if hidden is None else hidden
         self.position += 1
+
+    def _pass(self, form: Sequence[Tensor | tuple[Tensor, ...]], *arguments: Any, **named: Any) -> Any:
+        self._note(self._layers[0], arguments, named)
+        return (self.hidden, *form[0][1:]) if isinstance(form[0], tuple) else self.hidden
 
     def _note(self, _layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = dict(named)

@@ -8,7 +8,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ import accelerate
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from fedpft import faults, machine
 from fedpft.config import Dtype, Hold, TaskName
 from fedpft.errors import ModelError
 from fedpft.finite import is_finite
 from fedpft.model import architectures
-from fedpft.model.mapped import MappedTensors, hold_on_disk
+from fedpft.model.mapped import MappedTensors, Shards, hold_on_disk, release
 from fedpft.model.packing import varlen_attention
 from fedpft.model.precision import DTYPES, hold_wide, name_of
 from fedpft.seeding import derive_seed
@@ -133,9 +133,13 @@ def load_model(
             )
         stored.release()
     on_disk = hold == "disk" or (hold == "auto" and stored.nbytes > IN_MEMORY * machine.memory_bytes())
+    if on_disk and architectures.architecture_of(model).experts is not None:
+        log.warning("%s: a mixture's experts are stored one by one, and held together: all of it is in memory", path)
+        on_disk = False
     if on_disk:
         hold_on_disk(model, stored)
-    for tensor in () if on_disk else (*model.parameters(), *model.buffers()):
+    trained = [each for module in model.trained_modules for each in model.get_submodule(module).parameters()]
+    for tensor in trained if on_disk else (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # or it would change with whatever is written into its file
         stored.release()
     whole = sum(parameter.nbytes for parameter in model.parameters())
@@ -272,6 +276,20 @@ def save_model(model: nn.Module, processor: Any, directory: Path) -> None:
     """Writes a directory that plain `transformers` loads."""
     model.save_pretrained(directory)  # type: ignore[operator]
     save_config(model, directory)
+    processor.save_pretrained(directory)
+
+
+def save_parts(model: nn.Module, processor: Any, directory: Path, parts: Iterable[Mapping[str, Tensor]]) -> None:
+    """The same of a model on disk, whose weights are these, a file for each part; its own are given back meanwhile."""
+    shards = Shards(directory)
+    for part in parts:
+        shards.put(part)
+        release(model)
+    shards.finish()
+    model.config.architectures = [type(model).__name__]  # type: ignore[union-attr]  # as `save_pretrained` does
+    save_config(model, directory)
+    if model.can_generate():  # type: ignore[operator]
+        model.generation_config.save_pretrained(directory)  # type: ignore[union-attr, operator]
     processor.save_pretrained(directory)
 
 

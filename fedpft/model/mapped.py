@@ -119,10 +119,15 @@ class Shards:
         atomic.write_text(self._directory / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
+def held(model: nn.Module) -> MappedTensors | None:
+    """The files that a model's weights are in; None if they are in memory."""
+    return getattr(model, "held", None)
+
+
 def release(model: nn.Module) -> None:
     """Gives back the memory that weights take which are on disk; without any it does nothing."""
-    if (held := getattr(model, "held", None)) is not None:
-        held.release()
+    if (files := held(model)) is not None:
+        files.release()
 
 
 def copies(files: Sequence[Path]) -> dict[str, Tensor]:
@@ -134,15 +139,15 @@ def copies(files: Sequence[Path]) -> dict[str, Tensor]:
     return found
 
 
-def hold_on_disk(model: nn.Module, held: MappedTensors) -> None:
+def hold_on_disk(model: nn.Module, files: MappedTensors) -> None:
     """Says that a model's weights are those; each layer's forward pass, and its backward pass, then gives them back."""
-    model.held = held  # type: ignore[assignment]
+    model.held = files  # type: ignore[assignment]
 
     def give_back(_layer: nn.Module, _given: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-        held.release()
+        files.release()
         states = output[0] if isinstance(output, tuple) else output
         if states.requires_grad:
-            states.register_hook(lambda _gradient: held.release())  # the layers above are through
+            states.register_hook(lambda _gradient: files.release())  # the layers above are through
 
     for layer in layers_of(model):
         layer.register_forward_hook(give_back)
@@ -151,7 +156,7 @@ def hold_on_disk(model: nn.Module, held: MappedTensors) -> None:
 def _view(mapped: mmap.mmap, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     count = math.prod(shape)
     if not count:
-        return torch.empty(*shape, dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to
-        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(*shape)
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(tuple(shape))

@@ -4,6 +4,7 @@ D hidden size, K neurons of a layer, U of them updated.
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from fedpft.config import TaskName
 from fedpft.errors import ModelError
-from fedpft.finite import not_finite
+from fedpft.finite import is_finite
 from fedpft.model import architectures, loading
 from fedpft.model.adapters import frozen_state
-from fedpft.model.mapped import copies
+from fedpft.model.mapped import MappedTensors, Shards, copies, hold_on_disk, release
 from fedpft.model.precision import hold_wide
 from fedpft.model.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
 
@@ -47,13 +48,20 @@ class Proxy:
     compressed: tuple[int, ...]
 
 
-def save_bundle(proxy: Proxy, directory: Path) -> None:
-    """Writes what is sent to the silos: weights, configuration, tokenizer or image processor, labels. Plain files."""
+def save_bundle(proxy: Proxy, directory: Path, shards: Shards | None = None) -> None:
+    """Writes what is sent to the silos: weights, configuration, tokenizer or image processor, labels. Plain files.
+
+    Args:
+        shards: of the directory, if the weights are there already.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     loading.save_config(proxy.model, directory)
     proxy.processor.save_pretrained(directory)
-    tensors = {name: tensor.contiguous() for name, tensor in frozen_state(proxy.model).items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    if shards is not None:
+        shards.finish()
+    else:
+        tensors = {name: tensor.contiguous() for name, tensor in frozen_state(proxy.model).items()}
+        save_file(tensors, directory / loading.WEIGHTS, metadata={"format": "pt"})
     description = {
         "format": _FORMAT,
         "task": proxy.task,
@@ -66,8 +74,13 @@ def save_bundle(proxy: Proxy, directory: Path) -> None:
     (directory / "proxy.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
 
 
-def load_proxy(directory: Path) -> Proxy:
-    """Reads what :func:`save_bundle` wrote; ModelError names the file that is missing or does not fit."""
+def load_proxy(directory: Path, work: Path | None = None) -> Proxy:
+    """Reads what :func:`save_bundle` wrote; ModelError names the file that is missing or does not fit.
+
+    Args:
+        work: an empty directory for a copy of the weights, if they are to stay on disk; what becomes of them in the
+            model becomes of them there.
+    """
     try:
         description = json.loads((directory / "proxy.json").read_text(encoding="utf-8"))
         if description["format"] != _FORMAT:
@@ -80,14 +93,21 @@ def load_proxy(directory: Path) -> Proxy:
             replace_ffn(model, layer, torch.arange(count // len(projections(model, layer))))
         model.trained_modules = tuple(description["trained"])  # type: ignore[assignment]
         hold_wide(model, architectures.head_of(model))
-        tensors, expected = copies(loading.weight_files(directory)), frozen_state(model)
+        files, expected = loading.weight_files(directory), frozen_state(model)
+        if work is None:
+            tensors = copies(files)
+        else:
+            held = MappedTensors([Path(shutil.copy(file, work)) for file in files], writable=True)
+            tensors = held.tensors
         if odd := sorted(tensors.keys() ^ expected):
-            raise ValueError(f"model.safetensors {'lacks' if odd[0] in expected else 'has an unknown'} {odd[0]}")
+            raise ValueError(f"{files[0].name} {'lacks' if odd[0] in expected else 'has an unknown'} {odd[0]}")
         if odd := sorted(name for name, tensor in tensors.items() if tensor.dtype != expected[name].dtype):
-            raise ValueError(f"model.safetensors: {odd[0]} is {tensors[odd[0]].dtype}, not {expected[odd[0]].dtype}")
+            raise ValueError(f"{odd[0]} is {tensors[odd[0]].dtype}, not {expected[odd[0]].dtype}")
         # `assign`: the model has no parameters of its own so far. Second names of what is shared are not in the file.
         model.load_state_dict(tensors, strict=False, assign=True)
         model.tie_weights()  # type: ignore[operator]
+        if work is not None:
+            hold_on_disk(model, held)
         check_finite(model, f"the proxy in {directory}")
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
         return Proxy(
@@ -110,11 +130,13 @@ def task_of(directory: Path) -> TaskName | None:
 
 def check_finite(model: nn.Module, what: str) -> None:
     """Raises ModelError, naming the tensor, if a proxy's frozen part holds NaN or infinity."""
-    if (name := not_finite(frozen_state(model))) is not None:
-        raise ModelError(
-            f"{what}: {name} holds NaN or infinity",
-            "build the proxy again, with a lower distillation.learning_rate, and look at public_data",
-        )
+    for name, tensor in frozen_state(model).items():
+        if not is_finite(tensor):
+            raise ModelError(
+                f"{what}: {name} holds NaN or infinity",
+                "build the proxy again, with a lower distillation.learning_rate, and look at public_data",
+            )
+        release(model)
 
 
 def patch(model: nn.Module, updated: Mapping[int, Tensor], norms: Sequence[str]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ public samples halves the hidden-state error before the first step; docs/results
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -38,6 +39,7 @@ from fedpft.model.architectures import LayerWalk, architecture_of, is_post_norm,
 from fedpft.model.precision import wide
 from fedpft.model.subffn import SubExperts, SubFFN, sub_ffns
 from fedpft.progress import progress
+from fedpft.proxy.journal import Found, Journal
 from fedpft.seeding import derive_seed
 
 # r, in units of the mean square of a neuron's value: regression on fewer tokens than neurons stays sane
@@ -59,6 +61,7 @@ def fit_output_projections(
     probes: float = 0.0,
     layers: Sequence[int] | None = None,
     updated: Mapping[int, Tensor] | None = None,
+    journal: Journal | None = None,
 ) -> None:
     """Refits the output projection and bias of every compressed layer, in place, from the first layer to the last.
 
@@ -71,6 +74,7 @@ def fit_output_projections(
         probes: lambda.
         layers: as of :class:`Probes`.
         updated: proxy layer -> (U,) int64 neurons whose output weights are refitted; None: all of them.
+        journal: keeps each layer's.
 
     Raises:
         DataError: there is no batch to hold out.
@@ -94,44 +98,72 @@ def fit_output_projections(
                 "closed_form_ridge: held_out needs two of closed_form_samples, of which one is held out",
                 "ask for more of them and give public_data the rows, or name a number",
             )
-        moved = [lot.again() for lot in lots] if moving else []
+        fit = _Fit(lots, ridge, moving, probes, seed)
         for done, (student, teacher) in enumerate(matched, 1):
             layer, ffn = layers_of(proxy)[student], ffns[student]
-            own = slice(None) if updated is None else updated[student].to(device)
-            count = ffn.neurons if updated is None else len(updated[student])
+            own = None if updated is None else updated[student].to(device)
             scale = layer.get_parameter(row.scale).detach() if row.scale is not None else 1.0
-            seen = unseen = _NormalEquations(count, lots[0].hidden_size, device)
-            if ridge == "held_out":
-                unseen = _NormalEquations(count, lots[0].hidden_size, device)
-            for number, lot in enumerate(lots):
-                equations = unseen if number % HELD_OUT == 1 else seen
-                a, theirs, ours = lot.at(student, teacher, ffn)
-                equations.add(a[:, own], (theirs - ours) / scale)
-                if moving:
-                    with moving.drawn(derive_seed(seed, "closed form, probe", number)):
-                        a_moved, theirs_moved, ours_moved = moved[number].at(student, teacher, ffn)
-                    change = theirs_moved - theirs
-                    weight = (probes * theirs.square().mean() / change.square().mean()).sqrt() if change.any() else 0.0
-                    wanted = (change - (ours_moved - ours)) / scale
-                    equations.add(weight * (a_moved - a)[:, own], weight * wanted, constant=0.0)
-            if not ffn.has_output_bias:
-                seen.leave_out_bias()
-                unseen.leave_out_bias()
-            if isinstance(ridge, str):
-                r = min(CANDIDATES, key=lambda candidate: unseen.error(seen.solve(candidate)))
-                seen.join(unseen)
-            else:
-                r = ridge
-            solution = seen.solve(r)
-            if not is_finite(solution):
-                raise ModelError(
-                    f"the closed form of the proxy's layer {student}: FM or proxy is not finite on public_data",
-                    "set model.dtype: bfloat16 or float32",
-                )
+            found = partial(fit.of_layer, student, teacher, ffn, own, scale)
+            solution = (journal or Journal()).kept(f"closed-form-{student}", found)["solution"].to(device)
             weights = solution.new_zeros(ffn.neurons, solution.shape[1])
-            weights[own] = solution[:-1]
+            weights[slice(None) if own is None else own] = solution[:-1]
             ffn.add_to_output(weights, solution[-1])
             report(done)
+
+
+class _Fit:
+    """The regression of a layer at a time.
+
+    Args:
+        lots: batches on their way, which come along layer by layer.
+        moving, probes, seed: lambda, and what draws the probes, if there are any.
+    """
+
+    def __init__(self, lots: "Sequence[_Lot]", ridge: Ridge, moving: Probes | None, probes: float, seed: int) -> None:
+        self._lots, self._ridge, self._moving, self._probes, self._seed = lots, ridge, moving, probes, seed
+        self._moved = [lot.again() for lot in lots] if moving else []
+
+    def of_layer(
+        self, student: int, teacher: int, ffn: SubFFN | SubExperts, updated: Tensor | None, scale: Tensor | float
+    ) -> Found:
+        """`solution`: dW above db, (U + 1, D) float64.
+
+        Raises:
+            ModelError: FM or proxy is not finite on the samples.
+        """
+        own: Tensor | slice = slice(None) if updated is None else updated
+        sizes = (ffn.neurons if updated is None else len(updated), self._lots[0].hidden_size)
+        device = self._lots[0].ours.hidden.device
+        seen = unseen = _NormalEquations(*sizes, device)
+        if self._ridge == "held_out":
+            unseen = _NormalEquations(*sizes, device)
+        for number, lot in enumerate(self._lots):
+            equations = unseen if number % HELD_OUT == 1 else seen
+            a, theirs, ours = lot.at(student, teacher, ffn)
+            equations.add(a[:, own], (theirs - ours) / scale)
+            if self._moving is not None:
+                with self._moving.drawn(derive_seed(self._seed, "closed form, probe", number)):
+                    a_moved, theirs_moved, ours_moved = self._moved[number].at(student, teacher, ffn)
+                change = theirs_moved - theirs
+                share = self._probes * theirs.square().mean() / change.square().mean()
+                weight = share.sqrt() if change.any() else 0.0
+                wanted = (change - (ours_moved - ours)) / scale
+                equations.add(weight * (a_moved - a)[:, own], weight * wanted, constant=0.0)
+        if not ffn.has_output_bias:
+            seen.leave_out_bias()
+            unseen.leave_out_bias()
+        if isinstance(self._ridge, str):
+            r = min(CANDIDATES, key=lambda candidate: unseen.error(seen.solve(candidate)))
+            seen.join(unseen)
+        else:
+            r = self._ridge
+        solution = seen.solve(r)
+        if not is_finite(solution):
+            raise ModelError(
+                f"the closed form of the proxy's layer {student}: FM or proxy is not finite on public_data",
+                "set model.dtype: bfloat16 or float32",
+            )
+        return {"solution": solution}
 
 
 @dataclass

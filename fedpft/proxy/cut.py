@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from fedpft.model import architectures, loading
-from fedpft.model.mapped import release
+from fedpft.model.mapped import held, release
 from fedpft.model.subffn import replace_ffn
 from fedpft.proxy.selection import Selection
 
@@ -47,7 +47,7 @@ def cut(model: nn.Module, selection: Selection, put: Put = in_memory) -> nn.Modu
 def _sharing(model: nn.Module) -> nn.Module:
     """A copy of a model's modules, with the model's own tensors in them."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, {**shared, id(getattr(model, "held", None)): None})
+    return copy.deepcopy(model, {**shared, id(held(model)): None})
 
 
 def _settle(part: nn.Module, prefix: str, put: Put) -> None:

@@ -9,6 +9,7 @@ B batch, T sequence length, D hidden size, K neurons of a compressed layer, U of
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,14 @@ from fedpft.model.architectures import architecture_of, layer_outputs, layers_of
 from fedpft.model.precision import DISTILLATION_SCALE, Masters, loss_scaler, wide
 from fedpft.model.subffn import projections, sub_ffns
 from fedpft.proxy.closed_form import fit_output_projections
+from fedpft.proxy.journal import Found, Journal
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
 Matched = Sequence[tuple[int, int]]
 Progress = Callable[[int, float], None]
+
+STEPS, NOTED = "distillation", 50  # in the journal, and after how many steps
 
 
 def layer_level(
@@ -40,6 +44,7 @@ def layer_level(
     progress: Progress,
     layers: Sequence[int] | None = None,
     task: Task | None = None,
+    journal: Journal | None = None,
 ) -> list[float]:
     """Distils every FFN neuron of the compressed layers, in place; returns the loss of each step.
 
@@ -50,8 +55,10 @@ def layer_level(
         progress: called with (step, loss) after each step.
         layers: for each layer of the proxy, the FM's layer it was cut from; None: the proxy has every layer.
         task: with a `logit_term`, the one that knows the FM's own head.
+        journal: keeps each layer's closed form, and the steps every NOTED of them.
     """
-    _refit(proxy, model, matched, None, public, settings, seed=seed, layers=layers)
+    journal = journal or Journal()
+    _refit(proxy, model, matched, None, public, settings, seed=seed, layers=layers, journal=journal)
     everything: dict[int, Tensor | None] = {layer: None for layer, _ in matched}
     return _distil(
         proxy,
@@ -64,6 +71,7 @@ def layer_level(
         task=task,
         seed=derive_seed(seed, "layer-level distillation"),
         progress=progress,
+        journal=journal,
     )
 
 
@@ -97,7 +105,7 @@ def neuron_level(
         probe_term=settings.probe_term,
     )
     refit_seed = derive_seed(seed, "closed form during the federation", round)
-    _refit(proxy, model, matched, updated, public, schedule, seed=refit_seed, layers=layers)
+    _refit(proxy, model, matched, updated, public, schedule, seed=refit_seed, layers=layers, journal=Journal())
     return _distil(
         proxy,
         model,
@@ -109,6 +117,7 @@ def neuron_level(
         task=None,
         seed=derive_seed(seed, "neuron-level distillation", round),
         progress=progress,
+        journal=Journal(),
     )
 
 
@@ -130,6 +139,7 @@ def _refit(
     *,
     seed: int,
     layers: Sequence[int] | None,
+    journal: Journal,
 ) -> None:
     if settings.closed_form_samples:
         fit_output_projections(
@@ -144,6 +154,7 @@ def _refit(
             probes=settings.closed_form_probes,
             layers=layers,
             updated=updated,
+            journal=journal,
         )
 
 
@@ -159,6 +170,7 @@ def _distil(
     task: Task | None,
     seed: int,
     progress: Progress,
+    journal: Journal,
 ) -> list[float]:
     if settings.steps == 0 or not matched:
         return []
@@ -177,7 +189,11 @@ def _distil(
         masters, scaler = Masters(parameters), loss_scaler(proxy, DISTILLATION_SCALE)
         optimizer = torch.optim.AdamW(masters.wide, lr=settings.learning_rate, weight_decay=0.0)
         count = settings.steps * settings.batch
-        for step, batch in enumerate(batches(public, batch=settings.batch, start=0, count=count, seed=seed)):
+        if (noted := journal.recall(STEPS)) is not None:
+            losses += noted.pop("losses").tolist()
+            _resume(optimizer, scaler, masters, noted)
+        every = batches(public, batch=settings.batch, start=0, count=count, seed=seed)
+        for step, batch in islice(enumerate(every), len(losses), None):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(step, settings.steps, settings.warmup_fraction)
             loss = lost({name: value.to(device) for name, value in batch.items()}, step)
@@ -195,7 +211,37 @@ def _distil(
                     "lower distillation.learning_rate (between rounds: alignment.learning_rate, in a new run)",
                 )
             progress(step + 1, losses[-1])
+            if (step + 1) % NOTED == 0:
+                done = torch.tensor(losses, dtype=torch.float64)
+                journal.note(STEPS, {"losses": done, **_state(optimizer, scaler, masters)})
     return losses
+
+
+def _state(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, masters: Masters) -> Found:
+    """What the next step of a distillation follows from, beside the data."""
+    found = {f"{index}.value": value.detach() for index, value in enumerate(masters.wide)}
+    for index, state in optimizer.state_dict()["state"].items():
+        found |= {f"{index}.{name}": value for name, value in state.items()}
+    scale = scaler.state_dict().values()
+    return found | {"scaler": torch.tensor([float(value) for value in scale], dtype=torch.float64)}
+
+
+def _resume(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, masters: Masters, noted: Mapping[str, Tensor]
+) -> None:
+    """Puts into place what :func:`_state` has returned."""
+    own = scaler.state_dict()
+    scale = noted["scaler"].tolist()
+    scaler.load_state_dict({n: type(own[n])(value) for n, value in zip(own, scale, strict=True)})
+    states: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(masters.wide))}
+    for key, value in noted.items():
+        index, _, name = key.partition(".")
+        if name == "value":
+            masters.wide[int(index)].data.copy_(value)
+        elif name:
+            states[int(index)][name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    masters.round()
 
 
 class _Loss:

@@ -22,6 +22,7 @@ whole neurons by OSSCAR (arXiv 2403.12983); MoDeGPT (arXiv 2408.09632) scores th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,11 @@ from fedpft.data.batches import EncodedDataset, sample
 from fedpft.errors import ModelError
 from fedpft.model import architectures
 from fedpft.model.architectures import LayerWalk
+from fedpft.model.mapped import release
 from fedpft.model.subffn import ffn_path, projections, sub_ffn_of
 from fedpft.progress import progress
 from fedpft.proxy.closed_form import look, real_inputs
+from fedpft.proxy.journal import Found, Journal
 from fedpft.seeding import derive_seed
 
 RIDGE = 1e-3  # r, in units of the mean of A's diagonal; an elimination on fewer tokens than neurons stays sane
@@ -82,6 +85,7 @@ def by_weights(model: nn.Module) -> list[Ranking]:
         w_in, w_gate, w_out = ([ffn[name] for ffn in ffns if name in ffn] for name in ("w_in", "w_gate", "w_out"))
         norms = kernels.neuron_saliency(w_in, w_gate, [weight.t() for weight in w_out]).cpu()
         found.append(by_saliency(norms if len(ffns) > 1 else norms[0], float(norms.double().square().sum())))
+        release(model)
     return found
 
 
@@ -93,9 +97,18 @@ def by_chance(ranking: Ranking, seed: int, layer: int) -> Ranking:
 
 
 def by_activations(
-    model: nn.Module, layers: Sequence[int], public: EncodedDataset, settings: ProxySection, *, seed: int
+    model: nn.Module,
+    layers: Sequence[int],
+    public: EncodedDataset,
+    settings: ProxySection,
+    *,
+    seed: int,
+    journal: Journal | None = None,
 ) -> dict[int, Ranking]:
     """Of the given layers of the FM, ascending, in one pass over public samples: `variance` or `leverage`.
+
+    Args:
+        journal: keeps each layer's.
 
     Raises:
         ModelError: what the neurons pass on is not finite.
@@ -106,7 +119,9 @@ def by_activations(
     with torch.no_grad(), progress(f"proxy.importance: {settings.importance}", len(layers), "layer") as report:
         walks = [(LayerWalk(model, inputs), real) for inputs, real in real_inputs(public, chosen, BATCH, device)]
         for layer in layers:
-            found[layer] = _ranking(model, layer, walks, leverage=settings.importance == "leverage")
+            rank = partial(_ranking, model, layer, walks, leverage=settings.importance == "leverage")
+            ranked = (journal or Journal()).kept(f"importance-{layer}", rank)
+            found[layer] = Ranking(ranked["saliency"], ranked["order"])
             report(len(found))
     return found
 
@@ -162,7 +177,8 @@ def _cheapest(inverse: Tensor, w_out: Tensor, count: int) -> tuple[Tensor, Tenso
 
 def _ranking(
     model: nn.Module, place: int, walks: Sequence[tuple[LayerWalk, Tensor | slice]], *, leverage: bool
-) -> Ranking:
+) -> Found:
+    """A layer's :class:`Ranking`, by the names of its tensors."""
     row, layer = architectures.architecture_of(model), architectures.layers_of(model)[place]
     parts, ffn, called = (
         projections(model, layer),
@@ -197,11 +213,12 @@ def _ranking(
     if not leverage:
         squares = (diagonals + ridge) * torch.stack([w_out.square().sum(1) for w_out in outputs])
         saliency = (squares / unit).sqrt().float()
-        return by_saliency(saliency if len(parts) > 1 else saliency[0])
+        ranking = by_saliency(saliency if len(parts) > 1 else saliency[0])
+        return {"saliency": ranking.saliency, "order": ranking.order}
     found = [eliminate(spread + ridge * torch.eye(len(spread)), w) for spread, w in zip(spreads, outputs, strict=True)]
     saliency = torch.stack([(costs / unit).sqrt().float() for costs, _ in found])
     order = torch.stack([turns.flip(0) for _, turns in found])
-    return Ranking(saliency, order) if len(parts) > 1 else Ranking(saliency[0], order[0])
+    return {"saliency": saliency, "order": order} if len(parts) > 1 else {"saliency": saliency[0], "order": order[0]}
 
 
 class _Moments:

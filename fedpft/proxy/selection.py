@@ -19,6 +19,7 @@ from fedpft.data.batches import EncodedDataset
 from fedpft.errors import ModelError
 from fedpft.model import architectures
 from fedpft.proxy.importance import Ranking, by_activations, by_chance, by_weights
+from fedpft.proxy.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,19 @@ class Selection:
 
 
 def select(
-    model: nn.Module, settings: ProxySection, public: EncodedDataset | None = None, *, seed: int = 0
+    model: nn.Module,
+    settings: ProxySection,
+    public: EncodedDataset | None = None,
+    *,
+    seed: int = 0,
+    journal: Journal | None = None,
 ) -> Selection:
     """Chooses layers and neurons; ModelError if the FM has fewer than are asked for.
 
     Args:
         public: unlabelled samples; `variance` and `leverage` look at some of them, the others need none.
         seed: what draws those, and the order of `random`.
+        journal: keeps what was found of each layer.
     """
     rankings = by_weights(model)
     everything = [torch.arange(ranking.order.shape[-1]).expand(ranking.order.shape) for ranking in rankings]
@@ -98,7 +105,7 @@ def select(
         return _selection(range(total), everything, rankings)
     count = _neuron_count(model, settings, min(each.shape[-1] for each in everything))
     compressed = [layer for layer in range(total) if layer not in whole]
-    for layer, ranking in _ranked(model, rankings, compressed, settings, public, seed).items():
+    for layer, ranking in _ranked(model, rankings, compressed, settings, public, seed, journal).items():
         rankings[layer] = ranking
     counts = dict.fromkeys(compressed, count)
     if settings.spread == "global":
@@ -141,6 +148,7 @@ def _ranked(
     settings: ProxySection,
     public: EncodedDataset | None,
     seed: int,
+    journal: Journal | None,
 ) -> dict[int, Ranking]:
     if settings.importance == "weights" or not layers:
         return {}
@@ -148,7 +156,7 @@ def _ranked(
         return {layer: by_chance(by_size[layer], seed, layer) for layer in layers}
     if public is None:
         raise TypeError(f"proxy.importance {settings.importance} needs public samples")
-    return by_activations(model, layers, public, settings, seed=seed)
+    return by_activations(model, layers, public, settings, seed=seed, journal=journal)
 
 
 def _spread(rankings: Mapping[int, Ranking], count: int) -> dict[int, int]:

@@ -1,12 +1,15 @@
 """The owner's side before any silo is there: FM and public data in, proxy out."""
 
+import hashlib
 import json
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from torch import nn
 
 from fedpft import atomic, machine
-from fedpft.config import ServerConfig
+from fedpft.config import Hold, ServerConfig
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.chat import with_template
 from fedpft.data.samples import Samples
@@ -24,18 +27,31 @@ from fedpft.errors import ConfigError, ModelError
 from fedpft.evaluation import Gap, measure_gap
 from fedpft.model import adapters, loading
 from fedpft.model.compatibility import check_travels, make_fit
+from fedpft.model.mapped import Shards, held, hold_on_disk
 from fedpft.model.precision import dtype_of, name_of
 from fedpft.progress import progress
 from fedpft.proxy.bundle import Proxy, check_finite, load_proxy, save_bundle
-from fedpft.proxy.cut import cut
+from fedpft.proxy.cut import cut, in_memory
 from fedpft.proxy.distillation import layer_level
 from fedpft.proxy.holdings import check_holdings
+from fedpft.proxy.journal import Journal
 from fedpft.proxy.selection import Selection, load_selection, save_selection, select
-from fedpft.server.identity import Contents, check_cut_from, check_unchanged, contents, label_list, proxy_files
+from fedpft.server.identity import (
+    JOURNAL,
+    Contents,
+    check_cut_from,
+    check_unchanged,
+    contents,
+    label_list,
+    proxy_files,
+    settings,
+)
 from fedpft.server.outbox import BUNDLE_SUFFIXES, sendable
 from fedpft.tasks import TASKS
 
 log = logging.getLogger(__name__)
+
+IN_USE = "proxy-in-use"  # in `out`: the weights of a proxy that stays on disk, as alignments change them
 
 
 @dataclass(frozen=True)
@@ -144,7 +160,9 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
             "be trained",
             "set it to 0",
         )
-    model = loading.load_model(section.path, section.task, labels, seed=config.seed, dtype=section.dtype)
+    model = loading.load_model(
+        section.path, section.task, labels, seed=config.seed, dtype=section.dtype, hold=section.hold
+    )
     model.to(config.device)
     processor = loading.load_processor(section.path, section.task)
     if section.chat_template is not None:
@@ -160,18 +178,35 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
     return model, processor
 
 
+def _hold(config: ServerConfig) -> Hold:
+    """Where the FM's weights are to be; ConfigError if they cannot be there."""
+    wanted, device = config.model.hold, torch.device(config.device)
+    if device.type == "cpu":
+        return wanted
+    if wanted == "disk":
+        raise ConfigError(
+            f"model.hold: disk is for the CPU, and device is {device}", "set model.hold: memory, or device: cpu"
+        )
+    return "memory"
+
+
 def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
     """Saliency, construction, layer-level distillation (method.md, sections 0 to 2); writes a proxy directory.
 
     record.json is written last: a directory without it is not whole, and :func:`load_built` refuses it.
     """
     (directory / "record.json").unlink(missing_ok=True)
+    shutil.rmtree(directory / "bundle", ignore_errors=True)
     record = Record(model=owner.contents["model.path"])
+    journal = Journal(directory / JOURNAL, _follows_from(config, owner))
     with record.timed("construction"):
         log.info("proxy.importance: %s: choosing neurons", config.proxy.importance)
-        selection = select(owner.model, config.proxy, owner.public, seed=config.seed)
+        selection = select(owner.model, config.proxy, owner.public, seed=config.seed, journal=journal)
         check_holdings(selection, config.proxy)
-        model = cut(owner.model, selection)
+        shards = None if held(owner.model) is None else Shards(directory / "bundle")
+        model = cut(owner.model, selection, in_memory if shards is None else shards.put)
+        if shards is not None:
+            hold_on_disk(model, shards.held)
         compressed = tuple(student for student, _ in selection.matched)
         proxy = Proxy(model, owner.processor, config.model.task, owner.labels, config.model.max_tokens, compressed)
     built = Built(directory, proxy, selection, record)
@@ -188,16 +223,24 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
             progress=report,
             layers=selection.layers,
             task=TASKS[config.model.task],
+            journal=journal,
         )
     check_finite(model, "the layer-level distillation")
     if config.distillation.steps or config.distillation.closed_form_samples:
         record_gap(config, owner, built, "distilled")
-    save_bundle(proxy, built.bundle)
+    save_bundle(proxy, built.bundle, shards)
     save_selection(selection, directory / "selection.safetensors")
     record.files = proxy_files(directory, Digests())
     atomic.write_text(directory / "record.json", json.dumps(asdict(record)))
+    journal.clear()
     log.info("proxy written to %s", directory)
     return built
+
+
+def _follows_from(config: ServerConfig, owner: Owner) -> str:
+    """A digest of all that the making of a proxy follows from."""
+    known = [settings(config), owner.contents, [metadata.version(name) for name in ("fedpft", "torch", "transformers")]]
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Digests) -> Built:
@@ -210,7 +253,13 @@ def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Dig
     check_cut_from(config, directory, record.model, owner.contents["model.path"])
     files = proxy_files(directory, digests)
     check_as_built(directory, record, files)
-    proxy = load_proxy(directory / "bundle")
+    work = None
+    if held(owner.model) is not None:
+        shutil.rmtree(work := config.out / IN_USE, ignore_errors=True)
+        work.mkdir(parents=True)
+    proxy = load_proxy(directory / "bundle", work)
+    if work is not None:
+        shutil.rmtree(work)  # what is mapped stays, without a name, until the process ends
     check_made_for(config, directory, proxy, dtype_of(owner.model))
     selection = load_selection(directory / "selection.safetensors")
     check_holdings(selection, config.proxy)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedpft.errors import ModelError
 from fedpft.finite import not_finite
+from fedpft.model.loading import weight_files
 from fedpft.wire.tensors import Spec, TensorFile, write_tensors
 
 
@@ -21,10 +22,11 @@ class Egress:
 
     def __init__(self, bundle: Path, adapter: Mapping[str, Tensor]) -> None:
         """Args:
-        bundle: the proxy as it was sent, of which the header of model.safetensors is read.
+        bundle: the proxy as it was sent, of whose weights the headers are read.
         adapter: any adapter of that proxy.
         """
-        self._proxy = TensorFile(bundle / "model.safetensors").specs
+        files = weight_files(bundle)
+        self._proxy = {name: spec for file in files for name, spec in TensorFile(file).specs.items()}
         self._adapter = {name: Spec.of(tensor) for name, tensor in adapter.items()}
 
     def write(self, path: Path, group: Literal["adapter", "patch"], tensors: Mapping[str, Tensor]) -> None:

@@ -34,6 +34,7 @@ CHANGEABLE = (
     "tls",
     "insecure_loopback",
     "threads",
+    "model.hold",
     "federation",
     "plug_in",
     "product",
@@ -50,6 +51,7 @@ BY_CONTENT = (
     "simulation.data",
 )
 
+JOURNAL = "construction"  # in a proxy directory, until the proxy is there
 FOR_PEOPLE = (".md", ".yaml", ".yml", ".log")  # no file of an FM that loading reads is called so
 
 Contents = dict[str, dict[str, str]]  # key of server.yaml -> name of a file from there -> digest
@@ -169,13 +171,13 @@ def check_cut_from(
 
 
 def proxy_files(directory: Path, digests: Digests) -> dict[str, str]:
-    """All files of a proxy directory but record.json, which is written when they are there."""
-    return digests.of_directory(directory, lambda name: name.as_posix() != "record.json")
+    """All files of a proxy directory but record.json, which is written when they are there, and what led to them."""
+    return digests.of_directory(directory, lambda name: name.parts[0] not in ("record.json", JOURNAL))
 
 
 def proxy_digest(directory: Path, digests: Digests) -> str:
     """One for a whole proxy directory."""
-    return combined(digests.of_directory(directory))
+    return combined(digests.of_directory(directory, lambda name: name.parts[0] != JOURNAL))
 
 
 def check_proxy(directory: Path, digests: Digests, recorded: Sequence[str]) -> bool:

@@ -15,6 +15,7 @@ from fedpft.config import ServerConfig
 from fedpft.data.batches import sample
 from fedpft.evaluation import Difference, LogitOffset, Metrics, answers, difference, evaluate
 from fedpft.model import adapters, loading
+from fedpft.model.mapped import held
 from fedpft.progress import progress
 from fedpft.proxy.refinement import refine, scale_layers
 from fedpft.server.construction import Built, Owner
@@ -146,5 +147,8 @@ def save_product(owner: Owner, config: ServerConfig, out: Path) -> None:
         for name, text in TASKS[config.model.task].benchmark(directory, owner.processor, owner.test).items():
             directory.mkdir(exist_ok=True)
             atomic.write_text(directory / name, text)
+    if held(owner.model) is not None:
+        loading.save_parts(owner.model, owner.processor, out / "merged", adapters.merged_parts(owner.model))
+        return
     adapters.merge(owner.model)
     loading.save_model(owner.model, owner.processor, out / "merged")

@@ -1,0 +1,318 @@
+"""An FM that stays on disk: the same proxy, the same product, in little memory, and after a `kill -9` too."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedpft.config import AdapterSection, DistillationSection, ProxySection, ServerConfig, SimulationConfig
+from fedpft.errors import ConfigError, ModelError
+from fedpft.model import adapters, loading
+from fedpft.model.architectures import ARCHITECTURES, layers_of
+from fedpft.model.mapped import MappedTensors, Shards, copies, held, hold_on_disk
+from fedpft.proxy.bundle import Proxy, load_proxy, save_bundle
+from fedpft.proxy.cut import cut
+from fedpft.proxy.distillation import layer_level
+from fedpft.proxy.journal import Journal
+from fedpft.proxy.selection import Selection, select
+from fedpft.server import construction
+from fedpft.simulation.run import simulate
+
+FM = Callable[[str], Path]
+MIXTURES = [kind for kind, row in ARCHITECTURES.items() if row.experts is not None]
+every_kind = pytest.mark.parametrize("model_type", [kind for kind in ARCHITECTURES if kind not in MIXTURES])
+
+PROXY = ProxySection(neurons=5, importance="leverage", importance_samples=16)
+DISTILLATION = DistillationSection(closed_form_samples=16, steps=0, batch=4)
+LORA = AdapterSection(rank=2, alpha=4.0, dropout=0.0)
+
+
+def load(directory: Path, model_type: str, hold: Any, **named: Any) -> Any:
+    return loading.load_model(directory, tiny.task_of(model_type), tiny.LABELS, seed=0, hold=hold, **named)
+
+
+def made(
+    fm: Any, model_type: str, directory: Path, journal: Journal | None = None, steps: int = 0
+) -> tuple[Selection, Proxy]:
+    """A distilled proxy of the FM, written to a directory as construction.py writes it."""
+    public = tiny.dataset(model_type, 24, labelled=False)
+    selection = select(fm, PROXY, public, seed=0, journal=journal)
+    shards = None if held(fm) is None else Shards(directory)
+    model = cut(fm, selection) if shards is None else cut(fm, selection, shards.put)
+    if shards is not None:
+        hold_on_disk(model, shards.held)
+    compressed = tuple(student for student, _ in selection.matched)
+    settings = DISTILLATION.model_copy(update={"steps": steps})
+    layer_level(model, fm, selection.matched, public, settings, seed=0, progress=lambda *_: None, journal=journal)
+    proxy = Proxy(model, tiny.processor(model_type), tiny.task_of(model_type), tiny.LABELS, 12, compressed)
+    save_bundle(proxy, directory, shards)
+    return selection, proxy
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in loading.weight_files(directory) for name, tensor in load_file(file).items()}
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not tiny.same_bits(ours[name], theirs[name])]
+
+
+# --- the FM -----------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_an_fm_on_disk_computes_what_it_does_in_memory(model_type: str, fm_directory: FM) -> None:
+    directory, inputs = fm_directory(model_type), tiny.batch(model_type)
+    in_memory, on_disk = (load(directory, model_type, hold) for hold in ("memory", "disk"))
+    assert held(in_memory) is None
+    files = held(on_disk)
+    assert files is not None
+    assert all(parameter in files for parameter in layers_of(on_disk).parameters())
+    assert tiny.same_bits(tiny.logits(on_disk, inputs), tiny.logits(in_memory, inputs))
+
+
+def test_what_is_stored_in_another_type_is_in_memory(tmp_path: Path) -> None:
+    directory = tiny.write_model("bert", tmp_path / "fm")
+    fm = load(directory, "bert", "disk", dtype="bfloat16")
+    files = held(fm)
+    assert files is not None
+    assert not any(parameter in files for parameter in layers_of(fm).parameters())
+    assert {parameter.dtype for parameter in layers_of(fm).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_a_mixture_is_in_memory(model_type: str, fm_directory: FM, caplog: pytest.LogCaptureFixture) -> None:
+    assert held(load(fm_directory(model_type), model_type, "disk")) is None
+    assert "all of it is in memory" in caplog.text
+
+
+def test_auto_goes_by_the_machines_memory(fm_directory: FM, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = fm_directory("bert")
+    size = sum(file.stat().st_size for file in loading.weight_files(directory))
+    for memory, on_disk in ((size / loading.IN_MEMORY - 10, True), (size / loading.IN_MEMORY + 10, False)):
+        monkeypatch.setattr("fedpft.machine.memory_bytes", lambda memory=memory: memory)
+        assert (held(load(directory, "bert", "auto")) is not None) == on_disk
+
+
+def test_nan_on_disk_is_named(tmp_path: Path) -> None:
+    directory = tiny.write_model("bert", tmp_path / "fm")
+    tensors = load_file(directory / loading.WEIGHTS)
+    name = next(name for name in tensors if "layer.2" in name)
+    tensors[name].view(-1)[3] = torch.nan
+    save_file(tensors, directory / loading.WEIGHTS, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name} holds NaN"):
+        load(directory, "bert", "disk")
+
+
+def test_gradients_go_through_an_fm_on_disk(fm_directory: FM) -> None:
+    gradients = []
+    for hold in ("memory", "disk"):
+        fm = load(fm_directory("bert"), "bert", hold)
+        adapters.attach(fm, LORA, seed=0)
+        with torch.no_grad():
+            for parameter in adapters.lora_parameters(fm):
+                parameter.add_(0.01)
+        fm(**tiny.batch("bert")).logits.square().sum().backward()
+        gradients.append([parameter.grad for parameter in fm.parameters() if parameter.requires_grad])
+    assert all(tiny.same_bits(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# --- its files --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_to_a_writable_tensor_is_in_its_file(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(5), "b": torch.ones(3, 2, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
+    files = MappedTensors([tmp_path / "x.safetensors"], writable=True)
+    files.tensors["a"][2] = 7.0
+    files.release()
+    assert files.tensors["a"].tolist() == [0, 0, 7, 0, 0]
+    files.flush()
+    found = load_file(tmp_path / "x.safetensors")
+    assert found["a"].tolist() == [0, 0, 7, 0, 0]
+    assert found["b"].tolist() == [[1, 1]] * 3
+
+
+def test_every_type_and_form_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
+    tensors = {str(kind): torch.arange(7).to(kind) for kind in kinds}
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "bool": torch.tensor([True, False, True])}
+    save_file(tensors, tmp_path / "x.safetensors", {"some": "metadata of odd length"})
+    assert_same(copies([tmp_path / "x.safetensors"]), tensors)
+    assert_same(MappedTensors([tmp_path / "x.safetensors"]).tensors, tensors)
+
+
+def test_shards_are_what_transformers_loads(tmp_path: Path) -> None:
+    fm = load(tiny.write_model("gpt2", tmp_path / "fm"), "gpt2", "disk")
+    loading.save_parts(fm, tiny.processor("gpt2"), tmp_path / "again", adapters.merged_parts(fm))
+    assert len(loading.weight_files(tmp_path / "again")) == 1 + len(layers_of(fm))
+    again = load(tmp_path / "again", "gpt2", "memory")
+    assert tiny.same_bits(tiny.logits(again, tiny.batch("gpt2")), tiny.logits(fm, tiny.batch("gpt2")))
+
+
+# --- the proxy --------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_a_proxy_cut_from_disk_is_the_one_cut_in_memory(model_type: str, fm_directory: FM, tmp_path: Path) -> None:
+    found = {}
+    for hold in ("memory", "disk"):
+        fm = load(fm_directory(model_type), model_type, hold)
+        adapters.attach(fm, LORA, seed=0)
+        found[hold], _ = made(fm, model_type, tmp_path / hold)
+    assert all(torch.equal(a, b) for a, b in zip(found["memory"].neurons, found["disk"].neurons, strict=True))
+    assert_same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
+    loaded = [load_proxy(tmp_path / hold).model for hold in ("memory", "disk")]
+    (tmp_path / "work").mkdir()
+    loaded.append(load_proxy(tmp_path / "disk", tmp_path / "work").model)
+    first, *others = [tiny.logits(model, tiny.batch(model_type)) for model in loaded]
+    assert all(tiny.same_bits(first, other) for other in others)
+
+
+def test_a_proxy_in_use_leaves_its_files_as_they_are(fm_directory: FM, tmp_path: Path) -> None:
+    made(load(fm_directory("bert"), "bert", "disk"), "bert", tmp_path / "bundle")
+    before = weights(tmp_path / "bundle")
+    (tmp_path / "work").mkdir()
+    proxy = load_proxy(tmp_path / "bundle", tmp_path / "work").model
+    with torch.no_grad():
+        for parameter in proxy.parameters():
+            parameter.add_(1.0)
+    assert_same(weights(tmp_path / "bundle"), before)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("hold", ["memory", "disk"])
+def test_a_construction_that_is_killed_anywhere_goes_on_to_the_same_bits(
+    hold: str, fm_directory: FM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedpft.proxy.distillation.NOTED", 2)
+    made(load(fm_directory("bert"), "bert", hold), "bert", tmp_path / "whole", Journal(tmp_path / "kept", "a"), steps=5)
+    notes = sorted(file.name for file in (tmp_path / "kept").iterdir())
+    assert len(notes) == 5  # two layers' neurons, their closed forms, the steps
+    note = Journal.note
+    for at in range(1, 7):
+        noted: list[str] = []
+
+        def counting(self: Journal, step: str, found: dict[str, Tensor], last: int, into: list[str] = noted) -> None:
+            note(self, step, found)
+            into.append(step)
+            if len(into) == last:
+                raise Killed
+
+        def make(into: str, last: int) -> None:
+            fm = load(fm_directory("bert"), "bert", hold)
+            with monkeypatch.context() as counted:
+                counted.setattr(Journal, "note", partialmethod(counting, last=last))
+                made(fm, "bert", tmp_path / into, Journal(tmp_path / "kept", "a"), steps=5)
+
+        shutil.rmtree(tmp_path / "kept")
+        with pytest.raises(Killed):
+            make("torn", at)
+        make("again", -1)
+        assert len(noted) == 6  # each step is made once
+        assert_same(weights(tmp_path / "again"), weights(tmp_path / "whole"))
+        shutil.rmtree(tmp_path / "torn", ignore_errors=True)
+        shutil.rmtree(tmp_path / "again")
+
+
+def test_a_journal_of_something_else_or_a_torn_one_is_no_journal(tmp_path: Path) -> None:
+    Journal(tmp_path, "a").note("step", {"x": torch.ones(2)})
+    assert Journal(tmp_path, "b").recall("step") is None
+    recalled = Journal(tmp_path, "a").recall("step")
+    assert recalled is not None
+    assert recalled["x"].tolist() == [1, 1]
+    file = tmp_path / "step.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    assert Journal(tmp_path, "a").recall("step") is None
+    assert Journal(tmp_path, "a").kept("step", lambda: {"x": torch.zeros(1)})["x"].tolist() == [0]
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_a_federation_from_disk_comes_to_the_same_product(model_type: str, fm_directory: FM, tmp_path: Path) -> None:
+    labelled = "\n".join(json.dumps({"text": f"red {n % 5} box", "label": tiny.LABELS[n % 2]}) for n in range(24))
+    (tmp_path / "data.jsonl").write_text(labelled)
+    (tmp_path / "public.jsonl").write_text("\n".join(json.dumps({"text": f"a blue {n} cup"}) for n in range(24)))
+    (tmp_path / "labels.txt").write_text("\n".join(tiny.LABELS))
+    for hold in ("memory", "disk"):
+        values = {
+            "out": str(tmp_path / hold),
+            "threads": 1,
+            "model": {
+                "path": str(fm_directory(model_type)),
+                "labels": str(tmp_path / "labels.txt"),
+                "task": "sequence-classification",
+                "max_tokens": 12,
+                "hold": hold,
+            },
+            "proxy": {"neurons": 5, "importance_samples": 8},
+            "distillation": {"closed_form_samples": 8, "batch": 2},
+            "alignment": {"every_rounds": 1, "steps": 2, "closed_form_samples": 8},
+            "adapter": {"rank": 2, "alpha": 4.0},
+            "training": {"rounds": 2, "batch": 4},
+            "public_data": str(tmp_path / "public.jsonl"),
+            "test_data": str(tmp_path / "data.jsonl"),
+            "simulation": {"data": str(tmp_path / "data.jsonl"), "silos": 2, "partition": {"kind": "iid"}},
+        }
+        simulate(SimulationConfig.model_validate(values))
+    ours, theirs = tmp_path / "disk", tmp_path / "memory"
+    for name in ("adapter.safetensors", "patch.safetensors"):
+        assert_same(load_file(ours / name), load_file(theirs / name))
+    assert_same(weights(ours / "merged"), weights(theirs / "merged"))
+    results = [json.loads((out / "summary.json").read_text())["metrics"] for out in (ours, theirs)]
+    assert results[0] == results[1]
+    configs = [json.loads((out / "merged/config.json").read_text()) for out in (ours, theirs)]
+    assert configs[0] == configs[1]
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+import torch
+from fedpft.config import ProxySection
+from fedpft.model import loading
+from fedpft.model.mapped import Shards
+from fedpft.proxy.cut import cut
+from fedpft.proxy.selection import select
+
+loading.load_model(Path(sys.argv[2]), "sequence-classification", ["a"], seed=0, hold="disk")  # to have it all imported
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fm = loading.load_model(Path(sys.argv[1]), "sequence-classification", ["a"], seed=0, hold="disk")
+selection = select(fm, ProxySection(neurons=64, importance="weights"))
+cut(fm, selection, Shards(Path(sys.argv[3])).put)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_an_fm_is_cut_in_the_memory_of_two_layers(tmp_path: Path) -> None:
+    """32 layers of 4 MiB: all of them would be 128 MiB, and the proxy 60."""
+    for name, layers in (("large", 32), ("small", 1)):
+        sizes = {"num_hidden_layers": layers, "hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
+        tiny.write_model("llama", tmp_path / name, **sizes)
+    whole = sum(file.stat().st_size for file in loading.weight_files(tmp_path / "large"))
+    assert whole > 100 << 20
+    command = [sys.executable, "-c", MEASURED, *(str(tmp_path / name) for name in ("large", "small", "bundle"))]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(result.stdout.split()[-1]) << 10 < 32 << 20
+
+
+def test_an_fm_on_disk_needs_the_cpu() -> None:
+    values = {"out": "/o", "listen": "127.0.0.1:0", "insecure_loopback": True, "federation": {"silos": ["a"]}}
+    values |= {"model": {"path": "/p", "hold": "disk"}, "public_data": "/d", "device": "meta"}
+    with pytest.raises(ConfigError, match="disk is for the CPU"):
+        construction._hold(ServerConfig.model_validate(values))
