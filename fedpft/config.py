@@ -471,7 +471,10 @@ class EvaluationSection(Section):
         "and after each distillation; 0: they are not.",
     )
     written_samples: int = Field(
-        50, ge=1, description="Test samples that are answered in words at the end, for tasks whose answers are words."
+        50,
+        ge=0,
+        description="Test samples that are answered in words at the end, for tasks whose answers are words; 0: none. "
+        "With the FM on disk each word takes a pass through it.",
     )
     logit_offset: bool = Field(
         False,

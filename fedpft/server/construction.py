@@ -203,6 +203,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
         log.info("proxy.importance: %s: choosing neurons", config.proxy.importance)
         selection = select(owner.model, config.proxy, owner.public, seed=config.seed, journal=journal)
         check_holdings(selection, config.proxy)
+        log.info("cutting the proxy")
         shards = None if held(owner.model) is None else Shards(directory / "bundle")
         model = cut(owner.model, selection, in_memory if shards is None else shards.put)
         if shards is not None:
@@ -319,6 +320,7 @@ def measure(config: ServerConfig, owner: Owner, model: nn.Module, selection: Sel
     samples = config.evaluation.gap_samples
     if not config.adapter.rank or not selection.matched or not samples:
         return None
+    log.info("measuring the proxy's distance from the FM")
     task, pairs = TASKS[config.model.task], selection.matched
     seed, test = config.seed, owner.test
     return measure_gap(task, model, owner.model, pairs, owner.public, samples=samples, seed=seed, test=test)

@@ -139,6 +139,7 @@ def _carrying(model: nn.Module, adapter: adapters.Adapter) -> Iterator[None]:
 
 def save_product(owner: Owner, config: ServerConfig, out: Path) -> None:
     """The plugged-in FM as a PEFT adapter and merged; merging comes last, because it ends the adapter's life."""
+    log.info("writing the product to %s", out)
     base = config.product.base_model_name or str(config.model.path)
     adapters.save_peft(owner.model, config.adapter, out / "adapter", base=base, task=config.model.task)
     owner.processor.save_pretrained(out / "adapter")

@@ -31,6 +31,7 @@ class Learner:
 
     def __init__(self, bundle: Path, settings: RoundSettings, device: str) -> None:
         """Reads the proxy as it was when the federation began; ModelError if it is none."""
+        log.info("reading the proxy")
         self.proxy, self.settings, self.version = load_proxy(bundle), settings, 0
         self.task = TASKS[self.proxy.task]
         adapters.attach(self.proxy.model, settings.adapter, seed=settings.seed)
@@ -78,6 +79,7 @@ class Learner:
             DataError: the loss is not finite.
             InvalidUpdate: what was trained cannot be sent.
         """
+        log.info("%s: round %d of %d begins", silo, train.round, self.settings.training.rounds)
         shift, told = None, dict[str, float]()
         if self.task.label_list:
             counts = self.task.label_counts(dataset, len(self.proxy.labels))
