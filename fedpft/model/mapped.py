@@ -130,11 +130,15 @@ def release(model: nn.Module) -> None:
         files.release()
 
 
-def copies(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The tensors of some files in memory, with no more than one of them there twice; raises as MappedTensors."""
+def copies(files: Sequence[Path], rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of some files in memory, with no more than one of them there twice; raises as MappedTensors.
+
+    Args:
+        rows: of some tensors those that are wanted, (n,) int64.
+    """
     stored, found = MappedTensors(files), dict[str, Tensor]()
     for name, tensor in stored.tensors.items():
-        found[name] = tensor.clone()
+        found[name] = tensor[rows[name]] if rows and name in rows else tensor.clone()
         stored.release()
     return found
 

@@ -6,13 +6,13 @@ D hidden size, K neurons of a layer, U of them updated.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedpft.config import TaskName
@@ -25,6 +25,7 @@ from fedpft.model.precision import hold_wide
 from fedpft.model.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
 
 _FORMAT = 3
+TURNS = "turns.safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Proxy:
         labels: label names in the order of their class indices.
         max_tokens: texts are cut after this many tokens.
         compressed: the layers, by their index in the proxy, that differ from the FM's and are aligned with them.
+        held: of a proxy that is only part of the one that was sent, the neurons that it has of the compressed layers,
+            by the name of what stands for the FFN: (K',) int64, ascending, in the places that they have there.
     """
 
     model: nn.Module
@@ -46,12 +49,16 @@ class Proxy:
     labels: tuple[str, ...]
     max_tokens: int
     compressed: tuple[int, ...]
+    held: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def save_bundle(proxy: Proxy, directory: Path, shards: Shards | None = None) -> None:
+def save_bundle(
+    proxy: Proxy, directory: Path, shards: Shards | None = None, *, turns: Mapping[int, Tensor] | None = None
+) -> None:
     """Writes what is sent to the silos: weights, configuration, tokenizer or image processor, labels. Plain files.
 
     Args:
+        turns: as of :class:`Selection`; without them every silo holds all of the proxy.
         shards: of the directory, if the weights are there already.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -62,6 +69,8 @@ def save_bundle(proxy: Proxy, directory: Path, shards: Shards | None = None) -> 
     else:
         tensors = {name: tensor.contiguous() for name, tensor in frozen_state(proxy.model).items()}
         save_file(tensors, directory / loading.WEIGHTS, metadata={"format": "pt"})
+    if turns:
+        save_file({str(layer): places for layer, places in turns.items()}, directory / TURNS)
     description = {
         "format": _FORMAT,
         "task": proxy.task,
@@ -74,12 +83,14 @@ def save_bundle(proxy: Proxy, directory: Path, shards: Shards | None = None) -> 
     (directory / "proxy.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
 
 
-def load_proxy(directory: Path, work: Path | None = None) -> Proxy:
+def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0) -> Proxy:
     """Reads what :func:`save_bundle` wrote; ModelError names the file that is missing or does not fit.
 
     Args:
         work: an empty directory for a copy of the weights, if they are to stay on disk; what becomes of them in the
             model becomes of them there.
+        width: share of each compressed layer's neurons that is loaded, rounded, but one at least: those that matter
+            most. The others are as if the FM had never had them.
     """
     try:
         description = json.loads((directory / "proxy.json").read_text(encoding="utf-8"))
@@ -88,14 +99,19 @@ def load_proxy(directory: Path, work: Path | None = None) -> Proxy:
                 f"{directory}: proxy format {description['format']}", "install the server's fedpft version"
             )
         counts, task = description["neurons"], description["task"]
+        parts = _parts(directory, width)
+        counts = [len(parts.get(layer, range(count))) for layer, count in enumerate(counts)]
         model = loading.empty_model(directory, task, len(counts))
         for layer, count in zip(architectures.layers_of(model), counts, strict=True):
             replace_ffn(model, layer, torch.arange(count // len(projections(model, layer))))
         model.trained_modules = tuple(description["trained"])  # type: ignore[assignment]
         hold_wide(model, architectures.head_of(model))
         files, expected = loading.weight_files(directory), frozen_state(model)
+        modules = list(sub_ffns(model))
+        held_neurons = {modules[layer]: places for layer, places in parts.items()}
         if work is None:
-            tensors = copies(files)
+            rows = {f"{module}.{part}": places for module, places in held_neurons.items() for part in NEURON_PARAMETERS}
+            tensors = copies(files, rows)
         else:
             held = MappedTensors([Path(shutil.copy(file, work)) for file in files], writable=True)
             tensors = held.tensors
@@ -110,13 +126,39 @@ def load_proxy(directory: Path, work: Path | None = None) -> Proxy:
             hold_on_disk(model, held)
         check_finite(model, f"the proxy in {directory}")
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
-        return Proxy(
-            model, loading.load_processor(directory, task), task, labels, description["max_tokens"], compressed
-        )
+        processor = loading.load_processor(directory, task)
+        return Proxy(model, processor, task, labels, description["max_tokens"], compressed, held_neurons)
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{directory}: not a proxy ({loading.first_line(error)})", "build it again, or delete it to fetch it again"
         ) from None
+
+
+def _parts(directory: Path, width: float) -> dict[int, Tensor]:
+    """Which neurons of the compressed layers a proxy of that width has; nothing if it has all."""
+    if width == 1.0:
+        return {}
+    if not (directory / TURNS).exists():
+        raise ModelError(
+            f"{directory}: the proxy cannot be had in part (it has no {TURNS})",
+            "leave limits.width out; a mixture of experts, whole layers, or a proxy of an earlier version has no parts",
+        )
+    turns = load_file(directory / TURNS)
+    return {
+        int(layer): places[: max(1, round(width * len(places)))].long().sort().values for layer, places in turns.items()
+    }
+
+
+def of_part(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a patch is for a proxy that has only part of the neurons (:attr:`Proxy.held`)."""
+    found = dict(tensors)
+    for key, rows in tensors.items():
+        name, _, kind = key.partition("@")
+        if kind == "rows" and (own := held.get(name.rpartition(".")[0])) is not None:
+            there = torch.isin(rows.long(), own)
+            found[key] = torch.searchsorted(own, rows.long()[there]).int()
+            found[f"{name}@values"] = tensors[f"{name}@values"][there]
+    return found
 
 
 def task_of(directory: Path) -> TaskName | None:

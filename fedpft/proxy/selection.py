@@ -50,6 +50,18 @@ class Selection:
         return tuple((layer, self.layers[layer + 1] - 1) for layer in range(1, len(self.layers) - 1))
 
     @property
+    def turns(self) -> dict[int, Tensor]:
+        """For each layer of the proxy that lost neurons those that it has, by their places in it, the one that matters
+        most first: (K,) int32. None for mixtures.
+        """
+        found = {}
+        for layer, (kept, whole) in enumerate(zip(self.neurons, self._complete, strict=True)):
+            if not whole and kept.dim() == 1:
+                saliency = self.saliency[self.layers[layer]][kept]
+                found[layer] = torch.sort(saliency, descending=True, stable=True).indices.int()
+        return found
+
+    @property
     def whole(self) -> bool:
         """Whether nothing of the FM's FFNs was left out: whoever has such a proxy has the FM."""
         return len(self.layers) == len(self.saliency) and all(self._complete)

@@ -229,7 +229,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
     check_finite(model, "the layer-level distillation")
     if config.distillation.steps or config.distillation.closed_form_samples:
         record_gap(config, owner, built, "distilled")
-    save_bundle(proxy, built.bundle, shards)
+    save_bundle(proxy, built.bundle, shards, turns=selection.turns)
     save_selection(selection, directory / "selection.safetensors")
     record.files = proxy_files(directory, Digests())
     atomic.write_text(directory / "record.json", json.dumps(asdict(record)))
