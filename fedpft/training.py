@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,10 @@ from fedpft.data.language import LanguageDataset
 from fedpft.errors import DataError
 from fedpft.model import adapters
 from fedpft.model.architectures import in_head
+from fedpft.model.checkpointing import checkpointing
 from fedpft.model.packing import Way, packed_inputs
 from fedpft.model.precision import TASK_SCALE, dtype_of, loss_scaler
-from fedpft.model.subffn import counting, totals
+from fedpft.model.subffn import compacting, counting, totals
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
@@ -85,7 +87,7 @@ def train_round(
     random_devices = [device] if device.type == "cuda" else []
     lora_trains = adapters.training(model, settings.adapter.dropout, frozen_a=training.frozen_a)
     counted = counting(model, compressed if count_inactivity else (), settings.inactive_below)
-    with lora_trains, counted as counters, torch.random.fork_rng(devices=random_devices):
+    with lora_trains, _sparing(model, limits), counted as counters, torch.random.fork_rng(devices=random_devices):
         optimizer, scaler = _optimizer(model, training), loss_scaler(model, TASK_SCALE)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         begun_with = [parameter.detach().clone() for parameter in parameters] if training.proximal else []
@@ -140,6 +142,17 @@ def rate_share(schedule: Schedule, done: float) -> float:
             return (1.0 + math.cos(math.pi * done)) / 2.0
         case "constant":
             return 1.0
+
+
+@contextmanager
+def _sparing(model: nn.Module, limits: LimitsSection) -> Iterator[None]:
+    """While open, a step keeps as little for its backward pass as the silo wants."""
+    with ExitStack() as stack:
+        if limits.compact:
+            stack.enter_context(compacting(model))
+        if limits.checkpointing:
+            stack.enter_context(checkpointing(model))
+        yield
 
 
 def _pull_back(parameters: list[nn.Parameter], begun_with: list[Tensor], mu: float) -> None:

@@ -46,7 +46,17 @@ ORDER = {
         "image_classification",
         "causal_lm",
     ),
-    "model": ("architectures", "precision", "lora", "subffn", "packing", "loading", "compatibility", "adapters"),
+    "model": (
+        "architectures",
+        "precision",
+        "lora",
+        "subffn",
+        "checkpointing",
+        "packing",
+        "loading",
+        "compatibility",
+        "adapters",
+    ),
     "proxy": (
         "closed_form",
         "importance",
