@@ -70,8 +70,8 @@ _SMOLLM2 = {
 }
 _TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 CASES = {
-    "smollm2-135m": Case("LlamaConfig", tuple(_SMOLLM2.items()), "causal-lm", 256, 4, 3),
-    "mpnet-base": Case("MPNetConfig", (("vocab_size", 30527),), "sequence-classification", 128, 8, 3),
+    "smollm2-135m": Case("LlamaConfig", tuple(_SMOLLM2.items()), "causal-lm", 128, 4, 3),
+    "mpnet-base": Case("MPNetConfig", (("vocab_size", 30527),), "sequence-classification", 128, 4, 3),
 }
 QUICK = {
     "llama": Case("LlamaConfig", tuple({**_SMOLLM2, **_TINY, "num_key_value_heads": 2}.items()), "causal-lm", 24, 4, 2),

@@ -226,10 +226,13 @@ def test_a_killed_rank_ends_all_and_the_restart_goes_on(digits: Digits, tmp_path
     north = Torchrun("north", "fedpft.silo", write("north", silo_settings(digits, "north") | here["north"])).start()
     south = Party("south", "fedpft.silo", write("south", silo_settings(digits, "south") | here["south"] | parts))
     try:
+        south.start(as_a_command=True)
+        server.await_log("round 1: waiting")
+        south.kill()  # so that no later round ends before it is back
         received = tmp_path / "work-north" / "received"
         await_("north to train", lambda: list(received.glob("*.safetensors")) or north.has_failed())
         processes = [north.rank(number) for number in range(RANKS)]
-        os.kill(processes[1], signal.SIGKILL)  # the round waits for south, so north has not finished
+        os.kill(processes[1], signal.SIGKILL)
         assert north.await_end() not in (0, -signal.SIGKILL)
         assert "another process of this silo has ended" in north.log or "error: terminated" in north.log
         await_("rank 0 to be gone", lambda: not is_alive(processes[0]))

@@ -462,3 +462,22 @@ def test_training_learns_what_there_is_to_learn(make_fm: ModelFactory) -> None:
     model, _ = proxy_for(make_fm, "bert", wanted)
     losses = [train(model, data, wanted, round=number).metrics["train_loss"] for number in range(1, 9)]
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("model_type", ["bert", "llama", "mixtral"])
+def test_checkpointing_on_a_gpu_draws_the_same_dropout_again(model_type: str, make_fm: ModelFactory) -> None:
+    """What was drawn anew would change the gradient by as much as the dropout drops."""
+    data, found = tiny.dataset(model_type, 8), []
+    for checkpointing in (False, True):
+        wanted = settings(dropout=0.5, batch=8, adam_epsilon=1e-3)
+        model, _ = proxy_for(make_fm, model_type, wanted)
+        start = extract(model)
+        limits = LimitsSection(checkpointing=checkpointing)
+        found.append(train(model.cuda(), data, wanted, count_inactivity=True, limits=limits))
+    plain, spared = found
+    for name, tensor in plain.adapter.items():
+        assert (spared.adapter[name] - tensor).norm() <= 1e-3 * (tensor - start[name]).norm(), name
+    assert plain.inactivity is not None
+    assert tiny.changed(plain.inactivity, spared.inactivity or {}) == set()
