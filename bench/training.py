@@ -237,29 +237,31 @@ def agreement(case: str, device: str) -> dict[str, float]:
 TOLERANCES = {"loss": 1e-4, "adapter": 0.02, "counts": 1e-3}
 
 
-def step_times(loops: dict[str, Run], device: str, turns: int) -> dict[str, Times]:
+def step_times(
+    loops: dict[str, Run], device: str, turns: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Times]:
     """Seconds of a step, loops in turns, one round each: from the end of the first step to the end of the round."""
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for turn in range(turns + 1):  # the first warms up
         for name, loop in loops.items():
-            with _first_step() as ended:
+            with _first_step(clock) as ended:
                 loop()
                 _synchronize(device)
-                last = time.perf_counter()
+                last = clock()
             if turn:
                 seconds[name].append((last - ended[0]) / (len(ended) - 1))
     return {name: Times.of(values) for name, values in seconds.items()}
 
 
 @contextmanager
-def _first_step() -> Iterator[list[float]]:
+def _first_step(clock: Callable[[], float]) -> Iterator[list[float]]:
     """The times at which the optimizer's steps ended; only the first waits for the device."""
     ended: list[float] = []
 
     def note(*_: Any) -> None:
         if not ended and torch.cuda.is_available():
             torch.cuda.synchronize()
-        ended.append(time.perf_counter())
+        ended.append(clock())
 
     handle = register_optimizer_step_post_hook(note)
     try:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,11 @@ from fedpft.data.language import LanguageDataset
 from fedpft.errors import DataError
 from fedpft.model import adapters
 from fedpft.model.architectures import in_head
+from fedpft.model.checkpointing import checkpointing
 from fedpft.model.packing import Way, packed_inputs
 from fedpft.model.precision import TASK_SCALE, dtype_of, loss_scaler
-from fedpft.model.subffn import counting, totals
+from fedpft.model.subffn import compacting, counting, totals
+from fedpft.parallel import ALONE, Ranks
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
@@ -53,6 +56,7 @@ def train_round(
     limits: LimitsSection,
     packing: Way | None = None,
     shift: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> LocalResult:
     """Trains the adapter in `model` for one round, in place.
 
@@ -70,6 +74,7 @@ def train_round(
         compressed: layers whose inactive neurons are counted.
         packing: how the model keeps rows of a language model apart that stand in one sequence; None: they do not.
         shift: the silo's :meth:`Task.logit_shift`, (C,), for its loss; None: the plain loss.
+        ranks: that train together, on the same data. Each returns the same but for `seconds`.
 
     Raises:
         DataError: the loss is not finite.
@@ -85,32 +90,38 @@ def train_round(
     random_devices = [device] if device.type == "cuda" else []
     lora_trains = adapters.training(model, settings.adapter.dropout, frozen_a=training.frozen_a)
     counted = counting(model, compressed if count_inactivity else (), settings.inactive_below)
-    with lora_trains, counted as counters, torch.random.fork_rng(devices=random_devices):
+    with lora_trains, _sparing(model, limits), counted as counters, torch.random.fork_rng(devices=random_devices):
         optimizer, scaler = _optimizer(model, training), loss_scaler(model, TASK_SCALE)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         begun_with = [parameter.detach().clone() for parameter in parameters] if training.proximal else []
-        torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round))
+        torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round, *ranks.others))
+        most = min(limits.max_batch or training.batch, ranks.largest(training.batch))
         order = lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed)
         for step, lot in enumerate(order):
             optimizer.zero_grad()  # at the start: a round that failed on this model left gradients
             for group in optimizer.param_groups:
                 done = (round - 1 + step / steps) / training.rounds
                 group["lr"] = group["initial_lr"] * rate_share(training.schedule, done)
-            parts = list(_parts(dataset, lot, limits.max_batch or training.batch, packing))
+            parts = list(_parts(dataset, lot, most, packing))
             # before .to: on a GPU what is read back afterwards has to be waited for
             each = [task.weight(part) for part in parts]
-            weight = sum(each)
-            for part, own in zip(parts, each, strict=True):
-                tokens += _tokens(part)
-                part = {name: value.to(device) for name, value in part.items()}
-                mask = part.get("attention_mask")
-                for counter in counters.values():
-                    counter.mask = None if mask is None else mask.flatten().bool()
-                inputs = part if packing is None else packed_inputs(part, packing, dtype)
-                loss = task.loss(model, inputs) if shift is None else task.shifted_loss(model, inputs, shift)
-                loss = loss * (own / weight)
-                scaler.scale(loss).backward()
-                loss_sum += float(loss.detach()) * weight
+            weight, losses = sum(each), list[float]()
+            tokens += sum(map(_tokens, parts))
+            for first in range(0, len(parts), ranks.size):
+                together = slice(first, first + ranks.size)
+                with ranks.adding(parameters, len(parts[together])):
+                    for part, own in zip(ranks.own(parts[together]), ranks.own(each[together]), strict=True):
+                        part = {name: value.to(device) for name, value in part.items()}
+                        mask = part.get("attention_mask")
+                        for counter in counters.values():
+                            counter.mask = None if mask is None else mask.flatten().bool()
+                        inputs = part if packing is None else packed_inputs(part, packing, dtype)
+                        loss = task.loss(model, inputs) if shift is None else task.shifted_loss(model, inputs, shift)
+                        loss = loss * (own / weight)
+                        scaler.scale(loss).backward()
+                        losses.append(float(loss.detach()))
+            for found in ranks.in_order(losses, len(parts)):
+                loss_sum += found * weight
             weights += weight
             if not loss_sum < float("inf"):
                 raise DataError(
@@ -123,7 +134,7 @@ def train_round(
             nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
             scaler.step(optimizer)
             scaler.update()
-    inactivity = totals(counters)
+    inactivity = ranks.total(totals(counters))
     metrics = {"train_loss": loss_sum / weights, "seconds": time.monotonic() - begun, "tokens": float(tokens)}
     return LocalResult(adapters.extract(model), count, metrics, inactivity if count_inactivity else None)
 
@@ -140,6 +151,17 @@ def rate_share(schedule: Schedule, done: float) -> float:
             return (1.0 + math.cos(math.pi * done)) / 2.0
         case "constant":
             return 1.0
+
+
+@contextmanager
+def _sparing(model: nn.Module, limits: LimitsSection) -> Iterator[None]:
+    """While open, a step keeps as little for its backward pass as the silo wants."""
+    with ExitStack() as stack:
+        if limits.compact:
+            stack.enter_context(compacting(model))
+        if limits.checkpointing:
+            stack.enter_context(checkpointing(model))
+        yield
 
 
 def _pull_back(parameters: list[nn.Parameter], begun_with: list[Tensor], mu: float) -> None:

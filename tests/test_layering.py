@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "fedpft"
 
 ROWS: list[set[str]] = [
     {"errors", "faults", "atomic", "progress"},
-    {"config", "seeding", "command", "audit", "finite", "digests", "machine"},
+    {"config", "seeding", "command", "audit", "finite", "digests", "machine", "parallel"},
     {"kernels", "federation", "aggregation", "data"},
     {"tasks"},
     {"model"},
@@ -51,6 +51,7 @@ ORDER = {
         "precision",
         "lora",
         "subffn",
+        "checkpointing",
         "packing",
         "mapped",
         "loading",

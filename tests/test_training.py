@@ -17,7 +17,7 @@ from fedpft.data.text import TextDataset
 from fedpft.errors import DataError
 from fedpft.model import adapters
 from fedpft.model.adapters import attach, extract, frozen_state
-from fedpft.model.subffn import sub_ffns
+from fedpft.model.subffn import SubFFN, sub_ffns
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import Selection, select
 from fedpft.seeding import derive_seed
@@ -179,6 +179,76 @@ def test_losses_gradients_and_counts_are_those_of_pefts_own_layers(
     assert plain.inactivity is not None
     for name, expected in plain.inactivity.items():
         assert (ours.inactivity[name] - expected).abs().max() <= 1  # a value within rounding of eps
+
+
+@every_kind
+def test_checkpointing_changes_no_bit_and_counts_nothing_twice(model_type: str, make_fm: ModelFactory) -> None:
+    data, found = tiny.dataset(model_type, 10), []
+    for checkpointing in (False, True):
+        wanted = settings(dropout=0.3)
+        model, _ = proxy_for(make_fm, model_type, wanted)
+        limits = LimitsSection(max_batch=3, checkpointing=checkpointing)
+        found.append(train(model, data, wanted, count_inactivity=True, limits=limits))
+        assert not any("forward" in vars(module) for module in model.modules())
+    plain, spared = found
+    assert tiny.changed(plain.adapter, spared.adapter) == set()
+    assert plain.metrics["train_loss"] == spared.metrics["train_loss"]
+    assert plain.inactivity is not None
+    assert spared.inactivity is not None
+    assert tiny.changed(plain.inactivity, spared.inactivity) == set()
+
+
+def test_checkpointing_of_lora_on_the_ffn_changes_no_bit(make_fm: ModelFactory) -> None:
+    data, found = tiny.dataset("llama", 8), []
+    for checkpointing in (False, True):
+        wanted = settings(dropout=0.3)
+        wanted = wanted.model_copy(update={"adapter": wanted.adapter.model_copy(update={"ffn": True})})
+        model, _ = proxy_for(make_fm, "llama", wanted)
+        limits = LimitsSection(checkpointing=checkpointing)
+        found.append(train(model, data, wanted, count_inactivity=True, limits=limits))
+    assert tiny.changed(found[0].adapter, found[1].adapter) == set()
+    assert tiny.changed(found[0].inactivity or {}, found[1].inactivity or {}) == set()
+
+
+def kept_bytes(model: nn.Module, limits: LimitsSection) -> int:
+    """What autograd keeps for backward in one step, each memory once; parameters do not count."""
+    kept = {parameter.untyped_storage().data_ptr(): 0 for parameter in model.parameters()}
+    alive = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept.setdefault(storage.data_ptr(), storage.nbytes())
+        alive.append(tensor)  # or another tensor could take its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        train(model, tiny.dataset("llama", 4), settings(), limits=limits)
+    return sum(kept.values())
+
+
+def test_compact_ffns_keep_less_and_gradients_are_off_by_little(
+    make_fm: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients: list[list[Tensor]] = []
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda found, _most: gradients.append([p.grad.clone() for p in found])
+    )
+    wanted, sizes = settings(), []
+    for compact in (False, True):
+        limits = LimitsSection(compact=compact)
+        sizes.append(kept_bytes(proxy_for(make_fm, "llama", wanted)[0], limits))
+        gradients.clear()
+        model, _ = proxy_for(make_fm, "bert", wanted)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # of 0, it would leave A without a gradient
+                parameter.data.fill_(0.1)
+        train(model, tiny.dataset("bert", 4), wanted, limits=limits)
+        assert not any(ffn.compact for ffn in sub_ffns(model).values() if isinstance(ffn, SubFFN))
+        if not compact:
+            exact = gradients[0]
+    assert sizes[1] < sizes[0]
+    one, other = (torch.cat([gradient.flatten() for gradient in step]) for step in (exact, gradients[0]))
+    assert 0.0 < (one - other).norm() / one.norm() < 0.01  # bfloat16 has 8 bits
 
 
 def test_pefts_layers_are_their_own_again_after_an_error(make_fm: ModelFactory) -> None:
@@ -392,3 +462,22 @@ def test_training_learns_what_there_is_to_learn(make_fm: ModelFactory) -> None:
     model, _ = proxy_for(make_fm, "bert", wanted)
     losses = [train(model, data, wanted, round=number).metrics["train_loss"] for number in range(1, 9)]
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("model_type", ["bert", "llama", "mixtral"])
+def test_checkpointing_on_a_gpu_draws_the_same_dropout_again(model_type: str, make_fm: ModelFactory) -> None:
+    """What was drawn anew would change the gradient by as much as the dropout drops."""
+    data, found = tiny.dataset(model_type, 8), []
+    for checkpointing in (False, True):
+        wanted = settings(dropout=0.5, batch=8, adam_epsilon=1e-3)
+        model, _ = proxy_for(make_fm, model_type, wanted)
+        start = extract(model)
+        limits = LimitsSection(checkpointing=checkpointing)
+        found.append(train(model.cuda(), data, wanted, count_inactivity=True, limits=limits))
+    plain, spared = found
+    for name, tensor in plain.adapter.items():
+        assert (spared.adapter[name] - tensor).norm() <= 1e-3 * (tensor - start[name]).norm(), name
+    assert plain.inactivity is not None
+    assert tiny.changed(plain.inactivity, spared.inactivity or {}) == set()

@@ -53,6 +53,7 @@ class SubFFN(nn.Module):
         lora_A, lora_B: after `attach_lora`, by the projections' names, float32, in the shapes that LoRA has on the FM's
             projections, but with K for F.
         lora_enabled: whether the FFN computes with it, as peft's layers are told by `enable_adapters`.
+        compact: whether bfloat16 is good enough for what the frozen neurons keep for backward.
 
     With LoRA the kernels get W + s B A, rounded to W's type once, as `merge` rounds it in the FM. So LoRA has no
     dropout here: its mask would lie between B A and the input, inside of the fused FFN.
@@ -73,6 +74,7 @@ class SubFFN(nn.Module):
         self.lora_A: nn.ParameterDict | None = None
         self.lora_B: nn.ParameterDict | None = None
         self.lora_enabled = True
+        self.compact = False
         self._lora_scale, self._one_gated = 0.0, False
         self._training: dict[str, Any] | None = None  # sub_ffn_train's tensors while training_neurons is open
         self._order: Tensor | slice = slice(None)  # in which the neurons stand there
@@ -196,7 +198,7 @@ class SubFFN(nn.Module):
             return kernels.sub_ffn_train, dict(self._training)
         weights = self._weights()
         if not torch.is_grad_enabled() or not any(w is not None and w.requires_grad for w in weights.values()):
-            return kernels.sub_ffn, weights
+            return kernels.sub_ffn, weights | {"compact": self.compact}
         updated = self.neurons if self._training is None else len(self._training["updated_in"])
         views = {_updated(name): None if w is None else w[:updated] for name, w in weights.items()}
         return kernels.sub_ffn_train, {name: None if w is None else w.detach() for name, w in weights.items()} | views
@@ -415,6 +417,19 @@ def counting(model: nn.Module, layers: Sequence[int], eps: float) -> Iterator[di
     finally:
         for layer in layers:
             ffns[layer].inactivity = None
+
+
+@contextmanager
+def compacting(model: nn.Module) -> Iterator[None]:
+    """While open, a proxy's frozen FFNs keep their activation's slope in bfloat16 for backward (`kernels.sub_ffn`)."""
+    ffns = [module for module in model.modules() if isinstance(module, SubFFN)]
+    for ffn in ffns:
+        ffn.compact = True
+    try:
+        yield
+    finally:
+        for ffn in ffns:
+            ffn.compact = False
 
 
 def totals(counters: Mapping[int, InactivityCounter]) -> dict[str, Tensor]:

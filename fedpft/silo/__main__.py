@@ -17,6 +17,10 @@ when the server says that the federation is finished.
 
 Run it again after an interruption, whatever the reason: it goes on where it stopped, and sends an update that it has
 trained already without training it again. While the server is away it waits for it, connect_timeout_seconds long.
+
+Several processes of one machine train together, each on parts of every batch:
+
+    torchrun --standalone --nproc-per-node N -m fedpft.silo --config silo.yaml
 """
 
 EPILOG = """\

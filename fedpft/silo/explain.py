@@ -65,6 +65,10 @@ def explain(config: SiloConfig) -> str:
             _row("data", "no text, image or label, and no number that belongs to one sample"),
             _row("names", "no path or file name of this machine, and no text of its errors or log"),
             _row("connections", "none but to that server, and none from outside: this silo listens on no port"),
+            _row(
+                "",
+                "(started by torchrun, its processes meet on this machine's loopback, torchrun on a port of its own)",
+            ),
         ],
         "On record": [
             _row("audit log", str(config.work / "audit.jsonl")),

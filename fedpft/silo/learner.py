@@ -6,16 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from fedpft.config import LimitsSection, RoundSettings, ShareSection
+from fedpft.config import LimitsSection, RoundSettings, ShareSection, SiloDataSection
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.language import LanguageDataset
+from fedpft.data.samples import Samples, image_paths
 from fedpft.model import adapters, loading
 from fedpft.model.packing import Way, has_varlen, way_to_pack
+from fedpft.parallel import ALONE, Ranks
 from fedpft.proxy.bundle import apply_patch, load_proxy
+from fedpft.silo import data
+from fedpft.silo.ondisk import DataOnDisk
 from fedpft.silo.work import Update, Work
 from fedpft.tasks import TASKS
 from fedpft.tasks.task import diversity
-from fedpft.training import train_round
+from fedpft.training import LocalResult, train_round
 from fedpft.wire.encoding import encode
 from fedpft.wire.tensors import Group, read_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -42,6 +46,23 @@ class Learner:
         apply_patch(self.proxy.model, read_tensors(patch, "patch"))
         self.version = version
 
+    def encode(self, samples: Samples, on_disk: DataOnDisk, section: SiloDataSection) -> EncodedDataset:
+        """The samples as the proxy takes them.
+
+        Args:
+            on_disk: what they were read from, which gets the images that it names.
+
+        Raises:
+            DataError: the tokenizer finds no token in a text, or the data changed while they were read.
+        """
+        if self.task.has_images:
+            on_disk.add_images(image_paths(section.path, section.columns, section.encoding))
+        dataset = self.task.encode(
+            samples, self.proxy.processor, self.proxy.max_tokens, bad_rows=section.bad_rows, way_out=data.WAY_OUT
+        )
+        on_disk.check_read()
+        return dataset
+
     def way_to_pack(self, silo: str, dataset: EncodedDataset) -> Way | None:
         """How rows are packed, if they are to be, are a language model's, and the proxy keeps them apart exactly."""
         if not self.settings.training.packing or not isinstance(dataset, LanguageDataset):
@@ -56,6 +77,38 @@ class Learner:
             log.warning("%s: rows are padded, not packed: this model cannot keep them apart exactly", silo)
         return way
 
+    def fit(
+        self,
+        silo: str,
+        dataset: EncodedDataset,
+        adapter: dict[str, Tensor],
+        *,
+        round: int,
+        count_inactivity: bool,
+        limits: LimitsSection,
+        packing: Way | None,
+        ranks: Ranks = ALONE,
+    ) -> LocalResult:
+        """Trains an adapter for a round, on every rank the same; errors as of :meth:`train`."""
+        shift = None
+        if self.settings.training.logit_adjustment == "own" and self.task.label_list:
+            shift = self.task.logit_shift(self._label_counts(dataset))
+        adapters.load(self.proxy.model, adapter)
+        return train_round(
+            self.task,
+            self.proxy.model,
+            dataset,
+            self.settings,
+            silo=silo,
+            round=round,
+            compressed=self.proxy.compressed,
+            count_inactivity=count_inactivity,
+            limits=limits,
+            packing=packing,
+            shift=shift,
+            ranks=ranks,
+        )
+
     def train(
         self,
         silo: str,
@@ -67,6 +120,7 @@ class Learner:
         limits: LimitsSection,
         share: ShareSection,
         packing: Way | None,
+        ranks: Ranks = ALONE,
     ) -> Update:
         """Trains on the round's adapter; the update is in `work` afterwards.
 
@@ -74,33 +128,26 @@ class Learner:
             train: the round, which is on this version of the proxy.
             start: the file of its adapter.
             packing: as of :meth:`way_to_pack`.
+            ranks: this is rank 0; the others `fit` at the same time.
 
         Raises:
             DataError: the loss is not finite.
             InvalidUpdate: what was trained cannot be sent.
         """
         log.info("%s: round %d of %d begins", silo, train.round, self.settings.training.rounds)
-        shift, told = None, dict[str, float]()
-        if self.task.label_list:
-            counts = self.task.label_counts(dataset, len(self.proxy.labels))
-            if self.settings.training.logit_adjustment == "own":
-                shift = self.task.logit_shift(counts)
-            if self.settings.label_diversity:
-                told["label_diversity"] = diversity(counts)
+        told = dict[str, float]()
+        if self.settings.label_diversity and self.task.label_list:
+            told["label_diversity"] = diversity(self._label_counts(dataset))
         adapter = read_tensors(start, "adapter")
-        adapters.load(self.proxy.model, adapter)
-        result = train_round(
-            self.task,
-            self.proxy.model,
+        result = self.fit(
+            silo,
             dataset,
-            self.settings,
-            silo=silo,
+            adapter,
             round=train.round,
-            compressed=self.proxy.compressed,
             count_inactivity=train.count_inactivity and share.inactivity,
             limits=limits,
             packing=packing,
-            shift=shift,
+            ranks=ranks,
         )
         log.info(
             "%s: round %d of %d: loss %.4f, %d samples, %.1f s",
@@ -120,3 +167,6 @@ class Learner:
         metrics = result.metrics | dataset.counts | told
         shared: dict[str, float] = {name: metrics[name] for name in share.metrics if name in metrics}
         return work.keep_update(train, groups, residual, samples=result.samples, metrics=shared)
+
+    def _label_counts(self, dataset: EncodedDataset) -> Tensor:
+        return self.task.label_counts(dataset, len(self.proxy.labels))

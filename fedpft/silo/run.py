@@ -3,12 +3,14 @@
 import logging
 from pathlib import Path
 
-from fedpft import faults, machine
+from fedpft import faults, machine, parallel
 from fedpft.config import ShareSection, SiloConfig
-from fedpft.data.samples import Samples, image_paths
+from fedpft.data.samples import Samples
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
+from fedpft.parallel import Ranks
 from fedpft.silo import data
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
+from fedpft.silo.follower import Beginning, SharedRound, follow
 from fedpft.silo.learner import Learner
 from fedpft.silo.ondisk import DataOnDisk
 from fedpft.silo.work import Update, Work, opened
@@ -23,11 +25,20 @@ log = logging.getLogger(__name__)
 def run(config: SiloConfig) -> None:
     """Takes part in a federation until it is finished; goes on where an earlier process stopped.
 
+    Of several processes, as torchrun starts them, rank 0 does that, and the others train with it.
+
     Raises:
         ConfigError, CertificateError, DataError: this side's own files are not in order; nothing was sent.
         RefusedByServer: the server does not want this silo, or broke the federation off.
         FedPFTError: any other of docs/errors.md.
     """
+    ranks = parallel.joined()
+    config = config.model_copy(update={"device": ranks.device(config.device)})
+    (follow if ranks.rank else _lead)(config, ranks)
+    parallel.part(ranks)
+
+
+def _lead(config: SiloConfig, ranks: Ranks) -> None:
     machine.prepare(config.device, config.threads)
     name = check_certificates(config.tls, "silo") if config.tls is not None else str(config.insecure_name)
     on_disk = DataOnDisk(config.data.path)
@@ -40,9 +51,10 @@ def run(config: SiloConfig) -> None:
             log.info("%s: enrolled at %s with %d samples", name, config.server, len(samples))
             work.join(enrolment, name)
             offer_again(server, work, config.share)
-            participant = Participant(name, config, samples, terms, on_disk, work, enrolment, server)
+            participant = Participant(name, config, samples, terms, on_disk, work, enrolment, server, ranks)
             begin_with(server, work, on_disk, len(samples))
             participant.take_part()
+            ranks.tell("")
     except KeyboardInterrupt:
         place = f"in round {participant.round}" if participant and participant.round else "before its first round"
         log.info("%s: stopped %s; run it again, it goes on from there", name, place)
@@ -106,8 +118,9 @@ class Participant:
         work: Work,
         enrolment: Enrolment,
         server: ServerConnection,
+        ranks: Ranks,
     ) -> None:
-        """Fetches the proxy, unless it is there.
+        """Fetches the proxy, unless it is there, and says what is to be known to the other ranks.
 
         Args:
             samples: this silo's, as they fit `terms`.
@@ -119,21 +132,18 @@ class Participant:
         """
         self.name, self.config, self.settings = name, config, enrolment.settings
         self.round = 0
-        self._work, self._server, self._on_disk = work, server, on_disk
-        self.learner = Learner(server.fetch_proxy(enrolment), self.settings, config.device)
+        self._work, self._server, self._on_disk, self._ranks = work, server, on_disk, ranks
+        bundle = server.fetch_proxy(enrolment)
+        self.learner = Learner(bundle, self.settings, config.device)
         proxy = self.learner.proxy
         if (proxy.task, proxy.labels) != (terms.task, terms.labels):
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
-        task, longest = self.learner.task, proxy.max_tokens
-        if task.has_images:
-            on_disk.add_images(image_paths(config.data.path, config.data.columns, config.data.encoding))
-        self.dataset = task.encode(
-            samples, proxy.processor, longest, bad_rows=config.data.bad_rows, way_out=data.WAY_OUT
-        )
-        on_disk.check_read()
+        self.dataset = self.learner.encode(samples, on_disk, config.data)
         if self.dataset.cut:
-            log.warning("%s", self.dataset.describe_cut(name, longest))
+            log.warning("%s", self.dataset.describe_cut(name, proxy.max_tokens))
         self._packing = self.learner.way_to_pack(name, self.dataset)
+        beginning = Beginning(name=name, settings=self.settings, terms=terms, data=on_disk.read, bundle=bundle)
+        ranks.tell(beginning.model_dump_json())
 
     def take_part(self) -> None:
         """Does what the server asks until the federation is finished; RefusedByServer if it is broken off."""
@@ -175,15 +185,27 @@ class Participant:
 
     def train(self, train: pb.Train) -> Update:
         """Trains on the round's adapter and version of the proxy; the update is in `work` afterwards."""
+        start, patches = self._fetch(train)
+        shared = SharedRound(
+            round=train.round,
+            version=train.proxy_version,
+            patches=tuple(patches),
+            adapter=start,
+            count_inactivity=train.count_inactivity and self.config.share.inactivity,
+        )
+        self._ranks.tell(shared.model_dump_json())
+        for patch in patches:
+            self.learner.bring_to(train.proxy_version, patch)
         return self.learner.train(
             self.name,
             self.dataset,
             train,
-            self._fetch(train),
+            start,
             self._work,
             limits=self.config.limits,
             share=self.config.share,
             packing=self._packing,
+            ranks=self._ranks,
         )
 
     def _look_at_data(self) -> None:
@@ -197,8 +219,8 @@ class Participant:
                 "data changed", round=self.round, sha256=now, before=self._on_disk.read, effect="at the next start"
             )
 
-    def _fetch(self, train: pb.Train) -> Path:
-        """Brings the proxy to the round's version; returns the file of the round's adapter."""
+    def _fetch(self, train: pb.Train) -> tuple[Path, list[Path]]:
+        """The file of the round's adapter, and those that bring the proxy to the round's version."""
         version = self.learner.version
         if train.proxy_version < version:
             raise StaleProxy(
@@ -210,6 +232,4 @@ class Participant:
             wanted.append(train.patch if train.proxy_version == version + 1 else train.snapshot)
         self._work.keep_received(wanted)
         start, *patches = [self._server.fetch(file, *self._work.received(file)) for file in wanted]
-        for patch in patches:
-            self.learner.bring_to(train.proxy_version, patch)
-        return start
+        return start, patches

@@ -1,0 +1,59 @@
+"""Gradient checkpointing: of each layer only the input is kept for backward, and the layer computed again there.
+
+It costs another forward pass of the layers, and the result is the same bit for bit on a device that computes the same
+twice: what dropout drew is drawn again.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fedpft.model.architectures import layers_of
+from fedpft.model.subffn import sub_ffns
+
+
+@contextmanager
+def checkpointing(model: nn.Module) -> Iterator[None]:
+    """While open, a proxy's layers keep nothing but their input. What is computed again counts no inactive neuron."""
+    layers = layers_of(model)
+    for layer in layers:
+        layer.forward = partial(_forward, layer, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the instance's; the class's is the layer's own
+
+
+def _forward(layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **named)
+    if not arguments:  # the first is where `checkpoint` sees on which device random numbers are drawn
+        arguments, forward = (named.pop("hidden_states"),), partial(_by_name, forward)
+    contexts = partial(_contexts, layer)
+    return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts, **named)
+
+
+def _by_name(forward: Callable[..., Any], hidden: Any, **named: Any) -> Any:
+    return forward(hidden_states=hidden, **named)
+
+
+def _contexts(layer: nn.Module) -> tuple[Any, Any]:
+    return nullcontext(), _uncounted(layer)
+
+
+@contextmanager
+def _uncounted(layer: nn.Module) -> Iterator[None]:
+    counters = [(ffn, ffn.inactivity) for ffn in sub_ffns(layer).values()]
+    for ffn, _ in counters:
+        ffn.inactivity = None
+    try:
+        yield
+    finally:
+        for ffn, counter in counters:
+            ffn.inactivity = counter

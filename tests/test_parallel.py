@@ -1,0 +1,253 @@
+"""A silo of several processes: the adapter of one, over gloo on loopback; and what a killed rank leaves."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import yaml
+from faults import Party, _Command, await_
+from safetensors.torch import load_file, save_file
+from test_run import Digits, digits, server_settings, silo_settings  # noqa: F401  (digits is a fixture)
+from test_training import TASK, settings
+from torch import Tensor
+
+from fedpft.config import LimitsSection, RoundSettings
+from fedpft.demo.run import run_federation
+from fedpft.errors import ConfigError, DataError
+from fedpft.model import adapters
+from fedpft.model.loading import load_model
+from fedpft.parallel import ALONE, Ranks
+from fedpft.proxy.cut import cut
+from fedpft.proxy.selection import select
+from fedpft.training import LocalResult, train_round
+
+RANKS, SAMPLES = 2, 11
+ADAM = {"adam_epsilon": 1e-4}  # or gradients of no size are rounding, and make full steps
+# model type, settings, limits of two ranks, limits of one process whose batches have the same parts
+CASES: dict[str, tuple[str, RoundSettings, LimitsSection, LimitsSection]] = {
+    "a part for each": ("bert", settings(batch=5, **ADAM), LimitsSection(), LimitsSection(max_batch=3)),
+    "several parts for each": (
+        "bert",
+        settings(batch=5, frozen_a=True, **ADAM),
+        LimitsSection(max_batch=1, checkpointing=True),
+        LimitsSection(max_batch=1),
+    ),
+    "images": ("vit", settings(batch=6, proximal=0.1, **ADAM), LimitsSection(), LimitsSection(max_batch=3)),
+}
+DROPPING = ("bert", settings(batch=4, dropout=0.5, learning_rate=1e-12, weight_decay=0.0), LimitsSection())
+
+
+def trained(
+    directory: Path, case: tuple[Any, ...], ranks: Ranks, samples: int = SAMPLES, lora_b: float = 0.1
+) -> LocalResult:
+    model_type, wanted, limits = case[:3]
+    fm = load_model(directory / model_type, tiny.task_of(model_type), tiny.LABELS, seed=0)
+    adapters.attach(fm, wanted.adapter, seed=wanted.seed)
+    model = cut(fm, select(fm, tiny.by_weights(neurons=24)))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # of 0, it would hide what dropout does
+            parameter.data.fill_(lora_b)
+    data: Any = tiny.dataset(model_type, samples)
+    return train_round(
+        TASK,
+        model,
+        data,
+        wanted,
+        silo="north",
+        round=1,
+        compressed=(1, 2),
+        count_inactivity=True,
+        limits=limits,
+        ranks=ranks,
+    )
+
+
+def everything(result: LocalResult) -> dict[str, Tensor]:
+    assert result.inactivity is not None
+    told = {name: torch.tensor(value) for name, value in result.metrics.items() if name != "seconds"}
+    return {**result.adapter, **result.inactivity, **told, "samples": torch.tensor(result.samples)}
+
+
+def be_rank(rank: int, directory: Path) -> None:
+    """One of the processes: does all cases, and writes what came of them."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=RANKS)
+    ranks = Ranks(rank, RANKS)
+    for name, case in CASES.items():
+        save_file(everything(trained(directory, case, ranks)), directory / f"{name}-{rank}")
+    heard = {"text": ranks.tell("grün" if rank == 0 else "red"), "nothing": ranks.tell()}
+    heard["dropping"] = trained(directory, DROPPING, ranks, 4).metrics["train_loss"]
+    heard["like rank 0 alone"] = trained(directory, DROPPING, ALONE, 4).metrics["train_loss"]
+    try:
+        trained(directory, DROPPING, ranks, lora_b=float("inf"))
+    except DataError as error:
+        heard["fault"] = error.message
+    (directory / f"heard-{rank}.json").write_text(json.dumps(heard), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, fm_directory: Callable[[str], Path]) -> Path:
+    """A directory with what two processes made of the cases."""
+    directory = tmp_path_factory.mktemp("ranks")
+    for model_type in ("bert", "vit"):
+        (directory / model_type).symlink_to(fm_directory(model_type))
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=be_rank, args=(rank, directory), daemon=True) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    try:
+        await_("both ranks to end", lambda: all(process.exitcode is not None for process in processes))
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return directory
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_train_what_one_process_with_the_same_parts_trains_bit_for_bit(name: str, done: Path) -> None:
+    model_type, wanted, _, limits = CASES[name]
+    alone = everything(trained(done, (model_type, wanted, limits), ALONE))
+    for rank in range(RANKS):
+        assert tiny.changed(alone, load_file(done / f"{name}-{rank}")) == set()
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_train_what_one_process_with_whole_batches_trains_but_for_rounding(name: str, done: Path) -> None:
+    model_type, wanted, _, _ = CASES[name]
+    alone, ours = everything(trained(done, (model_type, wanted, LimitsSection()), ALONE)), load_file(done / f"{name}-0")
+    assert ours["train_loss"] == pytest.approx(float(alone["train_loss"]), rel=1e-5)
+    for told in ("tokens", "samples", "1.tokens", "2.tokens"):
+        assert ours[told] == alone[told]
+    still = everything(trained(done, (model_type, slow(wanted), LimitsSection()), ALONE))
+    names = [key for key in alone if "." in key and alone[key].is_floating_point()]
+    apart, moved = (sum((alone[name] - other[name]).square().sum() for name in names) ** 0.5 for other in (ours, still))
+    assert apart <= 1e-3 * moved
+    assert (ours["1"] - alone["1"]).abs().max() <= 1  # a value within rounding of eps
+
+
+def slow(wanted: RoundSettings) -> RoundSettings:
+    """The same training, which leaves the adapter where it was."""
+    return wanted.model_copy(
+        update={"training": wanted.training.model_copy(update={"learning_rate": 1e-12, "weight_decay": 0.0})}
+    )
+
+
+def test_ranks_hear_rank_0_and_fail_together(done: Path) -> None:
+    heard = [json.loads((done / f"heard-{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+    assert [each["text"] for each in heard] == ["grün", "grün"]
+    assert [each["nothing"] for each in heard] == ["", ""]
+    assert "not finite" in heard[0]["fault"]
+    assert heard[0]["fault"] == heard[1]["fault"]
+
+
+def test_each_rank_drops_of_its_own(done: Path) -> None:
+    """Both ranks say the same loss, which is not the one of dropping alike in both halves."""
+    heard = [json.loads((done / f"heard-{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+    assert heard[0]["dropping"] == heard[1]["dropping"]
+    assert heard[0]["like rank 0 alone"] == heard[1]["like rank 0 alone"]
+    assert heard[0]["dropping"] != heard[0]["like rank 0 alone"]
+
+
+def test_a_device_that_ranks_would_have_to_share_is_refused() -> None:
+    assert Ranks(1, 2).device("cpu") == "cpu"
+    assert ALONE.device("cuda:1") == "cuda:1"
+    with pytest.raises(ConfigError, match="device: cuda:1: 2 processes cannot share it"):
+        Ranks(1, 2).device("cuda:1")
+
+
+# --- under torchrun ---------------------------------------------------------------------------------------------------
+
+
+class Torchrun(Party):
+    """A silo of several processes."""
+
+    def start(self, **_: Any) -> "Torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+        command += ["-m", self.module, "--config", str(self.config)]
+        self._process = _Command(command, self.log_file, None)
+        return self
+
+    def rank(self, number: int) -> int:
+        """The process id of a rank."""
+        for child in Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split():
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            if f"RANK={number}".encode() in environment:
+                return int(child)
+        raise AssertionError(f"no rank {number} among the children")
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_rank_ends_all_and_the_restart_goes_on(digits: Digits, tmp_path: Path) -> None:  # noqa: F811
+    """With alignment, so that ranks take patches up; the final adapter is that of plain silos, bit for bit."""
+    silos = ("north", "south")
+    wanted = server_settings(digits, silos)
+    wanted["adapter"]["dropout"], wanted["training"]["local_epochs"] = 0.0, 3.0
+    parts = {"limits": {"max_batch": 8}}
+    run_federation(tmp_path / "plain", wanted, {name: silo_settings(digits, name) | parts for name in silos})
+
+    def write(name: str, content: dict[str, Any]) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+    out = tmp_path / "out"
+    server = Party("server", "fedpft.server", write("server", wanted | {"out": str(out)})).start(as_a_command=True)
+    await_("the server's address", lambda: (out / "address").exists() or server.has_failed())
+    address = (out / "address").read_text(encoding="utf-8").strip()
+    here = {name: {"server": address, "work": str(tmp_path / f"work-{name}")} for name in silos}
+    north = Torchrun("north", "fedpft.silo", write("north", silo_settings(digits, "north") | here["north"])).start()
+    south = Party("south", "fedpft.silo", write("south", silo_settings(digits, "south") | here["south"] | parts))
+    try:
+        south.start(as_a_command=True)
+        server.await_log("round 1: waiting")
+        south.kill()  # so that no later round ends before it is back
+        received = tmp_path / "work-north" / "received"
+        await_("north to train", lambda: list(received.glob("*.safetensors")) or north.has_failed())
+        processes = [north.rank(number) for number in range(RANKS)]
+        os.kill(processes[1], signal.SIGKILL)
+        assert north.await_end() not in (0, -signal.SIGKILL)
+        assert "another process of this silo has ended" in north.log or "error: terminated" in north.log
+        await_("rank 0 to be gone", lambda: not is_alive(processes[0]))
+
+        north.start()
+        south.start(as_a_command=True)
+        await_("all to end", lambda: all(party.has_ended_well() for party in (server, north, south)))
+    except BaseException:
+        for party in (server, north, south):
+            print(f"--- {party.name}", *party.log.splitlines()[-30:], sep="\n")
+        raise
+    finally:
+        for party in (server, north, south):
+            if party.alive:
+                party.signal(signal.SIGTERM)
+                party.await_end()
+    adapters_of = [load_file(place / "adapter.safetensors") for place in (tmp_path / "plain" / "out", out)]
+    assert tiny.changed(*adapters_of) == set()
