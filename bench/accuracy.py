@@ -82,6 +82,10 @@ CHANGES: dict[str, dict[str, Settings]] = {
         },
         "all refitted, no steps": {"alignment": {"closed_form_samples": 256, "steps": 0, "updated_fraction": 1.0}},
     },
+    "silos": {  # some of which have room for half of the proxy's neurons only
+        "half of the silos narrow": {"simulation": {"narrow_fraction": 0.5}},
+        "all silos narrow": {"simulation": {"narrow_fraction": 1.0}},
+    },
     "dials": {},
     "steps": {},
     "after": {

@@ -654,6 +654,10 @@ class SimulationSection(Section):
         le=MOST_THREADS,
         description="CPU threads of torch for one silo's training. The last bits of a result depend on it.",
     )
+    narrow_fraction: float = Field(
+        0.0, ge=0.0, le=1.0, description="Share of the silos that load only `narrow_width` of the proxy, drawn once."
+    )
+    narrow_width: float = Field(0.5, gt=0.0, le=1.0, description="Theirs, as `limits.width` in silo.yaml.")
     drop_out_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the silos picked that fail in a round, and are back in the next."
     )
@@ -697,6 +701,13 @@ class LimitsSection(Section):
         None, ge=1, description="Samples that fit in memory at once; larger batches are accumulated."
     )
     max_local_epochs: float | None = Field(None, gt=0.0, description="Most epochs in a round.")
+    width: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Share of each compressed layer's neurons that this silo loads of the proxy: those that matter "
+        "most. The adapter is the same and counts as any other. Takes effect at the silo's next start.",
+    )
     checkpointing: bool = Field(
         False,
         description="Keep only the input of each layer for the backward pass and compute the layer again there: far "

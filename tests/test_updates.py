@@ -85,6 +85,10 @@ def test_what_a_silo_makes_is_accepted(encoding: Encoding, make: Maker, start: P
     assert all(torch.equal(update.inactivity[name], COUNTS[name]) for name in COUNTS)
 
 
+def test_a_silo_may_count_each_neuron_out_of_its_own_tokens(make: Maker) -> None:
+    check_update(make(counts=COUNTS | {"1.tokens": torch.tensor([0, 4, 5])}), NEURONS)
+
+
 def test_a_silo_may_keep_counts_and_metrics_to_itself(make: Maker) -> None:
     update = make(metrics={})
     check_update(update, NEURONS)
@@ -135,6 +139,9 @@ NAN = torch.tensor(float("nan"))
         ("exact", put("inactivity", "1", torch.ones(3)), "'inactivity/1' is .3,. torch.float32"),
         ("exact", put("inactivity", "1", torch.tensor([0, 6, 1])), "layer 1 counts 0 to 6 of 5 tokens"),
         ("exact", put("inactivity", "1", torch.tensor([-1, 0, 1])), "layer 1 counts -1 to 1 of 5"),
+        ("exact", put("inactivity", "1.tokens", torch.tensor([0, 2, 5])), "layer 1 counts 0 to 5 of 5 tokens"),
+        ("exact", put("inactivity", "1.tokens", torch.tensor([-1, 3, 5])), "layer 1 counts 0 to 5 of 5 tokens"),
+        ("exact", put("inactivity", "1.tokens", torch.tensor([5, 5])), r"'inactivity/1.tokens' is \(2,\)"),
         ("exact", put("inactivity", "4.tokens", torch.tensor(0)), "layer 4 counts 0 to 0 of 0 tokens"),
         ("exact", put("inactivity", "4.tokens", torch.tensor(2**63 - 1)), "layer 4 counts 0 to 0 of 92233"),
     ],

@@ -41,6 +41,7 @@ class Proxy:
         compressed: the layers, by their index in the proxy, that differ from the FM's and are aligned with them.
         held: of a proxy that is only part of the one that was sent, the neurons that it has of the compressed layers,
             by the name of what stands for the FFN: (K',) int64, ascending, in the places that they have there.
+        neurons: of each layer, as it was sent; none where nobody asks, because the proxy has all.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Proxy:
     max_tokens: int
     compressed: tuple[int, ...]
     held: Mapping[str, Tensor] = field(default_factory=dict)
+    neurons: tuple[int, ...] = ()
 
 
 def save_bundle(
@@ -100,6 +102,7 @@ def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0)
             )
         counts, task = description["neurons"], description["task"]
         parts = _parts(directory, width)
+        sent = tuple(counts) if parts else ()
         counts = [len(parts.get(layer, range(count))) for layer, count in enumerate(counts)]
         model = loading.empty_model(directory, task, len(counts))
         for layer, count in zip(architectures.layers_of(model), counts, strict=True):
@@ -127,7 +130,7 @@ def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0)
         check_finite(model, f"the proxy in {directory}")
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
         processor = loading.load_processor(directory, task)
-        return Proxy(model, processor, task, labels, description["max_tokens"], compressed, held_neurons)
+        return Proxy(model, processor, task, labels, description["max_tokens"], compressed, held_neurons, sent)
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{directory}: not a proxy ({loading.first_line(error)})", "build it again, or delete it to fetch it again"
@@ -158,6 +161,21 @@ def of_part(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[s
             there = torch.isin(rows.long(), own)
             found[key] = torch.searchsorted(own, rows.long()[there]).int()
             found[f"{name}@values"] = tensors[f"{name}@values"][there]
+    return found
+
+
+def of_whole(inactivity: Mapping[str, Tensor], proxy: Proxy) -> dict[str, Tensor]:
+    """What a proxy that has only part of the neurons has counted, for all: of the others 0 of 0 tokens.
+
+    Returns:
+        "<layer>" and "<layer>.tokens", both (K,) int64.
+    """
+    modules, found = list(sub_ffns(proxy.model)), dict[str, Tensor]()
+    for layer in proxy.compressed:
+        places = proxy.held[modules[layer]]
+        for name in (str(layer), f"{layer}.tokens"):
+            values = inactivity[name].expand(len(places))
+            found[name] = torch.zeros(proxy.neurons[layer], dtype=torch.int64).index_copy(0, places, values)
     return found
 
 

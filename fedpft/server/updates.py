@@ -86,7 +86,8 @@ class Update:
 
     @property
     def inactivity(self) -> dict[str, Tensor] | None:
-        """ "<layer>": (K,) int64 inactive tokens, "<layer>.tokens": () int64 out of how many.
+        """ "<layer>": (K,) int64 inactive tokens, "<layer>.tokens": out of how many, () int64, or (K,) where it is not
+        the same for all.
 
         None if it was not asked for, or the silo keeps it to itself.
         """
@@ -127,7 +128,7 @@ def largest_update_bytes(start: TensorFile, neurons: Mapping[int, int]) -> int:
         max(sum(ENTRY_BYTES + spec.nbytes for spec in layout(like, encoding).values()) for encoding in ENCODINGS)
         for like in _adapter_specs(start).values()
     )
-    counts = sum(8 * (count + 1) + 2 * ENTRY_BYTES for count in neurons.values())
+    counts = sum(8 * 2 * count + 2 * ENTRY_BYTES for count in neurons.values())
     return content + counts + HEADER_BYTES
 
 
@@ -154,7 +155,9 @@ def check_update(
     }
     if counts:
         wanted |= {f"inactivity/{layer}": Spec(torch.int64, (count,)) for layer, count in neurons.items()}
-        wanted |= {f"inactivity/{layer}.tokens": Spec(torch.int64, ()) for layer in neurons}
+        for layer, count in neurons.items():  # of each neuron, if the silo does not have all of them
+            name, each = f"inactivity/{layer}.tokens", Spec(torch.int64, (count,))
+            wanted[name] = each if update.file.specs.get(name) == each else Spec(torch.int64, ())
     _check_specs(update, wanted)
     _check_change(update, max_norm)
     if counts:
@@ -259,9 +262,9 @@ def _check_change(update: Update, max_norm: float | None) -> None:
 
 def _check_inactivity(update: Update, neurons: Mapping[int, int]) -> None:
     for layer in neurons:
-        tokens = int(update.file.tensor("inactivity", f"{layer}.tokens"))
-        lowest, highest = (int(bound) for bound in update.file.tensor("inactivity", str(layer)).aminmax())
-        if not (1 <= tokens <= LARGEST_COUNT and lowest >= 0 and highest <= tokens):
+        tokens, counts = (update.file.tensor("inactivity", name) for name in (f"{layer}.tokens", str(layer)))
+        (fewest, most), (lowest, highest) = ([int(bound) for bound in each.aminmax()] for each in (tokens, counts))
+        if not (fewest >= 0 and 1 <= most <= LARGEST_COUNT and lowest >= 0 and bool((counts <= tokens).all())):
             raise InvalidUpdate(
-                f"{update.silo}: inactivity of layer {layer} counts {lowest} to {highest} of {tokens} tokens", _REMEDY
+                f"{update.silo}: inactivity of layer {layer} counts {lowest} to {highest} of {most} tokens", _REMEDY
             )

@@ -61,7 +61,7 @@ def follow(config: SiloConfig, ranks: Ranks) -> None:
         beginning = Beginning.model_validate_json(ranks.tell())
         on_disk = DataOnDisk(config.data.path)
         samples = data.fit(data.examine(config), config, beginning.terms)
-        learner = Learner(beginning.bundle, beginning.settings, config.device)
+        learner = Learner(beginning.bundle, beginning.settings, config.device, config.limits.width)
         dataset = learner.encode(samples, on_disk, config.data)
         if on_disk.read != beginning.data:
             raise DataError(

@@ -10,10 +10,11 @@ from fedpft.config import LimitsSection, RoundSettings, ShareSection, SiloDataSe
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.language import LanguageDataset
 from fedpft.data.samples import Samples, image_paths
+from fedpft.errors import ModelError
 from fedpft.model import adapters, loading
 from fedpft.model.packing import Way, has_varlen, way_to_pack
 from fedpft.parallel import ALONE, Ranks
-from fedpft.proxy.bundle import apply_patch, load_proxy
+from fedpft.proxy.bundle import apply_patch, load_proxy, of_part, of_whole
 from fedpft.silo import data
 from fedpft.silo.ondisk import DataOnDisk
 from fedpft.silo.work import Update, Work
@@ -33,17 +34,29 @@ class Learner:
     version: of the proxy.
     """
 
-    def __init__(self, bundle: Path, settings: RoundSettings, device: str) -> None:
-        """Reads the proxy as it was when the federation began; ModelError if it is none."""
+    def __init__(self, bundle: Path, settings: RoundSettings, device: str, width: float = 1.0) -> None:
+        """Reads the proxy as it was when the federation began.
+
+        Args:
+            width: as of :func:`load_proxy`.
+
+        Raises:
+            ModelError: there is no proxy, or it cannot be had in part.
+        """
+        if width < 1.0 and settings.adapter.ffn:
+            raise ModelError(
+                "limits.width: the federation trains LoRA on the FFN's neurons too, of which every silo needs all",
+                "leave limits.width out, or have the server set adapter.ffn: false",
+            )
         log.info("reading the proxy")
-        self.proxy, self.settings, self.version = load_proxy(bundle), settings, 0
+        self.proxy, self.settings, self.version = load_proxy(bundle, width=width), settings, 0
         self.task = TASKS[self.proxy.task]
         adapters.attach(self.proxy.model, settings.adapter, seed=settings.seed)
         self.proxy.model.to(device)
 
     def bring_to(self, version: int, patch: Path) -> None:
         """Brings the proxy to a version, by a patch from the one before or a snapshot."""
-        apply_patch(self.proxy.model, read_tensors(patch, "patch"))
+        apply_patch(self.proxy.model, of_part(read_tensors(patch, "patch"), self.proxy.held))
         self.version = version
 
     def encode(self, samples: Samples, on_disk: DataOnDisk, section: SiloDataSection) -> EncodedDataset:
@@ -163,7 +176,7 @@ class Learner:
             result.adapter, adapter, self.settings.training.update_encoding, work.residual(train.round)
         )
         if result.inactivity is not None:
-            groups["inactivity"] = result.inactivity
+            groups["inactivity"] = of_whole(result.inactivity, self.proxy) if self.proxy.held else result.inactivity
         metrics = result.metrics | dataset.counts | told
         shared: dict[str, float] = {name: metrics[name] for name in share.metrics if name in metrics}
         return work.keep_update(train, groups, residual, samples=result.samples, metrics=shared)

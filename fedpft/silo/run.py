@@ -134,7 +134,7 @@ class Participant:
         self.round = 0
         self._work, self._server, self._on_disk, self._ranks = work, server, on_disk, ranks
         bundle = server.fetch_proxy(enrolment)
-        self.learner = Learner(bundle, self.settings, config.device)
+        self.learner = Learner(bundle, self.settings, config.device, config.limits.width)
         proxy = self.learner.proxy
         if (proxy.task, proxy.labels) != (terms.task, terms.labels):
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")

@@ -17,11 +17,13 @@ import torch
 
 from fedpft.config import LimitsSection, RoundSettings, ShareSection
 from fedpft.errors import ConfigError, FedPFTError, OutOfMemory
+from fedpft.seeding import derive_seed
 from fedpft.silo.learner import Learner
 from fedpft.silo.work import Update
 from fedpft.simulation.data import WAY_OUT, SilosData
 from fedpft.wire.v1 import federation_pb2 as pb
 
+LARGEST_DRAW = float(1 << 63)
 SHARE, LIMITS = ShareSection(), LimitsSection()  # a simulated silo keeps nothing back
 
 
@@ -62,12 +64,18 @@ class Post:
         """Of torch on the CPU, for one silo."""
         return self.data.config.simulation.threads
 
+    def width(self, silo: str) -> float:
+        """How much of the proxy a silo loads."""
+        section = self.data.config.simulation
+        draw = derive_seed(self.data.config.seed, "narrow", silo) / LARGEST_DRAW
+        return section.narrow_width if draw < section.narrow_fraction else 1.0
+
 
 class Worker:
     """Trains for one silo after the other."""
 
     def __init__(self, post: Post) -> None:
-        self._post, self._learner = post, Learner(post.bundle, post.settings, post.device)
+        self._post, self._learners = post, dict[float, Learner]()
 
     def do(self, job: Job) -> Done:
         """Trains; what was trained before this process was killed is not trained again."""
@@ -87,7 +95,8 @@ class Worker:
         work.path.mkdir(parents=True, exist_ok=True)
         if (trained := work.update(SHARE)) is not None and trained.answers(job.train):
             return trained
-        learner, proxy = self._learner, self._learner.proxy
+        learner = self._learner_of(job.silo)
+        proxy = learner.proxy
         if job.snapshot is not None and job.train.proxy_version != learner.version:
             learner.bring_to(job.train.proxy_version, job.snapshot)
         config = self._post.data.config
@@ -100,6 +109,12 @@ class Worker:
         )
         packing = learner.way_to_pack(job.silo, dataset)
         return learner.train(job.silo, dataset, job.train, job.start, work, limits=LIMITS, share=SHARE, packing=packing)
+
+    def _learner_of(self, silo: str) -> Learner:
+        width = self._post.width(silo)
+        if width not in self._learners:
+            self._learners[width] = Learner(self._post.bundle, self._post.settings, self._post.device, width)
+        return self._learners[width]
 
 
 class Crew(Protocol):

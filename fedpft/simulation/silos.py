@@ -30,7 +30,7 @@ from fedpft.server.roundfiles import RoundFiles, federation_of
 from fedpft.server.updates import Update
 from fedpft.silo.work import Update as Trained
 from fedpft.silo.work import Work
-from fedpft.simulation.crew import SHARE, Crew, Done, Job
+from fedpft.simulation.crew import LARGEST_DRAW, SHARE, Crew, Done, Job
 from fedpft.simulation.data import SilosData
 from fedpft.wire.transfer import payload
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -38,7 +38,6 @@ from fedpft.wire.v1 import federation_pb2 as pb
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 15.0  # between two lines on how far a round is
-LARGEST_DRAW = float(1 << 63)
 
 
 class SimulatedSilos:
