@@ -176,7 +176,7 @@ def write_settings(directory: Path, *, rows: int, neurons: int | str, port: int)
         "proxy": {"importance": "variance", "importance_samples": rows, "neurons": neurons},
         "distillation": {"closed_form_samples": rows},
         "alignment": {"every_rounds": 0},
-        "evaluation": {"every_rounds": 0, "gap_samples": 2, "batch": 4, "written_samples": 0},
+        "evaluation": {"every_rounds": 0, "gap_samples": 0, "batch": 4, "written_samples": 0},
         "training": {"rounds": 1, "batch": 4},
         "federation": {"silos": ["north"]},
         "public_data": "public.jsonl",

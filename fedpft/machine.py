@@ -1,6 +1,7 @@
 """What a process takes of its machine, looked at before it needs it: the torch device, the CPU's threads."""
 
 import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def memory_bytes() -> int:
         with contextlib.suppress(OSError, ValueError):  # of no container, or `max`
             whole = min(whole, int(Path(limit).read_text(encoding="ascii")))
     return whole
+
+
+def trim_heap() -> None:
+    """Gives the system back what was freed between blocks that are still used.
+
+    glibc keeps it, in holes of up to 32 MiB each: gigabytes, where many matrices of that size come and go. Other C
+    libraries give it back by themselves.
+    """
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _devices() -> str:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedpft import atomic
+from fedpft import atomic, machine
 from fedpft.model.architectures import layers_of
 
 _DTYPES = {
@@ -107,6 +107,7 @@ class Shards:
         """Writes a file of these tensors; returns them as they are there."""
         name = f"model-{len(set(self._places.values())) + 1:05d}.safetensors"
         save_file({key: each.contiguous() for key, each in tensors.items()}, self._directory / name, _METADATA)
+        machine.trim_heap()
         self.held.add(self._directory / name)
         self._places |= dict.fromkeys(tensors, name)
         return {key: self.held.tensors[key] for key in tensors}
@@ -149,6 +150,7 @@ def hold_on_disk(model: nn.Module, files: MappedTensors) -> None:
 
     def give_back(_layer: nn.Module, _given: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         files.release()
+        machine.trim_heap()
         states = output[0] if isinstance(output, tuple) else output
         if states.requires_grad:
             states.register_hook(lambda _gradient: files.release())  # the layers above are through
