@@ -191,7 +191,7 @@ def _moment_cases(dtype: torch.dtype) -> Iterator[Case]:
         (N, _), F = ffn.x.shape, ffn.w_in.shape[0]
         shares = torch.rand(2 * N, generator=draw).to(dtype if dtype == torch.float64 else torch.float32)[::2]
         for activation in reference.ACTIVATIONS if label in ("ragged", "gated") else ("gelu",):
-            for kind, second in (("squares", torch.ones(F)), ("products", torch.ones(F, F))):
+            for kind, second in (("products", torch.ones(F, F)), ("squares", torch.ones(F))):
                 for suffix, given in (("masked", (shares, ffn.mask)), ("all", (None, None))):
                     name = f"{label}-{activation}-{kind}-{suffix}"
                     sums = (torch.ones(F, dtype=torch.float64), second.double())
