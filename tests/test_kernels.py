@@ -524,7 +524,10 @@ def test_moments_are_sums_over_what_the_output_projection_is_given(activation: s
 def test_moments_add_up_over_calls_and_leave_the_lower_triangle_alone() -> None:
     ffn = make_ffn(600, 8, 300, dtype=torch.float32)
     whole = moments(ffn, products=True)
-    total, second = torch.zeros(300, dtype=torch.float64), torch.full((300, 300), torch.nan, dtype=torch.float64).tril(-1)
+    total, second = (
+        torch.zeros(300, dtype=torch.float64),
+        torch.full((300, 300), torch.nan, dtype=torch.float64).tril(-1),
+    )
     for x in ffn.x.view(3, 200, 8).split(1):
         kernels.activation_moments(total, second, x, *ffn.weights[:4], activation="gelu")
     torch.testing.assert_close(total, whole[0])

@@ -155,7 +155,7 @@ def activation_moments(
     mask: Tensor | None,
     activation: str,
 ) -> None:
-    """Adds, over the tokens under the mask, the sums of h to total (F,), and those of h^2 or h_i h_j to second, float64.
+    """Adds the sums of h over the tokens under the mask to total (F,), and of h^2 or h_i h_j to second, both float64.
 
     h (N, F) is what the neurons pass on, times the token's share. Of the products (F, F) only i <= j.
     """

@@ -276,9 +276,7 @@ class SubExperts(nn.Module):
             values[tokens, self._rows(index)] = expert.values(x[tokens]) * shares[tokens, place, None]
         return values
 
-    def add_moments(
-        self, sums: Sequence[tuple[Tensor, Tensor]], x: Tensor, chosen: Tensor, shares: Tensor
-    ) -> None:
+    def add_moments(self, sums: Sequence[tuple[Tensor, Tensor]], x: Tensor, chosen: Tensor, shares: Tensor) -> None:
         """Adds what each neuron passes on, summed over tokens, and its squares or products. In place.
 
         sums: of each expert what :func:`kernels.activation_moments` adds to.
