@@ -10,7 +10,9 @@
 // Determinism: the same bits on every run with the same threads and instruction set.
 // Bytes moved: h exists for kTokensHeld tokens at a time, which pass once over each tile of `second`; the float32
 //   products of a tile stay in the second-level cache. Tokens outside the mask are not loaded.
-// Parallel over blocks of neurons, then over tiles of the triangle.
+// Parallel over blocks of neurons, then over tiles of the triangle. Scratch: x and h of the tokens held, and a tile, in
+// a
+//   gated FFN also a block of h, a thread.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
@@ -24,7 +26,7 @@ constexpr int64_t kTokensPerProduct = 256;
 constexpr int64_t kTokensHeld = 512;
 constexpr int64_t kTokensPerTask = 32;
 constexpr int64_t kNeuronsPerTask = 192;
-constexpr int64_t kTile = 256;  // neurons at each side
+constexpr int64_t kTileRows = 128, kTileColumns = 512;
 
 template <class Real>
 std::unique_ptr<Real[]> buffer(int64_t size) {
@@ -75,18 +77,37 @@ void activations(
   }
 }
 
-// second_ij += the products of a tile of the triangle.
+// Some of the products. Of the tiles of some rows the first begins at the diagonal, and is at least as wide as high:
+// what is computed below the diagonal is little, and each row has something above it.
+struct ProductTile {
+  int64_t row, column, rows, columns;
+};
+
+std::vector<ProductTile> triangle(int64_t F) {
+  std::vector<ProductTile> tiles;
+  for (int64_t row = 0; row < F; row += kTileRows) {
+    const int64_t count = (F - row + kTileColumns - 1) / kTileColumns;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t begin = row + (F - row) * i / count, end = row + (F - row) * (i + 1) / count;
+      tiles.push_back({row, begin, std::min(kTileRows, F - row), end - begin});
+    }
+  }
+  return tiles;
+}
+
+// second_ij += the products of a tile.
 template <class Real>
-void add_tile(const Matrix<Real>& hidden, int64_t i, int64_t j, Real* scratch, double* second) {
+void add_tile(const Matrix<Real>& hidden, const ProductTile& tile, Real* scratch, double* second) {
   const RowKernels<Real>& kernels = row_kernels<Real>();
-  const int64_t F = hidden.columns, rows = std::min(kTile, F - i), columns = std::min(kTile, F - j);
+  const auto [i, j, rows, columns] = tile;
+  const int64_t F = hidden.columns;
   for (int64_t start = 0; start < hidden.rows; start += kTokensPerProduct) {
     const int64_t tokens = std::min(kTokensPerProduct, hidden.rows - start);
     const Matrix<Real> left(hidden.row(start) + i, tokens, rows, F), right(hidden.row(start) + j, tokens, columns, F);
     const Matrix<Real> products(scratch, rows, columns, columns);
     multiply(products, left.transposed(), right);
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t skipped = i == j ? row : 0;  // below the diagonal
+      const int64_t skipped = std::max<int64_t>(0, i + row - j);  // below the diagonal
       kernels.add_wide(second + (i + row) * F + j + skipped, products.row(row) + skipped, columns - skipped);
     }
   }
@@ -103,10 +124,7 @@ void add_moments(
   const int64_t held = std::min(N, kTokensHeld), row_bytes = x.stride(0) * static_cast<int64_t>(x.element_size());
   const Tensor all_given = scratch<Real>(x, {held, D}), all_hidden = scratch<Real>(x, {held, F});
   std::vector<Real> given_shares(shares ? held : 0);
-  std::vector<std::pair<int64_t, int64_t>> tiles;
-  for (int64_t i = 0; products && i < F; i += kTile) {
-    for (int64_t j = i; j < F; j += kTile) tiles.emplace_back(i, j);
-  }
+  const std::vector<ProductTile> tiles = products ? triangle(F) : std::vector<ProductTile>();
   for (int64_t start = 0; start < N; start += held) {
     const int64_t count = std::min(held, N - start);
     const Matrix<Real> given = Matrix<Real>(all_given).slice(0, count);
@@ -127,10 +145,8 @@ void add_moments(
       }
     });
     torch::stable::parallel_for(0, static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
-      const auto scratch = buffer<Real>(kTile * kTile);
-      for (int64_t n = begin; n < end; ++n) {
-        add_tile(hidden, tiles[n].first, tiles[n].second, scratch.get(), second_sums);
-      }
+      const auto scratch = buffer<Real>(kTileRows * kTileColumns);
+      for (int64_t n = begin; n < end; ++n) add_tile(hidden, tiles[n], scratch.get(), second_sums);
     });
   }
 }
