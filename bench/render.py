@@ -91,10 +91,11 @@ def _memory_table(rows: Sequence[Row]) -> list[str]:
     names = list(rows[0]["peak_bytes"])
     first, *others = names
     title = f"`{rows[0]['operator']}`, peak memory of {rows[0]['does']}, MiB; in brackets, as a share of `{first}`"
-    lines = [title, "", *_head(["case", *names])]
+    threads = any(row["threads"] != rows[0]["threads"] for row in rows)
+    lines = [title, "", *_head(["case", *(["threads"] if threads else []), *names])]
     for row in rows:
         peak = row["peak_bytes"]
-        cells = [_mebibytes(peak[first])]
+        cells = [*([str(row["threads"])] if threads else []), _mebibytes(peak[first])]
         for name in others:
             known = isinstance(peak[name], int) and isinstance(peak[first], int)
             cells.append(_mebibytes(peak[name]) + (f" ({peak[name] / max(1, peak[first]):.2f})" if known else ""))
