@@ -110,6 +110,7 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
         *ffn_cases(models, dtype, device, quick),
         *set_cases(models, dtype, device, quick),
         *train_cases(models, dtype, device, quick),
+        *moment_cases(models, dtype, device, quick),
         *alignment_cases(models, dtype, device, quick),
         *update_cases(device, quick),
     ]
@@ -194,6 +195,22 @@ def train_cases(models: Mapping[str, Size], dtype: torch.dtype, device: str, qui
             label = f"{name}, N {N}, D {size.D}, U {size.K // 2} of K {size.K}, gelu"
             build = partial(peers.train, N, size.D, size.K, size.K // 2, dtype, device, quick)
             yield Case("sub_ffn_train", label, dtype, build, rows, "forward and all gradients", PRODUCTS)
+
+
+def moment_cases(models: Mapping[str, Size], dtype: torch.dtype, device: str, quick: bool) -> Iterator[Case]:
+    rows = (Comparison("kernel", ("eager, float64", "eager, float32", "eager, float32 blocks")),)
+    sizes = dict(models) if quick else {name: replace(models[name], N=1600) for name in ("MiniLM", "BERT-base")}
+    if not quick:
+        sizes["SmolLM2-135M"] = Size(L=30, D=576, F=1536, K=384, N=1600, activation="silu", gated=True)
+    for products in (True, False):
+        for name, size in sizes.items():
+            label = f"{name}, N {size.N}, D {size.D}, F {size.F}, {size.activation}{', gated' if size.gated else ''}"
+            shape = (size.N, size.D, size.F, size.activation, size.gated, products)
+            build = partial(peers.moments, *shape, dtype, device, quick)
+            does = "sums and products" if products else "sums and squares"
+            label = label if products else f"{label}, squares"
+            memory = ("eager, float64", "eager, float32 blocks", "kernel") if products else ()
+            yield Case("activation_moments", label, dtype, build, rows, does, PRODUCTS, memory=memory)
 
 
 def alignment_cases(models: Mapping[str, Size], dtype: torch.dtype, device: str, quick: bool) -> Iterator[Case]:

@@ -518,6 +518,87 @@ def train(N: int, D: int, K: int, U: int, dtype: torch.dtype, device: str, quick
     return Prepared(runs, check, size_of(x, grad_y, *ffn.weights))
 
 
+# activation_moments
+
+PANEL, TOKENS = 1024, 256  # of the peers: rows of the triangle at a time, and tokens whose products float32 sums
+
+
+def eager_values(x: Tensor, ffn: cases.Ffn, activation: str) -> Tensor:
+    """What an FFN's neurons pass on, (N, F)."""
+    act, z = ACTIVATIONS[activation].forward, F.linear(x, ffn.w_in, ffn.b_in)
+    return act(z) if ffn.w_gate is None else act(F.linear(x, ffn.w_gate, ffn.b_gate)) * z
+
+
+def add_eager_moments(total: Tensor, second: Tensor, values: Tensor) -> None:
+    """The sums in float64, the products in the values' type: hardly more of them than the triangle."""
+    total += values.sum(0, dtype=torch.float64)
+    if second.dim() == 1:
+        second += values.square().sum(0, dtype=torch.float64)
+        return
+    for start in range(0, len(total), PANEL):
+        rows, left, right = second[start : start + PANEL, start:], values[:, start : start + PANEL], values[:, start:]
+        if values.dtype == torch.float64:
+            rows.addmm_(left.t(), right)
+        else:
+            rows += left.t() @ right
+
+
+def moments(
+    N: int, D: int, F_: int, activation: str, gated: bool, products: bool, dtype: torch.dtype, device: str, quick: bool
+) -> Prepared:
+    """One call, which adds to sums of before."""
+    ffn, _ = make_ffn(N, D, F_, dtype, device, gated)
+    x = ffn.x.detach()
+    total = torch.zeros(F_, dtype=torch.float64, device=device)
+    second = torch.zeros((F_, F_) if products else (F_,), dtype=torch.float64, device=device)
+    before = total.clone(), second.clone()
+
+    def kernel() -> tuple[Tensor, ...]:
+        kernels.activation_moments(total, second, x, *ffn.weights[:4], activation=activation)
+        return total, second
+
+    def eager(tokens: int, wide: torch.dtype) -> Run:
+        def run() -> tuple[Tensor, ...]:
+            for part in x.split(tokens):
+                add_eager_moments(total, second, eager_values(part, ffn, activation).to(wide))
+            return total, second
+
+        return run
+
+    hidden, product = (torch.empty(n, F_, device=device) for n in (N, F_ if products else 0))
+    wide_x, wide_in = x.float(), ffn.w_in.float()
+
+    def ceiling() -> None:
+        for _ in range(1 + gated):
+            torch.mm(wide_x, wide_in.t(), out=hidden)
+        for start in range(0, len(product), TOKENS):
+            rows = product.view(-1)[: TOKENS * (F_ - start)].view(-1, F_ - start)[: F_ - start]
+            torch.mm(hidden[:, start : start + TOKENS].t(), hidden[:, start:], out=rows)
+
+    runs: dict[str, Run | str] = {
+        "kernel": kernel,
+        "eager, float64": eager(N, torch.float64),
+        "eager, float32": eager(N, torch.float32),
+        "eager, float32 blocks": eager(TOKENS, torch.float32),
+        PRODUCTS: ceiling,
+    }
+
+    @functools.cache
+    def wanted() -> tuple[Tensor, Tensor]:
+        sums = torch.zeros_like(total), torch.zeros_like(second)
+        wide: Any = [None if t is None else t.double() for t in (x, *ffn.weights[:4])]
+        reference.activation_moments(*sums, *wide, None, None, activation)
+        return sums
+
+    def check(_: str, found: Sequence[Tensor]) -> float:
+        added = [sums - old for sums, old in zip(found, before, strict=True)]
+        for sums, old in zip(found, before, strict=True):
+            old.copy_(sums)
+        return close([added[0], added[1].triu() if products else added[1]], wanted(), cases.TOLERANCES[dtype])
+
+    return Prepared(runs, check, size_of(x, *ffn.weights[:4], total, second))
+
+
 # alignment_loss
 
 

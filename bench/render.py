@@ -91,10 +91,11 @@ def _memory_table(rows: Sequence[Row]) -> list[str]:
     names = list(rows[0]["peak_bytes"])
     first, *others = names
     title = f"`{rows[0]['operator']}`, peak memory of {rows[0]['does']}, MiB; in brackets, as a share of `{first}`"
-    lines = [title, "", *_head(["case", *names])]
+    threads = any(row["threads"] != rows[0]["threads"] for row in rows)
+    lines = [title, "", *_head(["case", *(["threads"] if threads else []), *names])]
     for row in rows:
         peak = row["peak_bytes"]
-        cells = [_mebibytes(peak[first])]
+        cells = [*([str(row["threads"])] if threads else []), _mebibytes(peak[first])]
         for name in others:
             known = isinstance(peak[name], int) and isinstance(peak[first], int)
             cells.append(_mebibytes(peak[name]) + (f" ({peak[name] / max(1, peak[first]):.2f})" if known else ""))
@@ -147,6 +148,9 @@ MARKS: dict[str, dict[str, Any]] = {  # told apart by shape and by fill, so that
     "eager + hook": {"marker": "s", "color": "#666666"},
     "eager, gathered": {"marker": "o", "color": "#666666", "fill": False},
     "eager, sums": {"marker": "o", "color": "#666666", "fill": False},
+    "eager, float64": {"marker": "o", "color": "#666666"},
+    "eager, float32": {"marker": "s", "color": "#666666"},
+    "eager, float32 blocks": {"marker": "s", "color": "#666666", "fill": False},
     "two norms": {"marker": "s", "color": "#666666", "fill": False},
     "squares": {"marker": "D", "color": "#222222", "fill": False},
     "split": {"marker": "v", "color": "#222222"},

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fedpft.kernels.check import changed_arguments
 from fedpft.kernels.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +68,8 @@ class Emulator:
         def run(*arguments: Any) -> Any:
             result, copies = self.call(name, arguments, **options)
             if result is None:
-                arguments[0].copy_(copies[0])
+                for index in changed_arguments(name):
+                    arguments[index].copy_(copies[index])
             return result
 
         return run

@@ -498,6 +498,102 @@ def test_second_derivatives_are_refused() -> None:
         grad.sum().backward()
 
 
+# ------------------------------------------------------------------------------------------------ moments
+
+
+def moments(ffn: Ffn, *, products: bool, **options: Any) -> tuple[Tensor, Tensor]:
+    """total and second of an FFN's tokens, from zero."""
+    F = ffn.w_in.shape[0]
+    total, second = (torch.zeros(shape, dtype=torch.float64) for shape in ((F,), (F, F) if products else (F,)))
+    kernels.activation_moments(total, second, ffn.x, *ffn.weights[:4], **{"activation": "gelu", **options})
+    return total, second
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+def test_moments_are_sums_over_what_the_output_projection_is_given(activation: str, gated: bool) -> None:
+    ffn = make_ffn(70, 16, 24, dtype=torch.float64, gated=gated)
+    identity = dataclasses.replace(ffn, w_out=torch.eye(24, dtype=torch.float64), b_out=None)
+    shares = torch.linspace(-1, 2, 70, dtype=torch.float64)
+    h = (eager(ffn.x, identity, activation) * shares[:, None])[ffn.mask]
+    for products, wanted in ((False, h.square().sum(0)), (True, (h.t() @ h).triu())):
+        found = moments(ffn, products=products, activation=activation, shares=shares, mask=ffn.mask)
+        torch.testing.assert_close(found, (h.sum(0), wanted))
+
+
+def test_moments_add_up_over_calls_and_leave_the_lower_triangle_alone() -> None:
+    ffn = make_ffn(600, 8, 300, dtype=torch.float32)
+    whole = moments(ffn, products=True)
+    total, second = (
+        torch.zeros(300, dtype=torch.float64),
+        torch.full((300, 300), torch.nan, dtype=torch.float64).tril(-1),
+    )
+    for x in ffn.x.view(3, 200, 8).split(1):
+        kernels.activation_moments(total, second, x, *ffn.weights[:4], activation="gelu")
+    torch.testing.assert_close(total, whole[0])
+    torch.testing.assert_close(second.triu(), whole[1].triu(), rtol=1e-6, atol=1e-4)
+    below = torch.ones(300, 300, dtype=torch.bool).tril(-1)
+    assert second[below].isnan().all()
+    assert whole[1][below].count_nonzero() == 0
+
+
+@pytest.mark.skipif(not has_kernel(), reason="fedpft._C is not built")
+@pytest.mark.parametrize("tokens", [1000, 60_000])
+def test_moments_of_many_tokens_are_as_exact_as_of_few(tokens: int) -> None:
+    ffn = make_ffn(tokens, 8, 40, dtype=torch.float32, bias=False)
+    total, second = moments(ffn, products=True, activation="relu")
+    wide = [None if t is None else t.double() for t in (ffn.x, *ffn.weights[:4])]
+    exact = torch.zeros_like(total), torch.zeros_like(second)
+    reference.activation_moments(*exact, *wide, None, None, "relu")  # type: ignore[arg-type]
+    spread = exact[1].diagonal().sqrt()
+    assert ((second - exact[1]).abs() <= 2.5e-7 * torch.outer(spread, spread)).all()
+    torch.testing.assert_close(total, exact[0], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_tokens_outside_the_mask_may_be_anything(products: bool) -> None:
+    ffn = make_ffn(600, 8, 20, dtype=torch.float32, gated=True)
+    clean = moments(ffn, products=products, mask=ffn.mask)
+    ffn.x[~ffn.mask] = math.nan
+    assert all(map(torch.equal, moments(ffn, products=products, mask=ffn.mask), clean))
+    ffn.x[int(ffn.mask.nonzero()[-1])] = math.nan
+    assert moments(ffn, products=products, mask=ffn.mask)[1].isnan().any()
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_the_same_moments_have_the_same_bits(products: bool) -> None:
+    ffn = make_ffn(1100, 24, 520, dtype=torch.float32, gated=True)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results += [moments(ffn, products=products, mask=ffn.mask) for _ in range(2)]
+            assert all(map(torch.equal, results[-1], results[-2]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[2::2]:
+        torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize(("N", "D", "K"), [(0, 4, 3), (3, 0, 4), (3, 4, 0)])
+@pytest.mark.parametrize("products", [False, True])
+def test_moments_of_empty_dimensions(N: int, D: int, K: int, products: bool) -> None:
+    ffn = Ffn(torch.randn(N, D), torch.randn(K, D), torch.ones(K), None, None, torch.randn(K, D), None, torch.ones(N))
+    total, second = moments(ffn, products=products, activation="relu")
+    assert torch.equal(total, torch.full((K,), 0.0 if N == 0 else 3.0).double())
+    assert torch.equal(second, torch.full_like(second, 0.0 if N == 0 else 3.0).triu() if products else total)
+
+
+def test_autograd_sees_that_moments_changed() -> None:
+    total, second = torch.ones(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    products = [torch.ones(5, dtype=torch.float64, requires_grad=True) * sums for sums in (total, second)]
+    kernels.activation_moments(total, second, FFN.x, *FFN.weights[:4], activation="gelu")
+    for product in products:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
 # ------------------------------------------------------------------------------------------------ loss, quantisation
 
 
@@ -657,12 +753,27 @@ WRONG: list[tuple[str, type[Exception], Callable[[], Any]]] = [
     ),
     ("updated_b_in: has shape", ValueError, lambda: call_train(updated=(*FFN.updated(2)[:1], *FFN.updated(3)[1:]))),
     ("updated_out: must be a view", ValueError, lambda: call_train(updated=(*FFN.updated(2)[:4], FFN.w_out[:2] + 0))),
+    ("total: must be of torch.float64", TypeError, lambda: call_moments(total=torch.zeros(5))),
+    ("second: has shape (5, 4), must be (5, 5)", ValueError, lambda: call_moments(second=WIDE[:, :4])),
+    ("second: must be contiguous", ValueError, lambda: call_moments(second=WIDE.t()[:5])),
+    ("w_in: has shape (5, 4), must be (any, 3)", ValueError, lambda: call_moments(x=torch.ones(2, 3))),
+    ("shares: has shape (5,)", ValueError, lambda: call_moments(shares=torch.ones(5))),
+    ("mask: has shape (5,)", ValueError, lambda: call_moments(mask=FFN.mask[:5])),
+    ("x: requires a gradient", ValueError, lambda: call_moments(x=FFN.x.detach().requires_grad_())),
     ("teacher: has shape", ValueError, lambda: kernels.alignment_loss(FFN.x, FFN.x[:3], None)),
     ("teacher: requires a", ValueError, lambda: kernels.alignment_loss(FFN.x, torch.ones(6, 4).requires_grad_(), None)),
     ("block: must be a positive", ValueError, lambda: kernels.quantize_blocks(torch.ones(4), 0)),
     ("total: must be of torch.float32", TypeError, lambda: accumulate(torch.ones(4).double())),
     ("scales: has shape (2,)", ValueError, lambda: accumulate(torch.ones(4), scales=torch.ones(2))),
 ]
+
+
+WIDE = torch.zeros(5, 5, dtype=torch.float64)
+
+
+def call_moments(total: Any = None, second: Any = WIDE, x: Any = None, **options: Any) -> None:
+    total, x = WIDE[0] if total is None else total, FFN.x if x is None else x
+    kernels.activation_moments(total, second, x, *FFN.weights[:4], activation="gelu", **options)
 
 
 def accumulate(total: Tensor, scales: Tensor | None = None) -> None:
@@ -689,6 +800,8 @@ def test_a_direct_call_cannot_read_past_a_tensor() -> None:
         "mask": lambda: ops.inactivity_count(x, torch.ones(5, dtype=torch.bool), "relu", 0.0),
         "q": lambda: ops.dequantize_accumulate(torch.ones(7), q, scales, 1.0, 2),
         "scales": lambda: ops.dequantize_accumulate(torch.ones(6), q, scales[:2], 1.0, 2),
+        "second": lambda: ops.activation_moments(WIDE[0], WIDE[:4], x, FFN.w_in, *[None] * 5, "gelu"),
+        "shares": lambda: ops.activation_moments(WIDE[0], WIDE, x, FFN.w_in, *[None] * 3, one[None], None, "gelu"),
     }
     for name, call in wrong.items():
         with pytest.raises(RuntimeError, match=f"{name} has a wrong shape"):

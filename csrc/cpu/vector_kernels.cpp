@@ -239,6 +239,24 @@ void multiply_bfloat16(Real* out, const unsigned short* bfloat16, long n) {
 }
 
 template <class Real>
+void scale(Real* out, Real factor, long n) {
+#pragma omp simd
+  for (long j = 0; j < n; ++j) out[j] *= factor;
+}
+
+template <class Real>
+void add_wide(double* sums, const Real* a, long n) {
+#pragma omp simd
+  for (long j = 0; j < n; ++j) sums[j] += static_cast<double>(a[j]);
+}
+
+template <class Real>
+void add_squares(double* sums, const Real* a, long n) {
+#pragma omp simd
+  for (long j = 0; j < n; ++j) sums[j] += static_cast<double>(a[j]) * static_cast<double>(a[j]);
+}
+
+template <class Real>
 constexpr RowKernels<Real> row_kernels() {
   return {
       add<Real>,
@@ -249,7 +267,10 @@ constexpr RowKernels<Real> row_kernels() {
       count_inactive<Real>,
       load<Real>,
       store<Real>,
-      multiply_bfloat16<Real>};
+      multiply_bfloat16<Real>,
+      scale<Real>,
+      add_wide<Real>,
+      add_squares<Real>};
 }
 
 }  // namespace

@@ -20,6 +20,9 @@ struct RowKernels {
   void (*load)(Element, const void* a, const long* index, long stride, Real* out, long n);
   void (*store)(Element, const Real* a, void* out, long n);                      // out = a, rounded to nearest even
   void (*multiply_bfloat16)(Real* out, const unsigned short* bfloat16, long n);  // out *= bfloat16
+  void (*scale)(Real* out, Real factor, long n);                                 // out *= factor
+  void (*add_wide)(double* sums, const Real* a, long n);                         // sums += a
+  void (*add_squares)(double* sums, const Real* a, long n);                      // sums += a^2
 };
 
 struct VectorKernels {

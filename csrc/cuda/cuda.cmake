@@ -70,8 +70,8 @@ function(add_cuda_kernels name architectures)
 endfunction()
 
 add_cuda_kernels(cuda_kernels "${architectures}"
-  csrc/cuda/alignment_loss.cu csrc/cuda/dequantize_accumulate.cu csrc/cuda/inactivity_count.cu
-  csrc/cuda/neuron_saliency.cu csrc/cuda/quantize_blocks.cu csrc/cuda/sub_ffn.cu)
+  csrc/cuda/activation_moments.cu csrc/cuda/alignment_loss.cu csrc/cuda/dequantize_accumulate.cu
+  csrc/cuda/inactivity_count.cu csrc/cuda/neuron_saliency.cu csrc/cuda/quantize_blocks.cu csrc/cuda/sub_ffn.cu)
 target_sources(operators PRIVATE csrc/cuda/stream.cpp csrc/cuda/operators.cpp
   csrc/cuda/sub_ffn.cpp csrc/cuda/ffn_gemm.cpp)
 

@@ -26,7 +26,26 @@ struct AlignmentSums {
   double error, energy, rows;
 };
 
+// What an FFN's neurons pass on for some tokens, and the sums over tokens that it goes into. Null: not wanted or not
+// there.
+struct ActivationMoments {
+  Element element;
+  const void* hidden;  // (tokens, neurons) contiguous
+  int64_t tokens, neurons;
+  const bool* mask;
+  int64_t mask_stride;
+  const void* shares;  // float32, or float64 for float64
+  int64_t shares_stride;
+  double *values, *total, *squares;  // (tokens, neurons), (neurons,), (neurons,)
+};
+
 extern "C" {
+
+cudaError_t fedpft_activation_moments(const ActivationMoments* pass, cudaStream_t stream);
+
+// Adds the upper triangle of (rows, columns), contiguous.
+cudaError_t fedpft_activation_products(
+    const double* product, int64_t rows, int64_t columns, double* second, int64_t ld_second, cudaStream_t stream);
 
 // weights: (layers, parts); result: (layers, neurons).
 cudaError_t fedpft_neuron_saliency(

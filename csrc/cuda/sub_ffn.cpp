@@ -1,4 +1,5 @@
-// sub_ffn, sub_ffn_train and their backwards on CUDA. Formulas and shapes are those of csrc/cpu/sub_ffn.cpp.
+// sub_ffn, sub_ffn_train, their backwards and activation_moments on CUDA. Formulas and shapes are those of
+// csrc/cpu/sub_ffn.cpp and csrc/cpu/activation_moments.cpp.
 //
 // Who multiplies: the first multiply of each direction, with bias, activation, derivative and count in its epilogue, is
 //   one of ffn_gemm.h's where it is asked for and types, shapes and the GPU allow it (fused() below), else ATen's,
@@ -28,6 +29,7 @@
 #include <vector>
 
 #include "ffn_gemm.h"
+#include "launchers.h"
 #include "stream.h"
 
 namespace {
@@ -40,7 +42,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kBlock = 2048;  // neurons gathered at once
+constexpr int64_t kBlock = 2048;       // neurons gathered at once
+constexpr int64_t kTokensHeld = 2048;  // of activation_moments
+constexpr int64_t kPanel = 1024;       // rows of the triangle that it multiplies at once
 
 // ------------------------------------------------------------------------------------------------ tensors
 
@@ -427,6 +431,66 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sub_ffn_train
           grad_out, column_sums(grad_y)};
 }
 
+// Adds the products of values (n, F), float64, to the upper triangle of second (F, F), a panel of rows at a time.
+void add_products(const Tensor& second, const Tensor& values, cudaStream_t stream) {
+  const int64_t F = values.size(1);
+  for (int64_t first = 0; first < F; first += kPanel) {
+    const int64_t count = std::min(kPanel, F - first);
+    const Tensor product = empty(values, {count, F - first});
+    multiply(product, transposed(columns(values, first, count)), columns(values, first, F - first));
+    double* diagonal = static_cast<double*>(data(second)) + first * F + first;
+    fedpft::cuda::check(
+        fedpft::cuda::fedpft_activation_products(
+            static_cast<const double*>(data(product)), count, F - first, diagonal, F, stream),
+        "activation_moments");
+  }
+}
+
+// Beside the sums: kTokensHeld x F values twice, of x's type and of float64, and kPanel x F products.
+void activation_moments(
+    Tensor total, Tensor second, Tensor x, Tensor w_in, Optional b_in, Optional w_gate, Optional b_gate,
+    Optional shares, Optional mask, std::string activation) {
+  constexpr const char* name = "activation_moments";
+  if (x.dim() != 2 || w_in.dim() != 2) fedpft::fail("activation_moments: x and w_in must have two dimensions");
+  const int64_t N = x.size(0), D = x.size(1), F = w_in.size(0);
+  const ScalarType type = x.scalar_type();
+  const bool products = second.dim() == 2;
+  check(total, "total", ScalarType::Double, {F}, x);
+  check(second, "second", ScalarType::Double, products ? std::vector<int64_t>{F, F} : std::vector<int64_t>{F}, x);
+  if (!total.is_contiguous() || !second.is_contiguous()) {
+    fedpft::fail("activation_moments: total and second must be contiguous");
+  }
+  check(w_in, "w_in", type, {F, D}, x);
+  check(b_in, "b_in", type, {F}, x);
+  check(w_gate, "w_gate", type, {F, D}, x);
+  check(b_gate, "b_gate", type, {F}, x);
+  check(shares, "shares", type == ScalarType::Double ? type : ScalarType::Float, {N}, x);
+  check(mask, "mask", ScalarType::Bool, {N}, x);
+  const Weights weights{w_in, b_in, w_gate, b_gate, w_in};  // there is no output projection: never looked at
+  const Activation act = activation_of(activation, name);
+  const Stream stream(x);
+  const Tensor nothing = empty(x, {0});
+  const Optional none;
+  for (int64_t start = 0; start < N && F > 0; start += kTokensHeld) {
+    const int64_t count = std::min(kTokensHeld, N - start);
+    const Tensor given = rows(x, start, count);
+    const Forward forward{given, act, 0.0, false, false, nothing, none, none, F, stream};
+    const Tensor hidden = forward.hidden(weights, 0, F);
+    const Optional values = products ? Optional(empty(x, {count, F}, ScalarType::Double)) : none;
+    const Optional own_shares = shares ? Optional(rows(*shares, start, count)) : none;
+    const Optional own_mask = mask ? Optional(rows(*mask, start, count)) : none;
+    fedpft::cuda::ActivationMoments pass = {};
+    pass.element = fedpft::cuda::element_of(x, name), pass.hidden = data(hidden);
+    pass.tokens = count, pass.neurons = F;
+    pass.mask = static_cast<const bool*>(data(own_mask)), pass.mask_stride = mask ? mask->stride(0) : 0;
+    pass.shares = data(own_shares), pass.shares_stride = shares ? shares->stride(0) : 0;
+    pass.values = static_cast<double*>(data(values)), pass.total = static_cast<double*>(data(total));
+    pass.squares = products ? nullptr : static_cast<double*>(data(second));
+    fedpft::cuda::check(fedpft::cuda::fedpft_activation_moments(&pass, stream), name);
+    if (values) add_products(second, *values, stream);
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(FEDPFT_LIBRARY, CUDA, m) {
@@ -434,4 +498,5 @@ STABLE_TORCH_LIBRARY_IMPL(FEDPFT_LIBRARY, CUDA, m) {
   m.impl("sub_ffn_backward", TORCH_BOX(&sub_ffn_backward));
   m.impl("sub_ffn_train", TORCH_BOX(&sub_ffn_train));
   m.impl("sub_ffn_train_backward", TORCH_BOX(&sub_ffn_train_backward));
+  m.impl("activation_moments", TORCH_BOX(&activation_moments));
 }

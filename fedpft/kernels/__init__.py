@@ -7,6 +7,7 @@ from fedpft.kernels import library
 from fedpft.kernels.check import CheckResult, check_operators
 from fedpft.kernels.operators import (
     ACTIVATIONS,
+    activation_moments,
     alignment_loss,
     dequantize_accumulate,
     inactivity_count,
@@ -22,6 +23,7 @@ build_info = library.build_info
 __all__ = [
     "ACTIVATIONS",
     "CheckResult",
+    "activation_moments",
     "alignment_loss",
     "build_info",
     "check_operators",

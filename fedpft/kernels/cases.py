@@ -94,6 +94,7 @@ def cases() -> Iterator[Case]:
         yield from _saliency_cases(dtype)
         yield from _ffn_cases(dtype)
         yield from _neuron_set_cases(dtype)
+        yield from _moment_cases(dtype)
         yield from _other_cases(dtype)
         yield from _even_cases(dtype)
 
@@ -170,6 +171,31 @@ def _neuron_set_cases(dtype: torch.dtype) -> Iterator[Case]:
             saved = reference.sub_ffn(*full)[1]
             inputs = (ffn.x, saved, ffn.w_in, ffn.w_gate, ffn.w_out, neurons, "gelu", compact)
             yield Case("sub_ffn_backward", name, dtype, inputs)
+
+
+def _moment_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """More tokens than are held at a time, more neurons than a tile has; squares and products, on sums of before."""
+    shapes = {
+        "ragged": make_ffn(37, 19, 23, dtype=dtype),
+        "gated": make_ffn(37, 19, 23, dtype=dtype, gated=True),
+        "tiles": make_ffn(1061, 17, 29, dtype=dtype),
+        "triangle": make_ffn(61, 8, 523, dtype=dtype, gated=True),
+        "no-bias": make_ffn(9, 16, 33, dtype=dtype, gated=True, bias=False),
+        "strided": make_ffn(35, 21, 18, dtype=dtype, gated=True, strided=True),
+        "one-neuron": make_ffn(5, 3, 1, dtype=dtype),
+        "no-tokens": make_ffn(0, 8, 8, dtype=dtype),
+        "even": make_ffn(136, 64, 72, dtype=dtype, gated=True),
+    }
+    draw = torch.Generator().manual_seed(19)
+    for label, ffn in shapes.items():
+        (N, _), F = ffn.x.shape, ffn.w_in.shape[0]
+        shares = torch.rand(2 * N, generator=draw).to(dtype if dtype == torch.float64 else torch.float32)[::2]
+        for activation in reference.ACTIVATIONS if label in ("ragged", "gated") else ("gelu",):
+            for kind, second in (("products", torch.ones(F, F)), ("squares", torch.ones(F))):
+                for suffix, given in (("masked", (shares, ffn.mask)), ("all", (None, None))):
+                    name = f"{label}-{activation}-{kind}-{suffix}"
+                    sums = (torch.ones(F, dtype=torch.float64), second.double())
+                    yield Case("activation_moments", name, dtype, (*sums, ffn.x, *ffn.weights[:4], *given, activation))
 
 
 def _other_cases(dtype: torch.dtype) -> Iterator[Case]:

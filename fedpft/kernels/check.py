@@ -1,7 +1,7 @@
 """Runs every operator on this machine and compares it with its reference in float64."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +63,9 @@ def compare(case: Case, device: str = "cpu", run: Callable[..., Any] | None = No
     `run` is called with the arguments in place of the operator.
     """
     operator = getattr(torch.ops.fedpft, case.operator).default
-    wide = _run(getattr(reference, case.operator), _move(case.arguments, device, torch.float64))
-    arguments = _move(case.arguments, device)
-    if operator._schema.is_mutable:
-        arguments = (arguments[0].clone(), *arguments[1:])
-    actual = _run(run or operator, arguments)
+    changed = changed_arguments(case.operator)
+    wide = _run(getattr(reference, case.operator), _move(case.arguments, device, torch.float64), changed)
+    actual = _run(run or operator, _move(case.arguments, device), changed)
     pairs = [(0.0, TOLERANCES[case.dtype])]
     for index, (value, wanted) in enumerate(zip(actual, wide, strict=True)):
         tolerance = max(TOLERANCES[case.dtype], TOLERANCES.get(value.dtype, 0.0))
@@ -92,10 +90,19 @@ def _check(chosen: list[Case], device: str) -> CheckResult:
     return CheckResult(case.operator, case.dtype, device, kernel, len(chosen), case.label, error, tolerance)
 
 
-def _run(function: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
-    """The outputs; for an operator that works in place, what it changed."""
+def changed_arguments(operator: str) -> list[int]:
+    """Where the arguments stand that an operator works on in place."""
+    arguments = getattr(torch.ops.fedpft, operator).default._schema.arguments
+    return [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+
+
+def _run(function: Any, arguments: tuple[Any, ...], changed: Sequence[int] = ()) -> list[Tensor]:
+    """The outputs; for an operator that works in place, copies of the arguments that it changed."""
+    arguments = tuple(a.clone() if i in changed else a for i, a in enumerate(arguments))
     result = function(*arguments)
-    return [arguments[0]] if result is None else [result] if isinstance(result, Tensor) else list(result)
+    if result is None:
+        return [arguments[i] for i in changed]
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
 def _move(arguments: tuple[Any, ...], device: str, dtype: torch.dtype | None = None) -> tuple[Any, ...]:

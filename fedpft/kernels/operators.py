@@ -175,6 +175,62 @@ def sub_ffn_train(
     return (result, ops.inactivity_count(z[0], mask, activation, eps)) if count else result
 
 
+def activation_moments(
+    total: Tensor,
+    second: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    *,
+    activation: str,
+    shares: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """Adds to sums over many calls what an FFN's neurons pass on, and its squares or products. In place.
+
+    plain: h = act(x W_in^T + b_in)
+    gated: h = act(x W_gate^T + b_gate) * (x W_in^T + b_in)
+
+    h is computed, and the products of a few hundred tokens are summed, in float32 (float64 if x is); sums of more
+    tokens are of float64. h never exists for more than a block of tokens.
+
+    Args:
+        total: (F,) float64, to which the sums of h_j are added.
+        second: float64, contiguous: (F,) for the sums of h_j^2, or (F, F) for those of h_i h_j, i <= j. Nothing below
+            the diagonal is touched.
+        x: (..., D).
+        w_in, w_gate, b_in, b_gate, activation: as in :func:`sub_ffn`.
+        shares: one per token, any shape with N elements: a factor of h; None: 1.
+        mask: bool, one per token, any shape with N elements: the tokens that count; None: all do.
+    """
+    _check_projections(x, w_in, b_in, w_gate, b_gate)
+    _check_activation(activation)
+    neurons = w_in.shape[0]
+    _check(total, "total", (neurons,), dtypes=(torch.float64,))
+    square = isinstance(second, Tensor) and second.dim() == 2
+    _check(second, "second", (neurons, neurons) if square else (neurons,), dtypes=(torch.float64,))
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    for name, sums in {"total": total, "second": second}.items():
+        if sums.device != x.device:
+            raise TypeError(f"{name}: is on {sums.device}, must be on {x.device}")
+        if not sums.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous, because it is added to in place")
+    if shares is not None:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        shares = shares.reshape(-1).to(wide) if isinstance(shares, Tensor) else shares
+        _check(shares, "shares", (tokens.shape[0],), like=x.new_empty(0, dtype=wide))
+    if mask is not None:
+        mask = mask.reshape(-1) if isinstance(mask, Tensor) else mask
+        _check_mask(mask, tokens.shape[0], x)
+    given = {"x": x, "w_in": w_in, "b_in": b_in, "w_gate": w_gate, "b_gate": b_gate, "shares": shares}
+    _refuse_gradients(given | {"total": total, "second": second}, "detach it")
+    ops.activation_moments(total, second, tokens, w_in, b_in, w_gate, b_gate, shares, mask, activation)
+    for sums in (total, second):
+        torch.autograd.graph.increment_version(sums)
+
+
 def alignment_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Distance of the student's hidden states from the teacher's, in units of the teacher's root mean square.
 
@@ -265,6 +321,15 @@ def _check_ffn(
     w_out: Tensor,
     b_out: Tensor | None,
 ) -> None:
+    _check_projections(x, w_in, b_in, w_gate, b_gate)
+    _check(w_out, "w_out", tuple(w_in.shape), like=x)
+    if b_out is not None:
+        _check(b_out, "b_out", (x.shape[-1],), like=x)
+
+
+def _check_projections(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_gate: Tensor | None, b_gate: Tensor | None
+) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: must be a tensor, not {type(x).__name__}")
     if x.dim() == 0:
@@ -281,9 +346,6 @@ def _check_ffn(
         if w_gate is None:
             raise ValueError("b_gate: given without w_gate")
         _check(b_gate, "b_gate", (neurons,), like=x)
-    _check(w_out, "w_out", (neurons, hidden), like=x)
-    if b_out is not None:
-        _check(b_out, "b_out", (hidden,), like=x)
 
 
 def _check_view(view: Tensor | None, name: str, whole: Tensor | None, updated: int) -> None:

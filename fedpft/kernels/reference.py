@@ -143,6 +143,31 @@ def sub_ffn_train_backward(
     return grad_x, grad_in, grad_b_in, grad_gate, grad_b_gate, grad_out, grad_y.sum(0)
 
 
+def activation_moments(
+    total: Tensor,
+    second: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    shares: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+) -> None:
+    """Adds the sums of h over the tokens under the mask to total (F,), and of h^2 or h_i h_j to second, both float64.
+
+    h (N, F) is what the neurons pass on, times the token's share. Of the products (F, F) only i <= j.
+    """
+    if mask is not None:
+        x, shares = x[mask], None if shares is None else shares[mask]
+    hidden = _hidden(_pre_activations(x, w_in, b_in, w_gate, b_gate), activation).double()
+    if shares is not None:
+        hidden *= shares[:, None]
+    total += hidden.sum(0)
+    second += hidden.square().sum(0) if second.dim() == 1 else (hidden.t() @ hidden).triu()
+
+
 def alignment_loss(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss and 1 / sum(teacher^2), both scalars.
 

@@ -29,6 +29,10 @@ SCHEMAS = {
         Tensor grad_x, Tensor grad_in, Tensor grad_b_in, Tensor grad_gate, Tensor grad_b_gate, Tensor grad_out,
         Tensor grad_b_out
     )""",
+    "activation_moments": """(
+        Tensor(a!) total, Tensor(b!) second, Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_gate, Tensor? b_gate,
+        Tensor? shares, Tensor? mask, str activation
+    ) -> ()""",
     "alignment_loss": "(Tensor student, Tensor teacher, Tensor? mask) -> (Tensor loss, Tensor inverse_energy)",
     "alignment_loss_backward": """(
         Tensor grad, Tensor inverse_energy, Tensor student, Tensor teacher, Tensor? mask

@@ -124,9 +124,12 @@ class SubFFN(nn.Module):
         active = reference.ACTIVATIONS[self.activation].forward(gate)
         return active if w_gate is None else active * up
 
-    def values_by_expert(self, x: Tensor) -> Iterator[Tensor]:
-        """As :meth:`SubExperts.values_by_expert`, of the one FFN that there is: (N, D) -> (N, K)."""
-        yield self.values(x)
+    def add_moments(self, sums: Sequence[tuple[Tensor, Tensor]], x: Tensor, *, shares: Tensor | None = None) -> None:
+        """As :meth:`SubExperts.add_moments`, of the one FFN that there is. shares: (N,) factors, or None."""
+        ((total, second),) = sums
+        weights = self._weights()
+        del weights["w_out"]
+        kernels.activation_moments(total, second, x, **weights, activation=self.activation, shares=shares)
 
     def product(self) -> Tensor:
         """W_out W_in, (D, D): what the FFN would be without its activation (method.md, section 2). Differentiable.
@@ -275,11 +278,14 @@ class SubExperts(nn.Module):
             values[tokens, self._rows(index)] = expert.values(x[tokens]) * shares[tokens, place, None]
         return values
 
-    def values_by_expert(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Iterator[Tensor]:
-        """What each expert's neurons pass on for the tokens that it is asked, one expert after the other: (n, K)."""
-        for index, expert in enumerate(self._experts):
+    def add_moments(self, sums: Sequence[tuple[Tensor, Tensor]], x: Tensor, chosen: Tensor, shares: Tensor) -> None:
+        """Adds what each neuron passes on, summed over tokens, and its squares or products. In place.
+
+        sums: of each expert what :func:`kernels.activation_moments` adds to.
+        """
+        for index, (expert, own) in enumerate(zip(self._experts, sums, strict=True)):
             tokens, place = torch.where(chosen == index)
-            yield expert.values(x[tokens]) * shares[tokens, place, None]
+            expert.add_moments([own], x[tokens], shares=shares[tokens, place])
 
     def product(self) -> Tensor:
         """W_out W_in of each expert, (E, D, D)."""

@@ -42,7 +42,6 @@ from fedpft.seeding import derive_seed
 
 RIDGE = 1e-3  # r, in units of the mean of A's diagonal; an elimination on fewer tokens than neurons stays sane
 BATCH = 16  # public samples at a time
-PANEL = 1024  # columns of a Gram matrix at a time, of which nothing below the diagonal is computed
 # Of N neurons left the N / TURN cheapest go at a time, at most MOST, chosen one by one among twice as many: duplicates
 # are cheap together, and no longer once one of them is gone.
 TURN, MOST = 16, 256
@@ -193,9 +192,7 @@ def _ranking(
             walk.advance()
         given, stream, after = look(model, walk, called)
         walk.advance(after)
-        seen = [value.flatten(0, -2)[real] for value in given]
-        for moment, values in zip(moments, ffn.values_by_expert(*seen), strict=True):
-            moment.add(values.double())
+        ffn.add_moments([moment.sums for moment in moments], *(value.flatten(0, -2)[real] for value in given))
         stream = stream.flatten(0, -2)[real].double()
         tokens, energy = tokens + len(stream), energy + stream.square().sum()
     scale = layer.get_parameter(row.scale).double() if row.scale is not None else 1.0
@@ -229,19 +226,15 @@ class _Moments:
         self.total = torch.zeros(neurons, dtype=torch.float64, device=device)
         self.second = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def add(self, values: Tensor) -> None:
-        """values: (n, F) float64. Tokens at which all of them are 0 need not be there."""
-        self.total += values.sum(0)
-        if self.second.dim() == 1:
-            self.second += values.square().sum(0)
-            return
-        for start in range(0, len(self.total), PANEL):
-            self.second[start : start + PANEL, start:].addmm_(values[:, start : start + PANEL].t(), values[:, start:])
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """What :func:`kernels.activation_moments` adds to. Tokens at which all neurons pass on 0 may be left out."""
+        return self.total, self.second
 
     def spread(self, tokens: int, *, about_mean: bool) -> Tensor:
         """Variances (F,) or covariances (F, F); about 0 instead of the mean they are mean squares and products."""
         mean = self.total / tokens
         if self.second.dim() == 1:
             return (self.second / tokens - about_mean * mean.square()).clamp(min=0)
-        upper = self.second.triu() / tokens
+        upper = self.second / tokens  # nothing is below its diagonal
         return upper + upper.triu(1).t() - about_mean * torch.outer(mean, mean)
