@@ -151,6 +151,13 @@ class DistillationSection(Section):
         description="Optimizer steps after the closed form; 0 here and in `closed_form_samples`: no layer-level "
         "distillation.",
     )
+    mode: Literal["auto", "whole", "layers"] = Field(
+        "auto",
+        description="What a step trains. `whole`: all compressed layers together, on samples of its own; it needs "
+        "several times the proxy's size in memory. `layers`: one layer, from what the closed form has brought to it, "
+        "before the next layer is looked at; each layer takes `steps` of them, on `closed_form_samples`. `auto`: "
+        "`layers` if the FM is on disk.",
+    )
     batch: int = Field(16, ge=1, description="Public samples a step.")
     learning_rate: Rate = Field(6e-4, description="Peak rate of AdamW; linear warm-up, then linear decay to 0.")
     warmup_fraction: Fraction = Field(0.048, description="Share of the steps over which the rate rises.")
@@ -179,6 +186,10 @@ class DistillationSection(Section):
     def _consistent(self) -> "DistillationSection":
         if self.local and self.logit_term:
             raise ValueError("local: true goes without logit_term, which would reach the last layer only")
+        if self.mode == "layers" and (self.local or self.logit_term or self.probe_term):
+            raise ValueError("mode: layers goes without local, logit_term and probe_term")
+        if self.mode == "layers" and self.steps and not self.closed_form_samples:
+            raise ValueError("mode: layers takes its samples from closed_form_samples, which is 0")
         return self
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedpft.config import AdapterSection, DistillationSection, ProxySection, ServerConfig, SimulationConfig
 from fedpft.errors import ConfigError, ModelError
 from fedpft.model import adapters, loading
-from fedpft.model.architectures import ARCHITECTURES, layers_of
+from fedpft.model.architectures import ARCHITECTURES, layer_outputs, layers_of
 from fedpft.model.mapped import MappedTensors, Shards, copies, held, hold_on_disk
 from fedpft.proxy.bundle import Proxy, load_proxy, save_bundle
 from fedpft.proxy.cut import cut
@@ -42,7 +42,7 @@ def load(directory: Path, model_type: str, hold: Any, **named: Any) -> Any:
 
 
 def made(
-    fm: Any, model_type: str, directory: Path, journal: Journal | None = None, steps: int = 0
+    fm: Any, model_type: str, directory: Path, journal: Journal | None = None, steps: int = 0, mode: str = "whole"
 ) -> tuple[Selection, Proxy]:
     """A distilled proxy of the FM, written to a directory as construction.py writes it."""
     public = tiny.dataset(model_type, 24, labelled=False)
@@ -52,7 +52,7 @@ def made(
     if shards is not None:
         hold_on_disk(model, shards.held)
     compressed = tuple(student for student, _ in selection.matched)
-    settings = DISTILLATION.model_copy(update={"steps": steps})
+    settings = DISTILLATION.model_copy(update={"steps": steps, "mode": mode, "learning_rate": 0.01})
     layer_level(model, fm, selection.matched, public, settings, seed=0, progress=lambda *_: None, journal=journal)
     proxy = Proxy(model, tiny.processor(model_type), tiny.task_of(model_type), tiny.LABELS, 12, compressed)
     save_bundle(proxy, directory, shards)
@@ -194,21 +194,22 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("hold", ["memory", "disk"])
+@pytest.mark.parametrize(("hold", "mode"), [("memory", "whole"), ("disk", "whole"), ("disk", "layers")])
 def test_a_construction_that_is_killed_anywhere_goes_on_to_the_same_bits(
-    hold: str, fm_directory: FM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hold: str, mode: str, fm_directory: FM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedpft.proxy.distillation.NOTED", 2)
-    made(load(fm_directory("bert"), "bert", hold), "bert", tmp_path / "whole", Journal(tmp_path / "kept", "a"), steps=5)
-    notes = sorted(file.name for file in (tmp_path / "kept").iterdir())
-    assert len(notes) == 5  # two layers' neurons, their closed forms, the steps
+    journal = Journal(tmp_path / "kept", "a")
+    made(load(fm_directory("bert"), "bert", hold), "bert", tmp_path / "whole", journal, steps=5, mode=mode)
+    # two layers' neurons, their closed forms, and the steps: of each, or of all and twice
+    assert len(list((tmp_path / "kept").iterdir())) == (6 if mode == "layers" else 5)
     note = Journal.note
     for at in range(1, 7):
         noted: list[str] = []
 
         def counting(self: Journal, step: str, found: dict[str, Tensor], last: int, into: list[str] = noted) -> None:
             note(self, step, found)
-            into.append(step)
+            into += [step] if self._directory is not None else []
             if len(into) == last:
                 raise Killed
 
@@ -216,7 +217,7 @@ def test_a_construction_that_is_killed_anywhere_goes_on_to_the_same_bits(
             fm = load(fm_directory("bert"), "bert", hold)
             with monkeypatch.context() as counted:
                 counted.setattr(Journal, "note", partialmethod(counting, last=last))
-                made(fm, "bert", tmp_path / into, Journal(tmp_path / "kept", "a"), steps=5)
+                made(fm, "bert", tmp_path / into, Journal(tmp_path / "kept", "a"), steps=5, mode=mode)
 
         shutil.rmtree(tmp_path / "kept")
         with pytest.raises(Killed):
@@ -226,6 +227,29 @@ def test_a_construction_that_is_killed_anywhere_goes_on_to_the_same_bits(
         assert_same(weights(tmp_path / "again"), weights(tmp_path / "whole"))
         shutil.rmtree(tmp_path / "torn", ignore_errors=True)
         shutil.rmtree(tmp_path / "again")
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama", "qwen3_moe", "vit"])
+def test_steps_layer_by_layer_bring_the_proxy_nearer(model_type: str, fm_directory: FM, tmp_path: Path) -> None:
+    fm = load(fm_directory(model_type), model_type, "memory")
+    inputs, errors = tiny.dataset(model_type, 24, labelled=False).batch(torch.arange(24)), []
+    for steps in (0, 30):
+        selection, proxy = made(fm, model_type, tmp_path / str(steps), steps=steps, mode="layers")
+        assert not any(parameter.requires_grad for parameter in proxy.model.parameters())
+        pairs = list(selection.matched)
+        with torch.no_grad():
+            ours = layer_outputs(proxy.model, [student for student, _ in pairs], inputs)
+            theirs = layer_outputs(fm, [teacher for _, teacher in pairs], inputs)
+        errors.append([float((a - b).square().mean()) for a, b in zip(ours, theirs, strict=True)])
+    assert sum(errors[1]) < 0.98 * sum(errors[0])
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_steps_layer_by_layer_are_the_same_from_disk(model_type: str, fm_directory: FM, tmp_path: Path) -> None:
+    for hold, mode in (("memory", "layers"), ("disk", "auto")):
+        fm = load(fm_directory(model_type), model_type, hold)
+        made(fm, model_type, tmp_path / hold, steps=3, mode=mode)
+    assert_same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
 
 
 def test_a_journal_of_something_else_or_a_torn_one_is_no_journal(tmp_path: Path) -> None:

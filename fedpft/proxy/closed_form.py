@@ -22,7 +22,7 @@ ones, and the weights stay as they were cut.
 public samples halves the hidden-state error before the first step; docs/results.md has the figures.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,6 +62,7 @@ def fit_output_projections(
     layers: Sequence[int] | None = None,
     updated: Mapping[int, Tensor] | None = None,
     journal: Journal | None = None,
+    then: "Callable[[int, Sequence[Lot]], None] | None" = None,
 ) -> None:
     """Refits the output projection and bias of every compressed layer, in place, from the first layer to the last.
 
@@ -75,6 +76,8 @@ def fit_output_projections(
         layers: as of :class:`Probes`.
         updated: proxy layer -> (U,) int64 neurons whose output weights are refitted; None: all of them.
         journal: keeps each layer's.
+        then: is given each layer when it is refitted, before the next is looked at, and the batches, whose proxy stands
+            before it and whose FM behind the layer that it is to be like.
 
     Raises:
         DataError: there is no batch to hold out.
@@ -90,7 +93,7 @@ def fit_output_projections(
     moving = Probes(proxy, model, layers) if probes else None
     with torch.no_grad(), progress("closed form", len(matched), "layer") as report:
         lots = [
-            _Lot(proxy, model, LayerWalk(proxy, inputs), LayerWalk(model, inputs), real)
+            Lot(proxy, model, LayerWalk(proxy, inputs), LayerWalk(model, inputs), real)
             for inputs, real in real_inputs(public, chosen, batch, device)
         ]
         if ridge == "held_out" and len(lots) < 2:
@@ -108,6 +111,10 @@ def fit_output_projections(
             weights = solution.new_zeros(ffn.neurons, solution.shape[1])
             weights[slice(None) if own is None else own] = solution[:-1]
             ffn.add_to_output(weights, solution[-1])
+            if then is not None:
+                for lot in lots:
+                    lot.bring(student, teacher + 1)
+                then(student, lots)
             report(done)
 
 
@@ -119,7 +126,7 @@ class _Fit:
         moving, probes, seed: lambda, and what draws the probes, if there are any.
     """
 
-    def __init__(self, lots: "Sequence[_Lot]", ridge: Ridge, moving: Probes | None, probes: float, seed: int) -> None:
+    def __init__(self, lots: "Sequence[Lot]", ridge: Ridge, moving: Probes | None, probes: float, seed: int) -> None:
         self._lots, self._ridge, self._moving, self._probes, self._seed = lots, ridge, moving, probes, seed
         self._moved = [lot.again() for lot in lots] if moving else []
 
@@ -167,8 +174,11 @@ class _Fit:
 
 
 @dataclass
-class _Lot:
-    """One batch on its way through proxy and FM. real: which of its tokens are there."""
+class Lot:
+    """One batch on its way through proxy and FM.
+
+    real: which of its (B T,) tokens are there.
+    """
 
     proxy: nn.Module
     model: nn.Module
@@ -181,15 +191,19 @@ class _Lot:
         """D."""
         return self.ours.hidden.shape[-1]
 
-    def again(self) -> "_Lot":
+    def again(self) -> "Lot":
         """The same batch on a way of its own, from where it is now."""
         return replace(self, ours=copy(self.ours), theirs=copy(self.theirs))
 
-    def at(self, student: int, teacher: int, ffn: SubFFN | SubExperts) -> tuple[Tensor, Tensor, Tensor]:
-        """a (N, K), S and s (N, D) at a compressed layer, which the proxy does not leave: it is to be refitted."""
-        for walk, place in ((self.ours, student), (self.theirs, teacher)):
+    def bring(self, ours: int, theirs: int) -> None:
+        """Leaves the layers before these behind, in the proxy and in the FM."""
+        for walk, place in ((self.ours, ours), (self.theirs, theirs)):
             while walk.position < place:
                 walk.advance()
+
+    def at(self, student: int, teacher: int, ffn: SubFFN | SubExperts) -> tuple[Tensor, Tensor, Tensor]:
+        """a (N, K), S and s (N, D) at a compressed layer, which the proxy does not leave: it is to be refitted."""
+        self.bring(student, teacher)
         given, ours, _ = look(self.proxy, self.ours, ffn)
         _, theirs, after = look(self.model, self.theirs, None)
         self.theirs.advance(after)

@@ -9,20 +9,22 @@ B batch, T sequence length, D hidden size, K neurons of a compressed layer, U of
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fedpft import kernels
 from fedpft.config import AlignmentSection, DistillationSection
-from fedpft.data.batches import EncodedDataset, batches
+from fedpft.data.batches import EncodedDataset, training_order
+from fedpft.data.batches import lots as draws
 from fedpft.errors import ModelError
 from fedpft.model.adapters import Probes
 from fedpft.model.architectures import architecture_of, layer_outputs, layers_of
+from fedpft.model.mapped import held
 from fedpft.model.precision import DISTILLATION_SCALE, Masters, loss_scaler, wide
 from fedpft.model.subffn import projections, sub_ffns
-from fedpft.proxy.closed_form import fit_output_projections
+from fedpft.proxy.closed_form import Lot, fit_output_projections
 from fedpft.proxy.journal import Found, Journal
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
@@ -57,8 +59,15 @@ def layer_level(
         task: with a `logit_term`, the one that knows the FM's own head.
         journal: keeps each layer's closed form, and the steps every NOTED of them.
     """
-    journal = journal or Journal()
-    _refit(proxy, model, matched, None, public, settings, seed=seed, layers=layers, journal=journal)
+    journal, losses = journal or Journal(), list[float]()
+    by_layer = settings.mode == "layers" or (settings.mode == "auto" and held(model) is not None)
+    then = None
+    if by_layer and settings.steps:
+        steps_seed = derive_seed(seed, "layer-level distillation")
+        then = partial(_steps_of_layer, proxy, model, dict(matched), settings, steps_seed, journal, losses)
+    _refit(proxy, model, matched, None, public, settings, seed=seed, layers=layers, journal=journal, then=then)
+    if by_layer:
+        return losses
     everything: dict[int, Tensor | None] = {layer: None for layer, _ in matched}
     return _distil(
         proxy,
@@ -140,6 +149,7 @@ def _refit(
     seed: int,
     layers: Sequence[int] | None,
     journal: Journal,
+    then: Callable[[int, Sequence[Lot]], None] | None = None,
 ) -> None:
     if settings.closed_form_samples:
         fit_output_projections(
@@ -155,7 +165,96 @@ def _refit(
             layers=layers,
             updated=updated,
             journal=journal,
+            then=then,
         )
+
+
+def _steps_of_layer(
+    proxy: nn.Module,
+    model: nn.Module,
+    matched: Mapping[int, int],
+    settings: DistillationSection,
+    seed: int,
+    journal: Journal,
+    losses: list[float],
+    student: int,
+    lots: Sequence[Lot],
+) -> None:
+    """The steps of one layer by itself, in place, on batches that stand before it."""
+    ffn, layer = list(sub_ffns(proxy).values())[student], layers_of(proxy)[student]
+    norms = [proxy.get_parameter(name) for name in ffn_norms(proxy, [student])]
+    trained = {str(number): parameter for number, parameter in enumerate((*ffn.parameters(), *norms))}
+    step = f"steps-{student}"
+    if (found := journal.recall(step)) is None:
+        product = _product(model, matched[student]) if settings.weight_term else None
+        order = training_order(len(lots), 0, settings.steps, derive_seed(seed, "layer", student)).tolist()
+
+        def loss_of(number: int) -> Tensor:
+            lot = lots[order[number]]
+            mask = lot.real if isinstance(lot.real, Tensor) else None
+            ours, theirs = (states.flatten(0, 1) for states in (lot.ours.output(), lot.theirs.hidden))
+            loss = kernels.alignment_loss(ours, theirs, mask)
+            return loss if product is None else loss + settings.weight_term * _relative(ffn.product(), product)
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.callback(_restore, {parameter: parameter.requires_grad for parameter in layer.parameters()})
+            layer.requires_grad_(False)
+            parameters = [norm.requires_grad_(True) for norm in norms]
+            parameters += stack.enter_context(ffn.training_neurons(None))
+            own: list[float] = []
+            _descend(proxy, parameters, settings, loss_of, own, progress=lambda *_: None, journal=Journal())
+        found = {name: parameter.detach() for name, parameter in trained.items()}
+        journal.note(step, found | {"losses": torch.tensor(own, dtype=torch.float64)})
+        losses += own
+        return
+    losses += found.pop("losses").tolist()
+    for name, values in found.items():
+        trained[name].data.copy_(values)
+
+
+def _descend(
+    proxy: nn.Module,
+    parameters: Sequence[Tensor],
+    settings: DistillationSection,
+    loss_of: Callable[[int], Tensor],
+    losses: list[float],
+    *,
+    progress: Progress,
+    journal: Journal,
+) -> None:
+    """Takes the steps that are still to be taken.
+
+    Args:
+        loss_of: a step's loss, (), by its number, which is asked for one after the other.
+        losses: of the steps so far, one of which is kept after NOTED of them.
+    """
+    masters, scaler = Masters(parameters), loss_scaler(proxy, DISTILLATION_SCALE)
+    optimizer = torch.optim.AdamW(masters.wide, lr=settings.learning_rate, weight_decay=0.0)
+    if (noted := journal.recall(STEPS)) is not None:
+        losses += noted.pop("losses").tolist()
+        _resume(optimizer, scaler, masters, noted)
+    for step in range(len(losses), settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _schedule(step, settings.steps, settings.warmup_fraction)
+        loss = loss_of(step)
+        scaler.scale(loss).backward()
+        masters.take_gradients()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(masters.wide, settings.gradient_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        masters.round()
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise ModelError(
+                f"step {step + 1} of a distillation: the loss is {losses[-1]}",
+                "lower distillation.learning_rate (between rounds: alignment.learning_rate, in a new run)",
+            )
+        progress(step + 1, losses[-1])
+        if (step + 1) % NOTED == 0:
+            done = torch.tensor(losses, dtype=torch.float64)
+            journal.note(STEPS, {"losses": done, **_state(optimizer, scaler, masters)})
 
 
 def _distil(
@@ -186,34 +285,14 @@ def _distil(
         for layer in students:
             parameters += stack.enter_context(ffns[layer].training_neurons(updated[layer]))
         lost = _Loss(proxy, model, matched, settings, layers=layers, task=task, seed=seed)
-        masters, scaler = Masters(parameters), loss_scaler(proxy, DISTILLATION_SCALE)
-        optimizer = torch.optim.AdamW(masters.wide, lr=settings.learning_rate, weight_decay=0.0)
         count = settings.steps * settings.batch
-        if (noted := journal.recall(STEPS)) is not None:
-            losses += noted.pop("losses").tolist()
-            _resume(optimizer, scaler, masters, noted)
-        every = batches(public, batch=settings.batch, start=0, count=count, seed=seed)
-        for step, batch in islice(enumerate(every), len(losses), None):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _schedule(step, settings.steps, settings.warmup_fraction)
-            loss = lost({name: value.to(device) for name, value in batch.items()}, step)
-            scaler.scale(loss).backward()
-            masters.take_gradients()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(masters.wide, settings.gradient_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            masters.round()
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                raise ModelError(
-                    f"step {step + 1} of a distillation: the loss is {losses[-1]}",
-                    "lower distillation.learning_rate (between rounds: alignment.learning_rate, in a new run)",
-                )
-            progress(step + 1, losses[-1])
-            if (step + 1) % NOTED == 0:
-                done = torch.tensor(losses, dtype=torch.float64)
-                journal.note(STEPS, {"losses": done, **_state(optimizer, scaler, masters)})
+        ahead = enumerate(draws(public, batch=settings.batch, start=0, count=count, seed=seed))
+
+        def loss_of(step: int) -> Tensor:
+            inputs = public.batch(next(lot for number, lot in ahead if number == step))
+            return lost({name: value.to(device) for name, value in inputs.items()}, step)
+
+        _descend(proxy, parameters, settings, loss_of, losses, progress=progress, journal=journal)
     return losses
 
 
