@@ -59,7 +59,7 @@ CHANGES: dict[str, dict[str, Settings]] = {
         "no steps": {"distillation": {"steps": 0}},
         "steps with probes 0.3": {"distillation": {"probe_term": 0.3}},
         "each layer by itself": {"distillation": {"local": True}},
-        "layer by layer": {"distillation": {"mode": "layers"}},
+        "layer by layer": {"distillation": {"mode": "layers", "closed_form_samples": 256}},
         "no alignment": {"alignment": {"every_rounds": 0}},
     },
     "ffn": {  # at rank 4 fewer bytes than rank 8 has on attention alone, at rank 5 a few more
