@@ -189,6 +189,14 @@ class _Heard:
         return loss
 
 
+def write_model(case: Case, directory: Path) -> bool:
+    """Writes an FM of a case's shape; whether transformers has gradient checkpointing for it."""
+    torch.manual_seed(SEED)
+    fm = getattr(transformers, TASKS[case.task].model).from_config(case.model_config())
+    fm.save_pretrained(directory)
+    return bool(fm.supports_gradient_checkpointing)
+
+
 def prepare_silo(name: str, case: Case, directory: Path, device: str, dropout: float = 0.1) -> Run:
     """A call that trains one round of a case by the loop of that name; a fresh model, nothing shared."""
     proxy = Proxy(case, directory, dropout)
@@ -222,14 +230,10 @@ def measure_silo(cases: dict[str, Case], device: str, turns: int, clock: str) ->
     """The part's results: for each case how far the loops come apart, and a row for each loop."""
     differences, rows = {}, {}
     for key, case in cases.items():
-        model: Any = getattr(transformers, TASKS[case.task].model)
         with tempfile.TemporaryDirectory(prefix="fedpft-bench-") as place:
             directory = Path(place)
-            torch.manual_seed(SEED)
-            fm = model.from_config(case.model_config())
-            fm.save_pretrained(directory)
-            names = [*OURS, *(n for n, again in THEIRS.items() if not again or fm.supports_gradient_checkpointing)]
-            del fm
+            spared = write_model(case, directory)
+            names = [*OURS, *(name for name, again in THEIRS.items() if spared or not again)]
             differences[key] = silo_agreement(case, directory, device)
             two = replace(case, steps=2)
             peaks = {name: peak_bytes(prepare_silo, name, two, directory, device, device=device) for name in names}

@@ -117,3 +117,9 @@ class OutOfMemory(FedPFTError):
     """This machine, or its GPU, has too little memory for what was asked of it."""
 
     exit_code = 16
+
+
+class RankLost(FedPFTError):
+    """One of the processes that train a silo together has ended; the silo comes back, as one that was killed."""
+
+    exit_code = 17

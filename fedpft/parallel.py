@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fedpft import faults
-from fedpft.errors import ConfigError, FedPFTError
+from fedpft.errors import ConfigError, RankLost
 
 PATIENCE = datetime.timedelta(days=30)  # rank 0 waits for its server as long as it likes; a rank that dies is noticed
 
@@ -146,7 +146,7 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         if faults.is_out_of_memory(error):
             raise
-        raise FedPFTError(
+        raise RankLost(
             "another process of this silo has ended, so this one does too",
             "see what the first of them to end says; then start the same command again: it goes on from there",
         ) from error

@@ -12,9 +12,11 @@ import torch
 
 from bench import kernels as bench_kernels
 from bench import measure, render
+from bench import scale as bench_scale
 from bench import soak as bench_soak
 from bench import transport as bench_transport
 from bench.peers import Prepared, close
+from fedpft.errors import FedPFTError
 from fedpft.kernels.schemas import SCHEMAS
 
 ROOT = Path(__file__).parents[1]
@@ -165,3 +167,40 @@ def test_kills_are_drawn_from_the_seed() -> None:
     assert drawn[0].victim == bench_soak.SERVER
     assert {kill.victim for kill in drawn[1:]} > {bench_soak.SERVER}
     assert all(1 <= kill.round < 45 for kill in drawn)
+
+
+@pytest.mark.parametrize("name", bench_scale.QUICK)
+def test_a_silos_steps_are_those_of_transformers_trainer(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = bench_scale.QUICK[name]
+    bench_scale.write_model(case, tmp_path)
+    found = bench_scale.silo_agreement(case, tmp_path, "cpu")
+    assert found["loss"] < 1e-5
+    monkeypatch.setitem(bench_scale.TOLERANCES, "adapter", 0.0)
+    with pytest.raises(FedPFTError, match="adapter differs by"):
+        bench_scale.silo_agreement(case, tmp_path, "cpu")
+
+
+def test_a_silos_row_is_compared_with_the_trainer_that_does_the_same() -> None:
+    def row(seconds: float, peak_bytes: int) -> dict[str, Any]:
+        step = {"median_seconds": seconds, "quartiles_seconds": (seconds, seconds)}
+        return {"step": step, "tokens_per_second": 100 / seconds, "peak_bytes": peak_bytes}
+
+    rows = {
+        "a: fedpft": row(1.0, 10 << 20),
+        "a: fedpft, checkpointing": row(2.0, 5 << 20),
+        "a: Trainer + peft": row(2.0, 40 << 20),
+        "b: fedpft, checkpointing": row(2.0, 5 << 20),
+        "b: Trainer + peft": row(2.0, 40 << 20),
+        "b: Trainer + peft, checkpointing": row(4.0, 20 << 20),
+    }
+    lines = bench_scale.silo_table({"rows": rows}).splitlines()[2:]
+    assert [line.split(" | ")[-2:] for line in lines] == [
+        ["2.00", "0.25 |"],
+        ["1.00", "0.12 |"],  # MPNet's case: transformers has no checkpointing for it
+        ["1.00", "1.00 |"],
+        ["2.00", "0.25 |"],
+        ["1.00", "1.00 |"],
+        ["1.00", "1.00 |"],
+    ]

@@ -13,15 +13,13 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import yaml
-from faults import Party, _Command, await_
+from faults import Deployment, Party, _Command, await_
 from safetensors.torch import load_file, save_file
 from test_run import Digits, digits, server_settings, silo_settings  # noqa: F401  (digits is a fixture)
 from test_training import TASK, settings
 from torch import Tensor
 
 from fedpft.config import LimitsSection, RoundSettings
-from fedpft.demo.run import run_federation
 from fedpft.errors import ConfigError, DataError
 from fedpft.model import adapters
 from fedpft.model.loading import load_model
@@ -189,13 +187,21 @@ class Torchrun(Party):
         self._process = _Command(command, self.log_file, None)
         return self
 
-    def rank(self, number: int) -> int:
-        """The process id of a rank."""
+    def signal(self, number: int) -> None:
+        """As torchrun itself cannot pass a kill on, the ranks get it first."""
+        ranks = self.ranks() if number == signal.SIGKILL else {}
+        for process in (*ranks.values(), self._process.pid):
+            os.kill(process, number)
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> process id, of those that are there."""
+        found = {}
         for child in Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split():
-            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            if f"RANK={number}".encode() in environment:
-                return int(child)
-        raise AssertionError(f"no rank {number} among the children")
+            for entry in Path(f"/proc/{child}/environ").read_bytes().decode().split("\0"):
+                name, _, value = entry.partition("=")
+                if name == "RANK":
+                    found[int(value)] = int(child)
+        return found
 
 
 def is_alive(process: int) -> bool:
@@ -207,47 +213,32 @@ def is_alive(process: int) -> bool:
 
 def test_a_killed_rank_ends_all_and_the_restart_goes_on(digits: Digits, tmp_path: Path) -> None:  # noqa: F811
     """With alignment, so that ranks take patches up; the final adapter is that of plain silos, bit for bit."""
-    silos = ("north", "south")
-    wanted = server_settings(digits, silos)
+    wanted = server_settings(digits, ("north", "south"))
     wanted["adapter"]["dropout"], wanted["training"]["local_epochs"] = 0.0, 3.0
-    parts = {"limits": {"max_batch": 8}}
-    run_federation(tmp_path / "plain", wanted, {name: silo_settings(digits, name) | parts for name in silos})
+    plain = {name: silo_settings(digits, name) | {"limits": {"max_batch": 8}} for name in ("north", "south")}
+    with Deployment(tmp_path / "plain", wanted, plain) as reference:
+        reference.start()
+        reference.await_end()
 
-    def write(name: str, content: dict[str, Any]) -> Path:
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return path
-
-    out = tmp_path / "out"
-    server = Party("server", "fedpft.server", write("server", wanted | {"out": str(out)})).start(as_a_command=True)
-    await_("the server's address", lambda: (out / "address").exists() or server.has_failed())
-    address = (out / "address").read_text(encoding="utf-8").strip()
-    here = {name: {"server": address, "work": str(tmp_path / f"work-{name}")} for name in silos}
-    north = Torchrun("north", "fedpft.silo", write("north", silo_settings(digits, "north") | here["north"])).start()
-    south = Party("south", "fedpft.silo", write("south", silo_settings(digits, "south") | here["south"] | parts))
-    try:
-        south.start(as_a_command=True)
+    shared = plain | {"north": silo_settings(digits, "north")}
+    with Deployment(tmp_path / "shared", wanted, shared) as running:
+        server, south = running.server, running.silos["south"]
+        north = Torchrun("north", "fedpft.silo", running.silos["north"].config)
+        running.silos["north"] = north
+        running.start()
         server.await_log("round 1: waiting")
         south.kill()  # so that no later round ends before it is back
-        received = tmp_path / "work-north" / "received"
+        received = running.work("north") / "received"
         await_("north to train", lambda: list(received.glob("*.safetensors")) or north.has_failed())
-        processes = [north.rank(number) for number in range(RANKS)]
-        os.kill(processes[1], signal.SIGKILL)
+        ranks = north.ranks()
+        assert ranks.keys() == set(range(RANKS))
+        os.kill(ranks[1], signal.SIGKILL)
         assert north.await_end() not in (0, -signal.SIGKILL)
         assert "another process of this silo has ended" in north.log or "error: terminated" in north.log
-        await_("rank 0 to be gone", lambda: not is_alive(processes[0]))
+        await_("rank 0 to be gone", lambda: not is_alive(ranks[0]))
 
         north.start()
-        south.start(as_a_command=True)
-        await_("all to end", lambda: all(party.has_ended_well() for party in (server, north, south)))
-    except BaseException:
-        for party in (server, north, south):
-            print(f"--- {party.name}", *party.log.splitlines()[-30:], sep="\n")
-        raise
-    finally:
-        for party in (server, north, south):
-            if party.alive:
-                party.signal(signal.SIGTERM)
-                party.await_end()
-    adapters_of = [load_file(place / "adapter.safetensors") for place in (tmp_path / "plain" / "out", out)]
-    assert tiny.changed(*adapters_of) == set()
+        south.start()
+        running.await_end()
+    federated = [load_file(done.out / "adapter.safetensors") for done in (reference, running)]
+    assert tiny.changed(*federated) == set()

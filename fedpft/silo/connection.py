@@ -18,7 +18,7 @@ import fedpft
 from fedpft import atomic, faults
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, SiloConfig
-from fedpft.errors import NotEnrolled, RefusedByServer
+from fedpft.errors import NotEnrolled, RankLost, RefusedByServer
 from fedpft.wire import transfer
 from fedpft.wire.channel import (
     ID_BYTES,
@@ -242,7 +242,8 @@ class ServerConnection:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with faults.tidying("the connection"):
-            if isinstance(error, Exception):  # a silo that was merely stopped comes back, and stays expected
+            # a silo that was merely stopped, or lost one of its processes, comes back, and stays expected
+            if isinstance(error, Exception) and not isinstance(error, RankLost):
                 self.leave()
             self._channel.close()
             self._audit.close()
