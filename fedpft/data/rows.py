@@ -11,7 +11,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,11 @@ class Unusable(Exception):
 class RowFaults:
     """What is wrong with single rows of a file."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, place: Callable[[int], str] | None = None) -> None:
+        """Args:
+        place: what a row is called in messages, by its line; None: file and line.
+        """
+        self._path, self._place = path, place
         self._found: dict[int, list[tuple[str, str]]] = {}
 
     def add(self, line: int, message: str, remedy: str) -> None:
@@ -100,8 +103,12 @@ class RowFaults:
         remedies = list(dict.fromkeys(remedy for *_, remedy in found))
         if len(found) == 1:
             ((line, message, remedy),) = found
-            return DataError(f"{self._path}:{line}: {message}", remedy + way_out)
-        shown = [f"{self._path.name}:{line}: {message}" for line, message, _ in found[:SHOWN_FAULTS]]
+            place = self._place(line) if self._place else f"{self._path}:{line}"
+            return DataError(f"{place}: {message}", remedy + way_out)
+        shown = [
+            f"{self._place(line) if self._place else f'{self._path.name}:{line}'}: {message}"
+            for line, message, _ in found[:SHOWN_FAULTS]
+        ]
         more = [f"and {len(found) - SHOWN_FAULTS} faults more"] if len(found) > SHOWN_FAULTS else []
         return DataError(
             f"{self._path}: {len(self)} of {rows} rows cannot be used: {'; '.join(shown + more)}",

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from fedpft.config import BadRows, ColumnsSection
 from fedpft.data.chat import check_messages
-from fedpft.data.images import describe_dim, open_image
+from fedpft.data.images import ImageFile, describe_dim
+from fedpft.data.imagesets import SHARD, files_in, is_image_set, read_image_set
 from fedpft.data.rows import (
     GROUP,
     KINDS,
     Form,
     RowFaults,
+    Table,
     Unusable,
     alike,
     is_blank,
@@ -57,7 +59,7 @@ class Reader:
 class Samples:
     """The rows of a data file that can be used.
 
-    values: for each role of the form n values: texts, paths of images, labels as the file has them, lists, ...
+    values: for each role of the form n values: texts, ImageFile objects, labels as the file has them, lists, ...
     lines: n line numbers, where each row begins.
     targets: what a task makes of each row's labels; None if it has none, or they were not asked for.
     labels: the label list that they are of, if the task has one.
@@ -131,7 +133,7 @@ class Examination:
         """Reads the file, and looks at each column of which it is certain that it will be used.
 
         Args:
-            path: CSV, TSV or the like, .jsonl or .parquet.
+            path: CSV, TSV or the like, .jsonl or .parquet; or images without a table.
             columns: which columns hold what.
             forms: what a row may consist of.
             first_counts: whether the first of several forms that all are there counts, or only the next look will tell.
@@ -143,7 +145,7 @@ class Examination:
         """
         self.path, self._warnings = path, list[str]()
         grouping, names = ((), {}) if group is None else ((GROUP,), {GROUP: group})
-        table = read_rows(path, [(*form, *grouping) for form in forms], columns.model_dump() | names, encoding)
+        table = _read_table(path, [(*form, *grouping) for form in forms], columns.model_dump() | names, encoding)
         self.faults, self.rows = table.faults, len(table.rows) + len(table.faults)
         there = [form for form in forms if not table.rows or set(form) <= set(table.roles)]
         if first_counts:
@@ -216,27 +218,30 @@ class Examination:
             self.faults.add(line, found.message, found.remedy)
             return None
 
-    def _check_images(self, names: Sequence[Any]) -> list[str | None]:
-        """The paths of the images, each of which was opened and decoded once."""
+    def _check_images(self, given: Sequence[Any]) -> list[ImageFile | None]:
+        """Where the images are, each of which was opened and decoded once."""
         dims: list[bool] = []
 
-        def look(name: Any) -> str:
-            name = _seen("image", name, "image path", "fill it in, or remove the row")
-            if (found := _existing(self.path.parent, name)) is None:
-                remedy = "image paths are relative to the data file's directory"
-                remedy += ", with / between directories" if "\\" in name else ""
-                raise Unusable(f"no image {shown(str(self.path.parent / name.strip()))[1:-1]}", remedy)
+        def look(name: Any) -> ImageFile:
             try:
-                opened = open_image(found)
+                image, opened = (name if isinstance(name, ImageFile) else self._image_of(name)).look()
             except DataError as error:
                 raise Unusable(error.message, error.remedy) from None
             dims.extend([] if opened.dim is None else [opened.dim])
-            return str(found)
+            return image
 
-        paths = [self._looked_at(line, look, name) for line, name in zip(self._lines, names, strict=True)]
+        images = [self._looked_at(line, look, name) for line, name in zip(self._lines, given, strict=True)]
         if warning := describe_dim(len(dims), sum(dims)):
             self._warnings.append(f"{self.path}: {warning}")
-        return paths
+        return images
+
+    def _image_of(self, name: Any) -> ImageFile:
+        name = _seen("image", name, "image path", "fill it in, or remove the row")
+        if (found := _existing(self.path.parent, name)) is None:
+            remedy = "image paths are relative to the data file's directory"
+            remedy += ", with / between directories" if "\\" in name else ""
+            raise Unusable(f"no image {shown(str(self.path.parent / name.strip()))[1:-1]}", remedy)
+        return ImageFile(str(found))
 
 
 # --- what a column may hold -------------------------------------------------------------------------------------------
@@ -380,8 +385,24 @@ def read_samples(
     return examination.samples(bad_rows, way_out)
 
 
+def _read_table(path: Path, forms: Sequence[Form], columns: Mapping[str, str], encoding: str | None) -> Table:
+    if is_image_set(path):
+        return read_image_set(path, forms, columns)
+    return read_rows(path, forms, columns, encoding)
+
+
+def data_files(path: Path) -> dict[str, Path]:
+    """The files that a data path leads to, by their names from there; one that is no directory has an empty name."""
+    return {file.relative_to(path).as_posix(): file for file in files_in(path)} if path.is_dir() else {"": path}
+
+
 def image_paths(path: Path, columns: ColumnsSection, encoding: str | None = None) -> list[Path]:
-    """The images that a data file names, which may be missing. Raises DataError if the file itself cannot be read."""
+    """The images that a table names, which may be missing; those of :func:`data_files` are not among them.
+
+    Raises DataError if the table itself cannot be read.
+    """
+    if is_image_set(path):
+        return []
     table = read_rows(path, [("image",)], columns.model_dump(), encoding)
     names = [name for _, (name,) in table.rows if isinstance(name, str)]
     return [_existing(path.parent, name) or path.parent / name for name in names]
@@ -391,9 +412,10 @@ def silo_files(path: Path) -> list[Path]:
     """The data files of simulated silos: the one, or those in a directory; DataError if there is none."""
     if not path.is_dir():
         return [path]
-    found = sorted(each for each in path.iterdir() if each.is_file() and each.suffix.lower() in KINDS)
+    kinds = (*KINDS, SHARD)
+    found = sorted(each for each in path.iterdir() if each.is_file() and each.suffix.lower() in kinds)
     if not found:
-        raise DataError(f"{path}: no data file in this directory", f"put one for each silo there: {', '.join(KINDS)}")
+        raise DataError(f"{path}: no data file in this directory", f"put one for each silo there: {', '.join(kinds)}")
     silo, files = Counter(each.stem for each in found).most_common(1)[0]
     if files > 1:
         raise DataError(f"{path}: {files} files of silo {silo!r}", "leave one for each silo")
