@@ -95,7 +95,7 @@ def test_unlabelled_batches_have_no_labels() -> None:
 
 
 def test_more_texts_than_are_tokenized_at_once_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpft.data.text.TOKENIZED_AT_ONCE", 3)
+    monkeypatch.setattr("fedpft.data.text.AT_ONCE", 3)
     assert texts_of([3, 1, 2, 5, 4, 1, 7]).lengths.tolist() == [5, 3, 4, 7, 6, 3, 9]
 
 
@@ -132,7 +132,7 @@ def test_texts_without_tokens_are_left_out_where_bad_rows_are() -> None:
 
 @pytest.mark.parametrize("at_once", [2, 100])
 def test_texts_that_were_cut_are_counted(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpft.data.text.TOKENIZED_AT_ONCE", at_once)
+    monkeypatch.setattr("fedpft.data.text.AT_ONCE", at_once)
     texts = ["a b", "a b c", "a", "a b c d e", "a b"]  # and two special tokens each
     assert [TEXT.encode(samples_of(texts), WordTokenizer(), longest).cut for longest in (4, 5, 7)] == [2, 1, 0]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from fedpft.proxy.selection import select
 from fedpft.silo.ondisk import DataOnDisk
 from fedpft.tasks import FORMS, TASKS
 from fedpft.training import train_round
-from tests import tiny
 
 TASK, COLUMNS, LABELS = TASKS["image-classification"], ColumnsSection(), ("cat", "dog")
 COUNT = 23

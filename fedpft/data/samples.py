@@ -12,7 +12,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,22 @@ class Samples:
             groups=None if self.groups is None else of(self.groups),
         )
 
-    def texts(self) -> list[str]:
-        """All words of each sample, labels left out."""
+    def texts(self, numbers: Iterable[int] | None = None) -> list[str]:
+        """All words of each sample, labels left out.
+
+        Args:
+            numbers: of which samples; None: of all.
+        """
         columns = [values for role, values in self.values.items() if role not in ("image", *LABELLING)]
-        return [" ".join(word for value in row for word in _strings(value)) for row in zip(*columns, strict=True)]
+        rows = range(len(self)) if numbers is None else numbers
+        return [" ".join(word for column in columns for word in _strings(column[row])) for row in rows]
+
+    def contents(self) -> Iterator[Any]:
+        """All that is known of each sample, as JSON could have it: what is made of the same is the same."""
+        yield list(self.values)
+        for number in range(len(self)):
+            target = None if self.targets is None else self.targets[number]
+            yield [*(column[number] for column in self.values.values()), target]
 
 
 LABELLING = ("label", "labels", "tags")  # roles of what is to be learned

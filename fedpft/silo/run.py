@@ -128,7 +128,12 @@ class Participant:
         if task.has_images:
             on_disk.add_images(image_paths(config.data.path, config.data.columns, config.data.encoding))
         self.dataset = task.encode(
-            samples, proxy.processor, longest, bad_rows=config.data.bad_rows, way_out=data.WAY_OUT
+            samples,
+            proxy.processor,
+            longest,
+            bad_rows=config.data.bad_rows,
+            way_out=data.WAY_OUT,
+            cache=work.tokens_path,
         )
         on_disk.check_read()
         if self.dataset.cut:
