@@ -268,7 +268,7 @@ def test_bad_data_is_one_line_with_place_and_remedy(tmp_path: Path, fault: str) 
 
 def test_a_directory_is_no_data_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").mkdir()
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="holds neither Parquet files nor images"):
         read_unlabelled(tmp_path / "a.csv", COLUMNS, TEXT)
 
 
@@ -561,7 +561,7 @@ def test_a_column_of_groups_is_read_beside_the_samples(name: str, tmp_path: Path
     samples = read_samples(path, COLUMNS, TEXT.forms, TEXT.reader(LABELS), group="Ward")
     assert samples.groups == ["north", "St. Ann", "7"]
     assert samples.values.keys() == {"text", "label"}
-    assert samples.texts() == ["first", "second", "third"]
+    assert list(samples.texts()) == ["first", "second", "third"]
     assert TEXT.read_labelled(path, COLUMNS, LABELS).groups is None
 
 

@@ -311,7 +311,7 @@ def test_the_samples_of_the_documentation_are_read(name: str, tmp_path: Path) ->
         path.write_text(entry.partition(f"```{kind}\n")[2].partition("```")[0], encoding="utf-8")
         found.append(TASKS[name].read_labelled(path, COLUMNS, labels))
     assert found[0].targets == found[1].targets
-    assert found[0].texts() == found[1].texts()
+    assert list(found[0].texts()) == list(found[1].texts())
     assert f"task: {name}" in entry
     assert TASKS[name].model in entry
     assert TASKS[name].peft_loader in entry

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from fedpft.data.images import ImageFile
-from fedpft.data.rows import Form, RowFaults, Table, Unusable, listed, one_line
+from fedpft.data.rows import ARROW_SPLITS, Form, Row, RowFaults, Table, Unusable, listed, one_line
 from fedpft.errors import DataError
 
 SHARD = ".tar"
@@ -25,6 +25,8 @@ LONGEST_LABEL = 1 << 20  # bytes of a member with columns
 def is_image_set(path: Path) -> bool:
     """Whether a data path is one, and no table."""
     if path.is_dir():
+        if (path / ARROW_SPLITS).exists():
+            return False
         return any(each.is_dir() or _is_shard(each) or _is_image(each) for each in _listing(path))
     return _is_shard(path)
 
@@ -58,7 +60,8 @@ class _Rows:
             raise DataError(f"{path}: holds images, and {_asked(forms)} is asked for", "name a table (docs/data.md)")
         self.places: list[object] = []
         self._columns = columns
-        self.table = Table(fitting[0], RowFaults(path, lambda line: str(self.places[line - 1])))
+        self._found: list[Row] = []
+        self.table = Table(fitting[0], RowFaults(path, lambda line: str(self.places[line - 1])), self._found)
 
     def add(self, image: ImageFile | Unusable, place: object, read: Callable[[str, str], Any]) -> None:
         """Adds one.
@@ -76,7 +79,7 @@ class _Rows:
         except Unusable as fault:
             self.table.faults.add(line, fault.message, fault.remedy)
         else:
-            self.table.rows.append((line, values))
+            self._found.append((line, values))
 
 
 def _asked(forms: Sequence[Form]) -> str:

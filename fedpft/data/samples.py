@@ -10,10 +10,13 @@ What a column may hold follows from its role alone, and is checked here; what it
 
 import json
 import re
+import sys
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from fedpft.data.rows import (
     Unusable,
     alike,
     is_blank,
+    no_rows,
     one_line,
     read_rows,
     read_text,
@@ -55,6 +59,96 @@ class Reader:
     labels: tuple[str, ...] = ()
 
 
+class _Cursor:
+    """Goes through the rows of a file that is too large to be held; each step back begins at its first row again."""
+
+    def __init__(self, path: Path, read: Callable[[], Table], columns: Mapping[str, str], lines: Sequence[int]) -> None:
+        """Args:
+        read: the table of `path` anew.
+        columns: role -> column, of those that are looked at.
+        lines: where each row begins.
+        """
+        self._path, self._read, self._columns, self._lines = path, read, columns, lines
+        self._rows: Iterator[dict[str, Any]] = iter(())
+        self._at, self._row = len(lines), dict[str, Any]()
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Its values by role, None for one that cannot be used; DataError if there is no such row any more."""
+        if number < self._at:
+            self._rows, self._at = self._again(), -1
+        while self._at < number:
+            if (row := next(self._rows, None)) is None:
+                raise self.changed()
+            self._row, self._at = row, self._at + 1
+        return self._row
+
+    def changed(self) -> DataError:
+        """What to say if the file is another than the one that was looked at."""
+        return DataError(f"{self._path}: changed while it was read", "start again when nothing writes there")
+
+    def _again(self) -> Iterator[dict[str, Any]]:
+        table, lines = self._read(), iter(self._lines)
+        for line, values in table.rows:
+            if next(lines, None) != line:
+                raise self.changed()
+            yield {
+                role: _or_none(LOOKS[role], values[table.roles.index(role)], column)
+                for role, column in self._columns.items()
+            }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, where it begins at the first row."""
+        return {**vars(self), "_rows": iter(()), "_at": len(self._lines), "_row": {}}
+
+
+class Column(Sequence[Any]):
+    """Values that are read from the file whenever they are asked for: quickly only in the order of the rows."""
+
+    def __init__(self, cursor: _Cursor, role: str, numbers: Sequence[int], *, usable: bool = False) -> None:
+        """Args:
+        numbers: of the rows whose values they are.
+        usable: all of them were when they were looked at.
+        """
+        self._cursor, self._role, self._numbers, self._usable = cursor, role, numbers, usable
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        value = self._cursor.row(self._numbers[index])[self._role]
+        if value is None and self._usable:
+            raise self._cursor.changed()
+        return value
+
+    def chosen(self, numbers: Sequence[int]) -> "Column":
+        """Those alone, in that order, all of which can be used."""
+        rows = array("q", (self._numbers[number] for number in numbers))
+        return Column(self._cursor, self._role, rows, usable=True)
+
+
+def _chosen(values: Sequence[Any], numbers: Sequence[int]) -> Sequence[Any]:
+    return values.chosen(numbers) if isinstance(values, Column) else [values[number] for number in numbers]
+
+
+class _Texts(Sequence[str]):
+    """Put together when they are asked for."""
+
+    def __init__(self, columns: Sequence[Sequence[Any]], length: int) -> None:
+        self._columns, self._length = columns, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if index >= self._length:
+            raise IndexError(index)
+        return " ".join(word for column in self._columns for word in _strings(column[index]))
+
+
 @dataclass(frozen=True)
 class Samples:
     """The rows of a data file that can be used.
@@ -69,8 +163,8 @@ class Samples:
     """
 
     path: Path
-    values: dict[str, list[Any]]
-    lines: list[int]
+    values: dict[str, Sequence[Any]]
+    lines: Sequence[int]
     targets: list[Any] | None
     skipped: int = 0
     warnings: tuple[str, ...] = ()
@@ -80,7 +174,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, role: str) -> list[Any]:
+    def __getitem__(self, role: str) -> Sequence[Any]:
         return self.values[role]
 
     def subset(self, chosen: Tensor) -> "Samples":
@@ -90,28 +184,19 @@ class Samples:
             chosen: (m,) int64.
         """
         numbers: list[int] = chosen.tolist()
-
-        def of(values: list[Any]) -> list[Any]:
-            return [values[number] for number in numbers]
-
         return Samples(
             self.path,
-            {role: of(values) for role, values in self.values.items()},
-            of(self.lines),
-            None if self.targets is None else of(self.targets),
+            {role: _chosen(values, numbers) for role, values in self.values.items()},
+            _chosen(self.lines, numbers),
+            None if self.targets is None else list(_chosen(self.targets, numbers)),
             labels=self.labels,
-            groups=None if self.groups is None else of(self.groups),
+            groups=None if self.groups is None else list(_chosen(self.groups, numbers)),
         )
 
-    def texts(self, numbers: Iterable[int] | None = None) -> list[str]:
-        """All words of each sample, labels left out.
-
-        Args:
-            numbers: of which samples; None: of all.
-        """
+    def texts(self) -> Sequence[str]:
+        """All words of each sample, labels left out; put together when they are asked for."""
         columns = [values for role, values in self.values.items() if role not in ("image", *LABELLING)]
-        rows = range(len(self)) if numbers is None else numbers
-        return [" ".join(word for column in columns for word in _strings(column[row])) for row in rows]
+        return _Texts(columns, len(self))
 
     def contents(self) -> Iterator[Any]:
         """All that is known of each sample, as JSON could have it: what is made of the same is the same."""
@@ -122,6 +207,7 @@ class Samples:
 
 
 LABELLING = ("label", "labels", "tags")  # roles of what is to be learned
+LONG = ("text", "words", "messages", "prompt", "completion")  # roles whose values are not held of a large file
 
 
 class Examination:
@@ -157,35 +243,51 @@ class Examination:
         """
         self.path, self._warnings = path, list[str]()
         grouping, names = ((), {}) if group is None else ((GROUP,), {GROUP: group})
-        table = _read_table(path, [(*form, *grouping) for form in forms], columns.model_dump() | names, encoding)
-        self.faults, self.rows = table.faults, len(table.rows) + len(table.faults)
-        there = [form for form in forms if not table.rows or set(form) <= set(table.roles)]
+        wanted, known = [(*form, *grouping) for form in forms], columns.model_dump() | names
+        table = _read_table(path, wanted, known, encoding)
+        is_held = isinstance(table.rows, list)
+        self.faults = table.faults
+        there = [form for form in forms if table.rows == [] or not table.roles or set(form) <= set(table.roles)]
         if first_counts:
             there = there[:1]
         # A form that is part of another one which is there as well says nothing against that.
         widest = [form for form in there if not any(set(form) < set(other) for other in there)]
         self.form = widest[0] if len(widest) == 1 else None
         certain = [role for role in widest[0] if all(role in form for form in widest)] if widest else []
-        self._lines = [line for line, _ in table.rows]
+        certain.sort(key=lambda role: role in LABELLING)
+        self._lines: MutableSequence[int] = [] if is_held else array("q")
         self._targets: list[Any] | None = None
         self._labels: tuple[str, ...] = ()
-        self._values: dict[str, list[Any]] = {}
-        for role in sorted(certain, key=lambda role: role in LABELLING):
-            given = [values[table.roles.index(role)] for _, values in table.rows]
-            if role == "image":
-                self._values[role] = self._check_images(given)
-            else:
-                column = getattr(columns, role)
-                self._values[role] = [
-                    self._looked_at(line, LOOKS[role], value, column)
-                    for line, value in zip(self._lines, given, strict=True)
-                ]
-        self._groups: list[Any] | None = None
-        if group is not None:
-            given = [values[table.roles.index(GROUP)] for _, values in table.rows]
-            self._groups = [
-                self._looked_at(line, _group, value, group) for line, value in zip(self._lines, given, strict=True)
-            ]
+        self._groups: list[Any] | None = None if group is None else []
+        self._values: dict[str, Sequence[Any]] = {}
+        held: dict[str, list[Any]] = {role: [] for role in certain if is_held or role not in LONG}
+        dims, bad = list[bool](), 0
+        for line, values in table.rows:
+            self._lines.append(line)
+            for role in certain:
+                value = values[table.roles.index(role)]
+                if role == "image":
+                    found = self._looked_at(line, self._look_at_image, value, dims)
+                else:
+                    found = self._looked_at(line, LOOKS[role], value, known[role])
+                if role in held:
+                    held[role].append(found)
+            if self._groups is not None:
+                self._groups.append(self._looked_at(line, _group, values[table.roles.index(GROUP)], group))
+            bad += line in self.faults
+        self.rows = len(self._lines) + len(self.faults) - bad
+        if not self.rows:
+            raise no_rows(path)
+        if warning := describe_dim(len(dims), sum(dims)):
+            self._warnings.append(f"{path}: {warning}")
+        cursor = _Cursor(
+            path,
+            partial(_read_table, path, wanted, known, encoding),
+            {role: known[role] for role in certain if role not in held},
+            self._lines,
+        )
+        for role in certain:
+            self._values[role] = held[role] if role in held else Column(cursor, role, range(len(self._lines)))
 
     def resolve(self, reader: Reader | None) -> None:
         """Reads each row's label as the task does; None if it has none."""
@@ -211,16 +313,18 @@ class Examination:
         """The samples that can be used, of a form that is known; raises what :meth:`fault` returns."""
         if (fault := self.fault(bad_rows, way_out)) is not None:
             raise fault
-        kept = [number for number, line in enumerate(self._lines) if line not in self.faults]
+        kept: Sequence[int] = range(len(self._lines))
+        if self.faults:
+            kept = [number for number, line in enumerate(self._lines) if line not in self.faults]
         return Samples(
             self.path,
-            {role: [values[number] for number in kept] for role, values in self._values.items()},
-            [self._lines[number] for number in kept],
-            None if self._targets is None else [self._targets[number] for number in kept],
+            {role: _chosen(values, kept) for role, values in self._values.items()},
+            self._lines if len(kept) == len(self._lines) else _chosen(self._lines, kept),
+            None if self._targets is None else list(_chosen(self._targets, kept)),
             len(self.faults),
             (*self._warnings, *([f"skipped: {self.faults.error(self.rows)}"] if self.faults else [])),
             self._labels,
-            None if self._groups is None else [self._groups[number] for number in kept],
+            None if self._groups is None else list(_chosen(self._groups, kept)),
         )
 
     def _looked_at(self, line: int, look: Callable[..., Any], *given: Any) -> Any:
@@ -230,22 +334,14 @@ class Examination:
             self.faults.add(line, found.message, found.remedy)
             return None
 
-    def _check_images(self, given: Sequence[Any]) -> list[ImageFile | None]:
-        """Where the images are, each of which was opened and decoded once."""
-        dims: list[bool] = []
-
-        def look(name: Any) -> ImageFile:
-            try:
-                image, opened = (name if isinstance(name, ImageFile) else self._image_of(name)).look()
-            except DataError as error:
-                raise Unusable(error.message, error.remedy) from None
-            dims.extend([] if opened.dim is None else [opened.dim])
-            return image
-
-        images = [self._looked_at(line, look, name) for line, name in zip(self._lines, given, strict=True)]
-        if warning := describe_dim(len(dims), sum(dims)):
-            self._warnings.append(f"{self.path}: {warning}")
-        return images
+    def _look_at_image(self, name: Any, dims: list[bool]) -> ImageFile:
+        """Where it is; it was opened and decoded once. Adds to `dims`, of an image of 16 bits, whether it is dim."""
+        try:
+            image, opened = (name if isinstance(name, ImageFile) else self._image_of(name)).look()
+        except DataError as error:
+            raise Unusable(error.message, error.remedy) from None
+        dims.extend([] if opened.dim is None else [opened.dim])
+        return image
 
     def _image_of(self, name: Any) -> ImageFile:
         name = _seen("image", name, "image path", "fill it in, or remove the row")
@@ -305,7 +401,7 @@ def _label(value: Any, column: str) -> Any:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(int(value))
-    return _string(column, value, "label", "give the row a label, or remove the row").strip()
+    return sys.intern(_string(column, value, "label", "give the row a label, or remove the row").strip())
 
 
 def _labels(value: Any, column: str) -> list[Any]:
@@ -367,6 +463,13 @@ LOOKS: dict[str, Callable[[Any, str], Any]] = {
     "labels": _labels,
     "tags": _tags,
 }
+
+
+def _or_none(look: Callable[..., Any], *given: Any) -> Any:
+    try:
+        return look(*given)
+    except Unusable:
+        return None
 
 
 def _existing(directory: Path, name: str) -> Path | None:
