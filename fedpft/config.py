@@ -705,7 +705,7 @@ class SiloDataSection(Section):
     """The institution's own labelled data."""
 
     path: Path = Field(
-        description="CSV, TSV or the like, with a header line, JSON lines, or Parquet, also a directory of these; or "
+        description="CSV, TSV or the like, with a header line, JSON lines, Parquet or a directory of it; or "
         "images without a table: a directory with one directory a label, or WebDataset shards (data.md)."
     )
     columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Which columns hold what.")
