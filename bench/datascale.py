@@ -48,6 +48,7 @@ IMAGE_SIDE = 64
 PIXELS_SIDE = 112  # that a model sees
 WORDS = 5000
 WORDS_IN_TEXT = 150
+MAX_TOKENS = 256
 BATCH = 32
 SAMPLED_SECONDS = 0.005
 
@@ -57,6 +58,7 @@ class Case:
     """One process.
 
     data: the data path.
+    held_bytes: a file of texts up to this size is held in any case.
     cache: the file for token ids; None for images, and where all is held.
     """
 
@@ -64,6 +66,7 @@ class Case:
     way: str
     data: Path
     processor: Path
+    held_bytes: int
     cache: Path | None = None
 
 
@@ -72,15 +75,14 @@ def measured(case: Case) -> dict[str, Any]:
     torch.set_num_threads(multiprocessing.cpu_count())
     task, seconds = TASKS[case.task], dict[str, float]()  # type: ignore[index]
     processor = _processor(case)
-    if case.way == "held":
-        rows.HELD_BYTES = 1 << 60
+    rows.HELD_BYTES = 1 << 60 if case.way == "held" else case.held_bytes
     reset_peak()
     with _anonymous() as anonymous:
         before, before_anonymous = peak_resident_bytes(), anonymous[0]
         with _timed(seconds, "look"):
             samples = read_samples(case.data, ColumnsSection(), task.forms, task.reader(LABELS))
         with _timed(seconds, "encode"):
-            dataset = task.encode(samples, processor, 128, cache=case.cache)
+            dataset = task.encode(samples, processor, MAX_TOKENS, cache=case.cache)
             if case.way == "held":
                 dataset = _held(dataset)
         with _timed(seconds, "epoch"):
@@ -191,19 +193,19 @@ def _processor(case: Case) -> Any:
 # --- all cases --------------------------------------------------------------------------------------------------------
 
 
-def cases(root: Path, images: int, text_bytes: int) -> Iterator[Case]:
+def cases(root: Path, images: int, text_bytes: int, held_bytes: int) -> Iterator[Case]:
     """Each one's data is made when it is its turn."""
     processors = write_processors(root / "processors")
     for share in (GROWTH, 1):
         directory = write_images(root / f"images-{share}", images // share)
         for way in ("on demand", "held"):
-            yield Case("image-classification", way, directory, processors["image-classification"])
+            yield Case("image-classification", way, directory, processors["image-classification"], held_bytes)
         shutil.rmtree(directory)
     for share in (GROWTH, 1):
         path, cache = write_texts(root / f"{share}.jsonl", text_bytes // share), root / f"{share}.safetensors"
         for way in ("tokenised", "found", "held"):
             kept = None if way == "held" else cache
-            yield Case("sequence-classification", way, path, processors["sequence-classification"], kept)
+            yield Case("sequence-classification", way, path, processors["sequence-classification"], held_bytes, kept)
         path.unlink()
         cache.unlink()
 
@@ -227,6 +229,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.datascale", description=str(__doc__).split("\n")[0])
     parser.add_argument("--images", type=int, default=20_000, help="of the larger case; the smaller has a quarter")
     parser.add_argument("--gigabytes", type=float, default=0.4, help="of text, the same")
+    parser.add_argument("--held-mib", type=int, default=rows.HELD_BYTES >> 20, help="texts up to this size are held")
     parser.add_argument("--json", type=Path, default=RESULT)
     arguments = parser.parse_args()
 
@@ -235,12 +238,19 @@ def main() -> int:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["bench.datascale", "transformers"])
         with tempfile.TemporaryDirectory() as root:
-            for case in cases(Path(root), arguments.images, int(arguments.gigabytes * 1e9)):
+            texts, held_bytes = int(arguments.gigabytes * 1e9), arguments.held_mib << 20
+            for case in cases(Path(root), arguments.images, texts, held_bytes):
                 with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as child:
                     found.append(child.submit(measured, case).result())
                 print("\n".join(table(found[-1:])[2 if len(found) > 1 else 0 :]), flush=True)
-        sizes = {"image_side": IMAGE_SIDE, "pixels_side": PIXELS_SIDE, "words_in_text": WORDS_IN_TEXT, "batch": BATCH}
-        results = {**provenance("cpu"), **sizes, "rows": found}
+        settings = {
+            "image_side": IMAGE_SIDE,
+            "pixels_side": PIXELS_SIDE,
+            "words_in_text": WORDS_IN_TEXT,
+            "batch": BATCH,
+            "held_bytes": held_bytes,
+        }
+        results = {**provenance("cpu"), **settings, "rows": found}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     return run_command(command)
