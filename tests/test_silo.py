@@ -788,7 +788,7 @@ def test_a_new_federation_finds_nothing_of_the_old_one(
     assert trainings == [1]
     assert len(server.asked("OfferUpdate")) == 1
     left = {path.name.partition("-")[0] for path in config.work.iterdir()}
-    assert left == {"lock", "id", "audit.jsonl", "federation.json", "proxy"}
+    assert left == {"lock", "id", "audit.jsonl", "federation.json", "proxy", "cache"}
     assert record.read_bytes().startswith(before)
 
 
