@@ -746,7 +746,10 @@ class ShareSection(Section):
 class SiloDataSection(Section):
     """The institution's own labelled data."""
 
-    path: Path = Field(description="CSV, TSV or the like, with a header line, JSON lines, or Parquet (data.md).")
+    path: Path = Field(
+        description="CSV, TSV or the like, with a header line, JSON lines, Parquet or a directory of it; or "
+        "images without a table: a directory with one directory a label, or WebDataset shards (data.md)."
+    )
     columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Which columns hold what.")
     encoding: str | None = Field(
         None, description="The file's encoding, such as `cp1252`; default: UTF-8, or what its byte order mark says."

@@ -97,7 +97,7 @@ def train_round(
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round, *ranks.others))
         most = min(limits.max_batch or training.batch, ranks.largest(training.batch))
         order = lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed)
-        for step, lot in enumerate(order):
+        for step, lot in enumerate(dataset.ahead(order)):
             optimizer.zero_grad()  # at the start: a round that failed on this model left gradients
             for group in optimizer.param_groups:
                 done = (round - 1 + step / steps) / training.rounds

@@ -143,7 +143,7 @@ def test_digits_become_image_files(tmp_path: Path) -> None:
     silos = [IMAGE.read_labelled(path, COLUMNS, labels) for path in data.silos.values()]
     test = IMAGE.read_labelled(data.test, COLUMNS, labels)
     public = IMAGE.read_public(data.public, COLUMNS)["image"]
-    numbers = [Path(image).name for image in [*sum((s["image"] for s in silos), []), *test["image"], *public]]  # noqa: RUF017
+    numbers = [Path(image.path).name for image in [*sum((s["image"] for s in silos), []), *test["image"], *public]]  # noqa: RUF017
     assert len(set(numbers)) == len(numbers) == 62
     for name, samples in zip(data.silos, silos, strict=True):
-        assert all(Path(image).is_relative_to(tmp_path / "silos" / name) for image in samples["image"])
+        assert all(Path(image.path).is_relative_to(tmp_path / "silos" / name) for image in samples["image"])

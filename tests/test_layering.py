@@ -33,7 +33,7 @@ BESIDE = {
 }
 # The files of a room, each of which imports of its own room only files that stand before it.
 ORDER = {
-    "data": ("rows", "batches", "images", "chat", "samples", "text", "language", "partition"),
+    "data": ("rows", "batches", "cache", "images", "imagesets", "chat", "samples", "text", "language", "partition"),
     "aggregation": ("mean", "robust", "server_optimizer"),
     "tasks": (
         "vocabulary_loss",

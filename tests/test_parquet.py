@@ -150,7 +150,7 @@ def test_a_file_that_is_not_there_or_a_directory_is_one_clear_error(tmp_path: Pa
     with pytest.raises(DataError, match=r"a\.parquet: no such file"):
         read_rows(tmp_path / "a.parquet", [("text",)], TEXT_AND_LABEL)
     (tmp_path / "a.parquet").mkdir()
-    with pytest.raises(DataError, match=r"a\.parquet: cannot be read \(Is a directory\)"):
+    with pytest.raises(DataError, match=r"a\.parquet: holds neither Parquet files nor images"):
         read_rows(tmp_path / "a.parquet", [("text",)], TEXT_AND_LABEL)
 
 

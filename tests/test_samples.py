@@ -268,7 +268,7 @@ def test_bad_data_is_one_line_with_place_and_remedy(tmp_path: Path, fault: str) 
 
 def test_a_directory_is_no_data_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").mkdir()
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="holds neither Parquet files nor images"):
         read_unlabelled(tmp_path / "a.csv", COLUMNS, TEXT)
 
 
@@ -497,7 +497,10 @@ def test_images_are_found_beside_the_data_file(tmp_path: Path) -> None:
         Image.new("L", (4, 3)).save(tmp_path / name)
     path = written(tmp_path, "a.csv", "image,label\ndark.png ,sport\nsub/ha\u0308ll.png,science\n")
     samples = read_labelled(path, COLUMNS, IMAGE, LABELS)
-    assert samples["image"] == [str(tmp_path / "dark.png"), str(tmp_path / "sub/h\u00e4ll.png")]
+    assert [image.path for image in samples["image"]] == [
+        str(tmp_path / "dark.png"),
+        str(tmp_path / "sub/h\u00e4ll.png"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["gone.png", "sub", "x" * 5000, "a\0.png", "\\ud800.png"])
@@ -530,7 +533,7 @@ def test_all_unreadable_images_are_named_with_their_lines(tmp_path: Path, damage
         read_unlabelled(path, COLUMNS, IMAGE)
     assert "\n" not in str(raised.value)
     examination = Examination(path, COLUMNS, IMAGE.public_forms)
-    assert examination.samples("skip")["image"] == [str(tmp_path / "b.jpg")]
+    assert [image.path for image in examination.samples("skip")["image"]] == [str(tmp_path / "b.jpg")]
 
 
 def test_dim_16_bit_images_are_a_warning_of_the_file(tmp_path: Path) -> None:
@@ -558,7 +561,7 @@ def test_a_column_of_groups_is_read_beside_the_samples(name: str, tmp_path: Path
     samples = read_samples(path, COLUMNS, TEXT.forms, TEXT.reader(LABELS), group="Ward")
     assert samples.groups == ["north", "St. Ann", "7"]
     assert samples.values.keys() == {"text", "label"}
-    assert samples.texts() == ["first", "second", "third"]
+    assert list(samples.texts()) == ["first", "second", "third"]
     assert TEXT.read_labelled(path, COLUMNS, LABELS).groups is None
 
 

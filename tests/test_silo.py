@@ -788,7 +788,7 @@ def test_a_new_federation_finds_nothing_of_the_old_one(
     assert trainings == [1]
     assert len(server.asked("OfferUpdate")) == 1
     left = {path.name.partition("-")[0] for path in config.work.iterdir()}
-    assert left == {"lock", "id", "audit.jsonl", "federation.json", "proxy"}
+    assert left == {"lock", "id", "audit.jsonl", "federation.json", "proxy", "cache"}
     assert record.read_bytes().startswith(before)
 
 
@@ -916,7 +916,7 @@ def test_images_are_part_of_the_data(tmp_path: Path) -> None:
     assert data.changed() not in (None, change)
 
 
-def test_an_image_that_changes_between_rounds_is_noticed(
+def test_an_image_that_changes_between_rounds_ends_the_silo_and_counts_when_it_is_started_again(
     server: Server, make_fm: Callable[[str], torch.nn.Module], tmp_path: Path
 ) -> None:
     for name, grey in (("a.png", 0), ("b.png", 200)):
@@ -935,7 +935,8 @@ def test_an_image_that_changes_between_rounds_is_noticed(
     server.tasks = [pb.NextTaskResponse(train=pb.Train(round=round, adapter=start)) for round in (1, 2)]
     server.mischief["OfferUpdate"] = [lambda _: Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "a.png")]
     config = silo_config(tmp_path, server.address)
-    run(config)
+    with pytest.raises(DataError, match=r"image .*a\.png changed since it was looked at"):
+        run(config)
     run(config)
     between, later = data_changes(config)
     assert (between["round"], between["effect"]) == (2, "at the next start")

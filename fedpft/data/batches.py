@@ -5,7 +5,7 @@ M  samples in one batch
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class EncodedDataset(ABC):
         inputs = self._inputs(indices)
         return inputs if self.labels is None else {**inputs, "labels": self.labels[indices]}
 
+    def ahead(self, lots: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The lots, (M,) int64 each, from one whose :meth:`batch` may begin with the next before it is asked for it."""
+        return iter(lots)
+
     @abstractmethod
     def _inputs(self, indices: Tensor) -> dict[str, Tensor]: ...
 
@@ -83,7 +87,7 @@ def training_order(samples: int, start: int, count: int, seed: int) -> Tensor:
 
 def batches(dataset: EncodedDataset, *, batch: int, start: int, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """The samples of :func:`lots` as a model takes them."""
-    return map(dataset.batch, lots(dataset, batch=batch, start=start, count=count, seed=seed))
+    return map(dataset.batch, dataset.ahead(lots(dataset, batch=batch, start=start, count=count, seed=seed)))
 
 
 def lots(dataset: EncodedDataset, *, batch: int, start: int, count: int, seed: int) -> Iterator[Tensor]:
@@ -120,7 +124,7 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """(indices, batch) over the `chosen` samples, (m,) int64 (default: all), in order of length."""
     chosen = torch.arange(len(dataset)) if chosen is None else chosen
-    for indices in _split(chosen[dataset.lengths[chosen].argsort(stable=True)], batch):
+    for indices in dataset.ahead(_split(chosen[dataset.lengths[chosen].argsort(stable=True)], batch)):
         yield indices, dataset.batch(indices)
 
 

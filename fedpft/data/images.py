@@ -3,13 +3,18 @@
 What Pillow would convert wrongly, or to a part of what the file holds, is refused by name.
 
     n     images in a dataset
+    M     images in one batch
     C     colours
     H, W  height and width of an image
 """
 
+import hashlib
+import io
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +38,8 @@ GREY_STEPS = {"L;2": 85, "L;4": 17}  # of PNG's few-bit greys on the scale of 8 
 
 REPLACE = "replace it or remove the row"
 SAVE_AS_RGB = "save it as PNG or TIFF of 8 bits a colour, grey or RGB"
+AHEAD = 64  # images that are begun before their batch is asked for, to a whole batch: 38 MB of 224 x 224 pixels
+MOST_DECODERS = 16  # threads
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,60 @@ class Opened:
     dim: bool | None
 
 
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """Where the bytes of an image are, and which they were when it was looked at.
+
+    path: of its file, or of the archive that it stands in.
+    member: its name in the archive, where it has `size` bytes from `offset` on; empty: it is all of the file.
+    digest: SHA-256 of its bytes then; empty before.
+    """
+
+    path: str
+    member: str = ""
+    offset: int = 0
+    size: int = -1
+    digest: bytes = b""
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.member}" if self.member else self.path
+
+    def look(self) -> tuple["ImageFile", Opened]:
+        """The same with its digest, and the image; errors as of :func:`open_image`."""
+        content = _content(self)
+        return replace(self, digest=hashlib.sha256(content).digest()), _decoded(content, self)
+
+    def open(self) -> Opened:
+        """The image that was looked at; DataError if it is another now, or gone."""
+        content = _content(self)
+        if hashlib.sha256(content).digest() != self.digest:
+            raise DataError(f"image {self} changed since it was looked at", "start again when nothing writes there")
+        return _decoded(content, self)
+
+
 def open_image(path: Path | str) -> Opened:
     """Reads an image, upright, in RGB; DataError if it cannot be read, or there is no rule for its kind."""
+    return ImageFile(str(path)).look()[1]
+
+
+def _content(image: ImageFile) -> bytes:
+    try:
+        with open(image.path, "rb") as file:
+            file.seek(image.offset)
+            return file.read(image.size)
+    except (OSError, ValueError) as error:
+        raise _unreadable(image, error) from None
+
+
+def _unreadable(image: ImageFile, error: Exception) -> DataError:
+    reason = one_line(error) or type(error).__name__
+    return DataError(f"image {image} cannot be read ({reason})", f"{REPLACE}; PNG, JPEG and TIFF are read")
+
+
+def _decoded(content: bytes, path: ImageFile) -> Opened:
     try:
         # Not by its path: of a TIFF that it can map into memory Pillow mixes up width and height if it is to be turned.
-        with open(path, "rb") as file, _opened(file) as opened:
+        with _opened(io.BytesIO(content)) as opened:
             _check_frames(path, opened)
             depth, raw = _depth(opened), _raw_mode(opened)
             opened.load()
@@ -65,8 +121,7 @@ def open_image(path: Path | str) -> Opened:
     except DataError:
         raise
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
-        reason = one_line(error) or type(error).__name__
-        raise DataError(f"image {path} cannot be read ({reason})", f"{REPLACE}; PNG, JPEG and TIFF are read") from None
+        raise _unreadable(path, error) from None
 
 
 def _opened(file: BinaryIO) -> Image.Image:
@@ -75,7 +130,7 @@ def _opened(file: BinaryIO) -> Image.Image:
         return Image.open(file)
 
 
-def _check_frames(path: Path | str, image: Image.Image) -> None:
+def _check_frames(path: ImageFile, image: Image.Image) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format not in PRIMARY_FIRST:
         raise DataError(
@@ -126,7 +181,7 @@ def _deep(image: Image.Image, bits: int, *, inverted: bool) -> Opened:
     return Opened(Image.fromarray(grey).convert("RGB"), dim)
 
 
-def _eight_bits(path: Path | str, image: Image.Image, kind: str | None, raw: str) -> Image.Image:
+def _eight_bits(path: ImageFile, image: Image.Image, kind: str | None, raw: str) -> Image.Image:
     """Every mode of 8 bits or fewer; what is transparent shows the background."""
     mode, key = image.mode, image.info.get("transparency")
     if mode in ("I", "F") or mode.startswith("I;"):
@@ -162,19 +217,79 @@ def describe_dim(deep: int, dim: int) -> str | None:
 class ImageDataset(EncodedDataset):
     """Images as the model's image processor prepares them."""
 
-    def __init__(self, pixel_values: Tensor, labels: Tensor | None) -> None:
+    def __init__(self, pixel_values: "Tensor | ImagePixels", labels: Tensor | None) -> None:
         """Args:
         pixel_values: (n, C, H, W) float32. labels: (n,) int64.
         """
         self.pixel_values, self.labels = pixel_values, labels
         self.lengths = torch.ones(len(pixel_values), dtype=torch.int64)
 
+    def ahead(self, lots: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Prepares the images of the next lots while a model is busy with one."""
+        return iter(lots) if isinstance(self.pixel_values, Tensor) else self.pixel_values.ahead(lots)
+
     def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": self.pixel_values[indices]}
 
 
-def encode_images(paths: Sequence[str], processor: Any, labels: Tensor | None) -> ImageDataset:
-    """Has the FM's image processor prepare images; DataError names one that has changed since it was looked at."""
-    images = (open_image(path).image for path in paths)
-    pixels = [processor(images=image, return_tensors="pt")["pixel_values"][0].float() for image in images]
-    return ImageDataset(torch.stack(pixels), labels)
+class ImagePixels:
+    """Images that stay on disk: each is decoded and prepared when its batch is asked for, or a little earlier.
+
+    In threads, of which Pillow and NumPy let several run at once. What comes out is the same with any number of them.
+    """
+
+    def __init__(self, images: Sequence[ImageFile], prepare: Callable[[Image.Image], Tensor]) -> None:
+        """Args:
+        images: n that were looked at.
+        prepare: makes (C, H, W) float32 of one.
+        """
+        self._images, self._prepare = images, prepare
+        self._threads: ThreadPoolExecutor | None = None
+        self._begun: dict[int, Future[Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """(M, C, H, W) float32 of (M,) int64; DataError names an image that changed since it was looked at."""
+        pixels = [self._begun.pop(index) if index in self._begun else self._begin(index) for index in indices.tolist()]
+        return torch.stack([each.result() for each in pixels])
+
+    def ahead(self, lots: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The lots; when one comes out, so many of the next are begun that they hold AHEAD images."""
+        waiting: deque[Tensor] = deque()
+        try:
+            for lot in lots:
+                for index in lot.tolist():
+                    if index not in self._begun:
+                        self._begun[index] = self._begin(index)
+                waiting.append(lot)
+                while sum(map(len, waiting)) - len(waiting[0]) >= AHEAD:
+                    yield waiting[0]
+                    waiting.popleft()
+            while waiting:
+                yield waiting[0]
+                waiting.popleft()
+        finally:  # nobody may want them any more
+            for lot in waiting:
+                for index in lot.tolist():
+                    if (pixels := self._begun.pop(index, None)) is not None:
+                        pixels.cancel()
+
+    def _begin(self, index: int) -> Future[Tensor]:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(min(MOST_DECODERS, torch.get_num_threads()), "decode")
+        return self._threads.submit(self._pixels, self._images[index])
+
+    def _pixels(self, image: ImageFile) -> Tensor:
+        return self._prepare(image.open().image)
+
+
+def encode_images(images: Sequence[ImageFile], processor: Any, labels: Tensor | None) -> ImageDataset:
+    """Has the FM's image processor prepare images that were looked at, as their batches are asked for."""
+
+    def prepare(image: Image.Image) -> Tensor:
+        pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels.float()
+
+    return ImageDataset(ImagePixels(images, prepare), labels)

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from fedpft.data.chat import Learnt
-from fedpft.data.text import TextDataset
+from fedpft.data.text import TextDataset, end_to_end
 
 NOT_LEARNED = -100  # as transformers marks a label that is none
+TENSORS = {"lengths": torch.int64, "tokens": torch.int32, "learned": torch.bool}
+
+
+def learnt(rows: Sequence[Learnt], *, everything: bool = False) -> dict[str, Tensor]:
+    """`tokens`, `learned` and `lengths` of a LanguageDataset, for its next rows; everything: as of its `of`."""
+    learned = [at > 0 and (everything or each) for row in rows for at, each in enumerate(row.learned)]
+    return {**end_to_end([row.tokens for row in rows]), "learned": torch.tensor(learned, dtype=torch.bool)}
 
 
 class LanguageDataset(TextDataset):
@@ -31,21 +38,17 @@ class LanguageDataset(TextDataset):
 
     def __init__(self, tokens: Tensor, learned: Tensor, lengths: Tensor, padding: int) -> None:
         """Args:
-        tokens: (sum of lengths,) int32. learned: as long, bool. lengths: (n,) int64. padding: id that fills a batch.
+        tokens: (sum of lengths,) int32. learned: as long, bool, False for the first of each row. lengths: (n,) int64.
+        padding: id that fills a batch.
         """
         super().__init__(tokens, lengths, padding, None)
-        self.learned = learned.clone()
-        self.learned[self.starts] = False
+        self.learned = learned
 
     @classmethod
     def of(cls, rows: Sequence[Learnt], padding: int, *, everything: bool = False) -> "LanguageDataset":
         """everything: all of each row is learned, prompts too, as public text is."""
-        return cls(
-            torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int32),
-            torch.tensor([everything or learned for row in rows for learned in row.learned], dtype=torch.bool),
-            torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
-            padding,
-        )
+        found = learnt(rows, everything=everything)
+        return cls(found["tokens"], found["learned"], found["lengths"], padding)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -62,8 +65,7 @@ class LanguageDataset(TextDataset):
     @property
     def targets(self) -> Tensor:
         """(n,) int64: the tokens of each row that are learned."""
-        total = torch.cat([torch.zeros(1, dtype=torch.int64), self.learned.cumsum(0)])
-        return total[self.starts + self.lengths] - total[self.starts]
+        return torch.stack([row.sum() for row in self.learned.split(self.lengths.tolist())])
 
     def question(self, index: int) -> tuple[Tensor, Tensor]:
         """A row's context up to its last run of learned tokens, and that run: what generates, and what it should be."""

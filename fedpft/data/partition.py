@@ -238,8 +238,10 @@ def write_split(samples: Samples, parts: Mapping[str, Tensor], directory: Path) 
         parts: silo -> (m,) int64, which samples it has.
 
     Raises:
-        ConfigError: one of the files is there already; then none is written.
+        ConfigError: one of the files is there already, or images stand in a shard; then none is written.
     """
+    if any(image.member for image in samples.values.get("image", ())):
+        raise ConfigError(f"{samples.path}: holds images that no row of a table can name", "unpack it into a directory")
     paths = {silo: directory / f"{silo}.jsonl" for silo in parts}
     if there := next((path for path in paths.values() if os.path.lexists(path)), None):
         raise ConfigError(f"{there}: is there already", "write to another directory, or remove what is in this one")
@@ -247,6 +249,6 @@ def write_split(samples: Samples, parts: Mapping[str, Tensor], directory: Path) 
         dealt = samples.subset(part)
         columns = dealt.values | ({} if dealt.groups is None else {GROUP: dealt.groups})
         if "image" in columns:
-            columns["image"] = [str(Path(path).absolute()) for path in columns["image"]]
+            columns["image"] = [str(Path(image.path).absolute()) for image in columns["image"]]
         rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         atomic.write_text(paths[silo], "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))

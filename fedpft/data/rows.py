@@ -11,14 +11,17 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedpft.config import BadRows
 from fedpft.errors import DataError
 
+Row = tuple[int, list[Any]]
 Form = tuple[str, ...]  # the roles of the columns that make a row, which are the keys under `columns` in the YAML file
 GROUP = "group"  # the role of a column that is no part of a sample, by which a file is dealt out
 GROUP_KEY = "simulation.partition.column"
@@ -34,6 +37,9 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+STREAMED = ("utf-8", "utf-16", "utf-32")  # of lines in other encodings the file is held in memory
+ROWS_AT_ONCE = 1024  # of Parquet
+HELD_BYTES = 64 << 20  # of files; the rows of larger ones are read again whenever they are wanted
 NO_TEXT = {b"PK\x03\x04": "a workbook or a ZIP archive", b"\xd0\xcf\x11\xe0": "an old workbook", b"\x1f\x8b": "gzipped"}
 SAVE_AS_CSV = "in a spreadsheet program save it as CSV UTF-8; unpack an archive"
 NAME_THE_ENCODING = (
@@ -61,8 +67,11 @@ class Unusable(Exception):
 class RowFaults:
     """What is wrong with single rows of a file."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, place: Callable[[int], str] | None = None) -> None:
+        """Args:
+        place: what a row is called in messages, by its line; None: file and line.
+        """
+        self._path, self._place = path, place
         self._found: dict[int, list[tuple[str, str]]] = {}
 
     def add(self, line: int, message: str, remedy: str) -> None:
@@ -100,8 +109,12 @@ class RowFaults:
         remedies = list(dict.fromkeys(remedy for *_, remedy in found))
         if len(found) == 1:
             ((line, message, remedy),) = found
-            return DataError(f"{self._path}:{line}: {message}", remedy + way_out)
-        shown = [f"{self._path.name}:{line}: {message}" for line, message, _ in found[:SHOWN_FAULTS]]
+            place = self._place(line) if self._place else f"{self._path}:{line}"
+            return DataError(f"{place}: {message}", remedy + way_out)
+        shown = [
+            f"{self._place(line) if self._place else f'{self._path.name}:{line}'}: {message}"
+            for line, message, _ in found[:SHOWN_FAULTS]
+        ]
         more = [f"and {len(found) - SHOWN_FAULTS} faults more"] if len(found) > SHOWN_FAULTS else []
         return DataError(
             f"{self._path}: {len(self)} of {rows} rows cannot be used: {'; '.join(shown + more)}",
@@ -116,12 +129,13 @@ class Table:
     roles: which they are, the keys under `columns` in the YAML file.
     rows: for each row the line where it begins, or in Parquet its number from 1, and its values in the order of
         `roles`: strings, or what JSON can say, objects as dicts. A null is an empty string, as an empty cell is.
-    faults: of the rows that are not among them.
+        A list; of a file of more than HELD_BYTES what reads them, once, unless its kind has to be read whole.
+    faults: of the rows that are not among them, as far as those were read.
     """
 
     roles: tuple[str, ...]
     faults: RowFaults
-    rows: list[tuple[int, list[Any]]] = field(default_factory=list)
+    rows: Iterable[Row] = field(default_factory=list)
 
 
 def read_text(path: Path, encoding: str | None = None) -> str:
@@ -138,17 +152,8 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     except OSError as error:
         raise _unreadable(path, error) from None
     if not data.strip():
-        raise DataError(f"{path}: the file is empty", "write a header line and one row a sample")
-    if what := next((what for start, what in NO_TEXT.items() if data.startswith(start)), None):
-        raise DataError(f"{path}: is {what}, not text", SAVE_AS_CSV)
-    codec = next((codec for mark, codec in MARKS if data.startswith(mark)), encoding)
-    if codec is None and data[:1024].count(0) * 4 > len(data[:1024]):
-        likely = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
-        raise DataError(
-            f"{path}: has zero bytes between the letters, as UTF-16 without a byte order mark has",
-            f"set data.encoding in silo.yaml, or encoding in server.yaml, to {likely}; or save it as UTF-8",
-        )
-    codec = codec or "utf-8"
+        raise _empty(path)
+    codec = _codec(path, data, encoding)
     try:
         text = data.decode(codec).removeprefix("\ufeff").removesuffix("\x1a")  # DOS's end of a file
     except UnicodeDecodeError as error:
@@ -159,8 +164,26 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     except UnicodeError as error:  # punycode's, which names no byte
         raise DataError(f"{path}: is not {codec.upper()} ({one_line(error)})", NAME_THE_ENCODING) from None
     if not text.strip():
-        raise DataError(f"{path}: the file is empty", "write a header line and one row a sample")
+        raise _empty(path)
     return text
+
+
+def _empty(path: Path) -> DataError:
+    return DataError(f"{path}: the file is empty", "write a header line and one row a sample")
+
+
+def _codec(path: Path, start: bytes, encoding: str | None) -> str:
+    """How a file is encoded that begins so; DataError if it is no text."""
+    if what := next((what for magic, what in NO_TEXT.items() if start.startswith(magic)), None):
+        raise DataError(f"{path}: is {what}, not text", SAVE_AS_CSV)
+    codec = next((codec for mark, codec in MARKS if start.startswith(mark)), encoding)
+    if codec is None and start[:1024].count(0) * 4 > len(start[:1024]):
+        likely = "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
+        raise DataError(
+            f"{path}: has zero bytes between the letters, as UTF-16 without a byte order mark has",
+            f"set data.encoding in silo.yaml, or encoding in server.yaml, to {likely}; or save it as UTF-8",
+        )
+    return codec or "utf-8"
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
@@ -181,10 +204,10 @@ def read_rows(path: Path, forms: Sequence[Form], columns: Mapping[str, str], enc
         DataError: the file as a whole cannot be used.
     """
     kind, asked = path.suffix.lower(), _Columns(forms, columns)
-    if kind == ".parquet":
-        table = _parquet_table(path, asked)
+    if kind == ".parquet" or path.is_dir():
+        table = _arrow_table(path, asked)
     elif kind == ".jsonl":
-        table = _json_table(path, read_text(path, encoding), asked)
+        table = _json_table(path, encoding, asked)
     elif kind in SEPARATORS:
         table = _csv_table(path, read_text(path, encoding), kind, asked)
     else:
@@ -192,8 +215,13 @@ def read_rows(path: Path, forms: Sequence[Form], columns: Mapping[str, str], enc
             f"{path}: unknown kind of data file {kind!r}", f"use .csv, .tsv, .jsonl or .parquet; {SAVE_AS_CSV}"
         )
     if not table.rows and not table.faults:
-        raise DataError(f"{path}: a header but no rows", "write one row a sample")
+        raise no_rows(path)
     return table
+
+
+def no_rows(path: Path) -> DataError:
+    """Of a file in which nothing is wrong, and nothing is."""
+    return DataError(f"{path}: a header but no rows", "write one row a sample")
 
 
 class _Columns:
@@ -300,19 +328,19 @@ def _separated(path: Path, text: str, separator: str, first_line: int, columns: 
     except _Missing as missing:
         message, remedy = missing.args
         raise DataError(f"{path}:{line}: {message}", remedy) from None
-    table = Table(tuple(found), faults)
+    rows: list[Row] = []
     # without the empty columns that spreadsheets append
     width = 1 + max(number for number, cell in enumerate(header) if cell.strip() or number in found.values())
     for line, record in records:
         if len(record) < width or any(cell.strip() for cell in record[width:]):
-            table.faults.add(
+            faults.add(
                 line,
                 f"the row has {len(record)} fields, the header {width}",
                 'put fields that hold a separator or a line end between double quotes, and write " in them twice',
             )
         else:
-            table.rows.append((line, [record[position] for position in found.values()]))
-    return table
+            rows.append((line, [record[position] for position in found.values()]))
+    return Table(tuple(found), faults, rows)
 
 
 def _records(
@@ -346,32 +374,76 @@ def _records(
 # --- JSON lines -------------------------------------------------------------------------------------------------------
 
 
-def _json_table(path: Path, text: str, columns: _Columns) -> Table:
-    table = Table((), RowFaults(path))
-    for line, written in enumerate(_lines(text), 1):
+def _json_table(path: Path, encoding: str | None, columns: _Columns) -> Table:
+    faults = RowFaults(path)
+    roles = next((roles for roles, _ in _json_rows(path, encoding, columns, RowFaults(path))), ())
+    rows = (row for _, row in _json_rows(path, encoding, columns, faults))
+    return Table(roles, faults, _held([path], rows))
+
+
+def _held(files: Sequence[Path], rows: Iterator[Row]) -> Iterable[Row]:
+    """The rows of small files as a list."""
+    return rows if sum(file.stat().st_size for file in files) > HELD_BYTES else list(rows)
+
+
+def _json_rows(
+    path: Path, encoding: str | None, columns: _Columns, faults: RowFaults
+) -> Iterator[tuple[tuple[str, ...], Row]]:
+    """The rows, each with the roles that the first one has."""
+    roles: tuple[str, ...] = ()
+    for line, written in enumerate(_text_lines(path, encoding), 1):
         if not written.strip():
             continue
         try:
             row = json.loads(written, object_pairs_hook=tuple)  # pairs, so that a key that is there twice shows
         except (ValueError, RecursionError) as error:
-            table.faults.add(line, f"malformed JSON ({one_line(error)})", "write one JSON object on each line")
+            faults.add(line, f"malformed JSON ({one_line(error)})", "write one JSON object on each line")
             continue
         if not isinstance(row, tuple):
-            table.faults.add(line, "not a JSON object", 'write {"text": ..., "label": ...} on each line')
+            faults.add(line, "not a JSON object", 'write {"text": ..., "label": ...} on each line')
             continue
         try:
             found = columns.find([key for key, _ in row])
             values = [_plain(row[position][1]) for position in found.values()]
-            table.roles = table.roles or tuple(found)
-            if tuple(found) != table.roles:
+            roles = roles or tuple(found)
+            if tuple(found) != roles:
                 raise _Missing(
                     f"other columns than the rows above: {listed([key for key, _ in row])}", "write the same"
                 )
         except _Missing as missing:
-            table.faults.add(line, *missing.args)
+            faults.add(line, *missing.args)
         else:
-            table.rows.append((line, values))
-    return table
+            yield roles, (line, values)
+
+
+def _text_lines(path: Path, encoding: str | None) -> Iterator[str]:
+    """The lines of :func:`read_text`, without what ends them; its errors, when the line is reached."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(1024)
+            if start.strip() and _codec(path, start, encoding) in STREAMED:
+                file.seek(0)
+                yield from _decoded_lines(path, file, _codec(path, start, encoding))
+                return
+    except UnicodeError:
+        pass  # read_text says where
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    yield from _lines(read_text(path, encoding))
+
+
+def _decoded_lines(path: Path, file: IO[bytes], codec: str) -> Iterator[str]:
+    before: str | None = None
+    empty = True
+    for line in io.TextIOWrapper(file, codec, newline=None):
+        if before is None:
+            line = line.removeprefix("\ufeff")
+        else:
+            yield before.removesuffix("\n")
+        empty, before = empty and not line.strip(), line
+    if empty or before is None:
+        raise _empty(path)
+    yield before.removesuffix("\n").removesuffix("\x1a")  # DOS's end of a file
 
 
 def _plain(value: Any) -> Any:
@@ -389,23 +461,24 @@ def _lines(text: str) -> list[str]:
     return re.split(r"\r\n|\r|\n", text)
 
 
-# --- Parquet ----------------------------------------------------------------------------------------------------------
+# --- Parquet and Arrow ------------------------------------------------------------------------------------------------
 
 
-def _parquet_table(path: Path, columns: _Columns) -> Table:
+ARROW_INFO = "dataset_info.json"  # in a directory that `datasets` saved
+ARROW_STATE = "state.json"  # there, too: the names of its files
+ARROW_SPLITS = "dataset_dict.json"  # in a directory with several of those
+
+
+def _arrow_table(path: Path, columns: _Columns) -> Table:
+    """Of a Parquet file; of a directory with several, or with a data set as `datasets` saves it, all rows in a row."""
     try:
         import pyarrow
-        from pyarrow.parquet import ParquetFile
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs pyarrow", "pip install 'fedpft[parquet]'") from None
-    try:
-        opened = path.open("rb")
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    with opened:
-        try:
-            file = ParquetFile(opened)
-            schema = file.schema_arrow
+    files = _arrow_files(path)
+    roles: tuple[str, ...] = ()
+    for file in files:
+        with _reading_arrow(file), _arrow_file(file) as (schema, _):
             found = columns.find(schema.names)
             for role, position in found.items():
                 if (odd := _beyond_json(schema.types[position], pyarrow.types)) is not None:
@@ -413,17 +486,80 @@ def _parquet_table(path: Path, columns: _Columns) -> Table:
                         f"column {schema.names[position]!r} holds {odd}, which is no {role}",
                         f"write strings, numbers, or lists or structs of them; or set {_key(role)} to another column",
                     )
-            read = file.read(columns=list({schema.names[position] for position in found.values()}))
-            values = [read.column(schema.names[position]).to_pylist() for position in found.values()]
-        except _Missing as missing:
-            message, remedy = missing.args
-            raise DataError(f"{path}: {message}", remedy) from None
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise DataError(
-                f"{path}: cannot be read as Parquet ({one_line(error)})", "write it again, whole and without encryption"
-            ) from None
-    rows = [(number, [_plain(value) for value in row]) for number, row in enumerate(zip(*values, strict=True), 1)]
-    return Table(tuple(found), RowFaults(path), rows)
+            roles = roles or tuple(found)
+            if tuple(found) != roles:
+                raise _Missing(f"other columns than in {files[0].name}: {listed(schema.names)}", "write the same")
+    first_rows = [1]  # of each file and of what follows it, as far as they were read
+
+    def read() -> Iterator[Row]:
+        line = 0
+        for number, file in enumerate(files):
+            with _reading_arrow(file), _arrow_file(file) as (schema, batches):
+                found = columns.find(schema.names)
+                names = [schema.names[position] for position in found.values()]
+                for batch in batches(list(dict.fromkeys(names))):
+                    for row in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
+                        line += 1
+                        yield line, [_plain(value) for value in row]
+            first_rows[number + 1 :] = [line + 1]
+
+    def place(line: int) -> str:
+        number = bisect_right(first_rows, line) - 1
+        return f"{files[number]}:{line - first_rows[number] + 1}"
+
+    return Table(roles, RowFaults(path, place if path.is_dir() else None), _held(files, read()))
+
+
+def _arrow_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if (path / ARROW_SPLITS).exists():
+        raise DataError(f"{path}: holds several data sets, as `datasets` saves them", "name one: a directory in it")
+    if (path / ARROW_INFO).exists():
+        try:
+            return [path / file["filename"] for file in json.loads(read_text(path / ARROW_STATE))["_data_files"]]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path / ARROW_STATE}: does not name the data set's files", "save it again") from None
+    files = sorted(each for each in path.iterdir() if each.suffix.lower() == ".parquet")
+    if not files:
+        raise DataError(f"{path}: holds neither Parquet files nor images nor what `datasets` saves", "name a data file")
+    return files
+
+
+@contextmanager
+def _reading_arrow(file: Path) -> Iterator[None]:
+    """What is wrong with a file, as a DataError."""
+    import pyarrow
+
+    try:
+        yield
+    except _Missing as missing:
+        message, remedy = missing.args
+        raise DataError(f"{file}: {message}", remedy) from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        kind = "Parquet" if file.suffix.lower() == ".parquet" else "Arrow"
+        raise DataError(
+            f"{file}: cannot be read as {kind} ({one_line(error)})", "write it again, whole and without encryption"
+        ) from None
+
+
+@contextmanager
+def _arrow_file(file: Path) -> Iterator[tuple[Any, Callable[[list[str]], Iterator[Any]]]]:
+    """Its schema, and what reads some columns of it a batch at a time."""
+    from pyarrow import ipc
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        opened = file.open("rb")
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    with opened:
+        if file.suffix.lower() == ".parquet":
+            parquet = ParquetFile(opened)
+            yield parquet.schema_arrow, lambda names: parquet.iter_batches(ROWS_AT_ONCE, columns=names)
+        else:
+            stream = ipc.open_stream(opened)
+            yield stream.schema, lambda names: (batch.select(names) for batch in stream)
 
 
 def _beyond_json(kind: Any, types: Any) -> str | None:

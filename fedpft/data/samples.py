@@ -10,10 +10,13 @@ What a column may hold follows from its role alone, and is checked here; what it
 
 import json
 import re
+import sys
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,18 @@ from torch import Tensor
 
 from fedpft.config import BadRows, ColumnsSection
 from fedpft.data.chat import check_messages
-from fedpft.data.images import describe_dim, open_image
+from fedpft.data.images import ImageFile, describe_dim
+from fedpft.data.imagesets import SHARD, files_in, is_image_set, read_image_set
 from fedpft.data.rows import (
     GROUP,
     KINDS,
     Form,
     RowFaults,
+    Table,
     Unusable,
     alike,
     is_blank,
+    no_rows,
     one_line,
     read_rows,
     read_text,
@@ -53,11 +59,101 @@ class Reader:
     labels: tuple[str, ...] = ()
 
 
+class _Cursor:
+    """Goes through the rows of a file that is too large to be held; each step back begins at its first row again."""
+
+    def __init__(self, path: Path, read: Callable[[], Table], columns: Mapping[str, str], lines: Sequence[int]) -> None:
+        """Args:
+        read: the table of `path` anew.
+        columns: role -> column, of those that are looked at.
+        lines: where each row begins.
+        """
+        self._path, self._read, self._columns, self._lines = path, read, columns, lines
+        self._rows: Iterator[dict[str, Any]] = iter(())
+        self._at, self._row = len(lines), dict[str, Any]()
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Its values by role, None for one that cannot be used; DataError if there is no such row any more."""
+        if number < self._at:
+            self._rows, self._at = self._again(), -1
+        while self._at < number:
+            if (row := next(self._rows, None)) is None:
+                raise self.changed()
+            self._row, self._at = row, self._at + 1
+        return self._row
+
+    def changed(self) -> DataError:
+        """What to say if the file is another than the one that was looked at."""
+        return DataError(f"{self._path}: changed while it was read", "start again when nothing writes there")
+
+    def _again(self) -> Iterator[dict[str, Any]]:
+        table, lines = self._read(), iter(self._lines)
+        for line, values in table.rows:
+            if next(lines, None) != line:
+                raise self.changed()
+            yield {
+                role: _or_none(LOOKS[role], values[table.roles.index(role)], column)
+                for role, column in self._columns.items()
+            }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, where it begins at the first row."""
+        return {**vars(self), "_rows": iter(()), "_at": len(self._lines), "_row": {}}
+
+
+class Column(Sequence[Any]):
+    """Values that are read from the file whenever they are asked for: quickly only in the order of the rows."""
+
+    def __init__(self, cursor: _Cursor, role: str, numbers: Sequence[int], *, usable: bool = False) -> None:
+        """Args:
+        numbers: of the rows whose values they are.
+        usable: all of them were when they were looked at.
+        """
+        self._cursor, self._role, self._numbers, self._usable = cursor, role, numbers, usable
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        value = self._cursor.row(self._numbers[index])[self._role]
+        if value is None and self._usable:
+            raise self._cursor.changed()
+        return value
+
+    def chosen(self, numbers: Sequence[int]) -> "Column":
+        """Those alone, in that order, all of which can be used."""
+        rows = array("q", (self._numbers[number] for number in numbers))
+        return Column(self._cursor, self._role, rows, usable=True)
+
+
+def _chosen(values: Sequence[Any], numbers: Sequence[int]) -> Sequence[Any]:
+    return values.chosen(numbers) if isinstance(values, Column) else [values[number] for number in numbers]
+
+
+class _Texts(Sequence[str]):
+    """Put together when they are asked for."""
+
+    def __init__(self, columns: Sequence[Sequence[Any]], length: int) -> None:
+        self._columns, self._length = columns, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if index >= self._length:
+            raise IndexError(index)
+        return " ".join(word for column in self._columns for word in _strings(column[index]))
+
+
 @dataclass(frozen=True)
 class Samples:
     """The rows of a data file that can be used.
 
-    values: for each role of the form n values: texts, paths of images, labels as the file has them, lists, ...
+    values: for each role of the form n values: texts, ImageFile objects, labels as the file has them, lists, ...
     lines: n line numbers, where each row begins.
     targets: what a task makes of each row's labels; None if it has none, or they were not asked for.
     labels: the label list that they are of, if the task has one.
@@ -67,8 +163,8 @@ class Samples:
     """
 
     path: Path
-    values: dict[str, list[Any]]
-    lines: list[int]
+    values: dict[str, Sequence[Any]]
+    lines: Sequence[int]
     targets: list[Any] | None
     skipped: int = 0
     warnings: tuple[str, ...] = ()
@@ -78,7 +174,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, role: str) -> list[Any]:
+    def __getitem__(self, role: str) -> Sequence[Any]:
         return self.values[role]
 
     def subset(self, chosen: Tensor) -> "Samples":
@@ -88,26 +184,30 @@ class Samples:
             chosen: (m,) int64.
         """
         numbers: list[int] = chosen.tolist()
-
-        def of(values: list[Any]) -> list[Any]:
-            return [values[number] for number in numbers]
-
         return Samples(
             self.path,
-            {role: of(values) for role, values in self.values.items()},
-            of(self.lines),
-            None if self.targets is None else of(self.targets),
+            {role: _chosen(values, numbers) for role, values in self.values.items()},
+            _chosen(self.lines, numbers),
+            None if self.targets is None else list(_chosen(self.targets, numbers)),
             labels=self.labels,
-            groups=None if self.groups is None else of(self.groups),
+            groups=None if self.groups is None else list(_chosen(self.groups, numbers)),
         )
 
-    def texts(self) -> list[str]:
-        """All words of each sample, labels left out."""
+    def texts(self) -> Sequence[str]:
+        """All words of each sample, labels left out; put together when they are asked for."""
         columns = [values for role, values in self.values.items() if role not in ("image", *LABELLING)]
-        return [" ".join(word for value in row for word in _strings(value)) for row in zip(*columns, strict=True)]
+        return _Texts(columns, len(self))
+
+    def contents(self) -> Iterator[Any]:
+        """All that is known of each sample, as JSON could have it: what is made of the same is the same."""
+        yield list(self.values)
+        for number in range(len(self)):
+            target = None if self.targets is None else self.targets[number]
+            yield [*(column[number] for column in self.values.values()), target]
 
 
 LABELLING = ("label", "labels", "tags")  # roles of what is to be learned
+LONG = ("text", "words", "messages", "prompt", "completion")  # roles whose values are not held of a large file
 
 
 class Examination:
@@ -131,7 +231,7 @@ class Examination:
         """Reads the file, and looks at each column of which it is certain that it will be used.
 
         Args:
-            path: CSV, TSV or the like, .jsonl or .parquet.
+            path: CSV, TSV or the like, .jsonl or .parquet; or images without a table.
             columns: which columns hold what.
             forms: what a row may consist of.
             first_counts: whether the first of several forms that all are there counts, or only the next look will tell.
@@ -143,35 +243,51 @@ class Examination:
         """
         self.path, self._warnings = path, list[str]()
         grouping, names = ((), {}) if group is None else ((GROUP,), {GROUP: group})
-        table = read_rows(path, [(*form, *grouping) for form in forms], columns.model_dump() | names, encoding)
-        self.faults, self.rows = table.faults, len(table.rows) + len(table.faults)
-        there = [form for form in forms if not table.rows or set(form) <= set(table.roles)]
+        wanted, known = [(*form, *grouping) for form in forms], columns.model_dump() | names
+        table = _read_table(path, wanted, known, encoding)
+        is_held = isinstance(table.rows, list)
+        self.faults = table.faults
+        there = [form for form in forms if table.rows == [] or not table.roles or set(form) <= set(table.roles)]
         if first_counts:
             there = there[:1]
         # A form that is part of another one which is there as well says nothing against that.
         widest = [form for form in there if not any(set(form) < set(other) for other in there)]
         self.form = widest[0] if len(widest) == 1 else None
         certain = [role for role in widest[0] if all(role in form for form in widest)] if widest else []
-        self._lines = [line for line, _ in table.rows]
+        certain.sort(key=lambda role: role in LABELLING)
+        self._lines: MutableSequence[int] = [] if is_held else array("q")
         self._targets: list[Any] | None = None
         self._labels: tuple[str, ...] = ()
-        self._values: dict[str, list[Any]] = {}
-        for role in sorted(certain, key=lambda role: role in LABELLING):
-            given = [values[table.roles.index(role)] for _, values in table.rows]
-            if role == "image":
-                self._values[role] = self._check_images(given)
-            else:
-                column = getattr(columns, role)
-                self._values[role] = [
-                    self._looked_at(line, LOOKS[role], value, column)
-                    for line, value in zip(self._lines, given, strict=True)
-                ]
-        self._groups: list[Any] | None = None
-        if group is not None:
-            given = [values[table.roles.index(GROUP)] for _, values in table.rows]
-            self._groups = [
-                self._looked_at(line, _group, value, group) for line, value in zip(self._lines, given, strict=True)
-            ]
+        self._groups: list[Any] | None = None if group is None else []
+        self._values: dict[str, Sequence[Any]] = {}
+        held: dict[str, list[Any]] = {role: [] for role in certain if is_held or role not in LONG}
+        dims, bad = list[bool](), 0
+        for line, values in table.rows:
+            self._lines.append(line)
+            for role in certain:
+                value = values[table.roles.index(role)]
+                if role == "image":
+                    found = self._looked_at(line, self._look_at_image, value, dims)
+                else:
+                    found = self._looked_at(line, LOOKS[role], value, known[role])
+                if role in held:
+                    held[role].append(found)
+            if self._groups is not None:
+                self._groups.append(self._looked_at(line, _group, values[table.roles.index(GROUP)], group))
+            bad += line in self.faults
+        self.rows = len(self._lines) + len(self.faults) - bad
+        if not self.rows:
+            raise no_rows(path)
+        if warning := describe_dim(len(dims), sum(dims)):
+            self._warnings.append(f"{path}: {warning}")
+        cursor = _Cursor(
+            path,
+            partial(_read_table, path, wanted, known, encoding),
+            {role: known[role] for role in certain if role not in held},
+            self._lines,
+        )
+        for role in certain:
+            self._values[role] = held[role] if role in held else Column(cursor, role, range(len(self._lines)))
 
     def resolve(self, reader: Reader | None) -> None:
         """Reads each row's label as the task does; None if it has none."""
@@ -197,16 +313,18 @@ class Examination:
         """The samples that can be used, of a form that is known; raises what :meth:`fault` returns."""
         if (fault := self.fault(bad_rows, way_out)) is not None:
             raise fault
-        kept = [number for number, line in enumerate(self._lines) if line not in self.faults]
+        kept: Sequence[int] = range(len(self._lines))
+        if self.faults:
+            kept = [number for number, line in enumerate(self._lines) if line not in self.faults]
         return Samples(
             self.path,
-            {role: [values[number] for number in kept] for role, values in self._values.items()},
-            [self._lines[number] for number in kept],
-            None if self._targets is None else [self._targets[number] for number in kept],
+            {role: _chosen(values, kept) for role, values in self._values.items()},
+            self._lines if len(kept) == len(self._lines) else _chosen(self._lines, kept),
+            None if self._targets is None else list(_chosen(self._targets, kept)),
             len(self.faults),
             (*self._warnings, *([f"skipped: {self.faults.error(self.rows)}"] if self.faults else [])),
             self._labels,
-            None if self._groups is None else [self._groups[number] for number in kept],
+            None if self._groups is None else list(_chosen(self._groups, kept)),
         )
 
     def _looked_at(self, line: int, look: Callable[..., Any], *given: Any) -> Any:
@@ -216,27 +334,22 @@ class Examination:
             self.faults.add(line, found.message, found.remedy)
             return None
 
-    def _check_images(self, names: Sequence[Any]) -> list[str | None]:
-        """The paths of the images, each of which was opened and decoded once."""
-        dims: list[bool] = []
+    def _look_at_image(self, name: Any, dims: list[bool]) -> ImageFile:
+        """Where it is; it was opened and decoded once. Adds to `dims`, of an image of 16 bits, whether it is dim."""
+        try:
+            image, opened = (name if isinstance(name, ImageFile) else self._image_of(name)).look()
+        except DataError as error:
+            raise Unusable(error.message, error.remedy) from None
+        dims.extend([] if opened.dim is None else [opened.dim])
+        return image
 
-        def look(name: Any) -> str:
-            name = _seen("image", name, "image path", "fill it in, or remove the row")
-            if (found := _existing(self.path.parent, name)) is None:
-                remedy = "image paths are relative to the data file's directory"
-                remedy += ", with / between directories" if "\\" in name else ""
-                raise Unusable(f"no image {shown(str(self.path.parent / name.strip()))[1:-1]}", remedy)
-            try:
-                opened = open_image(found)
-            except DataError as error:
-                raise Unusable(error.message, error.remedy) from None
-            dims.extend([] if opened.dim is None else [opened.dim])
-            return str(found)
-
-        paths = [self._looked_at(line, look, name) for line, name in zip(self._lines, names, strict=True)]
-        if warning := describe_dim(len(dims), sum(dims)):
-            self._warnings.append(f"{self.path}: {warning}")
-        return paths
+    def _image_of(self, name: Any) -> ImageFile:
+        name = _seen("image", name, "image path", "fill it in, or remove the row")
+        if (found := _existing(self.path.parent, name)) is None:
+            remedy = "image paths are relative to the data file's directory"
+            remedy += ", with / between directories" if "\\" in name else ""
+            raise Unusable(f"no image {shown(str(self.path.parent / name.strip()))[1:-1]}", remedy)
+        return ImageFile(str(found))
 
 
 # --- what a column may hold -------------------------------------------------------------------------------------------
@@ -288,7 +401,7 @@ def _label(value: Any, column: str) -> Any:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(int(value))
-    return _string(column, value, "label", "give the row a label, or remove the row").strip()
+    return sys.intern(_string(column, value, "label", "give the row a label, or remove the row").strip())
 
 
 def _labels(value: Any, column: str) -> list[Any]:
@@ -352,6 +465,13 @@ LOOKS: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
+def _or_none(look: Callable[..., Any], *given: Any) -> Any:
+    try:
+        return look(*given)
+    except Unusable:
+        return None
+
+
 def _existing(directory: Path, name: str) -> Path | None:
     """The file of that name; accents in it may be composed in one place and not in the other."""
     for form in (name.strip(), unicodedata.normalize("NFC", name.strip()), unicodedata.normalize("NFD", name.strip())):
@@ -380,8 +500,24 @@ def read_samples(
     return examination.samples(bad_rows, way_out)
 
 
+def _read_table(path: Path, forms: Sequence[Form], columns: Mapping[str, str], encoding: str | None) -> Table:
+    if is_image_set(path):
+        return read_image_set(path, forms, columns)
+    return read_rows(path, forms, columns, encoding)
+
+
+def data_files(path: Path) -> dict[str, Path]:
+    """The files that a data path leads to, by their names from there; one that is no directory has an empty name."""
+    return {file.relative_to(path).as_posix(): file for file in files_in(path)} if path.is_dir() else {"": path}
+
+
 def image_paths(path: Path, columns: ColumnsSection, encoding: str | None = None) -> list[Path]:
-    """The images that a data file names, which may be missing. Raises DataError if the file itself cannot be read."""
+    """The images that a table names, which may be missing; those of :func:`data_files` are not among them.
+
+    Raises DataError if the table itself cannot be read.
+    """
+    if is_image_set(path):
+        return []
     table = read_rows(path, [("image",)], columns.model_dump(), encoding)
     names = [name for _, (name,) in table.rows if isinstance(name, str)]
     return [_existing(path.parent, name) or path.parent / name for name in names]
@@ -391,9 +527,10 @@ def silo_files(path: Path) -> list[Path]:
     """The data files of simulated silos: the one, or those in a directory; DataError if there is none."""
     if not path.is_dir():
         return [path]
-    found = sorted(each for each in path.iterdir() if each.is_file() and each.suffix.lower() in KINDS)
+    kinds = (*KINDS, SHARD)
+    found = sorted(each for each in path.iterdir() if each.is_file() and each.suffix.lower() in kinds)
     if not found:
-        raise DataError(f"{path}: no data file in this directory", f"put one for each silo there: {', '.join(KINDS)}")
+        raise DataError(f"{path}: no data file in this directory", f"put one for each silo there: {', '.join(kinds)}")
     silo, files = Counter(each.stem for each in found).most_common(1)[0]
     if files > 1:
         raise DataError(f"{path}: {files} files of silo {silo!r}", "leave one for each silo")

@@ -6,9 +6,9 @@ T  tokens of the longest text in one batch
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +16,15 @@ from torch import Tensor
 
 from fedpft.config import BadRows
 from fedpft.data.batches import EncodedDataset, sample
+from fedpft.data.cache import Add, Kept, keep, key_of
 from fedpft.data.rows import RowFaults, shown
 from fedpft.data.samples import Samples
 from fedpft.errors import ModelError
+from fedpft.progress import progress
 
-TOKENIZED_AT_ONCE = 1024  # a fast tokenizer keeps offsets and more for each text: this bounds its memory
+AT_ONCE = 1024  # a fast tokenizer keeps offsets and more for each text: this bounds its memory
+SHOWN_CHUNKS = 64  # so many of these take long enough to show progress
+UNTAGGED = -100  # in place of a tag's index, where torch's cross entropy looks away
 MEASURED_TEXTS = 256  # that characters_per_token looks at
 MEASURED_CHARACTERS = 4096  # of each
 
@@ -54,32 +58,7 @@ class TextDataset(EncodedDataset):
         return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
-@dataclass
-class Tokenized:
-    """Texts as token ids.
-
-    rows: which of the samples have a token.
-    ids: the token ids of each.
-    words: for each token of each the number of the word that begins there, or -1; nothing if nobody asked.
-    cut: how many texts were too long.
-    faults: of the other rows.
-    """
-
-    faults: RowFaults
-    rows: list[int] = field(default_factory=list)
-    ids: list[list[int]] = field(default_factory=list)
-    words: list[list[int]] = field(default_factory=list)
-    cut: int = 0
-
-    @property
-    def tokens(self) -> Tensor:
-        """All end to end: (sum of lengths,) int32."""
-        return torch.cat([torch.tensor(ids, dtype=torch.int32) for ids in self.ids])
-
-    @property
-    def lengths(self) -> Tensor:
-        """(n,) int64."""
-        return torch.tensor([len(ids) for ids in self.ids])
+TENSORS = {"rows": torch.int64, "lengths": torch.int64, "tokens": torch.int32}
 
 
 def encode_texts(
@@ -90,6 +69,7 @@ def encode_texts(
     *,
     bad_rows: BadRows = "refuse",
     way_out: str = "",
+    cache: Path | None = None,
 ) -> TextDataset:
     """Turns the texts of samples into token ids.
 
@@ -98,10 +78,10 @@ def encode_texts(
 
     Other arguments and errors as of :func:`tokenize`.
     """
-    found = tokenize(samples, tokenizer, max_tokens, bad_rows=bad_rows, way_out=way_out)
-    kept_labels = None if labels is None else labels[found.rows]
-    dataset = TextDataset(found.tokens, found.lengths, tokenizer.pad_token_id, kept_labels)
-    dataset.cut, dataset.skipped = found.cut, samples.skipped + len(found.faults)
+    found = tokenize(samples, tokenizer, max_tokens, bad_rows=bad_rows, way_out=way_out, cache=cache)
+    kept_labels = None if labels is None else labels[found["rows"]]
+    dataset = TextDataset(found["tokens"], found["lengths"], tokenizer.pad_token_id, kept_labels)
+    dataset.cut, dataset.skipped = found.counts["cut"], samples.skipped + found.counts["faults"]
     return dataset
 
 
@@ -110,46 +90,88 @@ def tokenize(
     tokenizer: Any,
     max_tokens: int,
     *,
-    find_words: bool = False,
+    tag_words: bool = False,
     bad_rows: BadRows = "refuse",
     way_out: str = "",
-) -> Tokenized:
+    cache: Path | None = None,
+) -> Kept:
     """Turns texts, or words with a blank after each, into token ids.
 
     Args:
         tokenizer: the FM's, as transformers has it.
         max_tokens: texts are cut after this many tokens, special ones included.
-        find_words: whether the samples have `words`, and it is asked where those begin; of a fast tokenizer.
+        tag_words: whether the samples have `words`, and as targets a tag for each; of a fast tokenizer.
         bad_rows, way_out: as of :meth:`Examination.samples`, for texts without a token.
+        cache: the file that keeps what comes out; None: none does.
+
+    Returns:
+        `tokens`: of all texts end to end, (sum of lengths,) int32. `lengths`: (n,) int64. `rows`: (n,) int64, which of
+        the samples have a token. With `tag_words` `tags`: (sum of lengths,) int32, that of the word which begins there,
+        or UNTAGGED. The counts `cut`, how many texts were too long, and `faults`, of the other rows.
 
     Raises:
         DataError: texts without a token.
         ModelError: a tokenizer without a padding token.
     """
     check_padding(tokenizer)
-    found, every_text = Tokenized(RowFaults(samples.path)), samples.texts()
-    places = {"return_offsets_mapping": True} if find_words else {}
-    for start in range(0, len(samples), TOKENIZED_AT_ONCE):
-        texts = every_text[start : start + TOKENIZED_AT_ONCE]
-        encoded = tokenizer(texts, truncation=True, max_length=max_tokens, **places)
-        tokens: list[list[int]] = encoded["input_ids"]
-        found.cut += _longer(
-            [text for text, ids in zip(texts, tokens, strict=True) if len(ids) >= max_tokens], tokenizer, max_tokens
-        )
-        for number, (text, ids) in enumerate(zip(texts, tokens, strict=True), start):
-            words: list[int] = []
-            if find_words:
-                words = _beginnings(samples["words"][number], encoded["offset_mapping"][number - start])
-            if not ids or (find_words and max(words) < 0):
-                what = f"the tokenizer finds no token in {shown(text)}"
-                found.faults.add(samples.lines[number], what, "remove the row")
-                continue
-            found.rows.append(number)
-            found.ids.append(ids)
-            found.words.append(words)
-    if (fault := found.faults.against(len(samples), bad_rows, way_out)) is not None:
-        raise fault
-    return found
+    places = {"return_offsets_mapping": True} if tag_words else {}
+
+    def make(add: Add) -> dict[str, int]:
+        faults, cut, every_text = RowFaults(samples.path), 0, samples.texts()
+        for numbers in in_chunks(len(samples)):
+            texts = every_text[numbers.start : numbers.stop]
+            encoded = tokenizer(texts, truncation=True, max_length=max_tokens, **places)
+            tokens: list[list[int]] = encoded["input_ids"]
+            cut += _longer(
+                [text for text, ids in zip(texts, tokens, strict=True) if len(ids) >= max_tokens], tokenizer, max_tokens
+            )
+            rows: list[int] = []
+            tags: list[list[int]] = []
+            for place, (number, text, ids) in enumerate(zip(numbers, texts, tokens, strict=True)):
+                words: list[int] = []
+                if tag_words:
+                    words = _beginnings(samples["words"][number], encoded["offset_mapping"][place])
+                if not ids or (tag_words and max(words) < 0):
+                    what = f"the tokenizer finds no token in {shown(text)}"
+                    faults.add(samples.lines[number], what, "remove the row")
+                    continue
+                rows.append(place)
+                if tag_words:
+                    assert samples.targets is not None
+                    given = samples.targets[number]
+                    tags.append([given[word] if word >= 0 else UNTAGGED for word in words])
+            add(rows=torch.tensor(rows, dtype=torch.int64) + numbers.start, **end_to_end([tokens[row] for row in rows]))
+            if tag_words:
+                add(tags=torch.tensor([tag for each in tags for tag in each], dtype=torch.int32))
+        if (fault := faults.against(len(samples), bad_rows, way_out)) is not None:
+            raise fault
+        return {"cut": cut, "faults": len(faults)}
+
+    def key() -> str:
+        settings = {"max_tokens": max_tokens, "tag_words": tag_words, "bad_rows": bad_rows}
+        return key_of(samples.contents(), tokenizer, **settings)
+
+    return keep(cache, key, TENSORS | ({"tags": torch.int32} if tag_words else {}), make)
+
+
+def in_chunks(samples: int) -> Iterator[range]:
+    """The numbers of all samples, as many at a time as are tokenised at once; with progress if that takes a while."""
+    chunks = [range(start, min(start + AT_ONCE, samples)) for start in range(0, samples, AT_ONCE)]
+    if len(chunks) < SHOWN_CHUNKS:
+        yield from chunks
+        return
+    with progress("tokenising", len(chunks), f"{AT_ONCE} texts") as show:
+        for done, chunk in enumerate(chunks, 1):
+            yield chunk
+            show(done)
+
+
+def end_to_end(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """`tokens`: (sum of lengths,) int32 and `lengths`: (m,) int64 of the token ids of m texts."""
+    return {
+        "tokens": torch.tensor([token for row in rows for token in row], dtype=torch.int32),
+        "lengths": torch.tensor([len(row) for row in rows], dtype=torch.int64),
+    }
 
 
 def check_padding(tokenizer: Any) -> None:

@@ -286,7 +286,8 @@ def _distil(
             parameters += stack.enter_context(ffns[layer].training_neurons(updated[layer]))
         lost = _Loss(proxy, model, matched, settings, layers=layers, task=task, seed=seed)
         count = settings.steps * settings.batch
-        ahead = enumerate(draws(public, batch=settings.batch, start=0, count=count, seed=seed))
+        drawn = draws(public, batch=settings.batch, start=0, count=count, seed=seed)
+        ahead = enumerate(public.ahead(drawn))
 
         def loss_of(step: int) -> Tensor:
             inputs = public.batch(next(lot for number, lot in ahead if number == step))

@@ -16,6 +16,7 @@ from fedpft.parallel import Ranks
 from fedpft.silo import data
 from fedpft.silo.learner import Learner
 from fedpft.silo.ondisk import DataOnDisk
+from fedpft.silo.work import Work
 from fedpft.wire.hello import Terms
 from fedpft.wire.tensors import read_tensors
 
@@ -62,7 +63,7 @@ def follow(config: SiloConfig, ranks: Ranks) -> None:
         on_disk = DataOnDisk(config.data.path)
         samples = data.fit(data.examine(config), config, beginning.terms)
         learner = Learner(beginning.bundle, beginning.settings, config.device, config.limits.width)
-        dataset = learner.encode(samples, on_disk, config.data)
+        dataset = learner.encode(samples, on_disk, config.data, Work(config.work).tokens_path)
         if on_disk.read != beginning.data:
             raise DataError(
                 f"{config.data.path}: changed while it was read", "start the silo again when nothing writes there"

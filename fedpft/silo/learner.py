@@ -59,11 +59,12 @@ class Learner:
         apply_patch(self.proxy.model, of_part(read_tensors(patch, "patch"), self.proxy.held))
         self.version = version
 
-    def encode(self, samples: Samples, on_disk: DataOnDisk, section: SiloDataSection) -> EncodedDataset:
+    def encode(self, samples: Samples, on_disk: DataOnDisk, section: SiloDataSection, cache: Path) -> EncodedDataset:
         """The samples as the proxy takes them.
 
         Args:
             on_disk: what they were read from, which gets the images that it names.
+            cache: file for the token ids of texts.
 
         Raises:
             DataError: the tokenizer finds no token in a text, or the data changed while they were read.
@@ -71,7 +72,12 @@ class Learner:
         if self.task.has_images:
             on_disk.add_images(image_paths(section.path, section.columns, section.encoding))
         dataset = self.task.encode(
-            samples, self.proxy.processor, self.proxy.max_tokens, bad_rows=section.bad_rows, way_out=data.WAY_OUT
+            samples,
+            self.proxy.processor,
+            self.proxy.max_tokens,
+            bad_rows=section.bad_rows,
+            way_out=data.WAY_OUT,
+            cache=cache,
         )
         on_disk.check_read()
         return dataset

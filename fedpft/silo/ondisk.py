@@ -1,14 +1,15 @@
 """The institution's data as this process read it, and whether it is that still.
 
-What a process read at its start is what it trains on, all its life. A change of the file, or of an image that it names,
-is noticed at the next round and takes effect at the next start. The digest stays here: it is not sent.
+What a process read at its start is what it trains on, all its life. A change of the file is noticed at the next round
+and takes effect at the next start. Images stay where they are until a batch has them: a change of one is noticed, too,
+and ends the training that meets it. The digest stays here: it is not sent.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedpft.config import SiloConfig
-from fedpft.data.samples import image_paths
+from fedpft.data.samples import data_files, image_paths
 from fedpft.digests import Digests, combined
 from fedpft.errors import DataError
 from fedpft.proxy.bundle import task_of
@@ -18,7 +19,7 @@ from fedpft.tasks import TASKS
 class DataOnDisk:
     """The data file and its images by their content, first looked at when this is made, before they are read.
 
-    read: their digest then; a data file's without images is its SHA-256.
+    read: their digest then; one file's without images is its SHA-256.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +45,8 @@ class DataOnDisk:
         return None if self._seen in (self.read, last) else self._seen
 
     def _now(self) -> str:
-        file = self._digests.of_file(self.path)
+        files = {name: self._digests.of_file(file) for name, file in data_files(self.path).items()}
+        file = files[""] if "" in files else combined(files)
         return combined({"": file, "images": self._digests.of_files(self._images)}) if self._images else file
 
 

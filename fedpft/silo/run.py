@@ -138,7 +138,7 @@ class Participant:
         proxy = self.learner.proxy
         if (proxy.task, proxy.labels) != (terms.task, terms.labels):
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
-        self.dataset = self.learner.encode(samples, on_disk, config.data)
+        self.dataset = self.learner.encode(samples, on_disk, config.data, work.tokens_path)
         if self.dataset.cut:
             log.warning("%s", self.dataset.describe_cut(name, proxy.max_tokens))
         self._packing = self.learner.way_to_pack(name, self.dataset)

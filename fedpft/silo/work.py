@@ -5,6 +5,7 @@
     audit.jsonl                     what left and what arrived (fedpft/audit.py); never deleted
     federation.json                 which federation the following belongs to, and its settings
     proxy-<digest>/                 the proxy as it was when the federation began
+    cache/tokens.safetensors        the data's token ids (fedpft/data/cache.py); made anew if it is not there
     incoming/<sha256>.part          files on their way in
     received/<sha256>.safetensors   adapter and patch that the present round starts from
     update.json                     of the last update; the files next to it are there whole as long as it is
@@ -86,6 +87,7 @@ class Work:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.tokens_path = path / "cache" / "tokens.safetensors"
         self.update_path = path / "update.safetensors"
         self._update_file: transfer.Payload | None = None
         self._update_json, self._update_residual = path / "update.json", path / "update-residual.safetensors"
@@ -228,6 +230,6 @@ def opened(path: Path) -> Iterator[Work]:
     """Makes and locks the directory; two silos in one would send each other's updates."""
     work = Work(path)
     with atomic.locked(path, "work"):
-        for torn in path.glob(".*.part"):  # of a write that was killed
+        for torn in (*path.glob(".*.part"), *work.tokens_path.parent.glob(".*.part")):  # of writes that were killed
             torn.unlink()
         yield work

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from fedpft.config import BadRows, ColumnsSection
 from fedpft.data.batches import EncodedDataset
+from fedpft.data.cache import Add, keep, key_of
 from fedpft.data.chat import Learnt, encode_completion, encode_messages, encode_text, shorten
-from fedpft.data.language import NOT_LEARNED, LanguageDataset
+from fedpft.data.language import NOT_LEARNED, TENSORS, LanguageDataset, learnt
 from fedpft.data.rows import RowFaults, Unusable
 from fedpft.data.samples import Samples
-from fedpft.data.text import check_padding
+from fedpft.data.text import check_padding, in_chunks
 from fedpft.errors import ConfigError
 from fedpft.tasks.task import Batch, Metric, Task
 from fedpft.tasks.vocabulary_loss import linear_cross_entropy, linear_divergence, token_losses
@@ -78,27 +79,45 @@ class CausalLM(Task):
     )
 
     def encode(
-        self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
+        self,
+        samples: Samples,
+        processor: Any,
+        max_tokens: int,
+        *,
+        bad_rows: BadRows = "refuse",
+        way_out: str = "",
+        cache: Path | None = None,
     ) -> EncodedDataset:
         """Token ids, and which of them are to be learned; see `fedpft.data.chat`."""
         check_padding(processor)
-        rows: list[Learnt] = []
-        faults, cut, prompts_cut, completions_cut = RowFaults(samples.path), 0, 0, 0
-        for number, line in enumerate(samples.lines):
-            try:
-                short = shorten(_encoded(samples, number, processor), max_tokens)
-            except Unusable as found:
-                faults.add(line, found.message, found.remedy)
-                continue
-            rows.append(short.learnt)
-            cut += short.prompt_cut or short.completion_cut
-            prompts_cut += short.prompt_cut
-            completions_cut += short.completion_cut
-        if (fault := faults.against(len(samples), bad_rows, way_out)) is not None:
-            raise fault
-        dataset = LanguageDataset.of(rows, processor.pad_token_id)
-        dataset.cut, dataset.prompts_cut, dataset.completions_cut = cut, prompts_cut, completions_cut
-        dataset.skipped = samples.skipped + len(faults)
+
+        def make(add: Add) -> dict[str, int]:
+            faults, counts = RowFaults(samples.path), dict.fromkeys(("cut", "prompts_cut", "completions_cut"), 0)
+            for numbers in in_chunks(len(samples)):
+                rows: list[Learnt] = []
+                for number in numbers:
+                    try:
+                        short = shorten(_encoded(samples, number, processor), max_tokens)
+                    except Unusable as found:
+                        faults.add(samples.lines[number], found.message, found.remedy)
+                        continue
+                    rows.append(short.learnt)
+                    counts["cut"] += short.prompt_cut or short.completion_cut
+                    counts["prompts_cut"] += short.prompt_cut
+                    counts["completions_cut"] += short.completion_cut
+                add(**learnt(rows))
+            if (fault := faults.against(len(samples), bad_rows, way_out)) is not None:
+                raise fault
+            return counts | {"faults": len(faults)}
+
+        def key() -> str:
+            return key_of(samples.contents(), processor, task=self.name, max_tokens=max_tokens, bad_rows=bad_rows)
+
+        found = keep(cache, key, TENSORS, make)
+        dataset = LanguageDataset(found["tokens"], found["learned"], found["lengths"], processor.pad_token_id)
+        dataset.cut, dataset.prompts_cut = found.counts["cut"], found.counts["prompts_cut"]
+        dataset.completions_cut = found.counts["completions_cut"]
+        dataset.skipped = samples.skipped + found.counts["faults"]
         return dataset
 
     def read_labelled(

@@ -1,5 +1,6 @@
 """One label for an image."""
 
+from pathlib import Path
 from typing import Any
 
 from fedpft.config import BadRows
@@ -22,9 +23,16 @@ class ImageClassification(Classification):
     has_tokens = False
 
     def encode(
-        self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
+        self,
+        samples: Samples,
+        processor: Any,
+        max_tokens: int,
+        *,
+        bad_rows: BadRows = "refuse",
+        way_out: str = "",
+        cache: Path | None = None,
     ) -> EncodedDataset:
-        """Pixels as the processor prepares them, and class indices; `max_tokens` has no meaning."""
+        """Pixels as the processor prepares them, and class indices; `max_tokens` and `cache` have no meaning."""
         dataset = encode_images(samples["image"], processor, class_indices(samples))
         dataset.skipped = samples.skipped
         return dataset

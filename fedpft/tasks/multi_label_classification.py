@@ -4,6 +4,7 @@ m samples that are looked at, C classes.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,11 +54,18 @@ class MultiLabelClassification(Task):
         return Reader(("labels",), read, tuple(labels))
 
     def encode(
-        self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
+        self,
+        samples: Samples,
+        processor: Any,
+        max_tokens: int,
+        *,
+        bad_rows: BadRows = "refuse",
+        way_out: str = "",
+        cache: Path | None = None,
     ) -> EncodedDataset:
         """Token ids, and (n, C) float32 of 0 and 1."""
         labels = None if samples.targets is None else torch.tensor(samples.targets)
-        return encode_texts(samples, processor, max_tokens, labels, bad_rows=bad_rows, way_out=way_out)
+        return encode_texts(samples, processor, max_tokens, labels, bad_rows=bad_rows, way_out=way_out, cache=cache)
 
     def label_counts(self, dataset: EncodedDataset, classes: int) -> Tensor:
         """(2, C): the texts without and with each label."""

@@ -65,11 +65,18 @@ class Regression(Task):
         return replace(samples, warnings=(*samples.warnings, warning))
 
     def encode(
-        self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
+        self,
+        samples: Samples,
+        processor: Any,
+        max_tokens: int,
+        *,
+        bad_rows: BadRows = "refuse",
+        way_out: str = "",
+        cache: Path | None = None,
     ) -> EncodedDataset:
         """Token ids, and (n,) float32."""
         numbers = None if samples.targets is None else torch.tensor(samples.targets, dtype=torch.float32)
-        return encode_texts(samples, processor, max_tokens, numbers, bad_rows=bad_rows, way_out=way_out)
+        return encode_texts(samples, processor, max_tokens, numbers, bad_rows=bad_rows, way_out=way_out, cache=cache)
 
     def divergence(self, logits: Tensor, wanted: Tensor) -> Tensor:
         """The squared error."""

@@ -1,5 +1,6 @@
 """One label for a text."""
 
+from pathlib import Path
 from typing import Any
 
 from fedpft.config import BadRows
@@ -21,8 +22,15 @@ class SequenceClassification(Classification):
     public_forms = (("text",),)
 
     def encode(
-        self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
+        self,
+        samples: Samples,
+        processor: Any,
+        max_tokens: int,
+        *,
+        bad_rows: BadRows = "refuse",
+        way_out: str = "",
+        cache: Path | None = None,
     ) -> EncodedDataset:
         """Token ids and class indices."""
         labels = class_indices(samples)
-        return encode_texts(samples, processor, max_tokens, labels, bad_rows=bad_rows, way_out=way_out)
+        return encode_texts(samples, processor, max_tokens, labels, bad_rows=bad_rows, way_out=way_out, cache=cache)

@@ -103,7 +103,14 @@ class Task(ABC):
 
     @abstractmethod
     def encode(
-        self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
+        self,
+        samples: Samples,
+        processor: Any,
+        max_tokens: int,
+        *,
+        bad_rows: BadRows = "refuse",
+        way_out: str = "",
+        cache: Path | None = None,
     ) -> EncodedDataset:
         """Turns samples into what the model takes.
 
@@ -112,6 +119,7 @@ class Task(ABC):
             processor: the FM's tokenizer or image processor, as transformers has them.
             max_tokens: inputs are cut to this many tokens, special ones included.
             bad_rows, way_out: as of :meth:`Examination.samples`, for what only the processor can tell.
+            cache: the file that keeps token ids from one start to the next; None: they are held in memory.
 
         Raises:
             DataError: rows that the processor makes nothing of, or files that changed since they were looked at.

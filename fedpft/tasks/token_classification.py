@@ -17,12 +17,12 @@ from fedpft.config import BadRows, ColumnsSection
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.rows import Unusable
 from fedpft.data.samples import Reader, Samples
-from fedpft.data.text import TextDataset, Tokenized, encode_texts, tokenize
+from fedpft.data.text import UNTAGGED, TextDataset, encode_texts, tokenize
 from fedpft.errors import ConfigError, ModelError
 from fedpft.tasks.classification import ClassNames
 from fedpft.tasks.task import Batch, Metric, Task
 
-UNTAGGED = -100  # in place of a tag's index, where torch's cross entropy looks away
+COUNTED_AT_ONCE = 1 << 24
 SPAN_TAG = re.compile(r"[BIESLU]-.")
 SAME_PREFIX = str.maketrans("LU", "ES")  # of BILOU and of IOBES, which seqeval knows
 
@@ -67,7 +67,14 @@ class TokenClassification(Task):
         return super().read_labelled(path, columns, labels, encoding)
 
     def encode(
-        self, samples: Samples, processor: Any, max_tokens: int, *, bad_rows: BadRows = "refuse", way_out: str = ""
+        self,
+        samples: Samples,
+        processor: Any,
+        max_tokens: int,
+        *,
+        bad_rows: BadRows = "refuse",
+        way_out: str = "",
+        cache: Path | None = None,
     ) -> EncodedDataset:
         """Token ids of the words with blanks in between, and a tag's index for each token."""
         if not processor.is_fast:
@@ -76,16 +83,21 @@ class TokenClassification(Task):
                 "save a fast one beside the model: one with a tokenizer.json",
             )
         if samples.targets is None:
-            return encode_texts(samples, processor, max_tokens, None, bad_rows=bad_rows, way_out=way_out)
-        found = tokenize(samples, processor, max_tokens, find_words=True, bad_rows=bad_rows, way_out=way_out)
-        dataset = TaggedDataset(found, processor.pad_token_id, samples)
-        dataset.cut, dataset.skipped = found.cut, samples.skipped + len(found.faults)
+            return encode_texts(samples, processor, max_tokens, None, bad_rows=bad_rows, way_out=way_out, cache=cache)
+        found = tokenize(
+            samples, processor, max_tokens, tag_words=True, bad_rows=bad_rows, way_out=way_out, cache=cache
+        )
+        dataset = TaggedDataset(
+            found["tokens"], found["lengths"], found["tags"], processor.pad_token_id, samples.labels
+        )
+        dataset.cut, dataset.skipped = found.counts["cut"], samples.skipped + found.counts["faults"]
         return dataset
 
     def label_counts(self, dataset: EncodedDataset, classes: int) -> Tensor:
         """The tokens that carry each tag."""
         assert isinstance(dataset, TaggedDataset)
-        return dataset.tags[dataset.tags != UNTAGGED].bincount(minlength=classes)
+        parts = dataset.tags.split(COUNTED_AT_ONCE)
+        return torch.stack([part[part != UNTAGGED].bincount(minlength=classes) for part in parts]).sum(0)
 
     def logit_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the tokens that carry a tag."""
@@ -136,16 +148,13 @@ class TokenClassification(Task):
 class TaggedDataset(TextDataset):
     """Texts in which some tokens carry a tag.
 
-    tags: (sum of lengths,) int64, a tag's index or UNTAGGED.
+    tags: (sum of lengths,) int32, a tag's index or UNTAGGED.
     names: the label list.
     """
 
-    def __init__(self, found: Tokenized, padding: int, samples: Samples) -> None:
-        super().__init__(found.tokens, found.lengths, padding, None)
-        assert samples.targets is not None
-        rows = [(samples.targets[row], words) for row, words in zip(found.rows, found.words, strict=True)]
-        self.tags = torch.tensor([tags[word] if word >= 0 else UNTAGGED for tags, words in rows for word in words])
-        self.names = samples.labels
+    def __init__(self, tokens: Tensor, lengths: Tensor, tags: Tensor, padding: int, names: Sequence[str]) -> None:
+        super().__init__(tokens, lengths, padding, None)
+        self.tags, self.names = tags, names
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """With `labels`: (M, T) int64."""
