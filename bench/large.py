@@ -6,19 +6,24 @@ then runs `fedpft server` and one silo as an owner and an institution would, ove
     OUT/large.json      for each phase seconds, peak of the resident memory, and bytes read from disk
     WORK/               the checkpoint and the run, some 4.5 times the checkpoint at most; --keep leaves it there
 
+`--growth` instead builds proxies of small checkpoints, one of whose sizes is doubled, and doubled again:
+
+    OUT/large-growth.json, large-growth.svg
+
 The resident memory counts pages of mapped files too, which the system may take back at any time.
 """
 
 import argparse
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -194,10 +199,10 @@ def write_settings(directory: Path, *, rows: int, neurons: int | str, port: int)
 
 
 @contextmanager
-def started(side: str, directory: Path, watched: Watched) -> Iterator[threading.Thread]:
+def started(side: str, directory: Path, watched: Watched, *command: str) -> Iterator[threading.Thread]:
     """The process of one side, watched by a thread that ends with it."""
-    command = [sys.executable, "-m", f"fedpft.{side}", "--config", str(directory / f"{side}.yaml")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    command = command or ("-m", f"fedpft.{side}", "--config", str(directory / f"{side}.yaml"))
+    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     thread = threading.Thread(target=watched.follow, args=(process, side))
     thread.start()
     try:
@@ -242,6 +247,95 @@ def run(arguments: argparse.Namespace) -> None:
         shutil.rmtree(work)
 
 
+BASE = {"layers": 8, "hidden": 1024, "ffn": 2816, "rows": 128}
+BUILD = "import sys; from fedpft.cli import main; sys.exit(main())"
+
+
+def grow(arguments: argparse.Namespace) -> None:
+    """Builds a proxy for each size, and writes OUT/large-growth.json and its picture."""
+    rows: list[dict[str, Any]] = []
+    sizes = [("", 1), *((name, factor) for name in BASE for factor in (2, 4))]
+    for name, factor in sizes:
+        shape = BASE | ({name: factor * BASE[name]} if name else {})
+        work = arguments.work.absolute() / f"{name}{factor}"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        size = write_checkpoint(work / "fm", **{key: shape[key] for key in ("layers", "hidden", "ffn")})
+        write_data(work, {"public": shape["rows"], "north": 8, "test": 8})
+        write_settings(work, rows=shape["rows"], neurons=shape["ffn"] // 4, port=arguments.port)
+        reading = _seconds_to_read(work / "fm")
+        watched = Watched()
+        command = ("-c", BUILD, "build-proxy", "--config", str(work / "server.yaml"))
+        with started("build-proxy", work, watched, *command) as thread:
+            thread.join()
+        phases = [phase for phase in watched.phases if phase.name != "start"]
+        rows.append(
+            {
+                "grown": name,
+                "factor": factor,
+                "shape": shape,
+                "checkpoint_bytes": size,
+                "seconds": sum(phase.seconds for phase in phases),
+                "peak_bytes": max(phase.peak_bytes for phase in phases),
+                "reading_seconds": reading,
+            }
+        )
+        log.info("%s", rows[-1])
+        shutil.rmtree(work)
+    found = {"rows": rows, "provenance": provenance("cpu")}
+    atomic.write_text(arguments.out / "large-growth.json", json.dumps(found, indent=1) + "\n")
+    draw(rows, arguments.out / "large-growth.svg")
+
+
+def _seconds_to_read(directory: Path) -> float:
+    """Of all the weights once, from disk: what is not written yet or still in memory is sent there before."""
+    files = sorted(directory.glob("*.safetensors"))
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    begun = time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while opened.read(8 << 20):
+                pass
+    return time.perf_counter() - begun
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Seconds, and the peak of the memory, over how many times each size was grown."""
+    import matplotlib  # not for those who only measure
+    from matplotlib.figure import Figure
+
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "fedpft", "font.size": 9}
+    names = {"layers": "layers", "hidden": "D (K with it: F / 4)", "ffn": "F (and K)", "rows": "public rows"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, key, unit, title in (
+            (panels[0], "seconds", 1.0, "seconds of build-proxy, from load to the end"),
+            (panels[1], "peak_bytes", 2.0**20, "peak of the resident memory, MiB"),
+        ):
+            for name, shown in names.items():
+                own = [row for row in rows if row["grown"] in ("", name)]
+                axes.plot([row["factor"] for row in own], [row[key] / unit for row in own], "o-", label=shown)
+            grown = [row for row in rows if row["grown"] in ("", "layers")]
+            if key == "seconds":
+                reading = [row["reading_seconds"] for row in grown]
+                axes.plot([row["factor"] for row in grown], reading, "k:", label="reading the FM, more layers")
+            else:
+                size = [row["checkpoint_bytes"] / unit for row in grown]
+                axes.plot([row["factor"] for row in grown], size, "k:", label="the FM itself, more layers")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([1, 2, 4], ["1", "2", "4"])
+            axes.set_xlabel("times as large")
+            axes.set_ylim(bottom=0)
+            axes.set_title(title, loc="left", fontsize=9)
+            axes.grid(color="#dddddd", linewidth=0.5)
+            axes.legend(frameon=False, fontsize=8)
+        figure.savefig(path, facecolor="white", metadata={"Date": None, "Creator": None})
+
+
 def markdown(found: Mapping[str, Any]) -> str:
     """The table of both processes."""
     sizes = ", ".join(f"{name} {found[f'{name}_bytes'] / 2**30:.2f} GiB" for name in ("checkpoint", "layer", "proxy"))
@@ -267,8 +361,9 @@ def main() -> int:
     add("--out", type=Path, default=Path("bench/results"), help="default: %(default)s")
     add("--work", type=Path, default=Path("large-out"), help="default: %(default)s")
     add("--keep", action="store_true", help="leave WORK there; what lies there is used again")
+    add("--growth", action="store_true", help="how seconds and memory grow with each size")
     arguments = parser.parse_args()
-    return run_command(lambda: run(arguments))
+    return run_command(lambda: (grow if arguments.growth else run)(arguments))
 
 
 if __name__ == "__main__":

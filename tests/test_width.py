@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedpft.config import AdapterSection, RoundSettings, SimulationConfig, TrainingSection
+from fedpft.demo.run import run_federation
 from fedpft.errors import ModelError
 from fedpft.model.subffn import NEURON_PARAMETERS, sub_ffns
 from fedpft.proxy.bundle import Proxy, apply_patch, load_proxy, of_part, of_whole, patch, save_bundle
@@ -126,16 +127,15 @@ def test_lora_on_the_ffn_needs_all_neurons(make_fm: FM, tmp_path: Path) -> None:
         Learner(tmp_path, settings, "cpu", 0.5)
 
 
-@pytest.mark.parametrize("narrow", [0.0, 0.6, 1.0])
-def test_wide_and_narrow_silos_make_one_federation(narrow: float, fm_directory: FM, tmp_path: Path) -> None:
+def settings_of(tmp_path: Path, fm: Path) -> dict[str, Any]:
+    """Data in files, and what a server.yaml says of them."""
     rows = [{"text": f"red {n % 5} box", "label": tiny.LABELS[n % 2]} for n in range(24)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "public.jsonl").write_text("\n".join(json.dumps({"text": f"a blue {n} cup"}) for n in range(24)))
     (tmp_path / "labels.txt").write_text("\n".join(tiny.LABELS))
-    values = {
-        "out": str(tmp_path / "out"),
+    return {
         "threads": 1,
-        "model": {"path": str(fm_directory("bert")), "labels": str(tmp_path / "labels.txt"), "max_tokens": 12},
+        "model": {"path": str(fm), "labels": str(tmp_path / "labels.txt"), "max_tokens": 12},
         "proxy": {"neurons": K, "importance_samples": 8},
         "distillation": {"closed_form_samples": 8, "batch": 2},
         "alignment": {"every_rounds": 1, "steps": 2},
@@ -143,12 +143,37 @@ def test_wide_and_narrow_silos_make_one_federation(narrow: float, fm_directory: 
         "training": {"rounds": 2, "batch": 4},
         "public_data": str(tmp_path / "public.jsonl"),
         "test_data": str(tmp_path / "data.jsonl"),
-        "simulation": {"data": str(tmp_path / "data.jsonl"), "silos": 4, "narrow_fraction": narrow},
     }
+
+
+@pytest.mark.parametrize("narrow", [0.0, 0.6, 1.0])
+def test_wide_and_narrow_silos_make_one_federation(narrow: float, fm_directory: FM, tmp_path: Path) -> None:
+    values = settings_of(tmp_path, fm_directory("bert"))
+    simulation = {"data": str(tmp_path / "data.jsonl"), "silos": 4, "narrow_fraction": narrow}
     made = []
     for out in ("one", "two"):
-        config = SimulationConfig.model_validate(values | {"out": str(tmp_path / out)})
+        config = SimulationConfig.model_validate(values | {"out": str(tmp_path / out), "simulation": simulation})
         summary = simulate(config)
         made.append(load_file(tmp_path / out / "adapter.safetensors"))
         assert {"proxy", "plugged_in"} <= summary["metrics"].keys()
     assert all(tiny.same_bits(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_silos_of_two_sizes_as_processes(fm_directory: FM, tmp_path: Path) -> None:
+    server = settings_of(tmp_path, fm_directory("bert")) | {"listen": "127.0.0.1:0", "insecure_loopback": True}
+    server["federation"] = {"silos": ["wide", "narrow"]}
+    silos = {
+        name: {
+            "insecure_loopback": True,
+            "insecure_name": name,
+            "data": {"path": str(tmp_path / "data.jsonl")},
+            "threads": 1,
+            "limits": {"width": width},
+        }
+        for name, width in (("wide", 1.0), ("narrow", 0.5))
+    }
+    summary = run_federation(tmp_path, server, silos)
+    assert [entry["silos"] for entry in summary["rounds"]] == [2, 2]
+    logs = {name: (tmp_path / f"silo-{name}.log").read_text() for name in silos}
+    assert f"of its {2 * (tiny.F + K)} FFN neurons, {2 * (tiny.F + K // 2)}" in logs["narrow"]
+    assert "limits.width" not in logs["wide"]

@@ -53,6 +53,11 @@ class Proxy:
     held: Mapping[str, Tensor] = field(default_factory=dict)
     neurons: tuple[int, ...] = ()
 
+    @property
+    def loaded_neurons(self) -> int:
+        """Of all layers."""
+        return sum(ffn.neurons for ffn in sub_ffns(self.model).values())
+
 
 def save_bundle(
     proxy: Proxy, directory: Path, shards: Shards | None = None, *, turns: Mapping[int, Tensor] | None = None

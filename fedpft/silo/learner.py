@@ -51,6 +51,8 @@ class Learner:
         log.info("reading the proxy")
         self.proxy, self.settings, self.version = load_proxy(bundle, width=width), settings, 0
         self.task = TASKS[self.proxy.task]
+        if self.proxy.held:
+            log.info("limits.width: of its %d FFN neurons, %d", sum(self.proxy.neurons), self.proxy.loaded_neurons)
         adapters.attach(self.proxy.model, settings.adapter, seed=settings.seed)
         self.proxy.model.to(device)
 
