@@ -16,6 +16,7 @@ from fedpft.digests import Digests
 from fedpft.errors import ConfigError
 from fedpft.evaluation import Gap, format_gaps
 from fedpft.model import adapters
+from fedpft.model.mapped import held
 from fedpft.provision import (
     DEFAULT_DAYS,
     DEFAULT_PORT,
@@ -30,7 +31,7 @@ from fedpft.proxy.cut import cut
 from fedpft.proxy.holdings import format_holdings, holdings
 from fedpft.report.page import format_table
 from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
-from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, kept_digests
+from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, check_unchanged, kept_digests
 from fedpft.server.ledger import has_begun
 from fedpft.server.product import measure_worth, refine_product, save_product
 from fedpft.server.run import run as run_server
@@ -64,8 +65,10 @@ def _build_proxy(arguments: argparse.Namespace) -> None:
     if has_begun(config.out) and wanted.resolve() in (own.resolve(), (config.proxy_path or own).resolve()):
         raise ConfigError(f"{wanted}: is the proxy of the run in {config.out}", "give another directory with --out")
     with atomic.made(wanted, "--out" if arguments.out else "out") as directory:
-        owner = load_owner(config, kept_digests(config))
+        owner = load_owner(config, digests := kept_digests(config))
         built = build_proxy(config, owner, directory)
+        if held(owner.model) is not None:  # it was what its files were
+            check_unchanged(config, owner.contents, digests)
         print(format_gaps(built.record.gaps))
         print(format_holdings(holdings(owner.model, built.proxy.model)))
 

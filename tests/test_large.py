@@ -267,33 +267,31 @@ def test_a_journal_of_something_else_or_a_torn_one_is_no_journal(tmp_path: Path)
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["bert", "llama"])
-def test_a_federation_from_disk_comes_to_the_same_product(model_type: str, fm_directory: FM, tmp_path: Path) -> None:
+def settings_of(tmp_path: Path, fm: Path, hold: str) -> dict[str, Any]:
+    """Data in files, and what a simulation.yaml says of them."""
     labelled = "\n".join(json.dumps({"text": f"red {n % 5} box", "label": tiny.LABELS[n % 2]}) for n in range(24))
     (tmp_path / "data.jsonl").write_text(labelled)
     (tmp_path / "public.jsonl").write_text("\n".join(json.dumps({"text": f"a blue {n} cup"}) for n in range(24)))
     (tmp_path / "labels.txt").write_text("\n".join(tiny.LABELS))
+    return {
+        "threads": 1,
+        "model": {"path": str(fm), "labels": str(tmp_path / "labels.txt"), "max_tokens": 12, "hold": hold},
+        "proxy": {"neurons": 5, "importance_samples": 8},
+        "distillation": {"closed_form_samples": 8, "batch": 2},
+        "alignment": {"every_rounds": 1, "steps": 2, "closed_form_samples": 8},
+        "adapter": {"rank": 2, "alpha": 4.0},
+        "training": {"rounds": 2, "batch": 4},
+        "public_data": str(tmp_path / "public.jsonl"),
+        "test_data": str(tmp_path / "data.jsonl"),
+        "simulation": {"data": str(tmp_path / "data.jsonl"), "silos": 2, "partition": {"kind": "iid"}},
+    }
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_a_federation_from_disk_comes_to_the_same_product(model_type: str, fm_directory: FM, tmp_path: Path) -> None:
     for hold in ("memory", "disk"):
-        values = {
-            "out": str(tmp_path / hold),
-            "threads": 1,
-            "model": {
-                "path": str(fm_directory(model_type)),
-                "labels": str(tmp_path / "labels.txt"),
-                "task": "sequence-classification",
-                "max_tokens": 12,
-                "hold": hold,
-            },
-            "proxy": {"neurons": 5, "importance_samples": 8},
-            "distillation": {"closed_form_samples": 8, "batch": 2},
-            "alignment": {"every_rounds": 1, "steps": 2, "closed_form_samples": 8},
-            "adapter": {"rank": 2, "alpha": 4.0},
-            "training": {"rounds": 2, "batch": 4},
-            "public_data": str(tmp_path / "public.jsonl"),
-            "test_data": str(tmp_path / "data.jsonl"),
-            "simulation": {"data": str(tmp_path / "data.jsonl"), "silos": 2, "partition": {"kind": "iid"}},
-        }
-        simulate(SimulationConfig.model_validate(values))
+        values = settings_of(tmp_path, fm_directory(model_type), hold)
+        simulate(SimulationConfig.model_validate(values | {"out": str(tmp_path / hold)}))
     ours, theirs = tmp_path / "disk", tmp_path / "memory"
     for name in ("adapter.safetensors", "patch.safetensors"):
         assert_same(load_file(ours / name), load_file(theirs / name))
@@ -302,6 +300,24 @@ def test_a_federation_from_disk_comes_to_the_same_product(model_type: str, fm_di
     assert results[0] == results[1]
     configs = [json.loads((out / "merged/config.json").read_text()) for out in (ours, theirs)]
     assert configs[0] == configs[1]
+
+
+def test_an_fm_on_disk_that_is_written_to_meanwhile_is_named(
+    fm_directory: FM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = settings_of(tmp_path, Path(shutil.copytree(fm_directory("bert"), tmp_path / "fm")), "disk")
+
+    def written(*arguments: Any, **named: Any) -> Any:
+        with (tmp_path / "fm" / loading.WEIGHTS).open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\0")
+        return construct(*arguments, **named)
+
+    construct = construction.layer_level
+    monkeypatch.setattr(construction, "layer_level", written)
+    with pytest.raises(ModelError, match=r"changed while it was read: model\.path .*model\.safetensors was changed"):
+        simulate(SimulationConfig.model_validate(values | {"out": str(tmp_path / "out")}))
+    assert not (tmp_path / "out" / "merged").exists()
 
 
 MEASURED = """

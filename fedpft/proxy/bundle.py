@@ -100,6 +100,12 @@ def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0)
             most. The others are as if the FM had never had them.
     """
     try:
+        files = loading.weight_files(directory)
+    except ModelError as error:
+        raise _no_proxy(directory, error.message) from None
+    if work is not None:
+        files = [Path(shutil.copy(file, work)) for file in files]
+    try:
         description = json.loads((directory / "proxy.json").read_text(encoding="utf-8"))
         if description["format"] != _FORMAT:
             raise ModelError(
@@ -114,14 +120,14 @@ def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0)
             replace_ffn(model, layer, torch.arange(count // len(projections(model, layer))))
         model.trained_modules = tuple(description["trained"])  # type: ignore[assignment]
         hold_wide(model, architectures.head_of(model))
-        files, expected = loading.weight_files(directory), frozen_state(model)
+        expected = frozen_state(model)
         modules = list(sub_ffns(model))
         held_neurons = {modules[layer]: places for layer, places in parts.items()}
         if work is None:
             rows = {f"{module}.{part}": places for module, places in held_neurons.items() for part in NEURON_PARAMETERS}
             tensors = copies(files, rows)
         else:
-            held = MappedTensors([Path(shutil.copy(file, work)) for file in files], writable=True)
+            held = MappedTensors(files, writable=True)
             tensors = held.tensors
         if odd := sorted(tensors.keys() ^ expected):
             raise ValueError(f"{files[0].name} {'lacks' if odd[0] in expected else 'has an unknown'} {odd[0]}")
@@ -137,9 +143,11 @@ def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0)
         processor = loading.load_processor(directory, task)
         return Proxy(model, processor, task, labels, description["max_tokens"], compressed, held_neurons, sent)
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{directory}: not a proxy ({loading.first_line(error)})", "build it again, or delete it to fetch it again"
-        ) from None
+        raise _no_proxy(directory, loading.first_line(error)) from None
+
+
+def _no_proxy(directory: Path, why: str) -> ModelError:
+    return ModelError(f"{directory}: not a proxy ({why})", "build it again, or delete it to fetch it again")
 
 
 def _parts(directory: Path, width: float) -> dict[int, Tensor]:

@@ -258,6 +258,7 @@ def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Dig
     if held(owner.model) is not None:
         shutil.rmtree(work := config.out / IN_USE, ignore_errors=True)
         work.mkdir(parents=True)
+        check_unchanged(config, owner.contents, digests)  # while the proxy was cut from it, or since
     proxy = load_proxy(directory / "bundle", work)
     if work is not None:
         shutil.rmtree(work)  # what is mapped stays, without a name, until the process ends

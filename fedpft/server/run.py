@@ -16,6 +16,7 @@ from fedpft import atomic, kernels
 from fedpft.config import ServerConfig, dump
 from fedpft.digests import Digests
 from fedpft.errors import CheckpointError
+from fedpft.model.mapped import held
 from fedpft.proxy.holdings import format_holdings, holdings
 from fedpft.report.page import write_report
 from fedpft.server.construction import Built, Owner, Record, build_proxy, load_built, load_owner
@@ -25,6 +26,7 @@ from fedpft.server.identity import (
     Contents,
     check_begun,
     check_proxy,
+    check_unchanged,
     contents,
     kept_digests,
     provenance,
@@ -96,7 +98,7 @@ def run(config: ServerConfig, reach: Reach = FederationServer) -> dict[str, Any]
             if not check_proxy(directory, digests, ledger.recorded("proxy")):
                 ledger.record("proxy", None, proxy_digest(directory, digests))
             digests.save()
-            return _complete(config, owner, built, ledger, reach)
+            return _complete(config, owner, built, ledger, reach, digests)
 
 
 @contextlib.contextmanager
@@ -119,7 +121,9 @@ def _finished(config: ServerConfig) -> dict[str, Any]:
     return summary
 
 
-def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger, reach: Reach) -> dict[str, Any]:
+def _complete(
+    config: ServerConfig, owner: Owner, built: Built, ledger: Ledger, reach: Reach, digests: Digests
+) -> dict[str, Any]:
     """Rounds, plug-in, refinement, evaluation, files; returns the summary."""
     rounds = Rounds(config, owner, built, ledger, reach)
     adapter = rounds.complete()
@@ -135,6 +139,8 @@ def _complete(config: ServerConfig, owner: Owner, built: Built, ledger: Ledger, 
     summary = _summary(config, owner, rounds, worth, sum(tensor.numel() for tensor in adapter.values()))
     if worth.answers:
         atomic.write_text(config.out / "answers.json", json.dumps(worth.answers))
+    if held(owner.model) is not None:  # it is what its files are
+        check_unchanged(config, owner.contents, digests)
     save_product(owner, config, config.out)
     atomic.write_text(config.out / "summary.json", json.dumps(summary, indent=1))
     curves = _curves(built, ledger.recorded("alignment"), rounds.closed) | rounds.silos_curves()
