@@ -236,7 +236,7 @@ def main() -> int:
     def command() -> None:
         found: list[dict[str, Any]] = []
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bench.datascale", "transformers"])
+        context.set_forkserver_preload(["bench.measure", "transformers"])
         with tempfile.TemporaryDirectory() as root:
             texts, held_bytes = int(arguments.gigabytes * 1e9), arguments.held_mib << 20
             for case in cases(Path(root), arguments.images, texts, held_bytes):

@@ -42,6 +42,7 @@ from fedpft.data.rows import (
     shown,
     unusable,
 )
+from fedpft.digests import Digests, combined
 from fedpft.errors import DataError
 
 
@@ -506,13 +507,15 @@ def _read_table(path: Path, forms: Sequence[Form], columns: Mapping[str, str], e
     return read_rows(path, forms, columns, encoding)
 
 
-def data_files(path: Path) -> dict[str, Path]:
-    """The files that a data path leads to, by their names from there; one that is no directory has an empty name."""
-    return {file.relative_to(path).as_posix(): file for file in files_in(path)} if path.is_dir() else {"": path}
+def data_digest(path: Path, digests: Digests) -> str:
+    """Of the file that a data path names, or of all in a directory with their names: of images these are the labels."""
+    if not path.is_dir():
+        return digests.of_file(path)
+    return combined({file.relative_to(path).as_posix(): digests.of_file(file) for file in files_in(path)})
 
 
 def image_paths(path: Path, columns: ColumnsSection, encoding: str | None = None) -> list[Path]:
-    """The images that a table names, which may be missing; those of :func:`data_files` are not among them.
+    """The images that a table names, which may be missing; none of an image set, whose own digest has them.
 
     Raises DataError if the table itself cannot be read.
     """

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fedpft.config import ServerConfig, SimulationConfig, dump
-from fedpft.data.samples import data_files, image_paths, read_label_list, silo_files
+from fedpft.data.samples import data_digest, image_paths, read_label_list, silo_files
 from fedpft.digests import Digests, combined, differences
 from fedpft.errors import CheckpointError, ConfigError, DataError, ModelError
 from fedpft.tasks import TASKS
@@ -262,7 +262,7 @@ def _owners(found: Contents) -> Contents:
 
 
 def _data(config: ServerConfig, path: Path, digests: Digests) -> dict[str, str]:
-    found = {name: digests.of_file(file) for name, file in data_files(path).items()}
+    found = {"": data_digest(path, digests)}
     if TASKS[config.model.task].has_images:
         found[_IMAGES] = digests.of_files(image_paths(path, config.columns, config.encoding))
     return found

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedpft.config import SiloConfig
-from fedpft.data.samples import data_files, image_paths
+from fedpft.data.samples import data_digest, image_paths
 from fedpft.digests import Digests, combined
 from fedpft.errors import DataError
 from fedpft.proxy.bundle import task_of
@@ -45,8 +45,7 @@ class DataOnDisk:
         return None if self._seen in (self.read, last) else self._seen
 
     def _now(self) -> str:
-        files = {name: self._digests.of_file(file) for name, file in data_files(self.path).items()}
-        file = files[""] if "" in files else combined(files)
+        file = data_digest(self.path, self._digests)
         return combined({"": file, "images": self._digests.of_files(self._images)}) if self._images else file
 
 
