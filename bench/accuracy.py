@@ -244,7 +244,8 @@ def drawing(found: Sequence[Cell], records: Mapping[str, Record]) -> str:
         return ""
     if PRODUCT in means:
         points.append({KEPT: world.hidden, **means[PRODUCT]})
-    return standing_alone(score_by_round(sorted(points, key=lambda each: each[KEPT]), levels, metric, KEPT))
+    points.sort(key=lambda each: each[KEPT])
+    return standing_alone(score_by_round(points, levels, metric, KEPT, from_zero=False))
 
 
 def _before(rows: Mapping[str, Mapping[int, Record]], metric: Metric) -> str:

@@ -68,12 +68,18 @@ LIGHT_TEXT_ABOVE = 0.28
 
 
 def score_by_round(
-    rounds: Sequence[Mapping[str, Any]], reference: Mapping[str, float], metric: Metric, by: str = "round"
+    rounds: Sequence[Mapping[str, Any]],
+    reference: Mapping[str, float],
+    metric: Metric,
+    by: str = "round",
+    *,
+    from_zero: bool = True,
 ) -> str:
     """The headline of proxy and plugged-in model by round; `reference` are rows without rounds, drawn as levels.
 
     Args:
         by: another key of `rounds` that has whole numbers, and what is written below them.
+        from_zero: whether a share is drawn from 0, or as far as the values reach.
     """
     series = {
         name: [(entry[by], entry[name]) for entry in rounds if entry.get(name) is not None]
@@ -92,7 +98,7 @@ def score_by_round(
         axes.set_xlabel(by)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if metric.percent:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(bottom=0 if from_zero else None)
             _percent(axes)
         _legend_beside(axes)
         said = "; ".join(
