@@ -35,7 +35,7 @@ from PIL import Image
 from bench.measure import peak_resident_bytes, provenance, reset_peak
 from fedpft.command import run_command
 from fedpft.config import ColumnsSection
-from fedpft.data import rows
+from fedpft.data import images, rows
 from fedpft.data.batches import EncodedDataset, batches
 from fedpft.data.images import ImageDataset, ImagePixels
 from fedpft.data.samples import read_samples
@@ -76,6 +76,7 @@ def measured(case: Case) -> dict[str, Any]:
     task, seconds = TASKS[case.task], dict[str, float]()  # type: ignore[index]
     processor = _processor(case)
     rows.HELD_BYTES = 1 << 60 if case.way == "held" else case.held_bytes
+    images.HELD_BYTES = case.held_bytes
     reset_peak()
     with _anonymous() as anonymous:
         before, before_anonymous = peak_resident_bytes(), anonymous[0]
@@ -193,11 +194,11 @@ def _processor(case: Case) -> Any:
 # --- all cases --------------------------------------------------------------------------------------------------------
 
 
-def cases(root: Path, images: int, text_bytes: int, held_bytes: int) -> Iterator[Case]:
+def cases(root: Path, count: int, text_bytes: int, held_bytes: int) -> Iterator[Case]:
     """Each one's data is made when it is its turn."""
     processors = write_processors(root / "processors")
     for share in (GROWTH, 1):
-        directory = write_images(root / f"images-{share}", images // share)
+        directory = write_images(root / f"images-{share}", count // share)
         for way in ("on demand", "held"):
             yield Case("image-classification", way, directory, processors["image-classification"], held_bytes)
         shutil.rmtree(directory)
@@ -229,7 +230,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.datascale", description=str(__doc__).split("\n")[0])
     parser.add_argument("--images", type=int, default=20_000, help="of the larger case; the smaller has a quarter")
     parser.add_argument("--gigabytes", type=float, default=0.4, help="of text, the same")
-    parser.add_argument("--held-mib", type=int, default=rows.HELD_BYTES >> 20, help="texts up to this size are held")
+    parser.add_argument(
+        "--held-mib",
+        type=int,
+        default=rows.HELD_BYTES >> 20,
+        help="texts, and prepared images, up to this size are held",
+    )
     parser.add_argument("--json", type=Path, default=RESULT)
     arguments = parser.parse_args()
 

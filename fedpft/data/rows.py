@@ -383,7 +383,12 @@ def _json_table(path: Path, encoding: str | None, columns: _Columns) -> Table:
 
 def _held(files: Sequence[Path], rows: Iterator[Row]) -> Iterable[Row]:
     """The rows of small files as a list."""
-    return rows if sum(file.stat().st_size for file in files) > HELD_BYTES else list(rows)
+    return rows if are_large(files) else list(rows)
+
+
+def are_large(files: Iterable[Path]) -> bool:
+    """Whether what is made of them is better not held in memory."""
+    return sum(file.stat().st_size for file in files) > HELD_BYTES
 
 
 def _json_rows(

@@ -6,7 +6,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -20,6 +20,7 @@ from fedpft import atomic, machine
 from fedpft.config import Hold, ServerConfig
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.chat import with_template
+from fedpft.data.rows import are_large
 from fedpft.data.samples import Samples
 from fedpft.data.text import characters_per_token
 from fedpft.digests import Digests, differences
@@ -131,22 +132,27 @@ def load_owner(config: ServerConfig, digests: Digests) -> Owner:
     model, processor = load_fm(config, labels)
     adapters.attach(model, config.adapter, seed=config.seed)
 
-    def encoded(samples: Samples) -> EncodedDataset:
+    def encoded(samples: Samples, name: str) -> EncodedDataset:
         for warning in samples.warnings:
             log.warning("%s", warning)
-        dataset = task.encode(samples, processor, section.max_tokens)
+        cache = config.out / "cache" / f"{name}.safetensors" if are_large(_files(samples.path)) else None
+        dataset = task.encode(samples, processor, section.max_tokens, cache=cache)
         if dataset.cut:
             log.warning("%s", dataset.describe_cut(samples.path, section.max_tokens))
         return dataset
 
-    test = None if tested is None else encoded(tested)
+    test = None if tested is None else encoded(tested, "test")
     length = 0.0
     if task.has_tokens:
         length = characters_per_token(public.texts(), processor, seed=config.seed)
     untrained = None if model.is_drawn else adapters.extract(model)
-    owner = Owner(model, processor, labels, encoded(public), test, found, length, untrained)
+    owner = Owner(model, processor, labels, encoded(public, "public"), test, found, length, untrained)
     check_unchanged(config, found, digests)
     return owner
+
+
+def _files(data: Path) -> Iterable[Path]:
+    return (data,) if data.is_file() else filter(Path.is_file, data.rglob("*"))
 
 
 def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any]:

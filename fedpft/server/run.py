@@ -129,7 +129,7 @@ def _complete(
     adapter = rounds.complete()
     # What `fedpft evaluate` and `fedpft plug-in` start from, beside the proxy directory.
     with atomic.replacing(config.out / PATCH_FILE) as written:
-        save_file(snapshot(built.proxy), written)
+        save_file(snapshot(built.proxy) if ledger.recorded("alignment") else {}, written)
     made_with = provenance(config, owner.contents, built.files, Digests().of_file(config.out / PATCH_FILE))
     with atomic.replacing(config.out / ADAPTER_FILE) as written:
         save_file(adapter, written, metadata=made_with)
