@@ -916,9 +916,15 @@ def test_images_are_part_of_the_data(tmp_path: Path) -> None:
     assert data.changed() not in (None, change)
 
 
-def test_an_image_that_changes_between_rounds_ends_the_silo_and_counts_when_it_is_started_again(
-    server: Server, make_fm: Callable[[str], torch.nn.Module], tmp_path: Path
+@pytest.mark.parametrize("held", [False, True])
+def test_an_image_that_changes_between_rounds_ends_the_silo_unless_it_is_held_and_counts_when_it_is_started_again(
+    server: Server,
+    make_fm: Callable[[str], torch.nn.Module],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held: bool,
 ) -> None:
+    monkeypatch.setattr("fedpft.data.images.HELD_BYTES", 1 << 20 if held else 0)
     for name, grey in (("a.png", 0), ("b.png", 200)):
         Image.new("RGB", (8, 8), (grey, 0, 0)).save(tmp_path / name)
     (tmp_path / "data.csv").write_text("image,label\na.png,sea\nb.png,sky\n")
@@ -935,8 +941,12 @@ def test_an_image_that_changes_between_rounds_ends_the_silo_and_counts_when_it_i
     server.tasks = [pb.NextTaskResponse(train=pb.Train(round=round, adapter=start)) for round in (1, 2)]
     server.mischief["OfferUpdate"] = [lambda _: Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "a.png")]
     config = silo_config(tmp_path, server.address)
-    with pytest.raises(DataError, match=r"image .*a\.png changed since it was looked at"):
+    if not held:
+        with pytest.raises(DataError, match=r"image .*a\.png changed since it was looked at"):
+            run(config)
+    else:
         run(config)
+        server.tasks = [pb.NextTaskResponse(finished=pb.Finished())]
     run(config)
     between, later = data_changes(config)
     assert (between["round"], between["effect"]) == (2, "at the next start")
