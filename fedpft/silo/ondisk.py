@@ -1,8 +1,8 @@
 """The institution's data as this process read it, and whether it is that still.
 
 What a process read at its start is what it trains on, all its life. A change of the file is noticed at the next round
-and takes effect at the next start. Images stay where they are until a batch has them, and some of them then in memory: a
-change of one is noticed, too, and ends the training that meets it. The digest stays here: it is not sent.
+and takes effect at the next start. Images stay where they are until a batch has them, and some then in memory: a change
+of one is noticed, too, and ends the training that meets it. The digest stays here: it is not sent.
 """
 
 from collections.abc import Sequence
