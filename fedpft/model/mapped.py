@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedpft import atomic, machine
 from fedpft.model.architectures import layers_of
 
-_DTYPES = {
+DTYPES = {  # by safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -84,9 +84,9 @@ class MappedTensors:
             mapped = mmap.mmap(read.fileno(), 0, access=self._access)
         offset = 8 + int.from_bytes(mapped[:8], "little")
         for name, (kind, shape) in known.items():
-            if kind not in _DTYPES:
+            if kind not in DTYPES:
                 raise ValueError(f"{file}: {name} is stored as {kind}")
-            tensor = self.tensors[name] = _view(mapped, offset, _DTYPES[kind], shape)
+            tensor = self.tensors[name] = _view(mapped, offset, DTYPES[kind], shape)
             self._addresses.add(tensor.data_ptr())
             offset += tensor.nbytes
         self._maps.append(mapped)

@@ -19,23 +19,12 @@ from torch import Tensor
 
 from fedpft import atomic
 from fedpft.errors import TransferCorrupt
+from fedpft.model.mapped import DTYPES
 
 Group = Literal["adapter", "delta", "scale", "inactivity", "patch", "residual", "first_moment", "second_moment"]
 
 LARGEST_HEADER_BYTES = 4 << 20  # some 40,000 tensors
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _REMEDY = "run the same version of fedpft on both sides"
 
 
@@ -150,7 +139,7 @@ def _entries(file: BinaryIO, size: int) -> list[tuple[str, Spec, int]]:
     content = place
     described = ((name, entry) for name, entry in header.items() if name != "__metadata__")
     for name, entry in sorted(described, key=lambda each: each[1]["data_offsets"]):
-        spec, (start, end) = Spec(_DTYPES[entry["dtype"]], tuple(entry["shape"])), entry["data_offsets"]
+        spec, (start, end) = Spec(DTYPES[entry["dtype"]], tuple(entry["shape"])), entry["data_offsets"]
         if not all(type(number) is int and 0 <= number < 1 << 48 for number in (*spec.shape, start, end)):
             raise ValueError(f"{name!r} has a shape or place that cannot be")
         if content + start != place or end - start != spec.nbytes:
