@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from bench import kernels as bench_kernels
-from bench import measure, render
+from bench import large, measure, render
 from bench import scale as bench_scale
 from bench import soak as bench_soak
 from bench import transport as bench_transport
 from bench.peers import Prepared, close
 from fedpft.errors import FedPFTError
 from fedpft.kernels.schemas import SCHEMAS
+from fedpft.model import loading
+from fedpft.model.architectures import layers_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -204,3 +206,37 @@ def test_a_silos_row_is_compared_with_the_trainer_that_does_the_same() -> None:
         ["1.00", "1.00 |"],
         ["1.00", "1.00 |"],
     ]
+
+
+# --- an FM that is larger than memory ---------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_of_bench_large_is_a_model(tmp_path: Path) -> None:
+    size = large.write_checkpoint(tmp_path, layers=2, hidden=128, ffn=256)
+    assert len(loading.weight_files(tmp_path)) == 3  # what is outside of the layers, and each
+    assert size == sum(file.stat().st_size for file in loading.weight_files(tmp_path))
+    fm = loading.load_model(tmp_path, "causal-lm", (), seed=0, hold="disk")
+    assert len(layers_of(fm)) == 2
+    processor = loading.load_processor(tmp_path, "causal-lm")
+    assert processor("w0 w29999 other")["input_ids"] == [2, 30001, 1]
+
+
+def test_a_process_is_watched_phase_by_phase() -> None:
+    held = "import sys, time; a = bytearray({mib} << 20); print({line!r}, file=sys.stderr, flush=True); time.sleep(0.6)"
+    code = "\n".join([held.format(mib=200, line="cutting the proxy"), "del a", held.format(mib=1, line="closed form")])
+    watched = large.Watched()
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+        watched.follow(process, "it")
+    assert [phase.name for phase in watched.phases] == ["start", "cutting", "closed form"]
+    assert watched.phases[1].anonymous_bytes > 200 << 20 > watched.phases[2].anonymous_bytes
+
+
+def test_what_grows_is_drawn(tmp_path: Path) -> None:
+    rows = [
+        {"grown": name, "factor": factor, "seconds": 3.0, "peak_bytes": 1 << 30}
+        | {"reading_seconds": 0.5, "checkpoint_bytes": 1 << 29}
+        for name, factor in [("", 1), *((name, 2) for name in large.BASE)]
+    ]
+    large.draw(rows, tmp_path / "growth.svg")
+    drawn = (tmp_path / "growth.svg").read_text()
+    assert all(word in drawn for word in ("layers", "public rows", "times as large", "MiB"))
