@@ -352,7 +352,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.large", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("--layers", type=int, default=32, help="default: %(default)s, 12.6 GB with the other defaults")
+    add("--layers", type=int, default=32, help="default: %(default)s, 12 GB with the other defaults")
     add("--hidden", type=int, default=4096, help="default: %(default)s")
     add("--ffn", type=int, default=11008, help="default: %(default)s")
     add("--neurons", type=int, default=2048, help="K; default: %(default)s")

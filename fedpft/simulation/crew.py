@@ -64,6 +64,11 @@ class Post:
         """Of torch on the CPU, for one silo."""
         return self.data.config.simulation.threads
 
+    @property
+    def widths(self) -> set[float]:
+        """How much of the proxy any silo loads."""
+        return {self.width(silo) for silo in self.data.sizes}
+
     def width(self, silo: str) -> float:
         """How much of the proxy a silo loads."""
         section = self.data.config.simulation
@@ -75,7 +80,8 @@ class Worker:
     """Trains for one silo after the other."""
 
     def __init__(self, post: Post) -> None:
-        self._post, self._learners = post, dict[float, Learner]()
+        self._post = post
+        self._learners = {width: Learner(post.bundle, post.settings, post.device, width) for width in post.widths}
 
     def do(self, job: Job) -> Done:
         """Trains; what was trained before this process was killed is not trained again."""
@@ -95,7 +101,7 @@ class Worker:
         work.path.mkdir(parents=True, exist_ok=True)
         if (trained := work.update(SHARE)) is not None and trained.answers(job.train):
             return trained
-        learner = self._learner_of(job.silo)
+        learner = self._learners[self._post.width(job.silo)]
         proxy = learner.proxy
         if job.snapshot is not None and job.train.proxy_version != learner.version:
             learner.bring_to(job.train.proxy_version, job.snapshot)
@@ -109,12 +115,6 @@ class Worker:
         )
         packing = learner.way_to_pack(job.silo, dataset)
         return learner.train(job.silo, dataset, job.train, job.start, work, limits=LIMITS, share=SHARE, packing=packing)
-
-    def _learner_of(self, silo: str) -> Learner:
-        width = self._post.width(silo)
-        if width not in self._learners:
-            self._learners[width] = Learner(self._post.bundle, self._post.settings, self._post.device, width)
-        return self._learners[width]
 
 
 class Crew(Protocol):
