@@ -351,8 +351,9 @@ def test_an_fm_is_cut_in_the_memory_of_two_layers(tmp_path: Path) -> None:
     assert int(result.stdout.split()[-1]) << 10 < 32 << 20
 
 
-def test_an_fm_on_disk_needs_the_cpu() -> None:
+def test_an_fm_on_disk_needs_the_cpu(fm_directory: FM, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("\n".join(tiny.LABELS))
     values = {"out": "/o", "listen": "127.0.0.1:0", "insecure_loopback": True, "federation": {"silos": ["a"]}}
-    values |= {"model": {"path": "/p", "hold": "disk"}, "public_data": "/d", "device": "meta"}
+    values |= {"model": {"path": str(fm_directory("bert")), "hold": "disk"}, "public_data": "/d", "device": "meta"}
     with pytest.raises(ConfigError, match="disk is for the CPU"):
-        construction._hold(ServerConfig.model_validate(values))
+        construction.load_fm(ServerConfig.model_validate(values), tiny.LABELS)

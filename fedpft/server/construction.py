@@ -167,7 +167,7 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
             "set it to 0",
         )
     model = loading.load_model(
-        section.path, section.task, labels, seed=config.seed, dtype=section.dtype, hold=section.hold
+        section.path, section.task, labels, seed=config.seed, dtype=section.dtype, hold=_hold(config)
     )
     model.to(config.device)
     processor = loading.load_processor(section.path, section.task)
