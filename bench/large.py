@@ -247,7 +247,7 @@ def run(arguments: argparse.Namespace) -> None:
         shutil.rmtree(work)
 
 
-BASE = {"layers": 8, "hidden": 1024, "ffn": 2816, "rows": 128}
+BASE = {"layers": 8, "hidden": 512, "ffn": 2048, "rows": 64}
 BUILD = "import sys; from fedpft.cli import main; sys.exit(main())"
 
 
