@@ -756,7 +756,7 @@ def test_late_silo_is_refused_goes_and_catches_up(inputs: Path, tmp_path: Path) 
     with deployment(inputs, tmp_path, **settings) as running:
         server, north, south = running.server, running.silos["north"], running.silos["south"]
         south.halt_at(r"^optimizer step 2 ")
-        north.halt_at(r"^optimizer step 2 after north: round 1 of 3: sent")
+        north.halt_at(r"^optimizer step 2 after north: round 2 of 3 begins")
         running.start()
         south.await_halt()
         north.await_halt()  # round 2: the deadline of round 1 has passed without south
@@ -844,7 +844,7 @@ def test_a_counted_update_that_the_torn_log_of_the_ledger_lost_is_sent_again(
     """A disk that lies: what came last into ledger.sqlite-wal is not there any more, though the silo was thanked."""
     with deployment(inputs, tmp_path) as running:
         server, north, south = running.server, running.silos["north"], running.silos["south"]
-        south.halt_at(r"^optimizer step 2 after south: round 1 of 2: sent")
+        south.halt_at(r"^optimizer step 2 after south: round 2 of 2 begins")
         running.start()
         south.await_halt()
         north.await_log(r"north: round 2 of 2: sent")
