@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from fedpft import faults, machine
 from fedpft.config import Dtype, Hold, TaskName
 from fedpft.errors import ModelError
-from fedpft.finite import is_finite
+from fedpft.finite import not_finite
 from fedpft.model import architectures
-from fedpft.model.mapped import MappedTensors, Shards, hold_on_disk, release
+from fedpft.model.mapped import INDEX, MappedTensors, Shards, hold_on_disk, release
 from fedpft.model.packing import varlen_attention
 from fedpft.model.precision import DTYPES, hold_wide, name_of
 from fedpft.seeding import derive_seed
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 GENERATION = "generation_config.json"
 POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 
@@ -123,15 +123,13 @@ def load_model(
     if drawn and held != torch.float32:
         _draw_in_float32(model, report, derive_seed(seed, "task head"))
     hold_wide(model, model.trained_modules)
-    for name, tensor in model.state_dict().items():
-        if not is_finite(tensor):
-            raise ModelError(
-                f"{path}: {name} holds NaN or infinity in {name_of(held)}",
-                "restore the FM's weights from where they came from"
-                if held != torch.float16
-                else "set model.dtype: bfloat16 if its numbers are too large for float16, or restore its weights",
-            )
-        stored.release()
+    if (name := not_finite(model.state_dict(), stored.release)) is not None:
+        raise ModelError(
+            f"{path}: {name} holds NaN or infinity in {name_of(held)}",
+            "restore the FM's weights from where they came from"
+            if held != torch.float16
+            else "set model.dtype: bfloat16 if its numbers are too large for float16, or restore its weights",
+        )
     on_disk = hold == "disk" or (hold == "auto" and stored.nbytes > IN_MEMORY * machine.memory_bytes())
     if on_disk and architectures.architecture_of(model).experts is not None:
         log.warning("%s: a mixture's experts are stored one by one, and held together: all of it is in memory", path)
@@ -221,9 +219,8 @@ def empty_model(directory: Path, task: TaskName, num_layers: int) -> nn.Module:
         raise ValueError(f"config.json: dtype is {held}")
     set_layers(config, range(num_layers))
     config.problem_type = TASKS[task].problem_type
-    shape = getattr(transformers, TASKS[task].model)
     with accelerate.init_empty_weights(include_buffers=False):
-        model = shape.from_config(config, dtype=DTYPES[held], trust_remote_code=False)
+        model = _model_class(task).from_config(config, dtype=DTYPES[held], trust_remote_code=False)
     model.tie_weights()  # which each parameter's move to `meta` has undone
     return prepare(model)
 
@@ -325,10 +322,14 @@ def convert_gguf(file: Path, directory: Path) -> None:
     save_model(model, tokenizer, directory)
 
 
+def _model_class(task: TaskName) -> Any:
+    return getattr(transformers, TASKS[task].model)
+
+
 def _class_of(task: TaskName, config: Any, dtype: torch.dtype) -> Any:
     """The class of transformers that a model of this configuration has for a task; of two the config names one."""
     with torch.device("meta"):
-        return type(getattr(transformers, TASKS[task].model).from_config(config, dtype=dtype, trust_remote_code=False))
+        return type(_model_class(task).from_config(config, dtype=dtype, trust_remote_code=False))
 
 
 def _generation_config(path: Path) -> Any:

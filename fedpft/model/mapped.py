@@ -32,6 +32,7 @@ DTYPES = {  # by safetensors' names
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+INDEX = "model.safetensors.index.json"  # what transformers calls it
 _METADATA = {"format": "pt"}
 
 
@@ -117,7 +118,7 @@ class Shards:
         total = sum(self.held.tensors[name].nbytes for name in self._places)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self._places.items()))}
         self.held.flush()
-        atomic.write_text(self._directory / "model.safetensors.index.json", json.dumps(index, indent=1))
+        atomic.write_text(self._directory / INDEX, json.dumps(index, indent=1))
 
 
 def held(model: nn.Module) -> MappedTensors | None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fedpft.config import TaskName
 from fedpft.errors import ModelError
-from fedpft.finite import is_finite
+from fedpft.finite import not_finite
 from fedpft.model import architectures, loading
 from fedpft.model.adapters import frozen_state
 from fedpft.model.mapped import MappedTensors, Shards, copies, hold_on_disk, release
@@ -203,13 +204,11 @@ def task_of(directory: Path) -> TaskName | None:
 
 def check_finite(model: nn.Module, what: str) -> None:
     """Raises ModelError, naming the tensor, if a proxy's frozen part holds NaN or infinity."""
-    for name, tensor in frozen_state(model).items():
-        if not is_finite(tensor):
-            raise ModelError(
-                f"{what}: {name} holds NaN or infinity",
-                "build the proxy again, with a lower distillation.learning_rate, and look at public_data",
-            )
-        release(model)
+    if (name := not_finite(frozen_state(model), partial(release, model))) is not None:
+        raise ModelError(
+            f"{what}: {name} holds NaN or infinity",
+            "build the proxy again, with a lower distillation.learning_rate, and look at public_data",
+        )
 
 
 def patch(model: nn.Module, updated: Mapping[int, Tensor], norms: Sequence[str]) -> dict[str, Tensor]:

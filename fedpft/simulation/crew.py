@@ -27,6 +27,11 @@ LARGEST_DRAW = float(1 << 63)
 SHARE, LIMITS = ShareSection(), LimitsSection()  # a simulated silo keeps nothing back
 
 
+def falls_on(fraction: float, seed: int, *purpose: str | int) -> bool:
+    """A draw with the seed, which is true for that share of all purposes."""
+    return derive_seed(seed, *purpose) < fraction * LARGEST_DRAW
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A silo's part in a round. start: file of the adapter; snapshot: of the proxy's version, None for 0."""
@@ -72,8 +77,8 @@ class Post:
     def width(self, silo: str) -> float:
         """How much of the proxy a silo loads."""
         section = self.data.config.simulation
-        draw = derive_seed(self.data.config.seed, "narrow", silo) / LARGEST_DRAW
-        return section.narrow_width if draw < section.narrow_fraction else 1.0
+        narrow = falls_on(section.narrow_fraction, self.data.config.seed, "narrow", silo)
+        return section.narrow_width if narrow else 1.0
 
 
 class Worker:

@@ -23,14 +23,13 @@ from fedpft.federation import (
     Substitute,
     UpdateArrived,
 )
-from fedpft.seeding import derive_seed
 from fedpft.server.ledger import Ledger
 from fedpft.server.live import log_action
 from fedpft.server.roundfiles import RoundFiles, federation_of
 from fedpft.server.updates import Update
 from fedpft.silo.work import Update as Trained
 from fedpft.silo.work import Work
-from fedpft.simulation.crew import LARGEST_DRAW, SHARE, Crew, Done, Job
+from fedpft.simulation.crew import SHARE, Crew, Done, Job, falls_on
 from fedpft.simulation.data import SilosData
 from fedpft.wire.transfer import payload
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -218,7 +217,7 @@ class SimulatedSilos:
 
 def drops_out(config: SimulationConfig, round: int, silo: str) -> bool:
     """Whether a silo fails in a round if it is picked."""
-    return derive_seed(config.seed, "drops out", round, silo) < config.simulation.drop_out_fraction * LARGEST_DRAW
+    return falls_on(config.simulation.drop_out_fraction, config.seed, "drops out", round, silo)
 
 
 class _Clock:
