@@ -123,3 +123,9 @@ class RankLost(FedPFTError):
     """One of the processes that train a silo together has ended; the silo comes back, as one that was killed."""
 
     exit_code = 17
+
+
+class PrivacyViolation(FedPFTError):
+    """Going on would show more of a silo than was agreed on, or the server does not keep what the silo demands."""
+
+    exit_code = 18

@@ -17,7 +17,7 @@ ROWS: list[set[str]] = [
     {"config", "seeding", "command", "audit", "finite", "digests", "machine", "parallel"},
     {"kernels", "federation", "aggregation", "data"},
     {"tasks"},
-    {"model"},
+    {"model", "privacy"},
     {"proxy", "training", "evaluation"},
     {"report", "wire"},
     {"server", "silo", "provision"},
@@ -58,6 +58,7 @@ ORDER = {
         "compatibility",
         "adapters",
     ),
+    "privacy": ("masking", "fixedpoint", "shares", "secagg"),
     "proxy": (
         "journal",
         "closed_form",
