@@ -34,6 +34,7 @@ from fedpft.privacy.shares import SHARE_BYTES, combine, split
 
 PUBLIC_BYTES = 32
 SIGNATURE_BYTES = 1024  # at most
+SEALED_BYTES = 2 * SHARE_BYTES + 16  # and the tag
 NONCE = bytes(12)  # each key seals one message
 
 _REMEDY = "nothing more was sent; tell the other silos, and ask the server's operator what it runs"
@@ -85,6 +86,11 @@ class Keys:
         sizes = {len(self.seal_key), len(self.mask_key), len(self.commitment)}
         if sizes != {PUBLIC_BYTES} or not 0 < len(self.signature) <= SIGNATURE_BYTES:
             raise InvalidUpdate(f"{self.silo}: its keys for secure aggregation are none", _REMEDY)
+
+
+def task_digest(adapter: bytes, proxy_version: int, *, count_inactivity: bool) -> bytes:
+    """Of what a round trains on. adapter: SHA-256 of the file that it starts from."""
+    return hashed("task", adapter, proxy_version, int(count_inactivity))
 
 
 class Roster:

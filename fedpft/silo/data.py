@@ -5,7 +5,7 @@ import logging
 from fedpft.config import SiloConfig
 from fedpft.data.batches import describe_cut
 from fedpft.data.samples import Examination, Samples
-from fedpft.errors import FedPFTError, ModelError, RefusedByServer
+from fedpft.errors import FedPFTError, ModelError, PrivacyViolation, RefusedByServer
 from fedpft.model import loading
 from fedpft.silo.connection import SAME_VERSION
 from fedpft.silo.work import Work
@@ -48,6 +48,11 @@ def prepare(config: SiloConfig) -> tuple[Samples, Terms]:
         greeting.check_version(config.server)
         if greeting.terms is None:
             raise RefusedByServer(f"{config.server} does not say what the data must be like", SAME_VERSION)
+        if "secure_aggregation" in config.require and not greeting.terms.secure_aggregation:
+            raise PrivacyViolation(
+                f"{config.server} has no secure aggregation, which `require` in silo.yaml demands",
+                "ask the server's operator for federation.secure_aggregation: true; nothing was sent",
+            )
     except FedPFTError as error:
         raise fault or error from None
     samples = fit(examination, config, greeting.terms)

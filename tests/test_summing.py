@@ -1,0 +1,251 @@
+"""Secure aggregation between server and silos over real sockets with TLS; what silos train is made up, without a model."""
+
+import contextlib
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+
+from fedpft.config import (
+    AdapterSection,
+    FederationSection,
+    ModelSection,
+    RoundSettings,
+    SecureAggregationSection,
+    SecureTerms,
+    ServerConfig,
+    ServerTlsSection,
+    ShareSection,
+    SiloConfig,
+    SiloDataSection,
+    TlsSection,
+    TrainingSection,
+)
+from fedpft.errors import FedPFTError, RoundOver
+from fedpft.privacy import fixedpoint
+from fedpft.privacy.fixedpoint import Contribution, Layout
+from fedpft.provision import provision
+from fedpft.server.ledger import Ledger
+from fedpft.server.outcome import Sum
+from fedpft.server.service import FederationServer
+from fedpft.silo.connection import ServerConnection
+from fedpft.silo.summing import Summing, check_agreed
+from fedpft.silo.work import Work
+from fedpft.wire.hello import Terms
+from fedpft.wire.tensors import read_tensors, write_tensors
+
+SILOS = ("east", "north", "south")
+SECURE = SecureTerms(most_samples=1000, max_entry=1.0, threshold_fraction=0.5, min_silos=2, weights="samples")
+SETTINGS = RoundSettings(
+    seed=5, adapter=AdapterSection(), training=TrainingSection(), inactive_below=0.01, secure_aggregation=SECURE
+)
+TERMS = Terms("sequence-classification", ("1", "2"), 64, 4.0, secure_aggregation=True)
+ADAPTER = {"head": torch.linspace(-1, 1, 6), "lora_A": torch.ones(2, 3)}
+NEURONS = {1: 3}
+LONG_SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("kits")
+    provision(directory, [*SILOS, "west"])
+    return directory
+
+
+def tls(kit):
+    return TlsSection(ca=kit / "ca.pem", certificate=kit / "certificate.pem", key=kit / "key.pem")
+
+
+def trained(silo, round):
+    """What a silo makes of an adapter, its samples, and its counts: the same each time."""
+    draw = torch.Generator().manual_seed(SILOS.index(silo) * 10 + round)
+    adapter = {name: tensor + 0.01 * torch.randn(tensor.shape, generator=draw) for name, tensor in ADAPTER.items()}
+    return adapter, 10 + SILOS.index(silo), {"1": torch.tensor([1, 0, 4]), "1.tokens": torch.tensor(5)}
+
+
+def added(silos, round, *, counts=False):
+    """The sum of the integers, without masks."""
+    layout = Layout.of({name: tuple(tensor.shape) for name, tensor in ADAPTER.items()}, NEURONS if counts else {})
+    total = torch.zeros(layout.words, dtype=torch.int32)
+    for silo in silos:
+        adapter, samples, inactivity = trained(silo, round)
+        what = Contribution(ADAPTER, adapter, samples, samples, {"train_loss": 0.5}, inactivity if counts else None)
+        total += fixedpoint.encode(what, layout, SECURE, fixedpoint.rounding_key(5, silo, round))[0]
+    return total
+
+
+class Silo:
+    """One process of a silo, as fedpft.silo.run is, but that it does not train.
+
+    at: called with what the server asks for, before it is done; raises to end the process there.
+    """
+
+    def __init__(self, root, kits, address, name, at=lambda asked, silo: None, **changes):
+        self.name, self._at = name, at
+        values = {
+            "server": address,
+            "tls": tls(kits / "silos" / name),
+            "data": SiloDataSection(path=root / "data.csv"),
+            "work": root / f"work-{name}",
+            "connect_timeout_seconds": LONG_SECONDS,
+        }
+        config = SiloConfig(**(values | changes))
+        config.work.mkdir(exist_ok=True)
+        self.connection, self.work = ServerConnection(config), Work(config.work)
+        self.config = config
+        enrolment = self.connection.enrol(0)
+        check_agreed(config, said=True, terms=enrolment.settings.secure_aggregation)
+        self.work.join(enrolment, name)
+        self.summing = Summing(name, config, self.work, self.connection, NEURONS)
+
+    def take_part(self):
+        """Until the end; returns how it ended."""
+        while True:
+            task = self.connection.next_assignment()
+            kind = task.WhichOneof("task")
+            self._at(task.stage.WhichOneof("asked") if kind == "stage" else kind, self)
+            try:
+                match kind:
+                    case "train":
+                        self.train(task.train)
+                    case "stage":
+                        self.summing.do(task.stage)
+                    case _:
+                        return kind
+            except RoundOver:
+                pass
+
+    def train(self, train):
+        self.connection.fetch(train.adapter, *self.work.received(train.adapter))
+        update = self.work.update(ShareSection())
+        if update is None or not update.answers(train):
+            adapter, samples, inactivity = trained(self.name, train.round)
+            groups = {"adapter": adapter} | ({"inactivity": inactivity} if train.count_inactivity else {})
+            update = self.work.keep_update(
+                train, groups, {}, samples=samples, metrics={"train_loss": 0.5}, weight=float(samples)
+            )
+        self.summing.begin(train, update, self.connection.settings)
+
+    def close(self):
+        self.connection._channel.close()
+        self.connection._audit.close()
+
+
+class Killed(Exception):
+    """A process ends without another word."""
+
+
+class World:
+    """A server and its silos in one directory; each can be killed and started again."""
+
+    def __init__(self, root, kits, pool, **federation):
+        self.root, self.kits, self._pool = root, kits, pool
+        section = {"silos": SILOS, "round_deadline_seconds": LONG_SECONDS, "secure_aggregation": True}
+        self._stage_seconds = federation.pop("stage_seconds", LONG_SECONDS)
+        self.federation = FederationSection(**(section | federation))
+        self.stack = contextlib.ExitStack()
+        (root / "bundle").mkdir()
+        description = {"format": 1, "neurons": [3, 3], "compressed": [1]}
+        (root / "bundle" / "proxy.json").write_text(json.dumps(description))
+        self.server = None
+        self.port = 0
+        self.running: dict[str, Future] = {}
+
+    def start_server(self):
+        kit = tls(self.kits / "server").model_dump()
+        config = ServerConfig(
+            out=self.root / "out",
+            listen=f"127.0.0.1:{self.port}",
+            tls=ServerTlsSection(**kit),
+            model=ModelSection(path=self.root, labels=self.root),
+            federation=self.federation,
+            aggregation={"weights": "samples"},
+            secure_aggregation=SecureAggregationSection(most_samples=1000, stage_deadline_seconds=self._stage_seconds),
+            public_data=self.root,
+        )
+        self.ledger = Ledger(config.out, {})
+        self.server = FederationServer(config, self.root / "bundle", SETTINGS, self.ledger, TERMS)
+        self.address = self.server.start()
+        self.port = int(self.address.rpartition(":")[2])
+        return self.server
+
+    def kill_server(self):
+        self.server._server.stop(0).wait()
+        self.server._audit.close()
+        self.ledger.close()
+
+    def start(self, name, at=lambda asked, silo: None, **changes):
+        def life():
+            silo = Silo(self.root, self.kits, self.address, name, at, **changes)
+            try:
+                return silo.take_part()
+            except Killed:
+                return "killed"
+            except FedPFTError:
+                silo.connection.leave()
+                raise
+            finally:
+                silo.close()
+
+        self.running[name] = self._pool.submit(life)
+        return self.running[name]
+
+    def start_silos(self, **at):
+        for name in SILOS:
+            self.start(name, at.get(name, lambda asked, silo: None))
+
+    def run_round(self, round, *, count_inactivity=False):
+        path = self.ledger.adapter_path(round - 1)
+        if not self.ledger.entered(path):
+            write_tensors(path, {"adapter": ADAPTER})
+            self.ledger.enter_file(path)
+        return self.server.run_round(round, count_inactivity=count_inactivity)
+
+    def words(self, round):
+        return read_tensors(self.ledger.sum_path(round), "sum")["words"]
+
+    def close(self):
+        self.server.abort("the test is over")
+        self.kill_server()
+
+
+@pytest.fixture
+def world(tmp_path, kits):
+    with ThreadPoolExecutor(16) as pool, contextlib.ExitStack() as stack:
+
+        def make(**federation):
+            made = World(tmp_path, kits, pool, **federation)
+            made.start_server()
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def test_the_server_gets_the_sum_of_the_integers_and_nothing_else(world):
+    here = world()
+    here.start_silos()
+    here.server.wait_for_silos()
+    found = here.run_round(1, count_inactivity=True)
+    assert isinstance(found, Sum)
+    assert torch.equal(here.words(1), added(SILOS, 1, counts=True))
+    assert (found.silos, found.samples()) == (3, 33)
+    assert found.train_loss() == 0.5
+    assert found.inactivity()[0]["1"].tolist() == [3, 0, 12]
+    assert found.inactivity()[0]["1.tokens"].tolist() == [15, 15, 15]
+    assert found.told() == {}
+    mean = found.mean(None, 1)
+    for name, tensor in ADAPTER.items():
+        wanted = sum((10 + n) * trained(silo, 1)[0][name].double() for n, silo in enumerate(SILOS)) / 33
+        assert float((mean[name].double() - wanted).abs().max()) < 3 * 2.0**-SECURE.fraction_bits / 33 + 1e-7
+        assert mean[name].dtype == tensor.dtype
+    here.server.close_round()
+    assert not here.ledger.sum_path(1).exists()
+    here.run_round(2)
+    assert torch.equal(here.words(2), added(SILOS, 2))
+    here.server.close_round()
+    here.server.finish()
+    assert [here.running[name].result() for name in SILOS] == ["finished"] * 3
+    stages = [(entry["round"], entry["stage"]) for entry in here.ledger.recorded("stage")]
+    assert stages == [(round, stage) for round in (1, 2) for stage in ("shares", "vectors", "signatures", "reveals")]
