@@ -732,8 +732,6 @@ class ServerConfig(Endpoint):
             fault = f"goes without training.update_encoding: {encoding}: rounded apart, updates do not add up exactly"
         elif federation.min_silos == 1:
             fault = "needs federation.min_silos of 2 or more: the sum over one silo is its update"
-        elif federation.silos and not 2 <= self.most_picked <= MOST_SILOS:
-            fault = f"is for 2 to {MOST_SILOS} silos a round, not {self.most_picked}"
         if fault:
             raise ValueError(f"federation.secure_aggregation {fault}")
 
@@ -782,10 +780,14 @@ class ServerConfig(Endpoint):
             raise ValueError("federation.silos names a silo twice")
         if wanted > len(silos):
             raise ValueError(f"federation.min_silos is {wanted}, but only {len(silos)} silos are named")
+        if self.federation.secure_aggregation and not 2 <= self.most_picked <= MOST_SILOS:
+            raise ValueError(
+                f"federation.secure_aggregation is for 2 to {MOST_SILOS} silos a round, not {self.most_picked}"
+            )
         rule, fewest = self.aggregation.mean, self.fewest_updates
         if (self.federation.min_silos or len(silos)) < fewest:
             if rule == "weighted":
-                raise ValueError("federation.secure_aggregation needs 2 silos or more: one's sum is its update")
+                raise ValueError("federation.secure_aggregation needs 2 silos: the sum over one is its update")
             key = f"min_silos is {wanted}" if self.federation.min_silos else f"silos names {len(silos)}"
             raise ValueError(f"aggregation.mean: {rule} needs {fewest} updates a round, but federation.{key}")
 

@@ -1,12 +1,14 @@
-"""Secure aggregation between server and silos over real sockets with TLS; what silos train is made up, without a model."""
+"""Secure aggregation between server and silos over real sockets with TLS; what silos train is made up."""
 
 import contextlib
 import json
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 
+from fedpft import audit
 from fedpft.config import (
     AdapterSection,
     FederationSection,
@@ -22,7 +24,7 @@ from fedpft.config import (
     TlsSection,
     TrainingSection,
 )
-from fedpft.errors import FedPFTError, RoundOver
+from fedpft.errors import FedPFTError, PrivacyViolation, QuorumLost, RoundOver
 from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Contribution, Layout
 from fedpft.provision import provision
@@ -78,7 +80,8 @@ def added(silos, round, *, counts=False):
 class Silo:
     """One process of a silo, as fedpft.silo.run is, but that it does not train.
 
-    at: called with what the server asks for, before it is done; raises to end the process there.
+    at: called with what the server asks for, before it is done; raises to end the process there, or returns how often
+        it is done, as if the first replies were lost.
     """
 
     def __init__(self, root, kits, address, name, at=lambda asked, silo: None, **changes):
@@ -88,7 +91,7 @@ class Silo:
             "tls": tls(kits / "silos" / name),
             "data": SiloDataSection(path=root / "data.csv"),
             "work": root / f"work-{name}",
-            "connect_timeout_seconds": LONG_SECONDS,
+            "connect_timeout_seconds": 8.0,
         }
         config = SiloConfig(**(values | changes))
         config.work.mkdir(exist_ok=True)
@@ -104,17 +107,18 @@ class Silo:
         while True:
             task = self.connection.next_assignment()
             kind = task.WhichOneof("task")
-            self._at(task.stage.WhichOneof("asked") if kind == "stage" else kind, self)
-            try:
-                match kind:
-                    case "train":
-                        self.train(task.train)
-                    case "stage":
-                        self.summing.do(task.stage)
-                    case _:
-                        return kind
-            except RoundOver:
-                pass
+            times = self._at(task.stage.WhichOneof("asked") if kind == "stage" else kind, self) or 1
+            for _ in range(times):
+                try:
+                    match kind:
+                        case "train":
+                            self.train(task.train)
+                        case "stage":
+                            self.summing.do(task.stage)
+                        case _:
+                            return kind
+                except RoundOver:
+                    pass
 
     def train(self, train):
         self.connection.fetch(train.adapter, *self.work.received(train.adapter))
@@ -249,3 +253,152 @@ def test_the_server_gets_the_sum_of_the_integers_and_nothing_else(world):
     assert [here.running[name].result() for name in SILOS] == ["finished"] * 3
     stages = [(entry["round"], entry["stage"]) for entry in here.ledger.recorded("stage")]
     assert stages == [(round, stage) for round in (1, 2) for stage in ("shares", "vectors", "signatures", "reveals")]
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+STAGES = ("train", "roster", "sealed", "survivors", "signatures")  # what a silo is asked for, in order
+
+
+class Once:
+    """What a silo does the first time that it is asked for something."""
+
+    def __init__(self, asked, action):
+        self.asked, self.reached, self._action = asked, threading.Event(), action
+
+    def __call__(self, asked, silo):
+        if asked != self.asked or self.reached.is_set():
+            return None
+        self.reached.set()
+        return self._action()
+
+
+def die():
+    raise Killed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_silo_that_is_killed_and_comes_back_is_in_the_sum(world, stage):
+    here, fault = world(), Once(stage, die)
+    here.start_silos(north=fault)
+    here.server.wait_for_silos()
+    outcome = here._pool.submit(here.run_round, 1)
+    assert here.running["north"].result(LONG_SECONDS) == "killed"
+    here.start("north")
+    found = outcome.result(LONG_SECONDS)
+    assert found.silos == 3
+    assert torch.equal(here.words(1), added(SILOS, 1)), "the same as if nothing had happened"
+    attempts = {entry["attempt"] for entry in here.ledger.recorded("stage")}
+    assert attempts == ({0, 1} if stage in ("roster", "sealed") else {0}), "no mask is used in two attempts"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_round_goes_on_without_a_silo_that_falls_silent(world, stage):
+    """At its own deadline; its vector counts if it was there."""
+    here = world(min_silos=2, stage_seconds=1.5, round_deadline_seconds=3.0 if stage == "train" else LONG_SECONDS)
+    silent = threading.Event()
+    fault = Once(stage, lambda: silent.wait(LONG_SECONDS) and None)
+    here.start_silos(north=fault)
+    here.server.wait_for_silos()
+    try:
+        here.run_round(1)
+    finally:
+        silent.set()
+    counted = SILOS if stage in ("survivors", "signatures") else ("east", "south")
+    assert torch.equal(here.words(1), added(counted, 1))
+    here.server.close_round()
+    here.run_round(2)
+    assert torch.equal(here.words(2), added(here.ledger.recorded("sum")[-1]["silos"], 2))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_answer_whose_reply_was_lost_is_given_again_and_counts_once(world, stage):
+    here = world()
+    here.start_silos(north=lambda asked, silo: 3 if asked == stage else None)
+    here.server.wait_for_silos()
+    here.run_round(1)
+    assert torch.equal(here.words(1), added(SILOS, 1))
+    assert {entry["attempt"] for entry in here.ledger.recorded("stage")} == {0}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_server_that_is_killed_goes_on_to_the_same_sum(world, stage):
+    here, fault = world(), Once(stage, lambda: here_is_killed.wait(LONG_SECONDS) and None)
+    here_is_killed = threading.Event()
+    here.start_silos(north=fault)
+    here.server.wait_for_silos()
+    first = here._pool.submit(here.run_round, 1)
+    assert fault.reached.wait(LONG_SECONDS)
+    here.server._live.break_off(Killed())
+    with pytest.raises(Killed):
+        first.result(LONG_SECONDS)
+    here.kill_server()
+    here_is_killed.set()
+    here.start_server()
+    here.server.wait_for_silos()
+    here.run_round(1)
+    assert torch.equal(here.words(1), added(SILOS, 1)), "the same as if nothing had happened"
+    last = here.ledger.recorded("sum")[-1]
+    assert last["attempt"] == 1
+
+
+def test_a_server_that_is_killed_once_the_sum_is_kept_asks_nobody_again(world):
+    here = world()
+    here.start_silos()
+    here.server.wait_for_silos()
+    here.run_round(1)
+    here.kill_server()
+    here.start_server()
+    here.server.wait_for_silos()
+    assert here.run_round(1).samples() == 33
+    assert len(here.ledger.recorded("stage")) == 4
+
+
+def test_below_the_threshold_nothing_is_opened_and_the_quorum_is_lost(world):
+    here = world(min_silos=2, stage_seconds=1.0)
+    silent = threading.Event()
+    here.start_silos(
+        **{name: Once("signatures", lambda: silent.wait(LONG_SECONDS) and None) for name in ("north", "south")}
+    )
+    here.server.wait_for_silos()
+    try:
+        with pytest.raises(QuorumLost, match="no reveals before the deadline"):
+            here.run_round(1)
+    finally:
+        silent.set()
+    assert not here.ledger.recorded("sum")
+    assert not here.ledger.sum_path(1).exists()
+
+
+def test_a_silo_that_leaves_is_not_waited_for(world):
+    here = world(min_silos=2)
+
+    def leave():
+        raise PrivacyViolation("for the test", "none")
+
+    here.start_silos(north=Once("sealed", leave))
+    here.server.wait_for_silos()
+    here.run_round(1)
+    assert torch.equal(here.words(1), added(("east", "south"), 1))
+
+
+def test_a_silo_opens_one_sum_of_a_round_and_no_other(world):
+    """East reveals for all three, and then the two others are killed; north stays away."""
+    here, silent = world(min_silos=2, stage_seconds=2.0), threading.Event()
+    here.start_silos(
+        north=Once("signatures", die),
+        south=Once("signatures", die),
+    )
+    here.server.wait_for_silos()
+    outcome = here._pool.submit(here.run_round, 1)
+    for name in ("north", "south"):
+        assert here.running[name].result(LONG_SECONDS) == "killed"
+    here.start("south")
+    with pytest.raises(QuorumLost):
+        outcome.result(LONG_SECONDS)
+    opened = here.root / "work-east" / "opened.json"
+    assert set(json.loads(opened.read_text())["survivors"]) == set(SILOS)
+    assert not here.ledger.recorded("sum"), "east gives nothing for a sum of east and south alone"
+    events = [entry for entry in audit.read(here.root / "work-east" / "audit.jsonl") if entry.event == "withdrawn"]
+    assert "over other silos" in events[0].fields["reason"]
+    silent.set()

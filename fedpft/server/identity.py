@@ -27,8 +27,8 @@ PATCH_FILE = "patch.safetensors"
 DIGESTS_FILE = "digests.json"
 
 # Keys of server.yaml, or sections of it, that nothing depends on which a run goes on from: they may change between a
-# stop and going on. Of `federation`, sample_fraction and secure_aggregation may not. What `plug_in` does comes after all
-# that is kept.
+# stop and going on. Of `federation`, sample_fraction and secure_aggregation may not. What `plug_in` does comes after
+# all that is kept.
 CHANGEABLE = (
     "out",
     "listen",

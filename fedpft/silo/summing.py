@@ -9,6 +9,10 @@ would be the update of those that are in one of them. Which set, is on disk befo
 """
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
 
 from fedpft.config import RoundSettings, SecureTerms, SiloConfig
 from fedpft.errors import CertificateError, ConfigError, PrivacyViolation
@@ -54,6 +58,40 @@ def check_agreed(config: SiloConfig, *, said: bool, terms: SecureTerms | None) -
         raise PrivacyViolation(f"{config.server} would open a sum of one silo", _REMEDY)
 
 
+def words_of(
+    silo: str, update: Update, work: Work, start: Path, neurons: Mapping[int, int], terms: SecureTerms, seed: int
+) -> Tensor:
+    """(L,) int32: what a silo puts into a round's sum, without masks; the same whenever it is asked for.
+
+    Args:
+        update: the last one of `work`.
+        start: file of the adapter that it started from.
+        neurons: K of the layers whose inactivity was asked for.
+        seed: of the federation.
+    """
+    begun = read_tensors(start, "adapter")
+    layout = Layout.of({name: tuple(tensor.shape) for name, tensor in begun.items()}, neurons)
+    contribution = Contribution(
+        begun,
+        read_tensors(work.update_path, "adapter"),
+        update.samples,
+        update.weight,
+        {name: value for name, value in update.metrics.items() if name in fixedpoint.SUMMED_METRICS},
+        read_tensors(work.update_path, "inactivity") or None,
+    )
+    key = fixedpoint.rounding_key(seed, silo, update.round)
+    words, cut = fixedpoint.encode(contribution, layout, terms, key)
+    if cut:
+        log.warning(
+            "%s: round %d: %d values changed by more than secure_aggregation.max_entry, %g, and were cut to it",
+            silo,
+            update.round,
+            cut,
+            terms.max_entry,
+        )
+    return words
+
+
 class Summing:
     """One attempt at a time."""
 
@@ -63,7 +101,7 @@ class Summing:
         config: SiloConfig,
         work: Work,
         server: ServerConnection,
-        neurons: dict[int, int],
+        neurons: Mapping[int, int],
     ) -> None:
         """Args:
             neurons: K of each compressed layer.
@@ -150,33 +188,8 @@ class Summing:
         assert update is not None
         assert train is not None
         if self._vector is None:
-            start = read_tensors(self._work.start_path(update), "adapter")
-            trained = read_tensors(self._work.update_path, "adapter")
-            layout = Layout.of(
-                {name: tuple(tensor.shape) for name, tensor in start.items()},
-                self._neurons if train.count_inactivity else {},
-            )
-            words, cut = fixedpoint.encode(
-                Contribution(
-                    start,
-                    trained,
-                    update.samples,
-                    update.weight,
-                    {name: value for name, value in update.metrics.items() if name in fixedpoint.SUMMED_METRICS},
-                    read_tensors(self._work.update_path, "inactivity") or None,
-                ),
-                layout,
-                context.terms,
-                fixedpoint.rounding_key(self._seed, self._name, context.round),
-            )
-            if cut:
-                log.warning(
-                    "%s: round %d: %d values changed by more than secure_aggregation.max_entry %g and were cut to it",
-                    self._name,
-                    context.round,
-                    cut,
-                    context.terms.max_entry,
-                )
+            start, neurons = self._work.start_path(update), self._neurons if train.count_inactivity else {}
+            words = words_of(self._name, update, self._work, start, neurons, context.terms, self._seed)
             add_masks(words, masks)
             self._vector = self._work.keep_vector(words)
         header = pb.UpdateHeader(
