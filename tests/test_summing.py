@@ -24,13 +24,14 @@ from fedpft.config import (
     TlsSection,
     TrainingSection,
 )
-from fedpft.errors import FedPFTError, PrivacyViolation, QuorumLost, RoundOver
+from fedpft.errors import FedPFTError, PrivacyViolation, QuorumLost, RefusedByServer, RoundOver
 from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Contribution, Layout
 from fedpft.provision import provision
 from fedpft.server.ledger import Ledger
 from fedpft.server.outcome import Sum
 from fedpft.server.service import FederationServer
+from fedpft.server.servicer import FederationServicer
 from fedpft.silo.connection import ServerConnection
 from fedpft.silo.summing import Summing, check_agreed
 from fedpft.silo.work import Work
@@ -277,14 +278,15 @@ def die():
     raise Killed
 
 
+@pytest.mark.parametrize("name", SILOS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_silo_that_is_killed_and_comes_back_is_in_the_sum(world, stage):
+def test_a_silo_that_is_killed_and_comes_back_is_in_the_sum(world, stage, name):
     here, fault = world(), Once(stage, die)
-    here.start_silos(north=fault)
+    here.start_silos(**{name: fault})
     here.server.wait_for_silos()
     outcome = here._pool.submit(here.run_round, 1)
-    assert here.running["north"].result(LONG_SECONDS) == "killed"
-    here.start("north")
+    assert here.running[name].result(LONG_SECONDS) == "killed"
+    here.start(name)
     found = outcome.result(LONG_SECONDS)
     assert found.silos == 3
     assert torch.equal(here.words(1), added(SILOS, 1)), "the same as if nothing had happened"
@@ -311,10 +313,11 @@ def test_the_round_goes_on_without_a_silo_that_falls_silent(world, stage):
     assert torch.equal(here.words(2), added(here.ledger.recorded("sum")[-1]["silos"], 2))
 
 
+@pytest.mark.parametrize("name", SILOS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_answer_whose_reply_was_lost_is_given_again_and_counts_once(world, stage):
+def test_an_answer_whose_reply_was_lost_is_given_again_and_counts_once(world, stage, name):
     here = world()
-    here.start_silos(north=lambda asked, silo: 3 if asked == stage else None)
+    here.start_silos(**{name: lambda asked, silo: 3 if asked == stage else None})
     here.server.wait_for_silos()
     here.run_round(1)
     assert torch.equal(here.words(1), added(SILOS, 1))
@@ -402,3 +405,189 @@ def test_a_silo_opens_one_sum_of_a_round_and_no_other(world):
     events = [entry for entry in audit.read(here.root / "work-east" / "audit.jsonl") if entry.event == "withdrawn"]
     assert "over other silos" in events[0].fields["reason"]
     silent.set()
+
+
+# --- what the server has ----------------------------------------------------------------------------------------------
+
+
+def secrets_of(silo, round):
+    """Bytes that nobody but the silo should ever have: of its adapter, its change, its words, and some counts."""
+    adapter, _, inactivity = trained(silo, round)
+    for name, tensor in adapter.items():
+        yield tensor.numpy().tobytes()
+        yield (tensor - ADAPTER[name]).numpy().tobytes()
+    yield inactivity["1"].numpy().tobytes()
+    words = added([silo], round, counts=True)
+    yield words.numpy().tobytes()
+    yield words[:12].numpy().tobytes()
+    yield words[12:].numpy().tobytes()
+
+
+def files_under(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_nothing_of_a_single_silo_is_in_the_servers_files_or_in_what_reaches_it(world, monkeypatch):
+    received, files = [], {}
+    for method in ("Hello", "Enrol", "NextTask", "OfferUpdate", "AnswerStage", "Leave"):
+        answer = getattr(FederationServicer, method)
+
+        def recorded(self, request, context, answer=answer):
+            received.append(request.SerializeToString())
+            return answer(self, request, context)
+
+        monkeypatch.setattr(FederationServicer, method, recorded)
+
+    here = world()
+    opened = here.server._summing.opened
+
+    def look(action):
+        files.update(files_under(here.root / "out"))  # with the vectors
+        return opened(action)
+
+    monkeypatch.setattr(here.server._summing, "opened", look)
+    here.start_silos()
+    here.server.wait_for_silos()
+    here.run_round(1, count_inactivity=True)
+    vectors = [path for path in files if "updates" in path.parts]
+    assert len(vectors) == 3
+    assert not [path for path in vectors if path.exists()], "they go with the attempt"
+    files |= {path.with_suffix(".after"): content for path, content in files_under(here.root / "out").items()}
+    everything = b"\0".join([*received, *files.values()])
+    for silo in SILOS:
+        own = b"\0".join(files_under(here.root / f"work-{silo}").values())
+        adapter = trained(silo, 1)[0]["head"].numpy().tobytes()
+        assert adapter in own, "the search finds what is there"
+        for secret in secrets_of(silo, 1):
+            assert secret not in everything
+    assert added(SILOS, 1, counts=True).numpy().tobytes() in everything, "and it finds the sum"
+
+
+def test_samples_and_metrics_of_a_silo_are_refused_if_one_tells_them(world):
+    here = world()
+    config = SiloConfig(
+        server=here.address,
+        tls=tls(here.kits / "silos" / "north"),
+        data=SiloDataSection(path=here.root / "data.csv"),
+        work=here.root / "work-talkative",
+    )
+    config.work.mkdir()
+    connection = ServerConnection(config)
+    try:
+        with pytest.raises(RefusedByServer, match="north tells its samples, which only a sum should"):
+            connection.enrol(17)
+    finally:
+        connection._channel.close()
+    for entry in audit.read(here.root / "out" / "audit.jsonl"):
+        assert "samples" not in entry.fields
+
+
+def test_both_audit_logs_have_the_stages(world):
+    here = world()
+    here.start_silos()
+    here.server.wait_for_silos()
+    here.run_round(1)
+    entries = list(audit.read(here.root / "out" / "audit.jsonl"))
+    stages = [entry.fields["stage"] for entry in entries if entry.event == "stage"]
+    assert stages == ["shares", "vectors", "signatures", "reveals", "opened"]
+    got = sorted((entry.fields["peer"], entry.fields["file"]) for entry in entries if entry.event == "received")
+    kinds = ("keys", "reveal", "shares", "signature", "vector")
+    assert got == [(silo, kind) for silo in SILOS for kind in kinds]
+    for silo in SILOS:
+        sent = [e.fields["file"] for e in audit.read(here.root / f"work-{silo}" / "audit.jsonl") if e.event == "sent"]
+        assert sent == ["keys", "shares", "vector.safetensors", "signature", "reveal"]
+
+
+# --- a server that lies -----------------------------------------------------------------------------------------------
+
+
+def lying(world, monkeypatch, asked, lie, **federation):
+    """A round in which the server asks north for something else; returns how north ended."""
+    here = world(min_silos=2, stage_seconds=2.0, **federation)
+    honest = here.server._summing.asked
+
+    def asks(silo, round, attempt, stage):
+        message = honest(silo, round, attempt, stage)
+        if silo == "north" and message.WhichOneof("asked") == asked:
+            lie(message)
+        return message
+
+    monkeypatch.setattr(here.server._summing, "asked", asks)
+    here.start_silos()
+    here.server.wait_for_silos()
+    here.run_round(1)
+    with pytest.raises(PrivacyViolation) as caught:
+        here.running["north"].result(LONG_SECONDS)
+    return here, caught.value.message
+
+
+def test_a_swapped_key_is_refused_and_the_round_goes_on_without(world, monkeypatch):
+    def swap(message):
+        message.roster.keys[0].mask_key = message.roster.keys[1].mask_key
+
+    here, said = lying(world, monkeypatch, "roster", swap)
+    assert "the server shows what east did not sign for this attempt" in said
+    assert torch.equal(here.words(1), added(("east", "south"), 1)), "the others' sum, without north's vector"
+
+
+def test_shares_of_other_silos_are_refused(world, monkeypatch):
+    def swap(message):
+        message.sealed.by_silo["east"] = message.sealed.by_silo["south"]
+
+    _, said = lying(world, monkeypatch, "sealed", swap)
+    assert "the server sent shares of east that are not those" in said
+
+
+def test_other_survivors_are_refused_where_the_signatures_are_shown(world, monkeypatch):
+    def swap(message):
+        del message.signatures.survivors.silos[:]
+        message.signatures.survivors.silos.extend(["east", "north"])
+
+    here, said = lying(world, monkeypatch, "signatures", swap)
+    assert "asks for the shares of another sum than this silo has signed" in said
+    assert torch.equal(here.words(1), added(SILOS, 1)), "two of three open it"
+
+
+def test_survivors_below_the_threshold_are_refused(world, monkeypatch):
+    def swap(message):
+        del message.survivors.silos[:]
+        message.survivors.silos.extend(["north"])
+
+    _, said = lying(world, monkeypatch, "survivors", swap)
+    assert "says that 1 silos survive, 2 are needed" in said
+
+
+def test_a_round_that_was_is_refused(world):
+    here = world()
+    here.start_silos()
+    here.server.wait_for_silos()
+    here.run_round(1)
+    here.server.close_round()
+    here.run_round(2)
+    work = Work(here.root / "work-north")
+    assert work.opened(here.ledger.run_id).round == 2
+    silo = Summing.__new__(Summing)
+    silo._work, silo._server = work, type("Server", (), {"run_id": here.ledger.run_id})
+    with pytest.raises(PrivacyViolation, match="asks for round 1 again, but has had the sum of round 2"):
+        silo.check_round(1)
+
+
+@pytest.mark.parametrize(
+    ("said", "terms", "require", "message"),
+    [
+        (True, None, (), "says another thing of secure aggregation than before"),
+        (False, SECURE, (), "says another thing of secure aggregation than before"),
+        (False, None, ("secure_aggregation",), "has no secure aggregation, which `require` in silo.yaml demands"),
+        (True, None, ("secure_aggregation",), "has no secure aggregation, which `require` in silo.yaml demands"),
+    ],
+)
+def test_a_server_that_does_not_keep_what_it_said_is_left(tmp_path, kits, said, terms, require, message):
+    config = SiloConfig(
+        server="127.0.0.1:1",
+        tls=tls(kits / "silos" / "north"),
+        data=SiloDataSection(path=tmp_path),
+        work=tmp_path,
+        require=require,
+    )
+    with pytest.raises(PrivacyViolation, match=message):
+        check_agreed(config, said=said, terms=terms)

@@ -119,9 +119,12 @@ class Summing:
 
     def check_keys(self, silo: str, round: int, attempt: int, shown: pb.Keys) -> Keys:
         """A silo's keys; InvalidUpdate if no other silo could believe them, RoundOver if they come too late."""
-        keys = keys_of(shown)
         with self._lock:
             context = self._present(round, attempt).context
+        try:
+            keys = keys_of(shown)
+        except CertificateError as error:
+            raise InvalidUpdate(f"{silo}: {error.message}", error.remedy) from None
         if keys.silo != silo:
             raise InvalidUpdate(f"{silo}: shows keys of {keys.silo}", _REMEDY)
         keys.check_form()

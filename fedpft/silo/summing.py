@@ -19,7 +19,7 @@ from fedpft.errors import CertificateError, ConfigError, PrivacyViolation
 from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Contribution, Layout
 from fedpft.privacy.masking import add_masks
-from fedpft.privacy.secagg import Context, SiloAttempt, task_digest
+from fedpft.privacy.secagg import Context, Keys, SiloAttempt, task_digest
 from fedpft.silo.connection import ServerConnection
 from fedpft.silo.work import Opened, Update, Work
 from fedpft.wire import transfer
@@ -161,8 +161,7 @@ class Summing:
         answer = pb.AnswerStageRequest(round=stage.round, attempt=stage.attempt)
         match stage.WhichOneof("asked"):
             case "roster":
-                shares = attempt.shares([keys_of(keys) for keys in stage.roster.keys])
-                answer.shares.by_silo.update(shares)
+                answer.shares.by_silo.update(attempt.shares([_keys(keys) for keys in stage.roster.keys]))
             case "sealed":
                 self._send_vector(attempt, dict(stage.sealed.by_silo))
                 return
@@ -216,3 +215,10 @@ class Summing:
             return self._verifier.name(certificate, message, signature)
         except CertificateError as error:
             raise PrivacyViolation(error.message, error.remedy) from None
+
+
+def _keys(message: pb.Keys) -> Keys:
+    try:
+        return keys_of(message)
+    except CertificateError as error:
+        raise PrivacyViolation(f"the server shows what are no keys: {error.message}", _REMEDY) from None

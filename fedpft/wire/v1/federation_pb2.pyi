@@ -124,20 +124,18 @@ class Stage(_message.Message):
     def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., sealed: _Optional[_Union[SealedShares, _Mapping]] = ..., survivors: _Optional[_Union[Survivors, _Mapping]] = ..., signatures: _Optional[_Union[Signatures, _Mapping]] = ...) -> None: ...
 
 class Keys(_message.Message):
-    __slots__ = ("silo", "certificate", "seal_key", "mask_key", "commitment", "signature")
-    SILO_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("certificate", "seal_key", "mask_key", "commitment", "signature")
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     SEAL_KEY_FIELD_NUMBER: _ClassVar[int]
     MASK_KEY_FIELD_NUMBER: _ClassVar[int]
     COMMITMENT_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
-    silo: str
     certificate: bytes
     seal_key: bytes
     mask_key: bytes
     commitment: bytes
     signature: bytes
-    def __init__(self, silo: _Optional[str] = ..., certificate: _Optional[bytes] = ..., seal_key: _Optional[bytes] = ..., mask_key: _Optional[bytes] = ..., commitment: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, certificate: _Optional[bytes] = ..., seal_key: _Optional[bytes] = ..., mask_key: _Optional[bytes] = ..., commitment: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Roster(_message.Message):
     __slots__ = ("keys",)
