@@ -183,6 +183,19 @@ def test_a_stream_is_the_ciphers_key_stream():
     assert words.numpy().tobytes() == stream
 
 
+@pytest.mark.parametrize("size", [0, 5, masking.CHUNK_WORDS, 2 * masking.CHUNK_WORDS + 3])
+def test_masks_are_the_same_whether_they_are_added_at_once_or_later(size):
+    layout, draw = Layout.of({"a": (size,)}, {1: 2}), torch.Generator().manual_seed(size)
+    start, trained = ({"a": torch.randn(size, generator=draw)} for _ in range(2))
+    what = Contribution(start, trained, 7, 7, {"tokens": 5.0}, None)
+    masks = [(bytes([n]) * 32, sign) for n, sign in ((1, -1), (2, 1), (3, -1), (4, 1))]
+    at_once, _ = fixedpoint.encode(what, layout, TERMS, bytes(32), masks)
+    later, _ = fixedpoint.encode(what, layout, TERMS, bytes(32))
+    assert fixedpoint.decode(later, layout, TERMS, 1).samples == 7
+    masking.add_masks(later, masks)
+    assert torch.equal(at_once, later)
+
+
 def test_masks_that_are_taken_off_leave_nothing():
     words = torch.arange(-200_000, 200_000, dtype=torch.int32)
     before, masks = words.clone(), [(bytes([n]) * 32, sign) for n, sign in ((1, 1), (2, -1), (3, 1))]

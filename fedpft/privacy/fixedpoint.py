@@ -15,7 +15,7 @@ L words of the vector, S silos, K neurons of a layer of the proxy.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fedpft.config import SecureTerms
 from fedpft.errors import InvalidUpdate
-from fedpft.finite import is_finite
-from fedpft.privacy.masking import CHUNK_WORDS, Stream, hashed
+from fedpft.kernels import mask_update
+from fedpft.privacy.masking import CHUNK_WORDS, Mask, Streams, hashed
 
 DIGIT_BITS, DIGITS = 16, 3
 LARGEST_COUNT = (1 << DIGIT_BITS * DIGITS) - 1
@@ -71,7 +71,7 @@ class Layout:
 class Contribution:
     """What one silo puts in.
 
-    start, trained: the adapter before and after the round, floating-point, of the layout's shapes.
+    start, trained: the adapter before and after the round, of the layout's shapes; float32, or what that can hold.
     weight: w_i, at least 0.
     metrics: of SUMMED_METRICS those that the silo shares.
     inactivity: "<layer>": (K,) int64, "<layer>.tokens": () or (K,) int64; None if the silo keeps it to itself.
@@ -106,8 +106,10 @@ def rounding_key(seed: int, silo: str, round: int) -> bytes:
     return hashed("rounding", seed, silo, round)
 
 
-def encode(what: Contribution, layout: Layout, terms: SecureTerms, key: bytes) -> tuple[Tensor, int]:
-    """(L,) int32, and how many values of the change were beyond `terms.max_entry` and are cut to it.
+def encode(
+    what: Contribution, layout: Layout, terms: SecureTerms, key: bytes, masks: Sequence[Mask] = ()
+) -> tuple[Tensor, int]:
+    """(L,) int32 with the masks on it, and how many values of the change were beyond `terms.max_entry`, and cut to it.
 
     Args:
         key: as of :func:`rounding_key`.
@@ -121,14 +123,27 @@ def encode(what: Contribution, layout: Layout, terms: SecureTerms, key: bytes) -
             f"{terms.most_samples}",
             "set limits.max_local_epochs in silo.yaml, or have the server raise secure_aggregation.most_samples",
         )
-    words = torch.empty(layout.words, dtype=torch.int32)
-    entries, cut = words[: layout.entries], 0
-    if entries.numel():
-        before, after = (_flat(adapter, layout) for adapter in (what.start, what.trained))
-        stream, scale = Stream(key), what.weight * 2.0**terms.fraction_bits
-        for one, other, out in zip(*(each.split(CHUNK_WORDS) for each in (before, after, entries)), strict=True):
-            cut += _round_entries(one, other, out, scale, terms.max_entry, stream)
-    words[layout.entries :] = _digits(_counts(what, layout)).flatten()
+    before, after = (_flat(adapter, layout) for adapter in (what.start, what.trained))
+    numbers = _digits(_counts(what, layout)).flatten()
+    ordered = sorted(masks, key=lambda mask: -mask[1])
+    added, scale = sum(sign > 0 for _, sign in ordered), what.weight * 2.0**terms.fraction_bits
+    streams = Streams([key, *(own for own, _ in ordered)])
+    words, odd = torch.empty(layout.words, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    for out, one, other in zip(
+        *(each.split(CHUNK_WORDS) for each in (words[: layout.entries], before, after)), strict=True
+    ):
+        if len(out):
+            mask_update(out, odd, one, other, streams.next(len(out)), added, scale, terms.max_entry)
+    cut, endless = odd.tolist()
+    if endless:
+        raise InvalidUpdate(
+            "after the training the adapter holds NaN or infinity", "lower the learning rate, look at the data"
+        )
+    tail = words[layout.entries :].copy_(numbers)
+    for chunk in tail.split(CHUNK_WORDS):
+        rows = streams.next(len(chunk))[1:]
+        for (_, sign), row in zip(ordered, rows, strict=True):
+            chunk.add_(row, alpha=sign)
     return words, cut
 
 
@@ -162,19 +177,6 @@ def decode(words: Tensor, layout: Layout, terms: SecureTerms, silos: int) -> Tot
             metrics[name] = (total / METRIC_UNITS if name in _IN_UNITS else float(total), sharers)
         place += 2
     return Total(change, samples, weight, metrics, _inactivity(numbers[place:], layout, silos))
-
-
-def _round_entries(before: Tensor, after: Tensor, out: Tensor, scale: float, bound: float, stream: Stream) -> int:
-    """One pass; float64 holds each product and its 24 bits of chance exactly enough not to leave [floor, ceil]."""
-    change = after.double() - before.double()
-    if not is_finite(change):
-        raise InvalidUpdate(
-            "after the training the adapter holds NaN or infinity", "lower the learning rate, look at the data"
-        )
-    cut = int((change.abs() > bound).sum())
-    chance = stream.words(len(out)).bitwise_and_(0xFFFFFF).double().mul_(2.0**-24)
-    out.copy_(change.clamp_(-bound, bound).mul_(scale).add_(chance).floor_())
-    return cut
 
 
 def _counts(what: Contribution, layout: Layout) -> Tensor:
@@ -225,8 +227,8 @@ def _flat(adapter: Mapping[str, Tensor], layout: Layout) -> Tensor:
                 f"{name!r} is {tuple(tensor.shape)} {tensor.dtype}, which secure aggregation cannot add as {shape}",
                 "run the same version of fedpft on both sides",
             )
-        parts.append(tensor.detach().cpu().flatten())
-    return torch.cat(parts)
+        parts.append(tensor.detach().cpu().float().flatten())
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def _impossible(silos: int) -> InvalidUpdate:

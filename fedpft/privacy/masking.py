@@ -16,31 +16,34 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
 KEY_BYTES = 32
-CHUNK_WORDS = 1 << 16  # of a vector at a time: it and a piece of a stream stay in the cache
+CHUNK_WORDS = 1 << 14  # of a vector at a time: with it a piece of each stream stays in the cache
 _ZEROS = bytes(4 * CHUNK_WORDS)
+_MARGIN = 4  # words that the cipher wants to have room for, and does not write
 
 Mask = tuple[bytes, int]  # the key of its stream, and 1 if it is added or -1
 
 
-class Stream:
-    """The words that a key stands for, from the first on; a word is four bytes of the key stream, the lowest first."""
+class Streams:
+    """The words that keys stand for, from the first on; a word is four bytes of the key stream, the lowest first."""
 
-    def __init__(self, key: bytes) -> None:
-        self._encryptor = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
-        self._buffer = bytearray(4 * CHUNK_WORDS + 15)
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        self._encryptors = [Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor() for key in keys]
+        self._rows = torch.empty(len(keys), CHUNK_WORDS + _MARGIN, dtype=torch.int32)
 
-    def words(self, count: int) -> Tensor:
-        """The next (count,) int32, at most CHUNK_WORDS; good until the next call."""
-        size = self._encryptor.update_into(memoryview(_ZEROS)[: 4 * count], self._buffer)
-        return torch.frombuffer(self._buffer, dtype=torch.int32, count=size // 4)
+    def next(self, count: int) -> Tensor:
+        """(keys, count) int32, the next words of each, at most CHUNK_WORDS; good until the next call."""
+        zeros = memoryview(_ZEROS)[: 4 * count]
+        for encryptor, row in zip(self._encryptors, self._rows.numpy(), strict=True):
+            encryptor.update_into(zeros, memoryview(row).cast("B"))
+        return self._rows[:, :count]
 
 
 def add_masks(words: Tensor, masks: Sequence[Mask], sign: int = 1) -> None:
     """Adds masks to (L,) int32 words, in place, modulo 2^32; with sign -1 takes them off."""
-    streams = [(Stream(key), sign * own) for key, own in masks]
+    streams = Streams([key for key, _ in masks])
     for chunk in words.split(CHUNK_WORDS):
-        for stream, own in streams:
-            chunk.add_(stream.words(len(chunk)), alpha=own)
+        for (_, own), row in zip(masks, streams.next(len(chunk)), strict=True):
+            chunk.add_(row, alpha=sign * own)
 
 
 def derived(secret: bytes, *purpose: str | int | bytes) -> bytes:

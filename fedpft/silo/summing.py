@@ -9,7 +9,7 @@ would be the update of those that are in one of them. Which set, is on disk befo
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from fedpft.config import RoundSettings, SecureTerms, SiloConfig
 from fedpft.errors import CertificateError, ConfigError, PrivacyViolation
 from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Contribution, Layout
-from fedpft.privacy.masking import add_masks
+from fedpft.privacy.masking import Mask
 from fedpft.privacy.secagg import Context, Keys, SiloAttempt, task_digest
 from fedpft.silo.connection import ServerConnection
 from fedpft.silo.work import Opened, Update, Work
@@ -59,9 +59,16 @@ def check_agreed(config: SiloConfig, *, said: bool, terms: SecureTerms | None) -
 
 
 def words_of(
-    silo: str, update: Update, work: Work, start: Path, neurons: Mapping[int, int], terms: SecureTerms, seed: int
+    silo: str,
+    update: Update,
+    work: Work,
+    start: Path,
+    neurons: Mapping[int, int],
+    terms: SecureTerms,
+    seed: int,
+    masks: Sequence[Mask] = (),
 ) -> Tensor:
-    """(L,) int32: what a silo puts into a round's sum, without masks; the same whenever it is asked for.
+    """(L,) int32: what a silo puts into a round's sum, with masks on it; but for those the same whenever it is asked.
 
     Args:
         update: the last one of `work`.
@@ -80,7 +87,7 @@ def words_of(
         read_tensors(work.update_path, "inactivity") or None,
     )
     key = fixedpoint.rounding_key(seed, silo, update.round)
-    words, cut = fixedpoint.encode(contribution, layout, terms, key)
+    words, cut = fixedpoint.encode(contribution, layout, terms, key, masks)
     if cut:
         log.warning(
             "%s: round %d: %d values changed by more than secure_aggregation.max_entry, %g, and were cut to it",
@@ -188,8 +195,7 @@ class Summing:
         assert train is not None
         if self._vector is None:
             start, neurons = self._work.start_path(update), self._neurons if train.count_inactivity else {}
-            words = words_of(self._name, update, self._work, start, neurons, context.terms, self._seed)
-            add_masks(words, masks)
+            words = words_of(self._name, update, self._work, start, neurons, context.terms, self._seed, masks)
             self._vector = self._work.keep_vector(words)
         header = pb.UpdateHeader(
             round=context.round,
