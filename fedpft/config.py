@@ -730,8 +730,6 @@ class ServerConfig(Endpoint):
             fault = "goes without aggregation.weights: steps, which needs every silo's number of steps"
         elif encoding != "exact":
             fault = f"goes without training.update_encoding: {encoding}: rounded apart, updates do not add up exactly"
-        elif federation.min_silos == 1:
-            fault = "needs federation.min_silos of 2 or more: the sum over one silo is its update"
         if fault:
             raise ValueError(f"federation.secure_aggregation {fault}")
 
@@ -787,7 +785,8 @@ class ServerConfig(Endpoint):
         rule, fewest = self.aggregation.mean, self.fewest_updates
         if (self.federation.min_silos or len(silos)) < fewest:
             if rule == "weighted":
-                raise ValueError("federation.secure_aggregation needs 2 silos: the sum over one is its update")
+                fault = "needs 2 silos or more, and min_silos too: the sum over one is its update"
+                raise ValueError(f"federation.secure_aggregation {fault}")
             key = f"min_silos is {wanted}" if self.federation.min_silos else f"silos names {len(silos)}"
             raise ValueError(f"aggregation.mean: {rule} needs {fewest} updates a round, but federation.{key}")
 

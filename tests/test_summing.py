@@ -235,7 +235,7 @@ def test_the_server_gets_the_sum_of_the_integers_and_nothing_else(world):
     found = here.run_round(1, count_inactivity=True)
     assert isinstance(found, Sum)
     assert torch.equal(here.words(1), added(SILOS, 1, counts=True))
-    assert (found.silos, found.samples()) == (3, 33)
+    assert (found.silos, found.summed()) == (3, {"samples": 33})
     assert found.train_loss() == 0.5
     assert found.inactivity()[0]["1"].tolist() == [3, 0, 12]
     assert found.inactivity()[0]["1.tokens"].tolist() == [15, 15, 15]
@@ -353,7 +353,7 @@ def test_a_server_that_is_killed_once_the_sum_is_kept_asks_nobody_again(world):
     here.kill_server()
     here.start_server()
     here.server.wait_for_silos()
-    assert here.run_round(1).samples() == 33
+    assert here.run_round(1).summed() == {"samples": 33}
     assert len(here.ledger.recorded("stage")) == 4
 
 

@@ -41,8 +41,8 @@ class Outcome(Protocol):
     def told(self) -> dict[str, dict[str, int]]:
         """Silo -> of COUNTS what it shares."""
 
-    def samples(self) -> int:
-        """Of all silos."""
+    def summed(self) -> dict[str, int]:
+        """What only a sum has to say of all silos together, in place of what each told."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Single:
             for update in self.updates
         }
 
-    def samples(self) -> int:
-        """Of all."""
-        return sum(update.samples for update in self.updates)
+    def summed(self) -> dict[str, int]:
+        """Nothing that does not follow."""
+        return {}
 
 
 class Sum:
@@ -139,9 +139,10 @@ class Sum:
         """Nothing of one silo."""
         return {}
 
-    def samples(self) -> int:
-        """Of all."""
-        return self._samples
+    def summed(self) -> dict[str, int]:
+        """Samples, and of COUNTS what silos share."""
+        counts = {name: int(self._metrics[name][0]) for name in sorted(COUNTS & self._metrics.keys())}
+        return {"samples": self._samples} | counts
 
     def _mean_of(self, metric: str) -> float | None:
         total, sharers = self._metrics.get(metric, (0.0, 0))

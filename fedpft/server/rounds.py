@@ -203,6 +203,7 @@ class Rounds:
             "alignment_loss": alignment_loss,
             "silos": outcome.silos,
             "silo_seconds": outcome.silo_seconds(),
+            **outcome.summed(),
         }
         closed = {
             "entry": entry,

@@ -20,6 +20,7 @@ from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Contribution, Layout
 from fedpft.privacy.masking import Mask
 from fedpft.privacy.secagg import Context, Keys, SiloAttempt, task_digest
+from fedpft.silo import data
 from fedpft.silo.connection import ServerConnection
 from fedpft.silo.work import Opened, Update, Work
 from fedpft.wire import transfer
@@ -43,11 +44,7 @@ def check_agreed(config: SiloConfig, *, said: bool, terms: SecureTerms | None) -
     Raises:
         PrivacyViolation, ConfigError: it is not.
     """
-    if "secure_aggregation" in config.require and terms is None:
-        raise PrivacyViolation(
-            f"{config.server} has no secure aggregation, which `require` in silo.yaml demands",
-            "ask the server's operator for federation.secure_aggregation: true; nothing was sent",
-        )
+    data.check_required(config, secure=terms is not None)
     if said != (terms is not None):
         raise PrivacyViolation(f"{config.server} says another thing of secure aggregation than before", _REMEDY)
     if terms is None:
