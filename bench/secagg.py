@@ -10,15 +10,20 @@ compared with that of the integers.
                            in one pass; beside it: quantised alone), signature, reveal
     server_seconds         of the server: sum (reads the vectors), secrets (from the shares), unmask
     up_bytes, down_bytes   of one silo: messages, and the vector
+
+Then rounds over loopback and TLS without training, with and without secure aggregation, each silo a thread: what is
+between them is what a round takes longer. It is to be held against the training, minutes in the demo.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,21 +31,42 @@ from typing import Any
 import torch
 
 from bench.measure import provenance
-from fedpft.config import SecureTerms, TlsSection
+from fedpft.config import (
+    AdapterSection,
+    AggregationSection,
+    FederationSection,
+    ModelSection,
+    RoundSettings,
+    SecureTerms,
+    ServerConfig,
+    ServerTlsSection,
+    SiloConfig,
+    SiloDataSection,
+    TlsSection,
+    TrainingSection,
+)
 from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Contribution, Layout
 from fedpft.privacy.masking import CHUNK_WORDS, Streams, add_masks
 from fedpft.privacy.secagg import Context, Roster, SiloAttempt, masks_of_sum
 from fedpft.provision import provision
+from fedpft.server.ledger import Ledger
+from fedpft.server.service import FederationServer
 from fedpft.server.summing import sum_of
+from fedpft.silo.connection import ServerConnection
+from fedpft.silo.run import submit
+from fedpft.silo.summing import Summing
+from fedpft.silo.work import Work
+from fedpft.wire.hello import Terms
 from fedpft.wire.messages import message_of
 from fedpft.wire.signatures import Signer, Verifier
-from fedpft.wire.tensors import write_tensors
+from fedpft.wire.tensors import read_tensors, write_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
 
 RESULTS = Path(__file__).parent / "results" / "secagg.json"
 SIZES = ((10, 300_000), (64, 10_000_000))
 QUICK = ((4, 20_000),)
+ROUNDS = 5
 TERMS = SecureTerms(most_samples=100_000, max_entry=1.0, threshold_fraction=0.5, min_silos=2, weights="samples")
 
 
@@ -134,6 +160,71 @@ def contribution(name: str, layout: Layout) -> Contribution:
     return Contribution(start, trained, 1000, 1000.0, {}, None)
 
 
+def rounds_over_the_wire(silos: int, parameters: int, kits: Path, work: Path, *, secure: bool) -> list[float]:
+    """Seconds of each of ROUNDS rounds in which nobody trains, from its begin to when its mean could be taken."""
+    names = tuple(f"silo-{number:02}" for number in range(silos))
+    config = ServerConfig(
+        out=work / "out",
+        listen="127.0.0.1:0",
+        tls=ServerTlsSection(**kit(kits / "server").model_dump()),
+        model=ModelSection(path=work, labels=work),
+        federation=FederationSection(silos=names, secure_aggregation=secure),
+        aggregation=AggregationSection(weights="samples"),
+        public_data=work,
+    )
+    settings = RoundSettings(
+        seed=0,
+        adapter=AdapterSection(),
+        training=TrainingSection(),
+        inactive_below=0.0,
+        secure_aggregation=config.secure_terms,
+    )
+    (work / "bundle").mkdir(parents=True)
+    (work / "bundle" / "proxy.json").write_text(json.dumps({"neurons": [1], "compressed": []}))
+    ledger = Ledger(config.out, {})
+    terms = Terms("sequence-classification", ("a", "b"), 64, 4.0, secure_aggregation=secure)
+    server, seconds = FederationServer(config, work / "bundle", settings, ledger, terms), []
+    address = server.start()
+    start = {"adapter": torch.randn(parameters)}
+    with ThreadPoolExecutor(silos) as pool, contextlib.closing(ledger):
+        for name in names:
+            pool.submit(take_part, name, address, kit(kits / "silos" / name), work / name, secure)
+        server.wait_for_silos()
+        for number in range(1, ROUNDS + 1):
+            path = ledger.adapter_path(number - 1)
+            write_tensors(path, {"adapter": start})
+            ledger.enter_file(path)
+            begun = time.perf_counter()
+            server.run_round(number, count_inactivity=False)
+            seconds.append(time.perf_counter() - begun)
+            server.close_round()
+        server.finish()
+        server.close()
+    return seconds
+
+
+def take_part(name: str, address: str, tls: TlsSection, directory: Path, secure: bool) -> None:
+    """A silo that sends back, as trained, what it has received, and a little more."""
+    directory.mkdir()
+    config = SiloConfig(server=address, tls=tls, data=SiloDataSection(path=directory), work=directory)
+    work = Work(directory)
+    with ServerConnection(config) as server:
+        work.join(server.enrol(0 if secure else 1000), name)
+        summing = Summing(name, config, work, server, {}) if secure else None
+        while (task := server.next_assignment()).WhichOneof("task") != "finished":
+            if summing is not None and task.WhichOneof("task") == "stage":
+                summing.do(task.stage)
+                continue
+            train = task.train
+            path = server.fetch(train.adapter, *work.received(train.adapter))
+            trained = {key: tensor + 0.01 for key, tensor in read_tensors(path, "adapter").items()}
+            update = work.keep_update(train, {"adapter": trained}, {}, samples=1000, metrics={}, weight=1000.0)
+            if summing is None:
+                submit(server, work, update, attempt=train.attempt)
+            else:
+                summing.begin(train, update, server.settings)
+
+
 def kit(directory: Path) -> TlsSection:
     """As `fedpft provision` has left it."""
     return TlsSection(ca=directory / "ca.pem", certificate=directory / "certificate.pem", key=directory / "key.pem")
@@ -171,8 +262,20 @@ def main() -> None:
             for dropped in (0, 1):
                 rows.append(attempt(silos, parameters, dropped, kits, Path(directory)))
                 show(rows[-1], print)
+        silos, parameters = (QUICK if options.quick else SIZES)[0]
+        wire: dict[str, Any] = {"silos": silos, "parameters": parameters}
+        for kind, secure in (("plain", False), ("secure", True)):
+            place = Path(directory) / kind
+            seconds = rounds_over_the_wire(silos, parameters, Path(directory) / f"kits-{silos}", place, secure=secure)
+            wire[f"{kind}_seconds"] = round(statistics.median(seconds), 3)
+        print(wire)
     if not options.quick:
-        facts = {"facts": provenance("cpu"), "stream_bytes_per_second": stream_bytes_per_second(), "rows": rows}
+        facts = {
+            "facts": provenance("cpu"),
+            "stream_bytes_per_second": stream_bytes_per_second(),
+            "rows": rows,
+            "wire": wire,
+        }
         RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
 
 
