@@ -423,7 +423,7 @@ class SecureTerms(Section):
 
     def threshold(self, silos: int) -> int:
         """How many of so many silos sign and open a sum."""
-        return max(math.floor(self.threshold_fraction * silos) + 1, self.min_silos)
+        return max(int(Decimal(str(self.threshold_fraction)) * silos) + 1, self.min_silos)
 
     @model_validator(mode="after")
     def _consistent(self) -> "SecureTerms":

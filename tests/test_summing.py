@@ -357,6 +357,27 @@ def test_a_server_that_is_killed_once_the_sum_is_kept_asks_nobody_again(world):
     assert len(here.ledger.recorded("stage")) == 4
 
 
+def test_a_server_that_is_killed_while_a_sum_is_opened_goes_on_with_those_whose_sum_that_was(world):
+    """North dropped out before; east may have given its shares of the sum without it already."""
+    here, silent, killed = world(min_silos=2, stage_seconds=1.5), threading.Event(), threading.Event()
+    reveals = Once("signatures", lambda: killed.wait(LONG_SECONDS) and None)
+    here.start_silos(north=Once("sealed", lambda: silent.wait(LONG_SECONDS) and None), south=reveals)
+    here.server.wait_for_silos()
+    first = here._pool.submit(here.run_round, 1)
+    assert reveals.reached.wait(LONG_SECONDS)
+    silent.set()
+    here.server._live.break_off(Killed())
+    with pytest.raises(Killed):
+        first.result(LONG_SECONDS)
+    here.kill_server()
+    killed.set()
+    here.start_server()
+    here.server.wait_for_silos()
+    here.run_round(1)
+    assert here.ledger.recorded("sum")[-1] == {"round": 1, "attempt": 1, "silos": ["east", "south"]}
+    assert torch.equal(here.words(1), added(("east", "south"), 1))
+
+
 def test_below_the_threshold_nothing_is_opened_and_the_quorum_is_lost(world):
     here = world(min_silos=2, stage_seconds=1.0)
     silent = threading.Event()

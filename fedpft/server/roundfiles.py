@@ -82,6 +82,7 @@ class RoundFiles:
             self.open(last.round, count_inactivity=last.count_inactivity)
             aggregated = True
         elif not aggregated:
+            last = dataclasses.replace(last, silos=self._bound(last))
             self._ledger.begin_round(dataclasses.replace(last, attempt=attempt))
             self.open(last.round, count_inactivity=last.count_inactivity)
             self.updates(last.round)  # a torn one ends the start here
@@ -96,6 +97,15 @@ class RoundFiles:
             ],
         )
         return frozenset(last.present)
+
+    def _bound(self, last: RoundRow) -> tuple[str, ...]:
+        """The silos of the round that goes on: if some may have helped to open its sum, those whose sum that was."""
+        stages = {
+            each["stage"]: tuple(each["silos"])
+            for each in self._ledger.recorded("stage")
+            if (each["round"], each["attempt"]) == (last.round, last.attempt)
+        }
+        return stages["signatures"] if "reveals" in stages else last.silos
 
     def open(self, round: int, *, count_inactivity: bool) -> None:
         """From now on the round takes updates; it starts from the adapter of the one before."""

@@ -187,7 +187,10 @@ class FederationServicer:
                 raise RefusedByServer("this federation has no such stage", "restart the silo")
             if kind == "withdrawal":
                 self._audit.append("withdrawn", peer=silo, round=round, attempt=request.attempt)
-                self._live.withdraw(silo, round, request.attempt)
+                if request.withdrawal.from_round:
+                    self._live.fail(silo, "it has helped to open this round's sum over other silos", round)
+                else:
+                    self._live.withdraw(silo, round, request.attempt)
                 return pb.AnswerStageResponse()
             with self._out_of_the_round(silo, round):
                 verdict = self._take_keys(silo, request) if kind == "keys" else self._take_answer(silo, request, kind)

@@ -5,11 +5,13 @@ each silo that shared, one share. The secrets of an attempt are in memory alone:
 on with it, says so, and takes part in the next one with other secrets.
 
 Of one round a silo helps to open the sum over one set of silos only, whatever the attempt: the difference of two sums
-would be the update of those that are in one of them. Which set, is on disk before the first share leaves.
+would be the update of those that are in one of them. Which set, is on disk before the first share leaves; from then on
+the silo takes part in an attempt only if its roster is that set. So nothing of it gets into another sum, and since more
+than half of the set are bound to it, no other sum over any of it can be opened with those.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -32,6 +34,7 @@ from fedpft.wire.v1 import federation_pb2 as pb
 log = logging.getLogger(__name__)
 
 _REMEDY = "ask the server's operator why; nothing was sent"
+_BOUND = "this silo has helped to open this round's sum over other silos"
 
 
 def check_agreed(config: SiloConfig, *, said: bool, terms: SecureTerms | None) -> None:
@@ -165,17 +168,18 @@ class Summing:
         answer = pb.AnswerStageRequest(round=stage.round, attempt=stage.attempt)
         match stage.WhichOneof("asked"):
             case "roster":
+                if self._is_bound(stage.round, [keys.silo for keys in map(_keys, stage.roster.keys)]):
+                    self._withdraw(stage, _BOUND, from_round=True)
+                    return
                 answer.shares.by_silo.update(attempt.shares([_keys(keys) for keys in stage.roster.keys]))
             case "sealed":
                 self._send_vector(attempt, dict(stage.sealed.by_silo))
                 return
             case "survivors":
-                survivors = frozenset(stage.survivors.silos)
-                opened = self._work.opened(attempt.context.run)
-                if opened is not None and opened.round == stage.round and opened.survivors != survivors:
-                    self._withdraw(stage, "this silo has helped to open this round's sum over other silos")
+                if self._is_bound(stage.round, stage.survivors.silos):
+                    self._withdraw(stage, _BOUND, from_round=True)
                     return
-                answer.signature = attempt.sign(survivors)
+                answer.signature = attempt.sign(frozenset(stage.survivors.silos))
             case "signatures":
                 survivors = frozenset(stage.signatures.survivors.silos)
                 revealed = attempt.reveal(survivors, dict(stage.signatures.by_silo))
@@ -202,10 +206,16 @@ class Summing:
         )
         self._server.submit(header, self._vector)
 
-    def _withdraw(self, stage: pb.Stage, reason: str) -> None:
+    def _is_bound(self, round: int, silos: Iterable[str]) -> bool:
+        """Whether this silo has helped to open the round's sum over other silos than these."""
+        opened = self._work.opened(self._server.run_id)
+        return opened is not None and opened.round == round and opened.survivors != frozenset(silos)
+
+    def _withdraw(self, stage: pb.Stage, reason: str, *, from_round: bool = False) -> None:
         log.info("%s: round %d, attempt %d: cannot go on: %s", self._name, stage.round, stage.attempt, reason)
         self._server.record("withdrawn", round=stage.round, attempt=stage.attempt, reason=reason)
-        request = pb.AnswerStageRequest(round=stage.round, attempt=stage.attempt, withdrawal=pb.Withdrawal())
+        withdrawal = pb.Withdrawal(from_round=from_round)
+        request = pb.AnswerStageRequest(round=stage.round, attempt=stage.attempt, withdrawal=withdrawal)
         self._server.answer(request)
 
     def _forget(self) -> None:

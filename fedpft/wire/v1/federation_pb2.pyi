@@ -217,8 +217,10 @@ class ShownKeys(_message.Message):
     def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., proxy_version: _Optional[int] = ...) -> None: ...
 
 class Withdrawal(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("from_round",)
+    FROM_ROUND_FIELD_NUMBER: _ClassVar[int]
+    from_round: bool
+    def __init__(self, from_round: _Optional[bool] = ...) -> None: ...
 
 class AnswerStageResponse(_message.Message):
     __slots__ = ()
