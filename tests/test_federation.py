@@ -685,6 +685,30 @@ def test_silos_that_drop_out_are_done_without_down_to_the_quorum(stage):
         assert following == Open(1, 0, FIVE)
 
 
+@pytest.mark.parametrize("stage", [Stage.SHARES, Stage.VECTORS])
+def test_the_sum_is_over_those_whose_vectors_are_there(stage):
+    federation = summing(FIVE, min_silos=3)
+    for _ in range(stage - 1):
+        answer(federation, FIVE)
+    answer(federation, FIVE[:4])
+    federation.handle(DeadlinePassed(1))
+    while federation.stage is not None:
+        actions = answer(federation, sorted(federation.waiting))
+    assert actions[-1] == Open(1, 0, FIVE[:4])
+    assert federation.handle(SumKept(1)) == [Aggregate(1, FIVE[:4])]
+
+
+@pytest.mark.parametrize("stage", [Stage.SHARES, Stage.VECTORS])
+def test_a_sum_has_as_many_silos_as_the_quorum_even_if_fewer_could_open_it(stage):
+    federation = summing(FIVE, min_silos=4)
+    for _ in range(stage - 1):
+        answer(federation, FIVE)
+    answer(federation, FIVE[:3])
+    anew, lost = federation.handle(DeadlinePassed(1))
+    assert anew == StartAttempt(1, 1, FIVE[:3])
+    assert isinstance(lost, LoseQuorum)
+
+
 @pytest.mark.parametrize("stage", list(Stage))
 def test_with_one_fewer_the_attempt_begins_anew_and_opens_nothing(stage):
     federation = summing(FIVE, min_silos=3)
