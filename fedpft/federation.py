@@ -408,6 +408,11 @@ class Federation:
             self.present -= self.absent
         self.phase, self._resumed = Phase.TRAINING, True
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether what arrives are keys for a secure sum, and no updates."""
+        return self._threshold is not None
+
     def handle(self, event: Event) -> list[Action]:
         """Applies an event; returns what is to be done about it, in order."""
         match event:

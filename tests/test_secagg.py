@@ -115,9 +115,9 @@ def test_what_cannot_be_summed_is_refused(fault, message):
         encoded(contribution(1, **fault))
 
 
-def test_other_shapes_and_whole_numbers_are_refused():
+def test_other_shapes_and_types_are_refused():
     what = contribution(1)
-    for tensor in (torch.zeros(4), torch.zeros(3, dtype=torch.int64)):
+    for tensor in (torch.zeros(4), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64)):
         with pytest.raises(InvalidUpdate, match="'head'"):
             encoded(dataclasses.replace(what, trained=what.trained | {"head": tensor}))
 

@@ -24,7 +24,7 @@ from fedpft.config import (
     TlsSection,
     TrainingSection,
 )
-from fedpft.errors import FedPFTError, PrivacyViolation, QuorumLost, RefusedByServer, RoundOver
+from fedpft.errors import FedPFTError, InvalidUpdate, PrivacyViolation, QuorumLost, RefusedByServer, RoundOver
 from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Contribution, Layout
 from fedpft.provision import provision
@@ -627,3 +627,95 @@ def test_a_vector_that_is_on_its_way_is_waited_for_longer_than_a_stage(world):
     here.server.wait_for_silos()
     here.run_round(1)
     assert torch.equal(here.words(1), added(SILOS, 1)), "north is in it"
+
+
+# --- a silo that lies -------------------------------------------------------------------------------------------------
+
+
+def spoil(kind, request):
+    """Makes an answer one that nobody could use."""
+    match kind:
+        case "keys":
+            request.keys.keys.signature = request.keys.keys.signature[:-1] + b"x"
+        case "foreign keys":
+            request.keys.keys.certificate = b"no certificate"
+        case "shares":
+            del request.shares.by_silo["east"]
+        case "short shares":
+            request.shares.by_silo["east"] = b"short"
+        case "signature":
+            request.signature = request.signature[:-1] + b"x"
+        case "reveal":
+            request.reveal.by_silo["west"] = bytes(33)
+
+
+@pytest.mark.parametrize("kind", ["keys", "foreign keys", "shares", "short shares", "signature", "reveal"])
+def test_a_silo_whose_answer_cannot_be_used_is_out_of_the_round_and_the_others_go_on(world, kind):
+    here = world(min_silos=2)
+    asked = {"keys": "train", "foreign keys": "train", "signature": "survivors", "reveal": "signatures"}
+
+    def lie(at, silo):
+        if at == asked.get(kind, "roster"):
+            honest = silo.connection.answer
+
+            def answer(request):
+                spoil(kind, request)
+                honest(request)
+
+            silo.connection.answer = answer
+
+    here.start_silos(north=lie)
+    here.server.wait_for_silos()
+    here.run_round(1)
+    with pytest.raises(InvalidUpdate, match="north: "):
+        here.running["north"].result(LONG_SECONDS)
+    counted = SILOS if kind in ("signature", "reveal") else ("east", "south")
+    assert torch.equal(here.words(1), added(counted, 1))
+
+
+def test_a_vector_of_another_length_is_out_of_the_round(world, monkeypatch):
+    here = world(min_silos=2)
+    keep = Work.keep_vector
+
+    def kept(self, words):
+        return keep(self, words[:-1] if self.path.name == "work-north" else words)
+
+    monkeypatch.setattr(Work, "keep_vector", kept)
+    here.start_silos()
+    here.server.wait_for_silos()
+    here.run_round(1)
+    with pytest.raises(InvalidUpdate, match="north: 'masked/words' is"):
+        here.running["north"].result(LONG_SECONDS)
+    assert torch.equal(here.words(1), added(("east", "south"), 1))
+
+
+def test_a_sum_that_a_silo_has_spoilt_is_noticed_and_tried_again(world, monkeypatch):
+    """A vector of the right form under other masks than those that were agreed on."""
+    here, spoilt, keep = world(), threading.Event(), Work.keep_vector
+
+    def kept(self, words):
+        if self.path.name == "work-north" and not spoilt.is_set():
+            spoilt.set()
+            words = words + torch.arange(len(words), dtype=torch.int32) * 12_345_678
+        return keep(self, words)
+
+    monkeypatch.setattr(Work, "keep_vector", kept)
+    here.start_silos()
+    here.server.wait_for_silos()
+    here.run_round(1)
+    assert torch.equal(here.words(1), added(SILOS, 1))
+    assert here.ledger.recorded("sum")[-1]["attempt"] == 1
+    failed = [entry for entry in audit.read(here.root / "out" / "audit.jsonl") if entry.fields.get("stage") == "failed"]
+    assert "none that silos could have put in" in failed[0].fields["reason"]
+
+
+def test_weights_of_zero_leave_the_adapter_as_it_was(world, monkeypatch):
+    original = Work.keep_update
+    monkeypatch.setattr(
+        Work, "keep_update", lambda self, *arguments, **named: original(self, *arguments, **named | {"weight": 0.0})
+    )
+    here = world()
+    here.start_silos()
+    here.server.wait_for_silos()
+    mean = here.run_round(1).mean(None, 1)
+    assert all(torch.equal(mean[name], tensor) for name, tensor in ADAPTER.items())

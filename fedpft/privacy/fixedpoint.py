@@ -32,6 +32,7 @@ WEIGHT_UNITS = 1 << 16  # of a weight of 1
 METRIC_UNITS = 1 << 20  # of a loss of 1, or of a second
 # Summed over the silos that share them; each is followed by how many those are.
 SUMMED_METRICS = ("train_loss", "seconds", "tokens", "skipped_rows", "cut_texts", "cut_completions")
+_SUMMABLE = (torch.float32, torch.bfloat16, torch.float16)  # which float32 holds exactly
 _IN_UNITS = frozenset({"train_loss", "seconds"})
 
 
@@ -222,7 +223,7 @@ def _flat(adapter: Mapping[str, Tensor], layout: Layout) -> Tensor:
     parts = []
     for name, shape in layout.shapes:
         tensor = adapter[name]
-        if not tensor.is_floating_point() or tuple(tensor.shape) != shape:
+        if tensor.dtype not in _SUMMABLE or tuple(tensor.shape) != shape:
             raise InvalidUpdate(
                 f"{name!r} is {tuple(tensor.shape)} {tensor.dtype}, which secure aggregation cannot add as {shape}",
                 "run the same version of fedpft on both sides",

@@ -83,7 +83,7 @@ class LiveFederation:
             turns = self._turns
             for action in actions:
                 if not isinstance(event, StageAnswered) or not isinstance(action, Accept):
-                    log_action(action)
+                    log_action(action, "keys" if self._federation.adds_up else "update")
                 if isinstance(action, Outcome):
                     self._outcome = action
                 if isinstance(action, Substitute | StartAttempt | StartStage | Open):
@@ -317,8 +317,8 @@ class Summing(Protocol):
         """Opens the sum, and keeps it on disk. Called without the lock."""
 
 
-def log_action(action: Action) -> None:
-    """Says what the state machine has decided."""
+def log_action(action: Action, arrived: str = "update") -> None:
+    """Says what the state machine has decided; arrived: what silos send."""
     match action:
         case Begin(silos):
             log.info("the federation begins with %s", ", ".join(silos))
@@ -334,9 +334,9 @@ def log_action(action: Action) -> None:
         case Open(round, attempt, silos):
             log.info("round %d, attempt %d: the sum of %s is opened", round, attempt, ", ".join(silos))
         case Accept(silo):
-            log.info("%s: update accepted", silo)
+            log.info("%s: %s accepted", silo, arrived)
         case Duplicate(silo):
-            log.info("%s: the same round's update again, ignored", silo)
+            log.info("%s: the same round's %s again, ignored", silo, arrived)
         case Refuse(silo, error):
             log.warning("%s: refused: %s", silo, error.message)
         case Aggregate(round, silos):

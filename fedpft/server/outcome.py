@@ -1,5 +1,6 @@
 """What a round has led to, as the algorithm needs it: of single updates, or of their sum alone."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Layout, Total
 from fedpft.server.updates import COUNTS, Update, aggregate
 from fedpft.wire.tensors import TensorFile
+
+log = logging.getLogger(__name__)
 
 
 class Outcome(Protocol):
@@ -110,6 +113,8 @@ class Sum:
     def mean(self, section: AggregationSection, batch: int) -> Adapter:
         """A_r + sum of w_i (A_i - A_r) / sum of w_i; A_r if all weights are 0. The silos have weighed already."""
         change = self._total().change
+        if not self._weight:
+            log.warning("all silos weigh 0: the adapter stays as it was")
         for name, total in change.items():
             start = self.start_tensor(name)
             if self._weight:

@@ -189,8 +189,9 @@ class FederationServer:
     def _make_summing(self) -> Summing | None:
         """None without secure aggregation."""
         terms, config = self._config.secure_terms, self._config
-        if terms is None or config.tls is None:
+        if terms is None:
             return None
+        assert config.tls is not None  # ServerConfig sees to that
         seconds = config.secure_aggregation.stage_deadline_seconds
         verifier = Verifier(config.tls.ca)
         return Summing(self._ledger.run_id, terms, self._files, self._audit, verifier, seconds)
