@@ -308,7 +308,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "fedpft", "font.size": 9}
-    names = {"layers": "layers", "hidden": "D (K with it: F / 4)", "ffn": "F (and K)", "rows": "public rows"}
+    names = {"layers": "layers", "hidden": "D", "ffn": "F, and K = F / 4 with it", "rows": "public rows"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9.0, 3.4), layout="constrained")
         panels = figure.subplots(1, 2)
