@@ -16,8 +16,9 @@ from fedpft.data.batches import EncodedDataset, batches
 from fedpft.data.text import TextDataset
 from fedpft.errors import ModelError
 from fedpft.model.adapters import Probes, attach, extract, load
-from fedpft.model.architectures import LayerWalk, base_of, layer_outputs, layers_of
+from fedpft.model.architectures import base_of, layer_outputs, layers_of
 from fedpft.model.subffn import sub_ffns
+from fedpft.model.walk import LayerWalk
 from fedpft.proxy.bundle import apply_patch, patch
 from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import ffn_norms, layer_level, neuron_level

@@ -54,6 +54,8 @@ ORDER = {
         "checkpointing",
         "packing",
         "mapped",
+        "walk",
+        "streaming",
         "loading",
         "compatibility",
         "adapters",
