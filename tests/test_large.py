@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedpft.config import AdapterSection, DistillationSection, ProxySection, SimulationConfig
 from fedpft.errors import ModelError
@@ -377,33 +376,38 @@ class Places(TorchDispatchMode):
     What comes of the one is as good as on disk too, and what comes of the other on the GPU, copies apart.
     """
 
-    COPIES = ("aten._to_copy.default", "aten.copy_.default", "aten.clone.default")
+    COPIES = ("aten._to_copy.default", "aten.copy_.default")  # which may bring a tensor to another device
 
     def __init__(self) -> None:
         super().__init__()
-        self.files: list[MappedTensors] = []
-        self.disk, self.gpu = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self.disk, self.gpu = set[int](), set[int]()  # addresses
+        self.kept: list[Tensor] = []  # so that no address is used again
         self.computed = 0
 
     def add(self, model: Any) -> None:
         files = held(model)
         assert files is not None
-        self.files.append(files)
         for tensor in (*model.parameters(), *model.buffers()):
-            (self.disk if tensor in files else self.gpu)[tensor] = True
+            self._put(self.disk if tensor in files else self.gpu, tensor)
+
+    def _put(self, place: set[int], tensor: Tensor) -> None:
+        place.add(tensor.untyped_storage().data_ptr())
+        self.kept.append(tensor)
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         given = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, Tensor)]
-        given = [each for each in given if each.is_floating_point() and each.dim()]
-        on_disk = [each for each in given if each in self.disk or any(each in files for files in self.files)]
-        on_gpu = [each for each in given if each in self.gpu]
-        copies = str(function) in self.COPIES
+        numbers = {
+            each.untyped_storage().data_ptr() for each in given if each.is_floating_point() and each.dim() and len(each)
+        }
+        on_disk, on_gpu, copies = numbers & self.disk, numbers & self.gpu, str(function) in self.COPIES
         assert copies or not (on_disk and on_gpu), f"{function} of both"
         found = function(*arguments, **(named or {}))
         self.computed += bool(on_gpu)
         for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor) and (on_disk or on_gpu) and not any(leaf is each for each in given):
-                (self.gpu if on_gpu or copies else self.disk)[leaf] = True
+            if isinstance(leaf, Tensor) and (on_disk or on_gpu):
+                known = leaf.untyped_storage().data_ptr() in self.disk | self.gpu
+                if not known:
+                    self._put(self.gpu if on_gpu or copies else self.disk, leaf)
         return found
 
 
@@ -414,8 +418,10 @@ def streamed(model: Any, _device: Any, scratch: Path) -> None:
         stream(model, files, torch.device("cpu"))
 
 
-@every_kind
-@pytest.mark.parametrize("mode", ["whole", "layers"])
+@pytest.mark.parametrize(
+    ("model_type", "mode"),
+    [*((kind, "layers") for kind in ARCHITECTURES if kind not in MIXTURES), ("bert", "whole"), ("llama", "whole")],
+)
 def test_layers_are_on_the_device_while_they_compute(
     model_type: str, mode: str, fm_directory: FM, tmp_path: Path
 ) -> None:
@@ -471,7 +477,7 @@ def test_a_federation_whose_layers_are_copied_to_the_device_comes_to_the_same_pr
     for hold in ("memory", "disk"):
         monkeypatch.setattr(construction, "place", streamed)
         values = settings_of(tmp_path, fm_directory(model_type), hold)
-        values |= {"plug_in": {"scale_layers": True, "steps": 2, "batch": 2}, "adapter": {"rank": 2, "ffn": True}}
+        values |= {"plug_in": {"layer_scales": True, "steps": 2, "batch": 2}, "adapter": {"rank": 2, "ffn": True}}
         simulate(SimulationConfig.model_validate(values | {"out": str(tmp_path / hold)}))
     ours, theirs = tmp_path / "disk", tmp_path / "memory"
     for name in ("adapter.safetensors", "patch.safetensors"):
@@ -508,3 +514,27 @@ def test_states_are_in_a_file_and_come_back_as_they_were(tmp_path: Path) -> None
     assert tiny.same_bits(gets[0](), tensors[0])
     assert scratch.size < 2 * end
     assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("model_type", ["bert", "llama", "gpt2", "vit"])
+@pytest.mark.parametrize("mode", ["whole", "layers"])
+def test_an_fm_on_disk_computes_on_a_gpu(model_type: str, mode: str, fm_directory: FM, tmp_path: Path) -> None:
+    public, task, found, gaps = tiny.dataset(model_type, 24, labelled=False), TASKS[tiny.task_of(model_type)], [], []
+
+    def on_gpu(model: Any, _device: Any, scratch: Path) -> None:
+        place(model, "cuda", scratch)
+
+    for hold in ("memory", "disk"):
+        fm = load(fm_directory(model_type), model_type, hold)
+        on_gpu(fm, None, tmp_path)
+        adapters.attach(fm, LORA, seed=0)
+        selection, proxy = made(fm, model_type, tmp_path / hold, steps=2, mode=mode, place=on_gpu)
+        assert {parameter.device.type for parameter in adapters.lora_parameters(fm)} == {"cuda"}
+        gaps.append(measure_gap(task, proxy.model, fm, selection.matched, public, samples=4, seed=0))
+        found.append(weights(tmp_path / hold))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5)
+    assert gaps[1].hidden_error == pytest.approx(gaps[0].hidden_error, rel=1e-3)
+    assert gaps[1].gradient_cosine == pytest.approx(gaps[0].gradient_cosine, rel=1e-3)
