@@ -18,7 +18,7 @@ from fedpft.model.architectures import in_head
 from fedpft.model.checkpointing import checkpointing
 from fedpft.model.packing import Way, packed_inputs
 from fedpft.model.precision import TASK_SCALE, dtype_of, loss_scaler
-from fedpft.model.subffn import compacting, counting, totals
+from fedpft.model.subffn import compacting, counting, totals, uncounted
 from fedpft.parallel import ALONE, Ranks
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
@@ -127,6 +127,9 @@ def train_round(
                 with ranks.adding(parameters, len(parts[first : first + ranks.size])):
                     if turn < len(built):
                         losses.append(learn(built[turn], weight))
+                    elif ranks.sharded:  # the others need this rank's pieces; what comes of it here is in no sum
+                        with uncounted(model), torch.random.fork_rng(devices=random_devices):
+                            learn(_built(dataset, parts[0], lot, packing), weight)
             for found in ranks.in_order(losses, len(parts)):
                 loss_sum += found * weight
             weights += weight

@@ -54,6 +54,7 @@ ORDER = {
         "checkpointing",
         "packing",
         "mapped",
+        "sharding",
         "loading",
         "compatibility",
         "adapters",

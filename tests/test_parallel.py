@@ -225,7 +225,12 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_a_killed_rank_ends_all_and_the_restart_goes_on(digits: Digits, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("limits", [{}, {"sharded": True}], ids=["whole", "sharded"])
+def test_a_killed_rank_ends_all_and_the_restart_goes_on(
+    limits: dict[str, Any],
+    digits: Digits,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     """With alignment, so that ranks take patches up; the final adapter is that of plain silos, bit for bit."""
     wanted = server_settings(digits, ("north", "south"))
     wanted["adapter"]["dropout"], wanted["training"]["local_epochs"] = 0.0, 3.0
@@ -234,7 +239,7 @@ def test_a_killed_rank_ends_all_and_the_restart_goes_on(digits: Digits, tmp_path
         reference.start()
         reference.await_end()
 
-    shared = plain | {"north": silo_settings(digits, "north")}
+    shared = plain | {"north": silo_settings(digits, "north") | {"limits": limits}}
     with Deployment(tmp_path / "shared", wanted, shared) as running:
         server, south = running.server, running.silos["south"]
         north = Torchrun("north", "fedpft.silo", running.silos["north"].config)
