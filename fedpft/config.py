@@ -83,9 +83,10 @@ class ModelSection(Section):
     )
     hold: Hold = Field(
         "auto",
-        description="Where the FM's weights are while the server runs. `memory`: read once; `disk`: in the FM's files, "
-        "and in memory a layer at a time, on the CPU; `auto`: on disk if they are more than a fifth of the memory. A "
-        "value that is not stored as `dtype` has it is in memory in any case, and so is a mixture of experts.",
+        description="Where the FM's weights are while the server runs. `memory`: read once, to the device; `disk`: in "
+        "the FM's files, and in memory, or on the device, a layer at a time; `auto`: on disk if they are more than a "
+        "fifth of the memory, or of the GPU's. A value that is not stored as `dtype` has it is in memory in any case, "
+        "and so is a mixture of experts.",
     )
     max_tokens: int = Field(64, ge=1, description="Texts are cut after this many tokens. No meaning for images.")
     chat_template: Path | None = Field(

@@ -55,6 +55,8 @@ ORDER = {
         "packing",
         "mapped",
         "sharding",
+        "walk",
+        "streaming",
         "loading",
         "compatibility",
         "adapters",

@@ -23,6 +23,7 @@ from fedpft.model.adapters import Probes
 from fedpft.model.architectures import architecture_of, layer_outputs, layers_of
 from fedpft.model.mapped import held
 from fedpft.model.precision import DISTILLATION_SCALE, Masters, loss_scaler, wide
+from fedpft.model.streaming import at_hand
 from fedpft.model.subffn import projections, sub_ffns
 from fedpft.proxy.closed_form import Lot, fit_output_projections
 from fedpft.proxy.journal import Found, Journal
@@ -276,10 +277,10 @@ def _distil(
     students = [pair[0] for pair in matched]
     ffns = list(sub_ffns(proxy).values())
     device = next(proxy.parameters()).device
-    frozen = {parameter: parameter.requires_grad for parameter in proxy.parameters()}
     losses: list[float] = []
     with ExitStack() as stack:
-        stack.callback(_restore, frozen)
+        stack.enter_context(at_hand(proxy, students, writing=True))
+        stack.callback(_restore, {parameter: parameter.requires_grad for parameter in proxy.parameters()})
         proxy.requires_grad_(False)
         parameters = [proxy.get_parameter(name).requires_grad_(True) for name in ffn_norms(proxy, students)]
         for layer in students:
@@ -390,7 +391,8 @@ def _schedule(step: int, steps: int, warmup_fraction: float) -> float:
 
 def _product(model: nn.Module, layer: int) -> Tensor:
     """As `product` of a SubFFN or of SubExperts, with all neurons."""
-    products = [ffn["w_out"].t() @ ffn["w_in"] for ffn in projections(model, layers_of(model)[layer])]
+    with at_hand(model, [layer]):
+        products = [ffn["w_out"].t() @ ffn["w_in"] for ffn in projections(model, layers_of(model)[layer])]
     return products[0] if len(products) == 1 else torch.stack(products)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fedpft import atomic, machine
-from fedpft.config import Hold, ServerConfig
+from fedpft.config import ServerConfig
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.chat import with_template
 from fedpft.data.rows import are_large
@@ -30,6 +30,7 @@ from fedpft.model import adapters, loading
 from fedpft.model.compatibility import check_travels, make_fit
 from fedpft.model.mapped import Shards, held, hold_on_disk
 from fedpft.model.precision import dtype_of, name_of
+from fedpft.model.streaming import place
 from fedpft.progress import progress
 from fedpft.proxy.bundle import Proxy, check_finite, load_proxy, save_bundle
 from fedpft.proxy.cut import cut, in_memory
@@ -167,9 +168,15 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
             "set it to 0",
         )
     model = loading.load_model(
-        section.path, section.task, labels, seed=config.seed, dtype=section.dtype, hold=_hold(config)
+        section.path,
+        section.task,
+        labels,
+        seed=config.seed,
+        dtype=section.dtype,
+        hold=section.hold,
+        memory=machine.memory_bytes(config.device),
     )
-    model.to(config.device)
+    place(model, config.device, config.out)
     processor = loading.load_processor(section.path, section.task)
     if section.chat_template is not None:
         with_template(processor, section.chat_template)
@@ -182,18 +189,6 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
             )
     make_fit(model, processor, section.task, section.max_tokens)
     return model, processor
-
-
-def _hold(config: ServerConfig) -> Hold:
-    """Where the FM's weights are to be; ConfigError if they cannot be there."""
-    wanted, device = config.model.hold, torch.device(config.device)
-    if device.type == "cpu":
-        return wanted
-    if wanted == "disk":
-        raise ConfigError(
-            f"model.hold: disk is for the CPU, and device is {device}", "set model.hold: memory, or device: cpu"
-        )
-    return "memory"
 
 
 def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
@@ -214,6 +209,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
         model = cut(owner.model, selection, in_memory if shards is None else shards.put)
         if shards is not None:
             hold_on_disk(model, shards.held)
+            place(model, config.device, directory)
         compressed = tuple(student for student, _ in selection.matched)
         proxy = Proxy(model, owner.processor, config.model.task, owner.labels, config.model.max_tokens, compressed)
     built = Built(directory, proxy, selection, record)
@@ -271,7 +267,7 @@ def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Dig
     check_made_for(config, directory, proxy, dtype_of(owner.model))
     selection = load_selection(directory / "selection.safetensors")
     check_holdings(selection, config.proxy)
-    proxy.model.to(config.device)
+    place(proxy.model, config.device, config.out)
     adapters.attach(proxy.model, config.adapter, seed=config.seed)
     return Built(directory, proxy, selection, record, files)
 
