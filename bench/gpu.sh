@@ -23,9 +23,9 @@ log=$OUT/gpu.log
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 FEDPFT_CUDA=1
 
 declare -A limit=([build]=180 [check]=30 [tests]=60 [slow]=40 [memcheck]=40 [racecheck]=40 [peers]=90 [kernels]=240
-  [training]=120 [scale]=120 [large]=300
+  [training]=120 [scale]=120 [large]=300 [sharded]=120
   [fused]=40)
-steps=(build check tests slow memcheck fused racecheck peers kernels training scale large)
+steps=(build check tests slow memcheck fused racecheck peers kernels training scale large sharded)
 if (($#)); then
   steps=()
   for argument; do
@@ -118,7 +118,7 @@ run_step() {
     build) "$PYTHON" setup.py build_ext --inplace ;;
     check) "$PYTHON" -m fedpft.kernels ;;
     tests)
-      mapfile -t files < <(grep -l 'mark\.cuda' tests/test_*.py)
+      mapfile -t files < <(grep -l 'mark\.cuda' tests/test_*.py | grep -v test_sharding)
       "$PYTHON" -m pytest -q -m "cuda and not slow" "${files[@]}"
       ;;
     slow) "$PYTHON" -m pytest -q -m "cuda and slow" tests/test_cuda.py ;;
@@ -128,6 +128,10 @@ run_step() {
     kernels) "$PYTHON" -m bench.kernels --device cuda --json "$OUT/kernels-cuda.json" ;;
     training) "$PYTHON" -m bench.training --device cuda --json "$OUT/training-cuda.json" ;;
     scale) "$PYTHON" -m bench.scale --part silo --device cuda --json "$OUT/scale-cuda.json" ;;
+    sharded) # a silo of two processes, each on a GPU of its own, with half of the proxy
+      "$PYTHON" -c 'import sys, torch; sys.exit(77 * (torch.cuda.device_count() < 2))' || return
+      "$PYTHON" -m pytest -q -m cuda tests/test_sharding.py
+      ;;
     large) "$PYTHON" -m bench.large --device cuda --layers 16 --work "$(mktemp -d)" --out "$OUT" ;;
   esac
 }

@@ -730,6 +730,17 @@ class LimitsSection(Section):
         description="Keep what the frozen FFNs need for the backward pass in bfloat16: half that memory, and gradients "
         "that are off by some 0.1 %. Far less to win than with `checkpointing`.",
     )
+    sharded: bool = Field(
+        False,
+        description="Of several processes (`torchrun`) each holds its share of the proxy's frozen layers, and they "
+        "gather a layer whenever it computes: for a proxy that does not fit one device. The same result.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LimitsSection":
+        if self.sharded and self.width < 1.0:
+            raise ValueError("sharded does not go with width: leave one of them out")
+        return self
 
 
 class ShareSection(Section):

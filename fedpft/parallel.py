@@ -29,8 +29,11 @@ Value = TypeVar("Value")
 class Ranks:
     """This process among those of its silo; by default it is alone, and all here leaves things as they are."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, *, sharded: bool = False) -> None:
+        """Args:
+        sharded: the proxy lies in pieces on the ranks, so that all compute or none.
+        """
+        self.rank, self.size, self.sharded = rank, size, sharded
 
     @property
     def others(self) -> tuple[int, ...]:
@@ -70,7 +73,8 @@ class Ranks:
         sums = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        yield
+        with self.computing():
+            yield
         own = _flat(parameters)
         for rank in range(parts):
             given = own if rank == self.rank else torch.empty_like(own)
@@ -83,6 +87,16 @@ class Ranks:
                     sums[place] = gradient.clone() if known is None else known.add_(gradient)
         for parameter, gradients in zip(parameters, sums, strict=True):
             parameter.grad = gradients
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around what the model computes, which other ranks may be part of; RankLost if one of those has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.sharded and (isinstance(error, dist.DistError) or "gloo" in str(error)):  # its own have no class
+                raise _lost() from error
+            raise
 
     def in_order(self, values: Sequence[float], parts: int) -> list[float]:
         """(P,) values of all parts, of which `values` are this rank's."""
@@ -121,16 +135,25 @@ class Ranks:
 ALONE = Ranks()
 
 
-def joined() -> Ranks:
-    """Meets the other processes that torchrun started beside this one, if it did; waits until all are there."""
+def joined(*, sharded: bool = False) -> Ranks:
+    """Meets the other processes that torchrun started beside this one, if it did; waits until all are there.
+
+    Raises:
+        ConfigError: there is none, and the proxy is to be shared out.
+    """
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        if sharded:
+            raise ConfigError(
+                "limits.sharded: this is the only process",
+                "start several with torchrun (docs/large-models.md), or leave limits.sharded out",
+            )
         return ALONE
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"] and sys.platform == "linux":
         for library in ("GLOO", "NCCL"):  # gradients stay on this machine, and nobody else's connections come in
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     with _together():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    return Ranks(dist.get_rank(), dist.get_world_size(), sharded=sharded)
 
 
 def part(ranks: Ranks) -> None:
@@ -146,10 +169,14 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         if faults.is_out_of_memory(error):
             raise
-        raise RankLost(
-            "another process of this silo has ended, so this one does too",
-            "see what the first of them to end says; then start the same command again: it goes on from there",
-        ) from error
+        raise _lost() from error
+
+
+def _lost() -> RankLost:
+    return RankLost(
+        "another process of this silo has ended, so this one does too",
+        "see what the first of them to end says; then start the same command again: it goes on from there",
+    )
 
 
 def _flat(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -18,7 +18,7 @@ from fedpft.model.architectures import in_head
 from fedpft.model.checkpointing import checkpointing
 from fedpft.model.packing import Way, packed_inputs
 from fedpft.model.precision import TASK_SCALE, dtype_of, loss_scaler
-from fedpft.model.subffn import compacting, counting, totals
+from fedpft.model.subffn import compacting, counting, totals, uncounted
 from fedpft.parallel import ALONE, Ranks
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
@@ -96,30 +96,40 @@ def train_round(
         begun_with = [parameter.detach().clone() for parameter in parameters] if training.proximal else []
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round, *ranks.others))
         most = min(limits.max_batch or training.batch, ranks.largest(training.batch))
-        order = lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed)
-        for step, lot in enumerate(dataset.ahead(order)):
+
+        def learn(part: dict[str, Tensor], weight: int) -> float:
+            """Adds to the gradients those of a part's share of the batch's loss, which it returns."""
+            share = task.weight(part) / weight
+            part = {name: value.to(device) for name, value in part.items()}
+            mask = part.get("attention_mask")
+            for counter in counters.values():
+                counter.mask = None if mask is None else mask.flatten().bool()
+            inputs = part if packing is None else packed_inputs(part, packing, dtype)
+            loss = task.loss(model, inputs) if shift is None else task.shifted_loss(model, inputs, shift)
+            loss = loss * share
+            scaler.scale(loss).backward()
+            return float(loss.detach())
+
+        order = list(lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed))
+        batches = [_parts(dataset, lot, most, packing) for lot in order]
+        wanted = (torch.cat([lot[:0], *ranks.own(parts)]) for lot, parts in zip(order, batches, strict=True))
+        for step, (lot, parts, _) in enumerate(zip(order, batches, dataset.ahead(wanted), strict=True)):
             optimizer.zero_grad()  # at the start: a round that failed on this model left gradients
             for group in optimizer.param_groups:
                 done = (round - 1 + step / steps) / training.rounds
                 group["lr"] = group["initial_lr"] * rate_share(training.schedule, done)
-            parts = list(_parts(dataset, lot, most, packing))
+            built = [_built(dataset, part, lot, packing) for part in ranks.own(parts)]
             # before .to: on a GPU what is read back afterwards has to be waited for
-            each = [task.weight(part) for part in parts]
-            weight, losses = sum(each), list[float]()
-            tokens += sum(map(_tokens, parts))
-            for first in range(0, len(parts), ranks.size):
-                together = slice(first, first + ranks.size)
-                with ranks.adding(parameters, len(parts[together])):
-                    for part, own in zip(ranks.own(parts[together]), ranks.own(each[together]), strict=True):
-                        part = {name: value.to(device) for name, value in part.items()}
-                        mask = part.get("attention_mask")
-                        for counter in counters.values():
-                            counter.mask = None if mask is None else mask.flatten().bool()
-                        inputs = part if packing is None else packed_inputs(part, packing, dtype)
-                        loss = task.loss(model, inputs) if shift is None else task.shifted_loss(model, inputs, shift)
-                        loss = loss * (own / weight)
-                        scaler.scale(loss).backward()
-                        losses.append(float(loss.detach()))
+            weight = int(sum(ranks.in_order(list(map(task.weight, built)), len(parts))))
+            losses = list[float]()
+            tokens += sum(map(_tokens, built))
+            for turn, first in enumerate(range(0, len(parts), ranks.size)):
+                with ranks.adding(parameters, len(parts[first : first + ranks.size])):
+                    if turn < len(built):
+                        losses.append(learn(built[turn], weight))
+                    elif ranks.sharded:  # the others need this rank's pieces; what comes of it here is in no sum
+                        with uncounted(model), torch.random.fork_rng(devices=random_devices):
+                            learn(_built(dataset, parts[0], lot, packing), weight)
             for found in ranks.in_order(losses, len(parts)):
                 loss_sum += found * weight
             weights += weight
@@ -134,9 +144,10 @@ def train_round(
             nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
             scaler.step(optimizer)
             scaler.update()
-    inactivity = ranks.total(totals(counters))
+    counts = ranks.total({**totals(counters), "tokens": torch.tensor(tokens)})
+    tokens = int(counts.pop("tokens"))
     metrics = {"train_loss": loss_sum / weights, "seconds": time.monotonic() - begun, "tokens": float(tokens)}
-    return LocalResult(adapters.extract(model), count, metrics, inactivity if count_inactivity else None)
+    return LocalResult(adapters.extract(model), count, metrics, counts if count_inactivity else None)
 
 
 def rate_share(schedule: Schedule, done: float) -> float:
@@ -192,14 +203,17 @@ def _optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.AdamW
     )
 
 
-def _parts(dataset: EncodedDataset, lot: Tensor, most: int, packing: Way | None) -> Iterator[dict[str, Tensor]]:
-    """A batch in parts of at most `most` samples, or of as many tokens as those can have, if they are packed."""
+def _parts(dataset: EncodedDataset, lot: Tensor, most: int, packing: Way | None) -> list[Tensor]:
+    """Which samples are in each part of a batch: at most `most`, or as many tokens as those can have, if packed."""
     if packing is not None and isinstance(dataset, LanguageDataset):
-        yield from dataset.packed(lot, int(dataset.lengths.max()) * (most if packing == "rows" else 1))
-        return
-    batch = dataset.batch(lot)
-    for start in range(0, len(lot), most):
-        yield {name: value[start : start + most] for name, value in batch.items()}
+        return dataset.fitted(lot, int(dataset.lengths.max()) * (most if packing == "rows" else 1))
+    return [lot[start : start + most] for start in range(0, len(lot), most)]
+
+
+def _built(dataset: EncodedDataset, part: Tensor, lot: Tensor, packing: Way | None) -> dict[str, Tensor]:
+    if packing is not None and isinstance(dataset, LanguageDataset):
+        return dataset.sequence(part)
+    return dataset.batch(part, lot)
 
 
 def _tokens(part: dict[str, Tensor]) -> int:

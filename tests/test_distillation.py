@@ -156,8 +156,8 @@ class Padded(EncodedDataset):
     def __init__(self, inner: TextDataset) -> None:
         self.inner, self.labels, self.lengths = inner, inner.labels, inner.lengths
 
-    def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
-        inputs = self.inner._inputs(indices)
+    def _inputs(self, indices: Tensor, longest: int) -> dict[str, Tensor]:
+        inputs = self.inner._inputs(indices, longest)
         mask = nn.functional.pad(inputs["attention_mask"], (0, 7))
         input_ids = nn.functional.pad(inputs["input_ids"], (0, 7)).where(mask.bool(), tiny.WORDS.index("fish"))
         return {"input_ids": input_ids, "attention_mask": mask}

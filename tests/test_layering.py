@@ -54,6 +54,7 @@ ORDER = {
         "checkpointing",
         "packing",
         "mapped",
+        "sharding",
         "walk",
         "streaming",
         "loading",

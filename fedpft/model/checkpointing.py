@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fedpft.model.architectures import computing_by, layers_of
-from fedpft.model.subffn import sub_ffns
+from fedpft.model.subffn import uncounted
 
 
 @contextmanager
@@ -38,16 +38,4 @@ def _by_name(forward: Callable[..., Any], hidden: Any, **named: Any) -> Any:
 
 
 def _contexts(layer: nn.Module) -> tuple[Any, Any]:
-    return nullcontext(), _uncounted(layer)
-
-
-@contextmanager
-def _uncounted(layer: nn.Module) -> Iterator[None]:
-    counters = [(ffn, ffn.inactivity) for ffn in sub_ffns(layer).values()]
-    for ffn, _ in counters:
-        ffn.inactivity = None
-    try:
-        yield
-    finally:
-        for ffn, counter in counters:
-            ffn.inactivity = counter
+    return nullcontext(), uncounted(layer)

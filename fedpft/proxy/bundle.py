@@ -23,6 +23,7 @@ from fedpft.model import architectures, loading
 from fedpft.model.adapters import frozen_state
 from fedpft.model.mapped import MappedTensors, Shards, copies, hold_on_disk, release
 from fedpft.model.precision import hold_wide
+from fedpft.model.sharding import put
 from fedpft.model.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
 
 _FORMAT = 3
@@ -91,7 +92,7 @@ def save_bundle(
     (directory / "proxy.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
 
 
-def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0) -> Proxy:
+def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0, on_disk: bool = False) -> Proxy:
     """Reads what :func:`save_bundle` wrote; ModelError names the file that is missing or does not fit.
 
     Args:
@@ -99,6 +100,8 @@ def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0)
             model becomes of them there.
         width: share of each compressed layer's neurons that is loaded, rounded, but one at least: those that matter
             most. The others are as if the FM had never had them.
+        on_disk: the weights stay in the directory's files, for :func:`fedpft.model.sharding.shard` to take them out;
+            before that nothing can be written to them.
     """
     try:
         files = loading.weight_files(directory)
@@ -124,11 +127,11 @@ def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0)
         expected = frozen_state(model)
         modules = list(sub_ffns(model))
         held_neurons = {modules[layer]: places for layer, places in parts.items()}
-        if work is None:
+        if work is None and not on_disk:
             rows = {f"{module}.{part}": places for module, places in held_neurons.items() for part in NEURON_PARAMETERS}
             tensors = copies(files, rows)
         else:
-            held = MappedTensors(files, writable=True)
+            held = MappedTensors(files, writable=work is not None)
             tensors = held.tensors
         if odd := sorted(tensors.keys() ^ expected):
             raise ValueError(f"{files[0].name} {'lacks' if odd[0] in expected else 'has an unknown'} {odd[0]}")
@@ -139,6 +142,8 @@ def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0)
         model.tie_weights()  # type: ignore[operator]
         if work is not None:
             hold_on_disk(model, held)
+        elif on_disk:
+            model.held = held  # type: ignore[assignment]
         check_finite(model, f"the proxy in {directory}")
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
         processor = loading.load_processor(directory, task)
@@ -255,7 +260,7 @@ def apply_patch(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             )
     with torch.no_grad():
         for target, place, value in changes:
-            target[place] = value.to(target)
+            put(target, place, value)
 
 
 def _fits(target: Tensor, rows: Tensor, values: Tensor) -> bool:

@@ -13,6 +13,7 @@ from fedpft.data.samples import Samples, image_paths
 from fedpft.errors import ModelError
 from fedpft.model import adapters, loading
 from fedpft.model.packing import Way, has_varlen, way_to_pack
+from fedpft.model.sharding import shard
 from fedpft.parallel import ALONE, Ranks
 from fedpft.proxy.bundle import apply_patch, load_proxy, of_part, of_whole
 from fedpft.silo import data
@@ -34,11 +35,14 @@ class Learner:
     version: of the proxy.
     """
 
-    def __init__(self, bundle: Path, settings: RoundSettings, device: str, width: float = 1.0) -> None:
+    def __init__(
+        self, bundle: Path, settings: RoundSettings, device: str, width: float = 1.0, *, sharded: bool = False
+    ) -> None:
         """Reads the proxy as it was when the federation began.
 
         Args:
             width: as of :func:`load_proxy`.
+            sharded: only this rank's pieces of its layers; all ranks do it at the same time.
 
         Raises:
             ModelError: there is no proxy, or it cannot be had in part.
@@ -49,11 +53,13 @@ class Learner:
                 "leave limits.width out, or have the server set adapter.ffn: false",
             )
         log.info("reading the proxy")
-        self.proxy, self.settings, self.version = load_proxy(bundle, width=width), settings, 0
+        self.proxy, self.settings, self.version = load_proxy(bundle, width=width, on_disk=sharded), settings, 0
         self.task = TASKS[self.proxy.task]
         if self.proxy.held:
             log.info("limits.width: of its %d FFN neurons, %d", sum(self.proxy.neurons), self.proxy.loaded_neurons)
         adapters.attach(self.proxy.model, settings.adapter, seed=settings.seed)
+        if sharded:
+            shard(self.proxy.model, device)
         self.proxy.model.to(device)
 
     def bring_to(self, version: int, patch: Path) -> None:
@@ -84,7 +90,7 @@ class Learner:
         on_disk.check_read()
         return dataset
 
-    def way_to_pack(self, silo: str, dataset: EncodedDataset) -> Way | None:
+    def way_to_pack(self, silo: str, dataset: EncodedDataset, ranks: Ranks = ALONE) -> Way | None:
         """How rows are packed, if they are to be, are a language model's, and the proxy keeps them apart exactly."""
         if not self.settings.training.packing or not isinstance(dataset, LanguageDataset):
             return None
@@ -93,7 +99,8 @@ class Learner:
         longest, device = int(dataset.lengths.max()), next(model.parameters()).device
         if has_varlen() and device.type == "cuda":
             loading.attend_within_rows(model)
-        way = way_to_pack(model.base_model, vocabulary=vocabulary, longest=longest, device=device)
+        with ranks.computing():
+            way = way_to_pack(model.base_model, vocabulary=vocabulary, longest=longest, device=device)
         if way is None:
             log.warning("%s: rows are padded, not packed: this model cannot keep them apart exactly", silo)
         return way

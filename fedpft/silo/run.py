@@ -32,7 +32,7 @@ def run(config: SiloConfig) -> None:
         RefusedByServer: the server does not want this silo, or broke the federation off.
         FedPFTError: any other of docs/errors.md.
     """
-    ranks = parallel.joined()
+    ranks = parallel.joined(sharded=config.limits.sharded)
     config = config.model_copy(update={"device": ranks.device(config.device)})
     (follow if ranks.rank else _lead)(config, ranks)
     parallel.part(ranks)
@@ -134,16 +134,16 @@ class Participant:
         self.round = 0
         self._work, self._server, self._on_disk, self._ranks = work, server, on_disk, ranks
         bundle = server.fetch_proxy(enrolment)
-        self.learner = Learner(bundle, self.settings, config.device, config.limits.width)
+        ranks.tell(Beginning(name=name, settings=self.settings, terms=terms, bundle=bundle).model_dump_json())
+        self.learner = Learner(bundle, self.settings, config.device, config.limits.width, sharded=config.limits.sharded)
         proxy = self.learner.proxy
         if (proxy.task, proxy.labels) != (terms.task, terms.labels):
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
         self.dataset = self.learner.encode(samples, on_disk, config.data, work.tokens_path)
         if self.dataset.cut:
             log.warning("%s", self.dataset.describe_cut(name, proxy.max_tokens))
-        self._packing = self.learner.way_to_pack(name, self.dataset)
-        beginning = Beginning(name=name, settings=self.settings, terms=terms, data=on_disk.read, bundle=bundle)
-        ranks.tell(beginning.model_dump_json())
+        ranks.tell(on_disk.read)
+        self._packing = self.learner.way_to_pack(name, self.dataset, ranks)
 
     def take_part(self) -> None:
         """Does what the server asks until the federation is finished; RefusedByServer if it is broken off."""
