@@ -17,7 +17,7 @@ ROWS: list[set[str]] = [
     {"config", "seeding", "command", "audit", "finite", "digests", "machine", "parallel"},
     {"kernels", "federation", "aggregation", "data"},
     {"tasks"},
-    {"model"},
+    {"model", "privacy"},
     {"proxy", "training", "evaluation"},
     {"report", "wire"},
     {"server", "silo", "provision"},
@@ -53,6 +53,7 @@ ORDER = {
         "subffn",
         "checkpointing",
         "packing",
+        "persample",
         "mapped",
         "sharding",
         "walk",
@@ -61,6 +62,7 @@ ORDER = {
         "compatibility",
         "adapters",
     ),
+    "privacy": ("noise", "clipping", "accounting"),
     "proxy": (
         "journal",
         "closed_form",
@@ -87,6 +89,7 @@ ONLY_IN: dict[str, set[str]] = {
     "matplotlib": {"report/figures"},
     "pyarrow": {"data/rows"},
     "ray": {"simulation/crew"},
+    "dp_accounting": {"privacy/accounting"},
     "seqeval": {"tasks/token_classification"},
     "rouge_score": {"tasks/causal_lm"},
     "orangecontrib": set(),  # AGPL: the demo reads its data files, no code is imported

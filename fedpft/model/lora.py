@@ -8,7 +8,8 @@ in which all is computed and summed up in float32 or wider; A and B may have a w
 
 Kept for backward: x itself, which query, key and value share, m in one byte an element, and (m * x) A^T of (N, R). An A
 that has no gradient costs neither x nor a multiply.
-With a copy of A and B for each sample (S, R, D) and (S, E, R), all the same, dA and dB are those of each sample.
+With a copy of A and B for each sample, (S, R, D) and (S, E, R), all the same, dA and dB are those of each sample; an A
+without a gradient needs no copies.
 Composed of torch's operators the same keeps m and m * x of each layer in x's dtype, and does each `+` and `*` above
 in a pass of its own; here the sums are left to the matrix multiplies. W and bias get no gradient.
 """
@@ -26,8 +27,8 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropped: int
     ) -> Tensor:
-        ctx.samples = len(a) if a.dim() == 3 else None
-        a, b = (a, b) if ctx.samples is None else (a[0], b[0])
+        ctx.samples = len(b) if b.dim() == 3 else None
+        a, b = (factor if factor.dim() == 2 else factor[0] for factor in (a, b))
         keep = _draw_kept(x, dropped) if dropped else None
         ctx.kept_scale = _LEVELS / (_LEVELS - dropped)
         h = _masked(x, keep) @ a.to(x.dtype).t()
@@ -63,8 +64,8 @@ def lora_linear(
     Args:
         x: (..., D).
         weight: (E, D), bias: (E,) or None. Frozen.
-        a: (R, D), b: (E, R), of x's dtype or a wider one; or (S, R, D) and (S, E, R), the same for each of S samples, in
-            equal parts of the N tokens.
+        a: (R, D), b: (E, R), of x's dtype or a wider one; or (S, R, D) and (S, E, R), the same for each of S samples,
+            which have equal parts of the N tokens.
         scale: s.
         dropout: p in [0, 1), rounded to a multiple of 1 / 65536; 1 / (1 - p) is that of the rounded one.
 

@@ -1,9 +1,9 @@
 """What a silo has spent of its samples' privacy, and how much noise leaves enough of it.
 
-Neighbouring datasets differ in one sample, of which one has nothing in its place (its gradient is 0); how many samples a
-silo has is no secret. One step in which each sample takes part with probability q, and the sum of clipped gradients
-gets Gaussian noise of z clip norms, is the Poisson-sampled Gaussian mechanism; steps compose as privacy loss
-distributions (Koskela et al. 2020, arXiv 1906.03049; Doroshenko et al. 2022, arXiv 2207.04380), all by dp-accounting.
+Neighbouring datasets differ in one sample, in whose place one has nothing (its gradient is 0); how many samples a silo
+has is no secret. One step in which each sample takes part with probability q, and the sum of clipped gradients gets
+Gaussian noise of z clip norms, is the Poisson-sampled Gaussian mechanism; steps compose as privacy loss distributions
+(Koskela et al. 2020, arXiv 1906.03049; Doroshenko et al. 2022, arXiv 2207.04380), all by dp-accounting.
 """
 
 from collections.abc import Sequence
@@ -81,8 +81,8 @@ def _event(spent: Sequence[Steps]) -> Any:
 
 def _library() -> Any:
     try:
-        import dp_accounting
-        import dp_accounting.pld
+        import dp_accounting  # type: ignore[import-untyped]
+        import dp_accounting.pld  # type: ignore[import-untyped]
     except ImportError:
         raise ConfigError("privacy: needs the package dp-accounting", "pip install 'fedpft[privacy]'") from None
     return dp_accounting

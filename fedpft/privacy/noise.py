@@ -1,8 +1,7 @@
 """Randomness that nobody can foretell: which samples are in a step, and the noise on what is learned from them.
 
-It is drawn from the operating system, and stretched by ChaCha20 (RFC 8439) under a key that is never used again. Nothing
-here has a seed: a sampling that the server could repeat would amplify no privacy, and noise that it could repeat would
-be none.
+The operating system draws a key, which is never used again, and ChaCha20 (RFC 8439) stretches it. Nothing here has a
+seed: a sampling that the server could repeat would amplify no privacy, and noise that it could would be none.
 """
 
 import os
@@ -26,7 +25,9 @@ class Secret:
     def uniform(self, count: int) -> Tensor:
         """Of (0, 1), (count,) float64, 53 bits each."""
         drawn = torch.frombuffer(bytearray(self._cipher.update(bytes(8 * count))), dtype=torch.int64)
-        return ((drawn >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
+        bits: Tensor = drawn.bitwise_right_shift(11).bitwise_and((1 << 53) - 1)
+        found: Tensor = (bits.double() + 0.5) * 2.0**-53
+        return found
 
     def normal(self, count: int) -> Tensor:
         """With mean 0 and deviation 1, (count,) float64."""
@@ -35,8 +36,10 @@ class Secret:
         for _ in range(DRAWS):
             size, angle = (-2.0 * self.uniform(half).log()).sqrt(), 2.0 * torch.pi * self.uniform(half)
             total += torch.cat([size * angle.cos(), size * angle.sin()])
-        return total[:count] / DRAWS**0.5
+        drawn: Tensor = total[:count] / DRAWS**0.5
+        return drawn
 
     def sample(self, count: int, rate: float) -> Tensor:
         """Each of `count` things with the same probability, by itself: ascending, int64; possibly none."""
-        return (self.uniform(count) < rate).nonzero().squeeze(1)
+        chosen: Tensor = (self.uniform(count) < rate).nonzero().squeeze(1)
+        return chosen

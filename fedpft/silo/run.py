@@ -4,11 +4,12 @@ import logging
 from pathlib import Path
 
 from fedpft import faults, machine, parallel
-from fedpft.config import ShareSection, SiloConfig
+from fedpft.config import PrivacySection, ShareSection, SiloConfig
 from fedpft.data.samples import Samples
-from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
+from fedpft.errors import ConfigError, InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
 from fedpft.parallel import Ranks
 from fedpft.silo import data
+from fedpft.silo.budget import Budget
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
 from fedpft.silo.follower import Beginning, SharedRound, follow
 from fedpft.silo.learner import Learner
@@ -143,6 +144,12 @@ class Participant:
         if self.dataset.cut:
             log.warning("%s", self.dataset.describe_cut(name, proxy.max_tokens))
         ranks.tell(on_disk.read)
+        allowed = PrivacySection.stricter(config.privacy, self.settings.training.privacy)
+        self._budget: Budget | None = None
+        if allowed is not None:
+            self._budget = Budget(work.path, allowed, len(self.dataset), enrolment.run_id)
+            if ranks.size > 1:
+                raise ConfigError("privacy: is for one process, not for several", "start the silo without torchrun")
         self._packing = self.learner.way_to_pack(name, self.dataset, ranks)
 
     def take_part(self) -> None:
@@ -206,6 +213,7 @@ class Participant:
             share=self.config.share,
             packing=self._packing,
             ranks=self._ranks,
+            budget=self._budget,
         )
 
     def _look_at_data(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from fedpft.config import LimitsSection, RoundSettings, ShareSection
 from fedpft.errors import ConfigError, FedPFTError, OutOfMemory
 from fedpft.seeding import derive_seed
+from fedpft.silo.budget import Budget
 from fedpft.silo.learner import Learner
 from fedpft.silo.work import Update
 from fedpft.simulation.data import WAY_OUT, SilosData
@@ -119,7 +120,19 @@ class Worker:
             way_out=WAY_OUT,
         )
         packing = learner.way_to_pack(job.silo, dataset)
-        return learner.train(job.silo, dataset, job.train, job.start, work, limits=LIMITS, share=SHARE, packing=packing)
+        allowed = config.training.privacy
+        budget = None if allowed is None else Budget(work.path, allowed, len(dataset))
+        return learner.train(
+            job.silo,
+            dataset,
+            job.train,
+            job.start,
+            work,
+            limits=LIMITS,
+            share=SHARE,
+            packing=packing,
+            budget=budget,
+        )
 
 
 class Crew(Protocol):
