@@ -62,7 +62,7 @@ def follow(config: SiloConfig, ranks: Ranks) -> None:
         beginning = Beginning.model_validate_json(ranks.tell())
         on_disk = DataOnDisk(config.data.path)
         samples = data.fit(data.examine(config), config, beginning.terms)
-        learner = Learner(beginning.bundle, beginning.settings, config.device, config.limits.width)
+        learner = Learner(beginning.bundle, beginning.settings, config.device, config.limits)
         dataset = learner.encode(samples, on_disk, config.data, Work(config.work).tokens_path)
         if on_disk.read != beginning.data:
             raise DataError(

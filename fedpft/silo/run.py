@@ -7,6 +7,7 @@ from fedpft import faults, machine, parallel
 from fedpft.config import ShareSection, SiloConfig
 from fedpft.data.samples import Samples
 from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
+from fedpft.model import quantized
 from fedpft.parallel import Ranks
 from fedpft.silo import data
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
@@ -40,6 +41,8 @@ def run(config: SiloConfig) -> None:
 
 def _lead(config: SiloConfig, ranks: Ranks) -> None:
     machine.prepare(config.device, config.threads)
+    if config.limits.weights != "full":
+        quantized.library()  # before anybody waits for this silo
     name = check_certificates(config.tls, "silo") if config.tls is not None else str(config.insecure_name)
     on_disk = DataOnDisk(config.data.path)
     participant: Participant | None = None
@@ -134,7 +137,7 @@ class Participant:
         self.round = 0
         self._work, self._server, self._on_disk, self._ranks = work, server, on_disk, ranks
         bundle = server.fetch_proxy(enrolment)
-        self.learner = Learner(bundle, self.settings, config.device, config.limits.width)
+        self.learner = Learner(bundle, self.settings, config.device, config.limits)
         proxy = self.learner.proxy
         if (proxy.task, proxy.labels) != (terms.task, terms.labels):
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
