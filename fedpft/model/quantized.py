@@ -81,8 +81,9 @@ class QuantizedWeight(Tensor):
             return own._write(slice(None), args[1])
         if own is not None and func is _aten.index_copy_.default and args[1] == 0:
             return own._write(args[2], args[3])
-        if func._schema.is_mutable or any(each.alias_info is not None for each in func._schema.returns):
-            raise TypeError(f"{func}: a quantized weight has no views, and is written whole or by rows")
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and isinstance(value, QuantizedWeight):
+                raise TypeError(f"{func}: a quantized weight has no views, and is written whole or by rows")
         dense_args, dense_kwargs = tree_map_only(QuantizedWeight, QuantizedWeight.dense, (args, kwargs or {}))
         return func(*dense_args, **dense_kwargs)
 
