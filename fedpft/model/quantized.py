@@ -23,7 +23,7 @@ from fedpft.model.architectures import architecture_of, layers_of, layers_path
 from fedpft.model.subffn import SubFFN
 
 BLOCK = 64
-AT_ONCE = 2**18  # values: bitsandbytes takes up to 128 bytes for each while it looks for the nearest on a CPU
+AT_ONCE = 2**16  # values: on a CPU bitsandbytes takes up to 128 bytes for each while it looks for the nearest
 _MATRICES = ("w_in", "w_gate", "w_out")
 _aten = torch.ops.aten
 

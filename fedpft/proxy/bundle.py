@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fedpft import machine
 from fedpft.config import TaskName, Weights
 from fedpft.errors import ModelError
 from fedpft.finite import is_finite, not_finite
@@ -146,6 +147,7 @@ def load_proxy(
                 return quantized(tensor.to(device), weights)
 
             tensors = copies(files, rows, made)
+            machine.trim_heap()  # of what quantising took
         else:
             held = MappedTensors(files, writable=True)
             tensors = held.tensors
