@@ -111,7 +111,8 @@ class QuantizedWeight(Tensor):
         if self.turned:
             raise TypeError("the transpose of a quantized weight cannot be written to")
         values = values.dense() if isinstance(values, QuantizedWeight) else values
-        self.codes[rows], self.scales[rows] = _quantized(values.to(self.device, self.dtype), self.form)
+        made = quantized(values.to(self.device, self.dtype), self.form)
+        self.codes[rows], self.scales[rows] = made.codes, made.scales
         return self
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
