@@ -25,6 +25,8 @@ Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Hold = Literal["auto", "memory", "disk"]
+FewBits = Literal["int8", "int4"]
+Weights = Literal["full"] | FewBits
 TaskName = Literal[
     "sequence-classification",
     "multi-label-classification",
@@ -714,10 +716,9 @@ class SimulationSection(Section):
         le=MOST_THREADS,
         description="CPU threads of torch for one silo's training. The last bits of a result depend on it.",
     )
-    narrow_fraction: float = Field(
-        0.0, ge=0.0, le=1.0, description="Share of the silos that load only `narrow_width` of the proxy, drawn once."
-    )
-    narrow_width: float = Field(0.5, gt=0.0, le=1.0, description="Theirs, as `limits.width` in silo.yaml.")
+    narrow_fraction: float = Field(0.0, ge=0.0, le=1.0, description="Share of the silos with little room, drawn once.")
+    narrow_width: float = Field(0.5, gt=0.0, le=1.0, description="What they load, as `limits.width` in silo.yaml.")
+    narrow_weights: Weights = Field("full", description="How they hold it, as `limits.weights`.")
     drop_out_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the silos picked that fail in a round, and are back in the next."
     )
@@ -773,6 +774,12 @@ class LimitsSection(Section):
         description="Keep only the input of each layer for the backward pass and compute the layer again there: far "
         "less memory, half as much time again, the same result.",
     )
+    weights: Weights = Field(
+        "full",
+        description="How the frozen matrices of attention and FFNs are held: as the proxy came, or in 8 or 4 bits a "
+        "value (`pip install 'fedpft[quantized]'`). Far less memory, a little time, and an adapter that is trained on "
+        "a coarser proxy; it is the same in shape and counts as any other. Takes effect at the silo's next start.",
+    )
     compact: bool = Field(
         False,
         description="Keep what the frozen FFNs need for the backward pass in bfloat16: half that memory, and gradients "
@@ -788,6 +795,8 @@ class LimitsSection(Section):
     def _consistent(self) -> "LimitsSection":
         if self.sharded and self.width < 1.0:
             raise ValueError("sharded does not go with width: leave one of them out")
+        if self.sharded and self.weights != "full":
+            raise ValueError("sharded does not go with weights in few bits: leave one of them out")
         return self
 
 

@@ -51,6 +51,7 @@ ORDER = {
         "precision",
         "lora",
         "subffn",
+        "quantized",
         "checkpointing",
         "packing",
         "persample",
@@ -85,6 +86,7 @@ ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 ONLY_IN: dict[str, set[str]] = {
     "transformers": {"model/loading"},
     "peft": {"model/adapters"},
+    "bitsandbytes": {"model/quantized"},
     "grpc": {"wire", "server", "silo"},
     "matplotlib": {"report/figures"},
     "pyarrow": {"data/rows"},

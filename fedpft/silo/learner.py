@@ -15,6 +15,7 @@ from fedpft.errors import ModelError
 from fedpft.model import adapters, loading
 from fedpft.model.packing import Way, has_varlen, way_to_pack
 from fedpft.model.precision import dtype_of
+from fedpft.model.quantized import dense_bytes, held_bytes
 from fedpft.model.sharding import shard
 from fedpft.parallel import ALONE, Ranks
 from fedpft.proxy.bundle import apply_patch, load_proxy, of_part, of_whole
@@ -38,30 +39,38 @@ class Learner:
     version: of the proxy.
     """
 
-    def __init__(
-        self, bundle: Path, settings: RoundSettings, device: str, width: float = 1.0, *, sharded: bool = False
-    ) -> None:
-        """Reads the proxy as it was when the federation began.
+    def __init__(self, bundle: Path, settings: RoundSettings, device: str, limits: LimitsSection | None = None) -> None:
+        """Reads the proxy as it was when the federation began, as far and in the form that the limits say.
 
-        Args:
-            width: as of :func:`load_proxy`.
-            sharded: only this rank's pieces of its layers; all ranks do it at the same time.
+        With `limits.sharded` only this rank's pieces of its layers; all ranks do it at the same time.
 
         Raises:
-            ModelError: there is no proxy, or it cannot be had in part.
+            ModelError: there is no proxy, or it cannot be had so.
+            ConfigError: bitsandbytes is needed, and is not there.
         """
-        if width < 1.0 and settings.adapter.ffn:
+        limits = limits or LimitsSection()
+        if limits.width < 1.0 and settings.adapter.ffn:
             raise ModelError(
                 "limits.width: the federation trains LoRA on the FFN's neurons too, of which every silo needs all",
                 "leave limits.width out, or have the server set adapter.ffn: false",
             )
+        if limits.weights != "full" and settings.adapter.ffn and not limits.checkpointing:
+            raise ModelError(
+                "limits.weights: the federation trains LoRA on the FFNs too, and each keeps its sum with LoRA in full",
+                "set limits.checkpointing: true, with which only one does at a time, or leave limits.weights out",
+            )
         log.info("reading the proxy")
-        self.proxy, self.settings, self.version = load_proxy(bundle, width=width, on_disk=sharded), settings, 0
-        self.task = TASKS[self.proxy.task]
+        self.proxy = load_proxy(
+            bundle, width=limits.width, weights=limits.weights, device=device, on_disk=limits.sharded
+        )
+        self.task, self.settings, self.version = TASKS[self.proxy.task], settings, 0
+        if limits.weights != "full":
+            mebibytes = (each(self.proxy.model.parameters()) / 2**20 for each in (held_bytes, dense_bytes))
+            log.info("limits.weights: its weights take %.1f of %.1f MiB", *mebibytes)
         if self.proxy.held:
             log.info("limits.width: of its %d FFN neurons, %d", sum(self.proxy.neurons), self.proxy.loaded_neurons)
         adapters.attach(self.proxy.model, settings.adapter, seed=settings.seed)
-        if sharded:
+        if limits.sharded:
             shard(self.proxy.model, device)
         self.proxy.model.to(device)
 

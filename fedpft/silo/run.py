@@ -7,6 +7,7 @@ from fedpft import faults, machine, parallel
 from fedpft.config import PrivacySection, ShareSection, SiloConfig
 from fedpft.data.samples import Samples
 from fedpft.errors import ConfigError, InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
+from fedpft.model import quantized
 from fedpft.parallel import Ranks
 from fedpft.silo import data
 from fedpft.silo.budget import Budget
@@ -41,6 +42,8 @@ def run(config: SiloConfig) -> None:
 
 def _lead(config: SiloConfig, ranks: Ranks) -> None:
     machine.prepare(config.device, config.threads)
+    if config.limits.weights != "full":
+        quantized.library()  # before anybody waits for this silo
     name = check_certificates(config.tls, "silo") if config.tls is not None else str(config.insecure_name)
     on_disk = DataOnDisk(config.data.path)
     participant: Participant | None = None
@@ -136,7 +139,7 @@ class Participant:
         self._work, self._server, self._on_disk, self._ranks = work, server, on_disk, ranks
         bundle = server.fetch_proxy(enrolment)
         ranks.tell(Beginning(name=name, settings=self.settings, terms=terms, bundle=bundle).model_dump_json())
-        self.learner = Learner(bundle, self.settings, config.device, config.limits.width, sharded=config.limits.sharded)
+        self.learner = Learner(bundle, self.settings, config.device, config.limits)
         proxy = self.learner.proxy
         if (proxy.task, proxy.labels) != (terms.task, terms.labels):
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
