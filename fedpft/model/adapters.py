@@ -8,7 +8,6 @@ D hidden size, F FFN neurons of the FM, K of the proxy, R rank.
 """
 
 import json
-import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,9 +71,6 @@ LoRA of a federated fine-tuning with fedpft:
 
     model = {loader}.from_pretrained(".")
 """
-
-# peft imports bitsandbytes wherever it is installed, which then misses a kernel that nothing here uses
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 PROBE_SIZE = 0.1  # of a probe, in units of what the projection itself passes on: see Probes
 
