@@ -294,7 +294,7 @@ def test_ranks_without_a_part_draw_nothing(done: Path) -> None:
 
 
 def test_a_rank_that_ends_is_missed_while_layers_are_gathered(done: Path) -> None:
-    assert "another process of this silo has ended" in (done / "lost").read_text(encoding="utf-8")
+    assert "another of torchrun's processes has ended" in (done / "lost").read_text(encoding="utf-8")
 
 
 def test_other_faults_stay_what_they_are() -> None:
