@@ -35,7 +35,7 @@ from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, c
 from fedpft.server.ledger import has_begun
 from fedpft.server.product import measure_worth, refine_product, save_product
 from fedpft.server.run import run as run_server
-from fedpft.silo.explain import explain
+from fedpft.silo.explain import explain, privacy_report
 from fedpft.silo.run import run as run_silo
 from fedpft.simulation.data import SilosData
 from fedpft.simulation.run import simulate
@@ -180,6 +180,10 @@ def _audit(arguments: argparse.Namespace) -> None:
     print(audit.format_summary(summary))
 
 
+def _privacy(arguments: argparse.Namespace) -> None:
+    print(privacy_report(load_silo_config(arguments.config)))
+
+
 def _owner_and_proxy(config: ServerConfig) -> tuple[Owner, Built]:
     digests = kept_digests(config)
     owner = load_owner(config, digests)
@@ -269,6 +273,9 @@ def _parser() -> argparse.ArgumentParser:
         help="instead, measure per compressed layer how far hidden states and adapter gradients of the proxy are from "
         "the FM's, before and after each distillation",
     )
+
+    sub = add("privacy", _privacy, "Print what a silo has spent of its samples' privacy, and how many rounds are left.")
+    sub.add_argument("--config", type=Path, required=True, metavar="silo.yaml", help="the silo's configuration")
 
     sub = add(
         "provision",

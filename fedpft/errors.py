@@ -123,3 +123,9 @@ class RankLost(FedPFTError):
     """One of the processes that torchrun started together has ended; the same command goes on, as after a kill."""
 
     exit_code = 17
+
+
+class PrivacySpent(FedPFTError):
+    """What a silo was asked to train would take more of its samples' privacy than its institution allows."""
+
+    exit_code = 19

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from fedpft.model import adapters
 from fedpft.model.architectures import in_head
 from fedpft.model.checkpointing import checkpointing
 from fedpft.model.packing import Way, packed_inputs
+from fedpft.model.persample import per_sample
 from fedpft.model.precision import TASK_SCALE, dtype_of, loss_scaler
 from fedpft.model.subffn import compacting, counting, totals, uncounted
 from fedpft.parallel import ALONE, Ranks
+from fedpft.privacy.clipping import ClippedSum
+from fedpft.privacy.noise import Secret
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
@@ -43,6 +46,21 @@ class LocalResult:
     inactivity: dict[str, Tensor] | None
 
 
+@dataclass(frozen=True)
+class Private:
+    """How a round is trained so that it says little of any sample (DP-SGD, Abadi et al. 2016, arXiv 1607.00133).
+
+    Attributes:
+        clip: C, the largest norm of a sample's gradient.
+        noise: z, the noise's deviation in units of C.
+        secret: draws samples and noise.
+    """
+
+    clip: float
+    noise: float
+    secret: Secret = field(default_factory=Secret)
+
+
 def train_round(
     task: Task,
     model: nn.Module,
@@ -57,6 +75,7 @@ def train_round(
     packing: Way | None = None,
     shift: Tensor | None = None,
     ranks: Ranks = ALONE,
+    private: Private | None = None,
 ) -> LocalResult:
     """Trains the adapter in `model` for one round, in place.
 
@@ -75,13 +94,16 @@ def train_round(
         packing: how the model keeps rows of a language model apart that stand in one sequence; None: they do not.
         shift: the silo's :meth:`Task.logit_shift`, (C,), for its loss; None: the plain loss.
         ranks: that train together, on the same data. Each returns the same but for `seconds`.
+        private: each step has every sample with the probability :func:`sampling_rate`, and goes by their clipped
+            gradients' noised sum over `training.batch`; `gradient_clip` has no part in it. For one rank, without
+            packing, and not for float16. None: plain training.
 
     Raises:
+        ModelError: LoRA is given what is of no single sample, and there is to be a gradient of each.
         DataError: the loss is not finite.
     """
-    training, epochs = settings.training, settings.training.local_epochs
-    epochs = min(epochs, limits.max_local_epochs or epochs)
-    start, count = round_window(len(dataset), epochs, round - 1)
+    training = settings.training
+    start, count = round_window(len(dataset), epochs_of(training, limits), round - 1)
     steps = -(-count // training.batch)
     device, dtype = next(model.parameters()).device, dtype_of(model)
     shift = None if shift is None else shift.to(device)
@@ -97,20 +119,26 @@ def train_round(
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round, *ranks.others))
         most = min(limits.max_batch or training.batch, ranks.largest(training.batch))
 
-        def learn(part: dict[str, Tensor], weight: int) -> float:
-            """Adds to the gradients those of a part's share of the batch's loss, which it returns."""
-            share = task.weight(part) / weight
+        def loss_of(part: dict[str, Tensor]) -> Tensor:
             part = {name: value.to(device) for name, value in part.items()}
             mask = part.get("attention_mask")
             for counter in counters.values():
                 counter.mask = None if mask is None else mask.flatten().bool()
             inputs = part if packing is None else packed_inputs(part, packing, dtype)
-            loss = task.loss(model, inputs) if shift is None else task.shifted_loss(model, inputs, shift)
-            loss = loss * share
+            return task.loss(model, inputs) if shift is None else task.shifted_loss(model, inputs, shift)
+
+        def learn(part: dict[str, Tensor], weight: int) -> float:
+            """Adds to the gradients those of a part's share of the batch's loss, which it returns."""
+            share = task.weight(part) / weight
+            loss = loss_of(part) * share
             scaler.scale(loss).backward()
             return float(loss.detach())
 
-        order = list(lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed))
+        if private is None:
+            order = list(lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed))
+        else:
+            rate = sampling_rate(len(dataset), training.batch)
+            order = [private.secret.sample(len(dataset), rate) for _ in range(steps)]
         batches = [_parts(dataset, lot, most, packing) for lot in order]
         wanted = (torch.cat([lot[:0], *ranks.own(parts)]) for lot, parts in zip(order, batches, strict=True))
         for step, (lot, parts, _) in enumerate(zip(order, batches, dataset.ahead(wanted), strict=True)):
@@ -123,7 +151,9 @@ def train_round(
             weight = int(sum(ranks.in_order(list(map(task.weight, built)), len(parts))))
             losses = list[float]()
             tokens += sum(map(_tokens, built))
-            for turn, first in enumerate(range(0, len(parts), ranks.size)):
+            if private is not None:
+                losses = _learn_privately(task, model, built, parameters, private, len(dataset) * rate, loss_of)
+            for turn, first in enumerate(range(0, len(parts) if private is None else 0, ranks.size)):
                 with ranks.adding(parameters, len(parts[first : first + ranks.size])):
                     if turn < len(built):
                         losses.append(learn(built[turn], weight))
@@ -141,13 +171,61 @@ def train_round(
             scaler.unscale_(optimizer)
             if training.proximal:
                 _pull_back(parameters, begun_with, training.proximal)
-            nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
+            if private is None:
+                nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
             scaler.step(optimizer)
             scaler.update()
     counts = ranks.total({**totals(counters), "tokens": torch.tensor(tokens)})
     tokens = int(counts.pop("tokens"))
-    metrics = {"train_loss": loss_sum / weights, "seconds": time.monotonic() - begun, "tokens": float(tokens)}
+    metrics = {"train_loss": loss_sum / max(weights, 1), "seconds": time.monotonic() - begun, "tokens": float(tokens)}
     return LocalResult(adapters.extract(model), count, metrics, counts if count_inactivity else None)
+
+
+def epochs_of(training: TrainingSection, limits: LimitsSection) -> float:
+    """Which share of its samples a silo goes through in a round."""
+    return min(training.local_epochs, limits.max_local_epochs or training.local_epochs)
+
+
+def sampling_rate(samples: int, batch: int) -> float:
+    """q: how likely each sample is in a step of a private training that is to have `batch` of them."""
+    return min(1.0, batch / samples)
+
+
+def _learn_privately(
+    task: Task,
+    model: nn.Module,
+    parts: Sequence[dict[str, Tensor]],
+    parameters: Sequence[nn.Parameter],
+    private: Private,
+    expected: float,
+    loss_of: Callable[[dict[str, Tensor]], Tensor],
+) -> list[float]:
+    """Makes a step's gradients; returns each part's share of its loss.
+
+    A sample's own loss is the mean over what the task counts in it; that of a part is a mean over all of its samples.
+    """
+    total = ClippedSum(parameters, private.clip)
+    shares = [[task.weight(_sample(part, index)) for index in range(_samples(part))] for part in parts]
+    weight, losses = sum(map(sum, shares)), list[float]()
+    for part, own in zip(parts, shares, strict=True):
+        with per_sample(model, len(own)) as copies:
+            loss = loss_of(part)
+            loss.backward()
+        factors = torch.tensor([sum(own) / each if each else 0.0 for each in own])
+        gradients = {parameter: copy.grad for parameter, copy in copies.items() if copy.grad is not None}
+        total.add(gradients, factors.to(loss))
+        losses.append(float(loss.detach()) * sum(own) / max(weight, 1))
+    for parameter, gradient in total.noised(private.noise, private.secret, expected).items():
+        parameter.grad = gradient
+    return losses
+
+
+def _samples(part: dict[str, Tensor]) -> int:
+    return len(next(iter(part.values())))
+
+
+def _sample(part: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    return {name: value[index : index + 1] for name, value in part.items()}
 
 
 def rate_share(schedule: Schedule, done: float) -> float:

@@ -379,7 +379,7 @@ def _lora_forward(layer: Any, dropout: float, x: Tensor) -> Tensor:
     """What peft's layer computes, with its parameters."""
     base, (name,) = layer.get_base_layer(), layer.active_adapters
     weight = base.weight.t() if layer.fan_in_fan_out else base.weight
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    a, b = (part[name]._parameters["weight"] for part in (layer.lora_A, layer.lora_B))  # or one of each sample
     return lora_linear(x, weight, base.bias, a, b, scale=layer.scaling[name], dropout=dropout)
 
 

@@ -46,18 +46,22 @@ def shard(model: nn.Module, device: str) -> None:
         del model.held
 
 
-def put(target: Tensor, place: Tensor | slice, value: Tensor) -> None:
+def put(target: Tensor, place: Tensor | None, value: Tensor) -> None:
     """`target[place] = value`; of a tensor in pieces each rank writes what it has.
 
     Args:
-        place: rows, (n,) int64, or all of them.
+        place: rows, (n,) int64; None: all of them.
     """
     if not isinstance(target, DTensor):
-        target[place] = value.to(target)
+        value = value.to(target.device, target.dtype)
+        if place is None:
+            target.copy_(value)
+        else:
+            target.index_copy_(0, place.to(target.device), value)
         return
     piece, mesh = target.to_local(), target.device_mesh
     first = mesh.get_local_rank() * -(-len(target) // mesh.size())  # as `torch.chunk` cuts
-    rows = torch.arange(len(target))[place] - first
+    rows = (torch.arange(len(target)) if place is None else place) - first
     own = (rows >= 0) & (rows < len(piece))
     piece[rows[own].to(piece.device)] = value[own].to(piece)
 

@@ -61,9 +61,7 @@ def follow(config: SiloConfig, ranks: Ranks) -> None:
         beginning = Beginning.model_validate_json(ranks.tell())
         on_disk = DataOnDisk(config.data.path)
         samples = data.fit(data.examine(config), config, beginning.terms)
-        learner = Learner(
-            beginning.bundle, beginning.settings, config.device, config.limits.width, sharded=config.limits.sharded
-        )
+        learner = Learner(beginning.bundle, beginning.settings, config.device, config.limits)
         read = ranks.tell()  # and by then what rank 0 has encoded lies in `work`
         dataset = learner.encode(samples, on_disk, config.data, Work(config.work).tokens_path)
         if on_disk.read != read:

@@ -4,11 +4,13 @@ import logging
 from pathlib import Path
 
 from fedpft import faults, machine, parallel
-from fedpft.config import ShareSection, SiloConfig
+from fedpft.config import PrivacySection, ShareSection, SiloConfig
 from fedpft.data.samples import Samples
-from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
+from fedpft.errors import ConfigError, InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
+from fedpft.model import quantized
 from fedpft.parallel import Ranks
 from fedpft.silo import data
+from fedpft.silo.budget import Budget
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
 from fedpft.silo.follower import Beginning, SharedRound, follow
 from fedpft.silo.learner import Learner
@@ -40,6 +42,8 @@ def run(config: SiloConfig) -> None:
 
 def _lead(config: SiloConfig, ranks: Ranks) -> None:
     machine.prepare(config.device, config.threads)
+    if config.limits.weights != "full":
+        quantized.library()  # before anybody waits for this silo
     name = check_certificates(config.tls, "silo") if config.tls is not None else str(config.insecure_name)
     on_disk = DataOnDisk(config.data.path)
     participant: Participant | None = None
@@ -135,7 +139,7 @@ class Participant:
         self._work, self._server, self._on_disk, self._ranks = work, server, on_disk, ranks
         bundle = server.fetch_proxy(enrolment)
         ranks.tell(Beginning(name=name, settings=self.settings, terms=terms, bundle=bundle).model_dump_json())
-        self.learner = Learner(bundle, self.settings, config.device, config.limits.width, sharded=config.limits.sharded)
+        self.learner = Learner(bundle, self.settings, config.device, config.limits)
         proxy = self.learner.proxy
         if (proxy.task, proxy.labels) != (terms.task, terms.labels):
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
@@ -143,6 +147,12 @@ class Participant:
         if self.dataset.cut:
             log.warning("%s", self.dataset.describe_cut(name, proxy.max_tokens))
         ranks.tell(on_disk.read)
+        allowed = PrivacySection.stricter(config.privacy, self.settings.training.privacy)
+        self._budget: Budget | None = None
+        if allowed is not None:
+            self._budget = Budget(work.path, allowed, len(self.dataset), enrolment.run_id)
+            if ranks.size > 1:
+                raise ConfigError("privacy: is for one process, not for several", "start the silo without torchrun")
         self._packing = self.learner.way_to_pack(name, self.dataset, ranks)
 
     def take_part(self) -> None:
@@ -206,6 +216,7 @@ class Participant:
             share=self.config.share,
             packing=self._packing,
             ranks=self._ranks,
+            budget=self._budget,
         )
 
     def _look_at_data(self) -> None:
