@@ -38,6 +38,7 @@ from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import select
 from fedpft.silo.learner import Learner
 
+SHARDED = LimitsSection(sharded=True)
 PATIENCE = 300.0  # seconds
 LAST = 7  # the exit code of a rank that ends in the midst of things
 
@@ -170,23 +171,23 @@ def be_rank(rank: int, directory: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=RANKS)
     ranks, said = Ranks(rank, RANKS, sharded=True), dict[str, Any]()
     for name, case in CASES.items():
-        learner = Learner(directory / case.fm, case.settings, "cpu", sharded=True)
+        learner = Learner(directory / case.fm, case.settings, "cpu", SHARDED)
         save_file(fit(learner, directory, case, ranks), directory / f"{name}-{rank}")
         said[name] = held_bytes(learner.proxy.model)
         pieces = {key: each for key, each in frozen_state(learner.proxy.model).items() if isinstance(each, DTensor)}
         whole = {key: each.full_tensor() for key, each in pieces.items()}
         save_file(whole, directory / f"{name}-{rank}-frozen")
     for shared in (True, False):
-        learner = Learner(directory / DROPPING.fm, DROPPING.settings, "cpu", sharded=shared)
+        learner = Learner(directory / DROPPING.fm, DROPPING.settings, "cpu", LimitsSection(sharded=shared))
         found = fit(learner, directory, DROPPING, Ranks(rank, RANKS, sharded=shared))
         save_file(found, directory / f"dropping-{rank}-{shared}")
     before, peaks = anonymous(), list[int]()
     with watching(peaks):
-        learner = Learner(directory / "large", settings(), "cpu", sharded=True)
+        learner = Learner(directory / "large", settings(), "cpu", SHARDED)
     said["load"] = max(peaks) - before
     said["large"] = held_bytes(learner.proxy.model)
     (directory / f"said-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
-    learner = Learner(directory / "bert", CASES["bert"].settings, "cpu", sharded=True)
+    learner = Learner(directory / "bert", CASES["bert"].settings, "cpu", SHARDED)
     if rank == 1:
         os._exit(LAST)
     try:
@@ -330,6 +331,6 @@ def be_rank_on_gpu(rank: int, directory: Path, name: str) -> None:
     meeting = f"file://{directory}/meeting on GPUs, {name}"
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=meeting, rank=rank, world_size=RANKS)
     ranks, case = Ranks(rank, RANKS, sharded=True), CASES[name]
-    learner = Learner(directory / case.fm, case.settings, f"cuda:{rank}", sharded=True)
+    learner = Learner(directory / case.fm, case.settings, f"cuda:{rank}", SHARDED)
     save_file(fit(learner, directory, case, ranks), directory / f"{name}-{rank}-cuda")
     dist.destroy_process_group()
