@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedpft import __version__, atomic, audit, doctor
+from fedpft import __version__, atomic, audit, doctor, parallel
 from fedpft.command import run_command
 from fedpft.config import ServerConfig, load_owner_config, load_server_config, load_silo_config, load_simulation_config
 from fedpft.demo import run
@@ -30,7 +30,7 @@ from fedpft.proxy.bundle import apply_patch
 from fedpft.proxy.cut import cut
 from fedpft.proxy.holdings import format_holdings, holdings
 from fedpft.report.page import format_table
-from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
+from fedpft.server.construction import Built, Owner, build_proxy, help_distil, load_built, load_owner, measure
 from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, check_unchanged, kept_digests
 from fedpft.server.ledger import has_begun
 from fedpft.server.product import measure_worth, refine_product, save_product
@@ -60,17 +60,23 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _build_proxy(arguments: argparse.Namespace) -> None:
-    config = load_owner_config(arguments.config)
+    config, ranks = load_owner_config(arguments.config), parallel.joined()
+    config = config.model_copy(update={"device": ranks.device(config.device)})
+    if ranks.rank:
+        help_distil(config, ranks)
+        parallel.part(ranks)
+        return
     own, wanted = config.out / "proxy", arguments.out or config.out / "proxy"
     if has_begun(config.out) and wanted.resolve() in (own.resolve(), (config.proxy_path or own).resolve()):
         raise ConfigError(f"{wanted}: is the proxy of the run in {config.out}", "give another directory with --out")
     with atomic.made(wanted, "--out" if arguments.out else "out") as directory:
         owner = load_owner(config, digests := kept_digests(config))
-        built = build_proxy(config, owner, directory)
+        built = build_proxy(config, owner, directory, ranks)
         if held(owner.model) is not None:  # it was what its files were
             check_unchanged(config, owner.contents, digests)
         print(format_gaps(built.record.gaps))
         print(format_holdings(holdings(owner.model, built.proxy.model)))
+    parallel.part(ranks)
 
 
 def _server(arguments: argparse.Namespace) -> None:

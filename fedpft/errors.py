@@ -120,7 +120,7 @@ class OutOfMemory(FedPFTError):
 
 
 class RankLost(FedPFTError):
-    """One of the processes that train a silo together has ended; the silo comes back, as one that was killed."""
+    """One of the processes that torchrun started together has ended; the same command goes on, as after a kill."""
 
     exit_code = 17
 

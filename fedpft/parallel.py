@@ -1,4 +1,6 @@
-"""The processes that train one silo together, as torchrun starts them: each has the proxy and parts of each batch.
+"""The processes that train together, as torchrun starts them: each has the models and parts of each batch.
+
+They are one silo, or the owner who distils a proxy.
 
 Part p of a batch is rank p % size's. Gradients, losses and counts are added up in the order of the parts, on every rank
 alike, so that all ranks take the same steps, bit for bit: those of one process that has the same parts. Nothing is
@@ -10,13 +12,13 @@ P parts of a batch
 import datetime
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedpft import faults
 from fedpft.errors import ConfigError, RankLost
@@ -27,7 +29,7 @@ Value = TypeVar("Value")
 
 
 class Ranks:
-    """This process among those of its silo; by default it is alone, and all here leaves things as they are."""
+    """This process among those of its party; by default it is alone, and all here leaves things as they are."""
 
     def __init__(self, rank: int = 0, size: int = 1, *, sharded: bool = False) -> None:
         """Args:
@@ -61,7 +63,7 @@ class Ranks:
         return bytes(content.tolist()).decode()
 
     @contextmanager
-    def adding(self, parameters: Sequence[nn.Parameter], parts: int) -> Iterator[None]:
+    def adding(self, parameters: Sequence[Tensor], parts: int) -> Iterator[None]:
         """Within it each rank makes the gradients of one part; after it all ranks have those of all, added in order.
 
         Args:
@@ -97,6 +99,13 @@ class Ranks:
             if self.sharded and (isinstance(error, dist.DistError) or "gloo" in str(error)):  # its own have no class
                 raise _lost() from error
             raise
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all ranks the values that rank 0 has. In place."""
+        if self.size > 1:
+            with _together():
+                for tensor in tensors:
+                    dist.broadcast(tensor.detach(), 0)
 
     def in_order(self, values: Sequence[float], parts: int) -> list[float]:
         """(P,) values of all parts, of which `values` are this rank's."""
@@ -174,12 +183,12 @@ def _together() -> Iterator[None]:
 
 def _lost() -> RankLost:
     return RankLost(
-        "another process of this silo has ended, so this one does too",
+        "another of torchrun's processes has ended, so this one does too",
         "see what the first of them to end says; then start the same command again: it goes on from there",
     )
 
 
-def _flat(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _flat(parameters: Sequence[Tensor]) -> Tensor:
     """All gradients end to end, 0 for one that is not there, and then which are there."""
     there = torch.tensor([parameter.grad is not None for parameter in parameters])
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -187,7 +196,7 @@ def _flat(parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.cat([*(gradient.flatten() for gradient in gradients), ends])
 
 
-def _unflat(flat: Tensor, parameters: Sequence[nn.Parameter]) -> Iterator[Tensor]:
+def _unflat(flat: Tensor, parameters: Sequence[Tensor]) -> Iterator[Tensor]:
     pieces = flat.split([*(parameter.numel() for parameter in parameters), len(parameters)])
     for piece, parameter in zip(pieces, parameters, strict=False):
         yield piece.view(parameter.shape)

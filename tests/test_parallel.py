@@ -253,7 +253,7 @@ def test_a_killed_rank_ends_all_and_the_restart_goes_on(
         assert ranks.keys() == set(range(RANKS))
         os.kill(ranks[1], signal.SIGKILL)
         assert north.await_end() not in (0, -signal.SIGKILL)
-        assert "another process of this silo has ended" in north.log or "error: terminated" in north.log
+        assert "another of torchrun's processes has ended" in north.log or "error: terminated" in north.log
         await_("rank 0 to be gone", lambda: not is_alive(ranks[0]))
 
         north.start()

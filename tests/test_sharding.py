@@ -38,6 +38,7 @@ from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import select
 from fedpft.silo.learner import Learner
 
+SHARDED = LimitsSection(sharded=True)
 PATIENCE = 300.0  # seconds
 LAST = 7  # the exit code of a rank that ends in the midst of things
 
@@ -170,7 +171,7 @@ def be_rank(rank: int, directory: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=RANKS)
     ranks, said = Ranks(rank, RANKS, sharded=True), dict[str, Any]()
     for name, case in CASES.items():
-        learner = Learner(directory / case.fm, case.settings, "cpu", LimitsSection(sharded=True))
+        learner = Learner(directory / case.fm, case.settings, "cpu", SHARDED)
         save_file(fit(learner, directory, case, ranks), directory / f"{name}-{rank}")
         said[name] = held_bytes(learner.proxy.model)
         pieces = {key: each for key, each in frozen_state(learner.proxy.model).items() if isinstance(each, DTensor)}
@@ -182,11 +183,11 @@ def be_rank(rank: int, directory: Path) -> None:
         save_file(found, directory / f"dropping-{rank}-{shared}")
     before, peaks = anonymous(), list[int]()
     with watching(peaks):
-        learner = Learner(directory / "large", settings(), "cpu", LimitsSection(sharded=True))
+        learner = Learner(directory / "large", settings(), "cpu", SHARDED)
     said["load"] = max(peaks) - before
     said["large"] = held_bytes(learner.proxy.model)
     (directory / f"said-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
-    learner = Learner(directory / "bert", CASES["bert"].settings, "cpu", LimitsSection(sharded=True))
+    learner = Learner(directory / "bert", CASES["bert"].settings, "cpu", SHARDED)
     if rank == 1:
         os._exit(LAST)
     try:
@@ -294,7 +295,7 @@ def test_ranks_without_a_part_draw_nothing(done: Path) -> None:
 
 
 def test_a_rank_that_ends_is_missed_while_layers_are_gathered(done: Path) -> None:
-    assert "another process of this silo has ended" in (done / "lost").read_text(encoding="utf-8")
+    assert "another of torchrun's processes has ended" in (done / "lost").read_text(encoding="utf-8")
 
 
 def test_other_faults_stay_what_they_are() -> None:
@@ -330,6 +331,6 @@ def be_rank_on_gpu(rank: int, directory: Path, name: str) -> None:
     meeting = f"file://{directory}/meeting on GPUs, {name}"
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=meeting, rank=rank, world_size=RANKS)
     ranks, case = Ranks(rank, RANKS, sharded=True), CASES[name]
-    learner = Learner(directory / case.fm, case.settings, f"cuda:{rank}", LimitsSection(sharded=True))
+    learner = Learner(directory / case.fm, case.settings, f"cuda:{rank}", SHARDED)
     save_file(fit(learner, directory, case, ranks), directory / f"{name}-{rank}-cuda")
     dist.destroy_process_group()
