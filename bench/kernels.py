@@ -24,6 +24,7 @@ from bench.measure import Bandwidth, Run, Times
 from bench.peers import PRODUCTS, Prepared
 from fedpft.kernels.check import kernel_of
 from fedpft.kernels.schemas import SCHEMAS
+from fedpft.privacy.masking import CHUNK_WORDS
 
 FFN = "forward and gradient of x"
 QUICK_BUDGET_SECONDS, BUDGET_SECONDS = 0.02, {"cpu": 0.6, "cuda": 0.1}
@@ -113,6 +114,7 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
         *moment_cases(models, dtype, device, quick),
         *alignment_cases(models, dtype, device, quick),
         *update_cases(device, quick),
+        *(mask_cases(quick) if device == "cpu" else ()),
     ]
 
 
@@ -233,6 +235,18 @@ def update_cases(device: str, quick: bool) -> Iterator[Case]:
         label = f"{name}, {n / 1e6:.2g}M values"
         yield Case("quantize_blocks", label, torch.float32, quantise, rows, "one update", "copy", n * (4 + 1))
         yield Case("dequantize_accumulate", label, torch.float32, accumulate, rows, "one update", "copy", n * (8 + 1))
+
+
+def mask_cases(quick: bool) -> Iterator[Case]:
+    """A chunk of a silo's vector, with the masks of 10 silos and of 64."""
+    rows = (Comparison("kernel", ("eager", "eager, in place", "compile")),)
+    for masks in (2,) if quick else (10, 64):
+        n = 1000 if quick else CHUNK_WORDS
+        moved = 4 * n * (4 + masks)
+        build = partial(peers.mask, n, masks, "cpu", quick)
+        yield Case(
+            "mask_update", f"{n} words, {masks} masks", torch.float32, build, rows, "one chunk", "copy", moved, True
+        )
 
 
 # Measuring

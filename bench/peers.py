@@ -698,3 +698,44 @@ def accumulate(size: int, device: str, quick: bool) -> Prepared:
         return close(found, [wanted], cases.TOLERANCES[torch.float32])
 
     return Prepared(runs, check, size_of(total, q, scales))
+
+
+# mask_update
+
+
+def mask(size: int, masks: int, device: str, quick: bool) -> Prepared:
+    """A chunk of a vector; half of the masks are taken off."""
+    draw = torch.Generator().manual_seed(0)
+    before = torch.randn(size, generator=draw)
+    after, added, scale = before + 0.01 * torch.randn(size, generator=draw), masks // 2, 2.0**20
+    streams = torch.randint(-(1 << 31), 1 << 31, (masks + 1, size), generator=draw, dtype=torch.int64).int()
+    words, odd = torch.empty(size, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+
+    def of(function: Callable[..., None]) -> Run:
+        def run() -> tuple[Tensor, ...]:
+            function(words, odd, before, after, streams, added, scale, 1.0)
+            return (words,)
+
+        return run
+
+    def in_place(words: Tensor, odd: Tensor, *_: Any) -> None:
+        change = after.double().sub_(before)
+        chance = streams[0].bitwise_and(0xFFFFFF).double().mul_(2.0**-24)
+        odd[0] += (change.abs() > 1.0).sum()
+        words.copy_(change.clamp_(-1.0, 1.0).mul_(scale).add_(chance).floor_())
+        for number, row in enumerate(streams[1:]):
+            words.add_(row, alpha=1 if number < added else -1)
+
+    runs: dict[str, Run | str] = {
+        "kernel": of(kernels.mask_update),
+        "eager": of(reference.mask_update),
+        "eager, in place": of(in_place),
+        "compile": no_compile(device, quick) or of(compiled(reference.mask_update)),
+    }
+
+    def check(_: str, found: Sequence[Tensor]) -> float:
+        wanted = torch.empty_like(words)
+        reference.mask_update(wanted, torch.zeros_like(odd), before, after, streams, added, scale, 1.0)
+        return close(found, [wanted], 2.0**-33)  # less than one step of the largest word
+
+    return Prepared(runs, check, size_of(words, before, after, streams))

@@ -148,6 +148,7 @@ MARKS: dict[str, dict[str, Any]] = {  # told apart by shape and by fill, so that
     "eager + hook": {"marker": "s", "color": "#666666"},
     "eager, gathered": {"marker": "o", "color": "#666666", "fill": False},
     "eager, sums": {"marker": "o", "color": "#666666", "fill": False},
+    "eager, in place": {"marker": "o", "color": "#666666", "fill": False},
     "eager, float64": {"marker": "o", "color": "#666666"},
     "eager, float32": {"marker": "s", "color": "#666666"},
     "eager, float32 blocks": {"marker": "s", "color": "#666666", "fill": False},

@@ -5,11 +5,12 @@ the text of docs/configuration.md (`python -m fedpft.config` prints it), so that
 """
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -21,6 +22,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 LARGEST = 1_000_000_000  # of any number of things, or of seconds
 MOST_THREADS = 1024
+MOST_SILOS = 64  # of a round with secure aggregation, in which each has something to do for each other
+WORD_BITS = 32  # of what is summed then
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -378,6 +381,91 @@ class FederationSection(Section):
     max_update_norm: float | None = Field(
         None, gt=0.0, description="Largest L2 norm of an update's change to the adapter; default: no bound."
     )
+    secure_aggregation: bool = Field(
+        False,
+        description="Whether the server learns only sums over all silos of a round, and nothing of one of them "
+        "(privacy.md). It needs `tls`, and 2 to 64 silos a round.",
+    )
+
+
+def fraction_bits(most_samples: int, max_entry: float) -> int:
+    """f: an entry of a secure sum counts steps of 2^-f; the most with which the words of MOST_SILOS do not wrap.
+
+    Raises:
+        ValueError: there is none, with the arithmetic.
+    """
+    limit = (1 << WORD_BITS - 1) - 1
+    found = math.floor(math.log2(limit / (MOST_SILOS * most_samples * max_entry)))
+    while MOST_SILOS * math.ceil(most_samples * max_entry * 2.0**found) > limit:
+        found -= 1
+    if found < 0:
+        raise ValueError(
+            f"{MOST_SILOS} silos x most_samples {most_samples} x max_entry {max_entry:g} = "
+            f"{MOST_SILOS * most_samples * max_entry:g} could wrap a word of {WORD_BITS} bits, which holds up to "
+            f"{limit}; lower one of the two"
+        )
+    return found
+
+
+class SecureAggregationSection(Section):
+    """Bounds of what is summed with `federation.secure_aggregation` (privacy.md). They are no secret."""
+
+    most_samples: int = Field(
+        100_000,
+        ge=1,
+        description="Samples that a silo trains on in a round, at most. One that has more does not take part. The "
+        "sum's steps are finer the lower this and `max_entry` are.",
+    )
+    max_entry: float = Field(
+        1.0,
+        gt=0.0,
+        le=1e6,
+        description="Largest change of a value of the adapter in a round; a silo cuts what is beyond it, and says so.",
+    )
+    threshold_fraction: float = Field(
+        0.5,
+        ge=0.5,
+        lt=1.0,
+        description="More than this share of a round's silos, and at least `federation.min_silos`, must sign and help "
+        "to open a sum. A higher one withstands more silos that plot with the server, and fewer that drop out.",
+    )
+    stage_deadline_seconds: float = Field(
+        300.0, gt=0.0, description="Longest wait for silos in each stage after the training."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SecureAggregationSection":
+        fraction_bits(self.most_samples, self.max_entry)
+        return self
+
+
+class SecureTerms(Section):
+    """What all silos of a federation know of its secure aggregation, and hold each other to. Sent as JSON."""
+
+    most_samples: int = Field(ge=1, description="As `secure_aggregation.most_samples`.")
+    max_entry: float = Field(gt=0.0, description="As `secure_aggregation.max_entry`.")
+    threshold_fraction: float = Field(ge=0.5, lt=1.0, description="As `secure_aggregation.threshold_fraction`.")
+    min_silos: int = Field(ge=2, description="Fewest silos of a sum.")
+    weights: Literal["samples", "diversity", "equal"] = Field(description="As `aggregation.weights`.")
+
+    @property
+    def fraction_bits(self) -> int:
+        """f; ValueError if there is none."""
+        return fraction_bits(self.most_samples, self.max_entry)
+
+    @property
+    def largest_entry(self) -> int:
+        """Of a silo's vector."""
+        return math.ceil(self.most_samples * self.max_entry * 2.0**self.fraction_bits)
+
+    def threshold(self, silos: int) -> int:
+        """How many of so many silos sign and open a sum."""
+        return max(int(Decimal(str(self.threshold_fraction)) * silos) + 1, self.min_silos)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SecureTerms":
+        fraction_bits(self.most_samples, self.max_entry)
+        return self
 
 
 class AggregationSection(Section):
@@ -621,6 +709,9 @@ class ServerConfig(Endpoint):
         default_factory=AggregationSection, description="What becomes of their updates."
     )
     federation: FederationSection = Field(description="Who takes part.")
+    secure_aggregation: SecureAggregationSection = Field(
+        default_factory=SecureAggregationSection, description="What a secure sum can hold."
+    )
     public_data: Path = Field(description="Unlabelled data file for both distillations; no silo's.")
     test_data: Path | None = Field(
         None, description="Labelled data file that only the server has; none: no evaluation."
@@ -660,6 +751,8 @@ class ServerConfig(Endpoint):
             self._check_no_probes()
         if self.training.privacy is not None:
             self._check_private()
+        if self.federation.secure_aggregation:
+            self._check_secure()
         return self
 
     def _check_private(self) -> None:
@@ -673,6 +766,50 @@ class ServerConfig(Endpoint):
         }
         if found := [(key, remedy) for key, (is_set, remedy) in odd.items() if is_set]:
             raise ValueError(f"training.privacy does not go with {found[0][0]}; {found[0][1]}")
+
+    def _check_secure(self) -> None:
+        """Raises ValueError for what looks at single updates, or cannot be added."""
+        federation, aggregation, encoding = self.federation, self.aggregation, self.training.update_encoding
+        fault = ""
+        if self.insecure_loopback and not self._is_simulated:
+            fault = "needs tls: by their certificates silos know each other's keys from the server's"
+        elif federation.max_update_norm is not None:
+            fault = "goes without federation.max_update_norm: the server sees no silo's update that it could measure"
+        elif aggregation.mean != "weighted":
+            fault = f"goes without aggregation.mean: {aggregation.mean}, which compares the silos' updates one by one"
+        elif aggregation.weights == "steps":
+            fault = "goes without aggregation.weights: steps, which needs every silo's number of steps"
+        elif encoding != "exact":
+            fault = f"goes without training.update_encoding: {encoding}: rounded apart, updates do not add up exactly"
+        if fault:
+            raise ValueError(f"federation.secure_aggregation {fault}")
+
+    @property
+    def most_picked(self) -> int:
+        """Silos of a round, at most."""
+        section = self.federation
+        return max(math.ceil(section.sample_fraction * len(section.silos)), section.min_silos or self.fewest_updates)
+
+    @property
+    def fewest_updates(self) -> int:
+        """With fewer there is no mean, or the sum hides nobody."""
+        return max(self.aggregation.fewest_updates, 2 if self.federation.secure_aggregation else 1)
+
+    @property
+    def secure_terms(self) -> SecureTerms | None:
+        """What the silos are told of secure aggregation; None without."""
+        section, weights = self.secure_aggregation, self.aggregation.weights
+        if not self.federation.secure_aggregation or weights == "steps":
+            return None
+        return SecureTerms(
+            most_samples=section.most_samples,
+            max_entry=section.max_entry,
+            threshold_fraction=section.threshold_fraction,
+            min_silos=self.federation.min_silos or 2,
+            weights=weights,
+        )
+
+    _is_simulated: ClassVar[bool] = False
 
     def _check_no_probes(self) -> None:
         probes = {
@@ -692,8 +829,15 @@ class ServerConfig(Endpoint):
             raise ValueError("federation.silos names a silo twice")
         if wanted > len(silos):
             raise ValueError(f"federation.min_silos is {wanted}, but only {len(silos)} silos are named")
-        rule, fewest = self.aggregation.mean, self.aggregation.fewest_updates
+        if self.federation.secure_aggregation and not 2 <= self.most_picked <= MOST_SILOS:
+            raise ValueError(
+                f"federation.secure_aggregation is for 2 to {MOST_SILOS} silos a round, not {self.most_picked}"
+            )
+        rule, fewest = self.aggregation.mean, self.fewest_updates
         if (self.federation.min_silos or len(silos)) < fewest:
+            if rule == "weighted":
+                fault = "needs 2 silos or more, and min_silos too: the sum over one is its update"
+                raise ValueError(f"federation.secure_aggregation {fault}")
             key = f"min_silos is {wanted}" if self.federation.min_silos else f"silos names {len(silos)}"
             raise ValueError(f"aggregation.mean: {rule} needs {fewest} updates a round, but federation.{key}")
 
@@ -735,6 +879,8 @@ class SimulatedFederationSection(FederationSection):
 class SimulationConfig(ServerConfig):
     """`fedpft simulate`: server.yaml with a section more. `listen`, `tls` and `insecure_loopback` are not looked at."""
 
+    _is_simulated: ClassVar[bool] = True
+
     listen: Address = Field("127.0.0.1:0", description="Not used.")
     federation: SimulatedFederationSection = Field(
         default_factory=SimulatedFederationSection, description="Who takes part."
@@ -753,6 +899,9 @@ class RoundSettings(Section):
     training: TrainingSection = Field(description="How it trains it.")
     inactive_below: float = Field(ge=0.0, description="eps of the inactivity counts.")
     label_diversity: bool = Field(False, description="Whether the server asks how far the silo's labels differ.")
+    secure_aggregation: SecureTerms | None = Field(
+        None, description="Whether only sums are sent, and what all hold each other to then."
+    )
 
 
 class LimitsSection(Section):
@@ -812,6 +961,9 @@ class ShareSection(Section):
     )
 
 
+Requirement = Literal["secure_aggregation"]
+
+
 class SiloDataSection(Section):
     """The institution's own labelled data."""
 
@@ -850,6 +1002,15 @@ class SiloConfig(Endpoint):
     )
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What this machine can take.")
     share: ShareSection = Field(default_factory=ShareSection, description="What may leave this machine.")
+    require: tuple[Requirement, ...] = Field(
+        (), description="What this silo demands of the federation; it does not join one without, nor stay in it."
+    )
+    smallest_sum: int = Field(
+        2,
+        ge=2,
+        description="With secure aggregation, of how many silos a sum must be at least; this silo helps to open no "
+        "sum of fewer, whatever the server says.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "SiloConfig":

@@ -196,6 +196,8 @@ def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
     greeting = findings.check("connection", lambda: _connection(config), lambda seen: _greeting(config, seen))
     if greeting is not None:
         findings.check("clock", lambda: _clock(greeting))
+        if (terms := greeting.terms) is not None:
+            findings.check("privacy", lambda: _privacy(config, terms))
     findings.check("data", lambda: _silo_data(config, greeting.terms if greeting is not None else None))
     findings.check("device", lambda: check_device(config.device))
     if (weights := config.limits.weights) != "full":
@@ -225,6 +227,13 @@ def _clock(greeting: Greeting) -> str:
             "set both clocks, with NTP"
         )
     return f"{abs(ahead):.1f} s from the server's, measured to {greeting.seconds / 2:.1f} s"
+
+
+def _privacy(config: SiloConfig, terms: Terms) -> str:
+    data.check_required(config, secure=terms.secure_aggregation)
+    if terms.secure_aggregation:
+        return f"secure aggregation: the server learns sums over {config.smallest_sum} silos or more"
+    return "the server learns each silo's adapter, sample count and shared metrics; `require` can demand otherwise"
 
 
 def _silo_data(config: SiloConfig, terms: Terms | None) -> str:

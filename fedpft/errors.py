@@ -125,6 +125,12 @@ class RankLost(FedPFTError):
     exit_code = 17
 
 
+class PrivacyViolation(FedPFTError):
+    """Going on would show more of a silo than was agreed on, or the server does not keep what the silo demands."""
+
+    exit_code = 18
+
+
 class PrivacySpent(FedPFTError):
     """What a silo was asked to train would take more of its samples' privacy than its institution allows."""
 

@@ -8,11 +8,21 @@ A silo is *present* from its enrolment until it fails or misses a deadline; it i
 of again. Each round picks among the silos that are present. Of each silo a round counts at most one update, the first.
 Where fewer are left than the quorum, silos that are present and were not picked take the place of those that failed, in
 the order of their draws; the quorum is lost when there are none.
+
+With secure aggregation what counts is a silo's part in a sum. After training it shows its keys (`UpdateArrived`), and
+then the silos go through the stages of an attempt together (docs/protocol.md):
+
+    training --StartStage--> summing --Open--> summing --Aggregate--> idle
+                summing --StartAttempt--> training, with new keys
+
+An attempt goes on without silos that drop out, as long as the threshold and the quorum allow. One that comes back
+without its secrets before its vector was there has the attempt begun anew, so that the round counts it.
 """
 
 import enum
 import math
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from fedpft.errors import InvalidUpdate, QuorumLost, RefusedByServer, RoundOver, StaleProxy
@@ -59,9 +69,53 @@ class SiloFailed:
     round: int | None = None
 
 
+class Stage(enum.IntEnum):
+    """What silos do in an attempt at a sum after they have shown their keys."""
+
+    SHARES = 1
+    VECTORS = 2
+    SIGNATURES = 3
+    REVEALS = 4
+
+
+@dataclass(frozen=True)
+class StageAnswered:
+    """What a silo has to say in a stage is there, and was found valid."""
+
+    silo: str
+    round: int
+    attempt: int
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class SecretsLost:
+    """A silo cannot go on with an attempt: it was started again, or may not open such a sum."""
+
+    silo: str
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class SumKept:
+    """A round's sum was opened, and is on disk."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class AttemptFailed:
+    """The sum could not be opened."""
+
+    round: int
+    attempt: int
+    reason: str
+
+
 @dataclass(frozen=True)
 class DeadlinePassed:
-    """The time for a round's updates is over."""
+    """The time for a round's updates, or for a stage, is over."""
 
     round: int
 
@@ -88,6 +142,10 @@ Event = (
     | EnrolmentDeadlinePassed
     | RoundRequested
     | UpdateArrived
+    | StageAnswered
+    | SecretsLost
+    | SumKept
+    | AttemptFailed
     | SiloFailed
     | DeadlinePassed
     | PatchPublished
@@ -129,6 +187,37 @@ class Substitute:
 
 
 @dataclass(frozen=True)
+class StartStage:
+    """An attempt is in this stage now.
+
+    silos: whose answers to the stage before it go on with: keys, shares, vectors, signatures.
+    """
+
+    round: int
+    attempt: int
+    stage: Stage
+    silos: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StartAttempt:
+    """A new attempt at the round's sum begins: what there is of the one before must not be used any more."""
+
+    round: int
+    attempt: int
+    silos: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Open:
+    """The sum over these silos can be opened; the answer is SumKept or AttemptFailed."""
+
+    round: int
+    attempt: int
+    silos: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Accept:
     """The update counts."""
 
@@ -166,7 +255,7 @@ class LoseQuorum:
 
 
 Verdict = Accept | Duplicate | Refuse
-Action = Begin | StartRound | Substitute | Verdict | Aggregate | LoseQuorum
+Action = Begin | StartRound | Substitute | StartStage | StartAttempt | Open | Verdict | Aggregate | LoseQuorum
 
 # --- what a silo should do --------------------------------------------------------------------------------------------
 
@@ -177,6 +266,15 @@ class Train:
 
     round: int
     attempt: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Do what this stage asks for."""
+
+    round: int
+    attempt: int
+    stage: Stage
 
 
 @dataclass(frozen=True)
@@ -196,7 +294,7 @@ class Aborted:
     reason: str
 
 
-Assignment = Train | Wait | Finished | Aborted
+Assignment = Train | Answer | Wait | Finished | Aborted
 
 
 class Phase(enum.Enum):
@@ -205,7 +303,12 @@ class Phase(enum.Enum):
     ENROLLING = enum.auto()
     IDLE = enum.auto()
     TRAINING = enum.auto()
+    SUMMING = enum.auto()
     OVER = enum.auto()
+
+
+MOST_RETURNS = 3  # of a silo in one round without its secrets
+MOST_FAILURES = 3  # to open a round's sum
 
 
 class Federation:
@@ -216,17 +319,28 @@ class Federation:
     pending, accepted: of the round in progress, the silos waited for and those whose update counts.
     failed: silo -> reason, of the round in progress.
     absent: silos that a resumed round can do without, unless they are heard of again.
+    stage: of the attempt; None while there is none, and while the sum is opened.
+    waiting, done: silos whose answers to the stage are waited for, and there.
+    survivors: silos of the sum, once their vectors are there.
     proxy_version: 0 for the proxy as first sent, one more for each patch.
     """
 
     def __init__(
-        self, silos: Collection[str], *, min_silos: int | None, sample_fraction: float, seed: int, fewest: int = 1
+        self,
+        silos: Collection[str],
+        *,
+        min_silos: int | None,
+        sample_fraction: float,
+        seed: int,
+        fewest: int = 1,
+        threshold: Callable[[int], int] | None = None,
     ) -> None:
         """Args:
         silos: names of all silos that may take part.
         min_silos: fewest updates that make a round; None: all that were picked.
         sample_fraction: share of the present silos that a round picks, at least min_silos and at least `fewest`.
         fewest: updates without which there is no mean, at most min_silos and the number of silos.
+        threshold: of so many silos how many it takes to open a sum; None: without secure aggregation.
         """
         self.silos = frozenset(silos)
         self.expected = self.silos
@@ -243,6 +357,13 @@ class Federation:
         self.accepted: set[str] = set()
         self.failed: dict[str, str] = {}
         self.absent: set[str] = set()
+        self.stage: Stage | None = None
+        self.waiting: set[str] = set()
+        self.done: set[str] = set()
+        self.survivors: frozenset[str] = frozenset()
+        self._threshold = threshold
+        self._returns: Counter[str] = Counter()
+        self._failures = 0
         self.counted: dict[int, frozenset[str]] = {}
         self._quorum = 0
         self._resumed = False
@@ -300,12 +421,24 @@ class Federation:
                 return self._take(event)
             case SiloFailed(silo, reason, round):
                 return [] if round is not None and round != self.round else self._fail({silo: reason})
+            case StageAnswered(silo):
+                return self._answer(event)
+            case SecretsLost(silo, round, attempt):
+                return self._lose_secrets(silo) if self._is_summing(round, attempt) else []
+            case SumKept(round):
+                return self._count(self.survivors)
+            case AttemptFailed(round, attempt, reason):
+                return self._begin_anew(reason) if self._is_summing(round, attempt) else []
             case DeadlinePassed(round):
-                if self.phase is not Phase.TRAINING or round != self.round:
+                if round != self.round:
+                    return []
+                if self.phase is Phase.SUMMING and self.stage is not None:
+                    return self._fail(dict.fromkeys(self.waiting, f"no {self.stage.name.lower()} before the deadline"))
+                if self.phase is not Phase.TRAINING:
                     return []
                 return self._fail(dict.fromkeys(self.pending, "no update before the deadline"))
             case PatchPublished():
-                if self.phase is Phase.TRAINING:
+                if self.phase in (Phase.TRAINING, Phase.SUMMING):
                     raise ValueError("the proxy cannot change during a round")
                 self.proxy_version += 1
                 return []
@@ -320,6 +453,8 @@ class Federation:
         """What a silo should do now."""
         if self.phase is Phase.OVER:
             return self._end
+        if self.phase is Phase.SUMMING and self.stage is not None and silo in self.waiting:
+            return Answer(self.round, self.attempt, self.stage)
         return Train(self.round, self.attempt) if self.phase is Phase.TRAINING and silo in self.pending else Wait()
 
     def judge(self, update: UpdateArrived) -> Verdict:
@@ -337,7 +472,7 @@ class Federation:
                     "restart the silo",
                 ),
             )
-        if self.phase is not Phase.TRAINING or round < self.round:
+        if self.phase not in (Phase.TRAINING, Phase.SUMMING) or round < self.round:
             return Refuse(silo, RoundOver(f"round {round} is over", "the silo goes on with the next round"))
         if silo in self.failed:
             return Refuse(
@@ -354,6 +489,8 @@ class Federation:
                     "restart the silo",
                 ),
             )
+        if self._threshold is not None and (self.phase is Phase.SUMMING or update.attempt < self.attempt):
+            return Refuse(silo, _attempt_over(round, update.attempt))
         if silo not in self.pending:
             return Refuse(silo, RefusedByServer(f"{silo} was not picked for round {round}", "restart the silo"))
         if update.proxy_version != self.proxy_version:
@@ -366,6 +503,18 @@ class Federation:
                 ),
             )
         return Accept(silo)
+
+    def judge_answer(self, answer: StageAnswered) -> Verdict:
+        """What :meth:`handle` would answer to what a silo says in a stage. Changes nothing."""
+        silo = answer.silo
+        if silo not in self.silos:
+            return Refuse(silo, _unknown(silo))
+        if self._is_summing(answer.round, answer.attempt) and answer.stage is self.stage:
+            if silo in self.done:
+                return Duplicate(silo)
+            if silo in self.waiting:
+                return Accept(silo)
+        return Refuse(silo, _attempt_over(answer.round, answer.attempt))
 
     def pick(self, round: int) -> tuple[str, ...]:
         """The silos of a round: the same for the same seed, round and present silos, in whatever order they came.
@@ -415,6 +564,7 @@ class Federation:
         if self.phase is not Phase.IDLE or round <= max(self.counted, default=0):
             raise ValueError(f"round {round} cannot start: {self.phase.name.lower()}, last round {self.round}")
         self.round, self.attempt, self.accepted, self.failed, self.absent = round, 0, set(), {}, set()
+        self._returns, self._failures = Counter(), 0
         self.pending = set(self.pick(round))
         self._quorum = self.min_silos or max(len(self.pending), self.fewest)
         if len(self.pending) < self._quorum:
@@ -435,10 +585,16 @@ class Federation:
 
     def _fail(self, reasons: dict[str, str]) -> list[Action]:
         self.present -= reasons.keys()
-        hit = reasons.keys() & self.pending if self.phase is Phase.TRAINING else set()
+        if self.phase is Phase.SUMMING:
+            self.failed |= {silo: reasons[silo] for silo in sorted(reasons.keys() & self.accepted)}
+            self.waiting -= reasons.keys()
+            return self._advance()
+        theirs = self.pending if self._threshold is None else self.pending | self.accepted  # keys alone are no update
+        hit = reasons.keys() & theirs if self.phase is Phase.TRAINING else set()
         if not hit:
             return []
         self.pending -= hit
+        self.accepted -= hit
         self.failed |= {silo: reasons[silo] for silo in sorted(hit)}
         return self._settle()
 
@@ -456,9 +612,73 @@ class Federation:
             return [Substitute(self.round, self.attempt, silos, tuple(sorted(new)))]
         if self.pending:
             return []
-        self.phase = Phase.IDLE
-        self.counted[self.round] = frozenset(self.accepted)
-        return [Aggregate(self.round, tuple(sorted(self.accepted)))]
+        return self._count(self.accepted) if self._threshold is None else self._begin_stage(Stage.SHARES, self.accepted)
+
+    def _count(self, silos: Collection[str]) -> list[Action]:
+        self.phase, self.stage = Phase.IDLE, None
+        self.counted[self.round] = frozenset(silos)
+        return [Aggregate(self.round, tuple(sorted(silos)))]
+
+    # --- the stages of a sum ---
+
+    def _is_summing(self, round: int, attempt: int) -> bool:
+        return self.phase is Phase.SUMMING and (round, attempt) == (self.round, self.attempt)
+
+    def _answer(self, answer: StageAnswered) -> list[Action]:
+        verdict = self.judge_answer(answer)
+        if not isinstance(verdict, Accept):
+            return [verdict]
+        self.waiting.discard(answer.silo)
+        self.done.add(answer.silo)
+        return [verdict, *self._advance()]
+
+    def _begin_stage(self, stage: Stage, silos: Collection[str]) -> list[Action]:
+        self.phase, self.stage = Phase.SUMMING, stage
+        self.waiting, self.done = set(silos) - self.failed.keys(), set()
+        start = StartStage(self.round, self.attempt, stage, tuple(sorted(silos)))
+        return [start, *self._advance()]
+
+    def _advance(self) -> list[Action]:
+        """Goes on once all that can answer have; begins anew as soon as too few are left to open the sum."""
+        if self.stage is None or self._threshold is None:
+            return []
+        needed, left = self._threshold(len(self.accepted)), self.waiting | self.done
+        if self.stage in (Stage.SHARES, Stage.VECTORS):
+            needed = max(needed, self._quorum)
+        if self.stage in (Stage.SHARES, Stage.SIGNATURES):  # whose answer is worth nothing without the next one
+            left = left - self.failed.keys()
+        if len(left) < needed:
+            return self._begin_anew(f"{len(left)} silos are left of {needed} for {self.stage.name.lower()}")
+        if self.waiting:
+            return []
+        if self.stage is Stage.REVEALS:
+            self.stage = None
+            return [Open(self.round, self.attempt, tuple(sorted(self.survivors)))]
+        if self.stage is Stage.VECTORS:
+            self.survivors = frozenset(self.done)
+        return self._begin_stage(Stage(self.stage + 1), frozenset(self.done))
+
+    def _lose_secrets(self, silo: str) -> list[Action]:
+        if self.stage is None or silo not in self.waiting:
+            return []
+        if self.stage in (Stage.SHARES, Stage.VECTORS):
+            self._returns[silo] += 1
+            if self._returns[silo] > MOST_RETURNS:
+                return self._fail({silo: "it was started again and again"})
+            return self._begin_anew(f"{silo} is back without its secrets")
+        self.waiting.discard(silo)
+        return self._advance()
+
+    def _begin_anew(self, reason: str) -> list[Action]:
+        self._failures += self.stage not in (Stage.SHARES, Stage.VECTORS)
+        self.attempt += 1
+        self.pending = self.accepted - self.failed.keys()
+        self.accepted, self.waiting, self.done, self.survivors = set(), set(), set(), frozenset()
+        self.phase, self.stage = Phase.TRAINING, None
+        if self._failures > MOST_FAILURES:
+            self.failed |= dict.fromkeys(self.pending, reason)
+            return [self._lose_quorum()]
+        return [StartAttempt(self.round, self.attempt, tuple(sorted(self.pending))), *self._settle()]
 
     def _lose_quorum(self) -> LoseQuorum:
         self.phase = Phase.IDLE
@@ -479,6 +699,10 @@ class Federation:
         if not others and self.fewest > 1:
             others = f" (aggregation.mean takes no fewer than {self.fewest} updates)"
         return f"{mend}{others}, and start the server again: it goes on from where it was"
+
+
+def _attempt_over(round: int, attempt: int) -> RoundOver:
+    return RoundOver(f"attempt {attempt} at the sum of round {round} is over", "the silo goes on with the next one")
 
 
 def _unknown(silo: str) -> RefusedByServer:

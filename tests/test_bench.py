@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import kernels as bench_kernels
-from bench import large, measure, render
+from bench import large, measure, render, secagg
 from bench import scale as bench_scale
 from bench import soak as bench_soak
 from bench import transport as bench_transport
@@ -20,6 +20,7 @@ from fedpft.errors import FedPFTError
 from fedpft.kernels.schemas import SCHEMAS
 from fedpft.model import loading
 from fedpft.model.architectures import layers_of
+from fedpft.provision import provision
 
 ROOT = Path(__file__).parents[1]
 
@@ -244,3 +245,12 @@ def test_what_grows_is_drawn(tmp_path: Path) -> None:
     large.draw(rows, tmp_path / "growth.svg")
     drawn = (tmp_path / "growth.svg").read_text()
     assert all(word in drawn for word in ("layers", "public rows", "times as large", "MiB"))
+
+
+def test_secure_aggregation_is_measured_on_sums_that_are_right(tmp_path: Path) -> None:
+    provision(tmp_path / "kits", [f"silo-0{number}" for number in range(4)])
+    for dropped in (0, 1):
+        row = secagg.attempt(4, 1000, dropped, tmp_path / "kits", tmp_path)
+        assert row["of_them_vector_bytes"] > 4000
+        assert row["up_bytes"] > row["of_them_vector_bytes"]
+        assert all(seconds >= 0 for side in ("silo", "server") for seconds in row[f"{side}_seconds"].values())

@@ -56,6 +56,52 @@ def fault(directory: Path, values: Any, load: Any = load_server_config) -> str:
     return str(raised.value).removeprefix(str(directory / "the.yaml"))
 
 
+SECURE = {"federation.secure_aggregation": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tls": None, "insecure_loopback": True, "listen": "127.0.0.1:0"}, "needs tls: by their certificates silos"),
+        ({"federation.max_update_norm": 1.0}, "goes without federation.max_update_norm: the server sees no silo's"),
+        ({"aggregation.mean": "median", "federation.silos": ["a", "b", "c"]}, "goes without aggregation.mean: median"),
+        ({"aggregation.mean": "krum", "aggregation.byzantine": 0, "federation.silos": ["a", "b", "c"]}, "mean: krum"),
+        ({"aggregation.weights": "steps"}, "goes without aggregation.weights: steps, which needs every silo's number"),
+        ({"training.update_encoding": "int8"}, "goes without training.update_encoding: int8: rounded apart"),
+        ({"training.update_encoding": "bfloat16"}, "goes without training.update_encoding: bfloat16"),
+        ({"federation.min_silos": 1}, "needs 2 silos or more, and min_silos too: the sum over one is its"),
+        ({"federation.silos": ["north"]}, "needs 2 silos or more, and min_silos too"),
+        ({"federation.silos": [f"s{n}" for n in range(65)]}, "is for 2 to 64 silos a round, not 65"),
+    ],
+)
+def test_what_secure_aggregation_goes_without_is_refused_with_the_reason(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    said = fault(tmp_path, changed(SERVER, SECURE | changes))
+    assert "federation.secure_aggregation " in said
+    assert message in said
+
+
+def test_a_sum_that_could_wrap_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
+    changes = {"secure_aggregation.most_samples": 1_000_000, "secure_aggregation.max_entry": 100.0}
+    said = fault(tmp_path, changed(SERVER, SECURE | changes))
+    assert "64 silos x most_samples 1000000 x max_entry 100 = 6.4e+09 could wrap a word of 32 bits" in said
+
+
+def test_terms_of_secure_aggregation_follow_from_the_file(tmp_path: Path) -> None:
+    changes = {"federation.min_silos": 2, "federation.silos": ["a", "b", "c", "d", "e"], "aggregation.weights": "equal"}
+    terms = load_server_config(written(tmp_path, changed(SERVER, SECURE | changes))).secure_terms
+    assert terms is not None
+    assert (terms.min_silos, terms.weights, terms.fraction_bits) == (2, "equal", 8)
+    assert [terms.threshold(silos) for silos in (2, 3, 4, 5)] == [2, 2, 3, 3]
+    assert load_server_config(written(tmp_path, SERVER)).secure_terms is None
+
+
+def test_a_large_federation_may_pick_few_silos_a_round(tmp_path: Path) -> None:
+    changes = {"federation.silos": [f"s{n}" for n in range(640)], "federation.sample_fraction": 0.1}
+    assert load_server_config(written(tmp_path, changed(SERVER, SECURE | changes))).most_picked == 64
+
+
 def test_relative_paths_start_at_the_files_own_directory(tmp_path: Path) -> None:
     config = load_server_config(written(tmp_path, SERVER))
     assert config.out == tmp_path / "run"

@@ -129,7 +129,7 @@ def verdicts(found):
     return {subject: verdict for subject, (verdict, _) in found.items()}
 
 
-SILO = ["certificate", "key", "connection", "clock", "data", "device", "work", "federation", "disk"]
+SILO = ["certificate", "key", "connection", "clock", "privacy", "data", "device", "work", "federation", "disk"]
 SERVER = ["certificate", "key", "revoked", "listen", "labels", "model", "proxy", "data", "device", "out", "run", "disk"]
 ANYWHERE = ["versions", "kernels"]
 

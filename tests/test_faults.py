@@ -194,6 +194,21 @@ def silo_settings(root: Path, name: str) -> dict[str, Any]:
     }
 
 
+def with_kits(root: Path, directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The settings of server and silos, with TLS in place of insecure_loopback."""
+    provision(directory / "kits", SILOS)
+
+    def kit(name: str) -> dict[str, Any]:
+        return {"tls": {part: str(directory / "kits" / name / f"{part}.pem") for part in ("ca", "certificate", "key")}}
+
+    server = server_settings(root) | kit("server")
+    silos = {name: silo_settings(root, name) | kit(f"silos/{name}") for name in SILOS}
+    for settings in (server, *silos.values()):
+        settings["insecure_loopback"] = False
+        settings.pop("insecure_name", None)
+    return server, silos
+
+
 def deployment(root: Path, directory: Path, **changes: Any) -> Deployment:
     return Deployment(directory, server_settings(root) | changes, {name: silo_settings(root, name) for name in SILOS})
 
@@ -903,16 +918,7 @@ def test_damage_under_tls_breaks_the_connection_and_nothing_else(
     inputs: Path, tmp_path: Path, reference: Result
 ) -> None:
     """A flipped bit in either handshake, in the proxy and in an update."""
-    provision(tmp_path / "kits", SILOS)
-
-    def kit(directory: Path) -> dict[str, Any]:
-        return {"tls": {part: str(directory / f"{part}.pem") for part in ("ca", "certificate", "key")}}
-
-    server = server_settings(inputs) | kit(tmp_path / "kits" / "server")
-    silos = {name: silo_settings(inputs, name) | kit(tmp_path / "kits" / "silos" / name) for name in SILOS}
-    for settings in (server, *silos.values()):
-        settings["insecure_loopback"] = False
-        settings.pop("insecure_name", None)
+    server, silos = with_kits(inputs, tmp_path)
     with Deployment(tmp_path, server, silos) as running:
         north, link = running.silos["north"], running.links["north"]
         north.halt_at(r"^log north: enrolled")
@@ -936,6 +942,88 @@ def test_damage_under_tls_breaks_the_connection_and_nothing_else(
         north.release()
         check(running, reference, ["corrupt"] * 4)
         assert link.up.flipped.is_set()
+
+
+# --- secure aggregation ---
+
+
+def private(root: Path, directory: Path) -> Deployment:
+    server, silos = with_kits(root, directory)
+    server["federation"] = server["federation"] | {"secure_aggregation": True}
+    return Deployment(
+        directory, server, {name: silo | {"require": ["secure_aggregation"]} for name, silo in silos.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def private_reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The undisturbed federation with secure aggregation."""
+    with private(inputs, tmp_path_factory.mktemp("private")) as running:
+        running.start(as_commands=True)
+        running.await_end()
+        found = result(running)
+        for party in running.parties:
+            assert not re.search("Traceback|WARNING|ERROR", party.log), party.log
+    assert found.updates == []
+    return found
+
+
+# Of round 1: after each of them the attempt begins anew, or the silos' secrets are lost, or the sum is there.
+SUMMING = (
+    Moment("sum", "before", "keys not shown", "north", r"^log north: round 1 of 2: loss"),
+    Moment("sum", "during", "shares asked for", "server", r"^log round 1, attempt \d+: shares"),
+    Moment("sum", "during", "vector not written", "north", r"^before replace .*/vector.safetensors"),
+    Moment("sum", "during", "vector half sent", "north", up=1_500_000),
+    Moment("sum", "during", "vectors there", "server", r"^log round 1, attempt \d+: signatures"),
+    Moment("sum", "during", "enough have signed", "server", r"^log round 1, attempt \d+: reveals"),
+    Moment("sum", "during", "about to reveal", "north", r"^after replace .*/opened.json"),
+    Moment("sum", "during", "sum not in place", "server", r"^before replace .*rounds/1/sum"),
+    Moment("sum", "during", "sum not noted", "server", r"^after replace .*rounds/1/sum"),
+    Moment("sum", "after", "sum noted", "server", r"^after sql INSERT INTO journal .*'sum'"),
+)
+
+
+def disturb(running: Deployment, moment: Moment, fault: Fault) -> None:
+    moment.await_(running)
+    with fault(running, moment.party, moment):
+        moment.release(running)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        (("shares asked for", kill), ("vector not written", kill), ("about to reveal", kill), ("sum noted", kill)),
+        (("keys not shown", outage), ("vector half sent", cut), ("enough have signed", kill), ("sum not noted", kill)),
+    ],
+    ids=["one", "two"],
+)
+def test_a_sum_comes_to_the_same_bits_whoever_is_killed_on_the_way(
+    chosen: tuple[tuple[str, Fault], ...], inputs: Path, tmp_path: Path, private_reference: Result
+) -> None:
+    moments = {moment.what: moment for moment in SUMMING}
+    with private(inputs, tmp_path) as running:
+        moments[chosen[0][0]].arm(running)
+        running.start()
+        for (what, fault), following in itertools.zip_longest(chosen, chosen[1:]):
+            moments[what].await_(running)
+            with fault(running, moments[what].party, moments[what]):
+                if following is not None and not moments[following[0]].takes_the_place_of(moments[what]):
+                    moments[following[0]].arm(running)
+                moments[what].release(running)
+        check(running, private_reference, ["kill"] * 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [kill, outage, pause, cut], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("moment", SUMMING, ids=lambda moment: moment.what)
+def test_a_sum_comes_to_the_same_bits_after_each_fault(
+    moment: Moment, fault: Fault, inputs: Path, tmp_path: Path, private_reference: Result
+) -> None:
+    with private(inputs, tmp_path) as running:
+        moment.arm(running)
+        running.start()
+        disturb(running, moment, fault)
+        check(running, private_reference, ["kill"] * 4)
 
 
 # --- longer than any keep-alive ---------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from fedpft.federation import (
     AbortRequested,
     Accept,
     Aggregate,
+    Answer,
+    AttemptFailed,
     Begin,
     DeadlinePassed,
     Duplicate,
@@ -20,13 +22,20 @@ from fedpft.federation import (
     Finished,
     FinishRequested,
     LoseQuorum,
+    Open,
     PatchPublished,
     Phase,
     Refuse,
     RoundRequested,
+    SecretsLost,
     SiloFailed,
+    Stage,
+    StageAnswered,
+    StartAttempt,
     StartRound,
+    StartStage,
     Substitute,
+    SumKept,
     Train,
     UpdateArrived,
     Wait,
@@ -596,3 +605,296 @@ class AnyOrder(RuleBasedStateMachine):
 
 AnyOrder.TestCase.settings = settings(deadline=None, max_examples=100, stateful_step_count=30)
 TestAnyOrder = AnyOrder.TestCase
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+FIVE = ("a", "b", "c", "d", "e")
+
+
+def majority(silos):
+    return silos // 2 + 1
+
+
+def summing(silos=SILOS, min_silos=None, keys=True):
+    """A round of which all have trained."""
+    federation = Federation(silos, min_silos=min_silos, sample_fraction=1.0, seed=0, fewest=2, threshold=majority)
+    for silo in silos:
+        federation.handle(Enrolled(silo))
+    federation.handle(RoundRequested(1))
+    if keys:
+        show_keys(federation, silos)
+    return federation
+
+
+def show_keys(federation, silos):
+    return [federation.handle(UpdateArrived(silo, 1, 0, federation.attempt)) for silo in silos][-1]
+
+
+def answer(federation, silos, stage=None):
+    """Returns what the last answer led to."""
+    stage = stage or federation.stage
+    return [federation.handle(StageAnswered(silo, 1, federation.attempt, stage)) for silo in silos][-1]
+
+
+def test_a_sum_passes_through_its_stages():
+    federation = summing(keys=False)
+    assert show_keys(federation, SILOS) == [Accept("south"), StartStage(1, 0, Stage.SHARES, SILOS)]
+    for stage in Stage:
+        assert federation.assignment("north") == Answer(1, 0, stage)
+        actions = answer(federation, SILOS)
+        following = Open(1, 0, SILOS) if stage is Stage.REVEALS else StartStage(1, 0, Stage(stage + 1), SILOS)
+        assert actions == [Accept("south"), following]
+    assert federation.assignment("north") == Wait()
+    assert federation.handle(SumKept(1)) == [Aggregate(1, SILOS)]
+    assert federation.handle(RoundRequested(2)) == [StartRound(2, 0, SILOS)]
+
+
+def test_an_answer_twice_changes_nothing_and_one_out_of_turn_is_refused():
+    federation = summing()
+    answer(federation, ["north"])
+    assert answer(federation, ["north"]) == [Duplicate("north")]
+    assert type(refusal(answer(federation, ["north"], Stage.VECTORS))) is RoundOver
+    assert type(refusal(federation.handle(StageAnswered("east", 1, 1, Stage.SHARES)))) is RoundOver
+    assert type(refusal(federation.handle(StageAnswered("east", 2, 0, Stage.SHARES)))) is RoundOver
+    assert type(refusal(federation.handle(StageAnswered("west", 1, 0, Stage.SHARES)))) is RefusedByServer
+
+
+def test_keys_of_an_attempt_that_is_over_are_refused():
+    federation = summing()
+    federation.handle(SecretsLost("north", 1, 0))
+    assert federation.attempt == 1
+    assert type(refusal(federation.handle(UpdateArrived("east", 1, 0, attempt=0)))) is RoundOver
+    assert federation.handle(UpdateArrived("east", 1, 0, attempt=1)) == [Accept("east")]
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_silos_that_drop_out_are_done_without_down_to_the_quorum(stage):
+    federation = summing(FIVE, min_silos=3)
+    for _ in range(stage - 1):
+        answer(federation, FIVE)
+    answer(federation, FIVE[:3])
+    (following,) = federation.handle(DeadlinePassed(1))
+    if stage is Stage.SHARES:
+        assert following == StartStage(1, 0, Stage.VECTORS, FIVE[:3])
+    elif stage is Stage.VECTORS:
+        assert following == StartStage(1, 0, Stage.SIGNATURES, FIVE[:3])
+    elif stage is Stage.SIGNATURES:
+        assert following == StartStage(1, 0, Stage.REVEALS, FIVE[:3])
+    else:
+        assert following == Open(1, 0, FIVE)
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_with_one_fewer_the_attempt_begins_anew_and_opens_nothing(stage):
+    federation = summing(FIVE, min_silos=3)
+    for _ in range(stage - 1):
+        answer(federation, FIVE)
+    answer(federation, FIVE[:2])
+    anew, *lost = federation.handle(DeadlinePassed(1))
+    assert anew == StartAttempt(1, 1, FIVE[:2])
+    assert isinstance(lost[0], LoseQuorum)
+    assert f"no {stage.name.lower()} before the deadline" in lost[0].error.message
+
+
+def test_a_silo_that_is_back_without_its_secrets_is_counted_in_a_new_attempt():
+    federation = summing(min_silos=2)
+    answer(federation, SILOS)
+    assert federation.handle(SecretsLost("north", 1, 0)) == [StartAttempt(1, 1, SILOS)]
+    assert [federation.assignment(silo) for silo in SILOS] == [Train(1, 1)] * 3
+    assert show_keys(federation, SILOS)[-1] == StartStage(1, 1, Stage.SHARES, SILOS)
+
+
+def test_a_silo_that_is_back_after_its_vector_was_there_is_counted_in_this_one():
+    federation = summing(min_silos=2)
+    for _ in range(2):
+        answer(federation, SILOS)
+    assert federation.handle(SecretsLost("north", 1, 0)) == []
+    assert answer(federation, ["east", "south"])[-1] == StartStage(1, 0, Stage.REVEALS, ("east", "south"))
+    assert answer(federation, ["east", "south"])[-1] == Open(1, 0, SILOS)
+
+
+def test_a_silo_that_comes_back_again_and_again_is_done_without():
+    federation = summing(min_silos=2)
+    for attempt in range(3):
+        assert federation.handle(SecretsLost("north", 1, attempt)) == [StartAttempt(1, attempt + 1, SILOS)]
+        show_keys(federation, SILOS)
+    assert federation.handle(SecretsLost("north", 1, 3)) == []
+    assert answer(federation, ["east", "south"])[-1] == StartStage(1, 3, Stage.VECTORS, ("east", "south"))
+
+
+def test_a_silo_that_leaves_after_its_shares_are_there_is_not_waited_for():
+    federation = summing(min_silos=2)
+    answer(federation, ["north"])
+    assert federation.handle(SiloFailed("north", "it left")) == []
+    assert answer(federation, ["east", "south"])[-1] == StartStage(1, 0, Stage.VECTORS, SILOS)
+    assert federation.waiting == {"east", "south"}
+    assert federation.assignment("north") == Wait()
+
+
+def test_a_silo_that_leaves_after_its_keys_are_there_is_no_part_of_the_attempt():
+    federation = summing(min_silos=2, keys=False)
+    show_keys(federation, ["north", "east"])
+    federation.handle(SiloFailed("north", "it left"))
+    assert show_keys(federation, ["south"])[-1] == StartStage(1, 0, Stage.SHARES, ("east", "south"))
+
+
+def test_a_sum_that_cannot_be_opened_is_tried_again_and_then_given_up():
+    federation = summing()
+    for attempt in range(4):
+        for _ in Stage:
+            actions = answer(federation, SILOS)
+        assert actions[-1] == Open(1, attempt, SILOS)
+        (following,) = federation.handle(AttemptFailed(1, attempt, "the shares do not fit"))
+        if attempt < 3:
+            assert following == StartAttempt(1, attempt + 1, SILOS)
+            show_keys(federation, SILOS)
+    assert isinstance(following, LoseQuorum)
+    assert "the shares do not fit" in following.error.message
+
+
+def test_a_patch_during_a_sum_is_a_programming_error():
+    with pytest.raises(ValueError, match="during a round"):
+        summing().handle(PatchPublished())
+
+
+class AnySum(RuleBasedStateMachine):
+    """Silos hold the secrets of one attempt at most, and open one sum of a round only; servers and silos are killed."""
+
+    @initialize(min_silos=st.sampled_from([None, 2, 3, 4]))
+    def start(self, min_silos):
+        self.min_silos, self.round, self.begun = min_silos, 0, None
+        self.secrets, self.pinned, self.history = dict.fromkeys(FIVE, -1), {}, {}
+        self.stages, self.reveals, self.opened = {}, set(), None
+        self.new_process()
+        for silo in FIVE:
+            self.handle(Enrolled(silo))
+
+    def new_process(self):
+        self.federation = Federation(
+            FIVE, min_silos=self.min_silos, sample_fraction=1.0, seed=0, fewest=2, threshold=majority
+        )
+
+    def handle(self, event):
+        federation, actions = self.federation, self.federation.handle(event)
+        for action in actions:
+            match action:
+                case StartRound(round, attempt, silos):
+                    self.attempt, self.begun = attempt, (action, frozenset(federation.present))
+                    if not attempt:
+                        self.pinned, self.secrets = {}, dict.fromkeys(FIVE, -1)
+                        self.quorum = self.min_silos or len(silos)
+                    self.stages, self.reveals, self.opened = {}, set(), None
+                case StartAttempt(round, attempt, silos):
+                    assert attempt == self.attempt + 1, "no attempt is begun twice"
+                    assert not set(silos) & federation.failed.keys()
+                    self.attempt, self.stages, self.reveals, self.opened = attempt, {}, set(), None
+                    self.begun = (StartRound(round, attempt, silos), frozenset(federation.present))
+                case Substitute(round, attempt, silos, _):
+                    self.begun = (StartRound(round, attempt, silos), frozenset(federation.present))
+                case StartStage(_, attempt, stage, silos):
+                    assert attempt == self.attempt
+                    assert stage == len(self.stages) + 1, "one after the other"
+                    assert stage is Stage.SHARES or set(silos) <= set(self.stages[Stage(stage - 1)])
+                    self.stages[stage] = silos
+                    assert len(silos) >= majority(len(self.stages[Stage.SHARES]))
+                case Open(_, attempt, silos):
+                    assert silos == self.stages[Stage.SIGNATURES], "what was signed is opened"
+                    assert len(silos) >= self.quorum
+                    assert len(self.reveals) >= majority(len(self.stages[Stage.SHARES]))
+                    assert len({self.pinned[silo] for silo in self.reveals}) == 1
+                    self.opened = silos
+                case Aggregate(round, silos):
+                    assert silos == self.opened
+                    self.history[round] = silos
+        return actions
+
+    @in_phase(Phase.IDLE)
+    @rule()
+    def request_round(self):
+        self.round += 1
+        self.handle(RoundRequested(self.round))
+
+    @in_phase(Phase.TRAINING)
+    @rule(data=st.data())
+    def shows_keys(self, data):
+        silo = data.draw(st.sampled_from(sorted(self.federation.pending)))
+        self.secrets[silo] = self.federation.attempt
+        update = UpdateArrived(silo, self.round, 0, self.federation.attempt)
+        assert self.handle(update)[0] == Accept(silo)
+
+    @precondition(lambda machine: machine.federation.stage is not None)
+    @rule(data=st.data(), times=st.integers(1, 2))
+    def answers(self, data, times):
+        federation = self.federation
+        silo, attempt, stage = data.draw(st.sampled_from(sorted(federation.waiting))), self.attempt, federation.stage
+        survivors = self.stages.get(Stage.SIGNATURES)
+        barred = stage is Stage.SIGNATURES and self.pinned.get(silo, survivors) != survivors
+        if self.secrets[silo] != attempt or barred:
+            self.handle(SecretsLost(silo, self.round, attempt))
+            return
+        if stage is Stage.REVEALS:
+            assert self.pinned.setdefault(silo, survivors) == survivors, "a silo opens one sum of a round"
+            self.reveals.add(silo)
+        verdicts = [self.handle(StageAnswered(silo, self.round, attempt, stage))[0] for _ in range(times)]
+        assert verdicts[0] == Accept(silo)
+
+    @rule(silo=st.sampled_from(FIVE))
+    def silo_is_killed(self, silo):
+        self.secrets[silo] = -1
+        self.handle(Enrolled(silo))
+
+    @rule(silo=st.sampled_from(FIVE))
+    def silo_leaves(self, silo):
+        self.handle(SiloFailed(silo, "it left"))
+
+    @rule(silo=st.sampled_from(FIVE), stage=st.sampled_from(list(Stage)), behind=st.integers(0, 2))
+    def stray_answer(self, silo, stage, behind):
+        federation = self.federation
+        answered = StageAnswered(silo, self.round, federation.attempt - behind, stage)
+        if behind or stage is not federation.stage or silo not in federation.waiting:
+            assert not isinstance(self.handle(answered)[0], Accept)
+
+    @rule()
+    def deadline(self):
+        self.handle(DeadlinePassed(self.round))
+
+    @precondition(lambda machine: machine.opened is not None and machine.federation.phase is Phase.SUMMING)
+    @rule(fits=st.booleans())
+    def opens(self, fits):
+        self.handle(SumKept(self.round) if fits else AttemptFailed(self.round, self.attempt, "no fit"))
+
+    @precondition(lambda machine: machine.begun is not None)
+    @rule()
+    def server_is_killed(self):
+        begun, present = self.begun
+        self.new_process()
+        self.round = begun.round
+        aggregated = begun.round in self.history
+        self.federation.resume(
+            StartRound(begun.round, begun.attempt + 1, begun.silos),
+            present=present,
+            counted=self.history,
+            proxy_version=0,
+            aggregated=aggregated,
+        )
+        if aggregated:
+            for silo in sorted(present):
+                self.handle(Enrolled(silo))
+            return
+        self.handle(RoundRequested(begun.round))
+
+    @invariant()
+    def holds(self):
+        federation = self.federation
+        if federation.phase is Phase.SUMMING and federation.stage is not None:
+            assert federation.waiting, "a stage waits for somebody"
+            assert not federation.waiting & (federation.done | federation.failed.keys())
+            assert federation.waiting <= federation.accepted
+        for silo in FIVE:
+            asked = federation.phase is Phase.SUMMING and federation.stage and silo in federation.waiting
+            assert isinstance(federation.assignment(silo), Answer) == bool(asked)
+
+
+AnySum.TestCase.settings = settings(deadline=None, max_examples=150, stateful_step_count=50)
+TestAnySum = AnySum.TestCase

@@ -63,7 +63,7 @@ ORDER = {
         "compatibility",
         "adapters",
     ),
-    "privacy": ("noise", "clipping", "accounting"),
+    "privacy": ("masking", "fixedpoint", "shares", "secagg", "noise", "clipping", "accounting"),
     "proxy": (
         "journal",
         "closed_form",

@@ -41,6 +41,7 @@ from fedpft.errors import (
     InvalidUpdate,
     ModelError,
     NotEnrolled,
+    PrivacyViolation,
     RefusedByServer,
     RoundOver,
     StaleProxy,
@@ -1298,6 +1299,23 @@ def test_explain_names_the_certificate(federation: Any, tmp_path: Path) -> None:
     text = explain(config.model_copy(update=changes))
     assert f"known there as  north, by {section.certificate}\n" in text
     assert f"over TLS 1.3, with a certificate that {section.ca} signed" in text
+
+
+def test_explain_of_a_silo_that_demands_secure_aggregation_tells_no_count(federation: Any) -> None:
+    _, config = federation()
+    text = explain(config.model_copy(update={"require": ("secure_aggregation",), "smallest_sum": 5}))
+    assert f"samples         {len(TEXTS)}" not in text
+    assert "samples         not how many there are: secure aggregation" in text
+    assert "in a sum over 5 silos or more" in text
+    assert "metrics         train_loss, seconds, tokens, skipped_rows, cut_texts, cut_completions\n" in text
+    assert "encoding " not in text
+
+
+def test_a_federation_without_what_the_silo_demands_is_not_joined(federation: Any) -> None:
+    server, config = federation()
+    with pytest.raises(PrivacyViolation, match="has no secure aggregation, which `require`"):
+        run(config.model_copy(update={"require": ("secure_aggregation",)}))
+    assert "Enrol" not in str(server.calls)
 
 
 def test_explain_says_what_is_held_back(federation: Any) -> None:

@@ -27,6 +27,7 @@ from fedpft import cli
 from fedpft.config import RoundSettings, SimulationConfig, load_server_config, load_simulation_config
 from fedpft.demo.run import run_federation
 from fedpft.errors import ConfigError, DataError, FedPFTError, ModelError, QuorumLost
+from fedpft.provision import provision
 from fedpft.seeding import derive_seed
 from fedpft.server.identity import settings as settings_of_run
 from fedpft.server.inbox import Inbox
@@ -148,6 +149,40 @@ def test_simulation_gives_the_bytes_of_real_processes(inputs: Path, tmp_path: Pa
     assert summary["metrics"] == federated["metrics"]
     assert summary["bytes"] == federated["bytes"]
     assert summary["data"] == federated["data"]
+
+
+def test_simulation_gives_the_sum_that_silos_come_to_under_masks(inputs: Path, tmp_path: Path) -> None:
+    section = {"data": str(inputs / "train.csv"), "silos": 4, "partition": {"kind": "dirichlet"}}
+    changes: Settings = {
+        "federation": {"sample_fraction": 0.75, "secure_aggregation": True},
+        "aggregation": {"optimizer": "momentum"},
+        "training": {"rounds": 2},
+    }
+    config = simulated(tmp_path / "simulated", inputs, section, **changes)
+    server, silos = real(tmp_path / "real", config, inputs, **changes)
+    provision(tmp_path / "kits", list(silos))
+    kits = {"server": tmp_path / "kits" / "server"} | {name: tmp_path / "kits" / "silos" / name for name in silos}
+    tls = {
+        name: {"tls": {part: str(kit / f"{part}.pem") for part in ("ca", "certificate", "key")}}
+        for name, kit in kits.items()
+    }
+    without = {"insecure_loopback", "insecure_name"}
+    server = {key: value for key, value in server.items() if key not in without} | tls["server"]
+    silos = {
+        name: {key: value for key, value in silo.items() if key not in without}
+        | tls[name]
+        | {"require": ["secure_aggregation"]}
+        for name, silo in silos.items()
+    }
+    federated = run_federation(tmp_path / "real", server, silos)
+    summary = simulate(config)
+
+    assert left(config.out) == left(tmp_path / "real" / "out")
+    assert "patches/patch-1.safetensors" in left(config.out), "by the sum of the inactivity counts"
+    assert summary["metrics"] == federated["metrics"]
+    assert summary["bytes"] == federated["bytes"]
+    assert summary["data"]["silos"] == federated["data"]["silos"] == {}, "nothing of a single silo"
+    assert updates(tmp_path / "real" / "out") == []
 
 
 def test_silo_that_drops_out_is_missing_as_a_real_one_is(inputs: Path, tmp_path: Path) -> None:

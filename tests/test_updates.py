@@ -15,7 +15,8 @@ from fedpft.aggregation.mean import normalized_mean, weighted_mean
 from fedpft.aggregation.robust import median, trimmed_mean
 from fedpft.config import AggregationSection
 from fedpft.errors import InvalidUpdate, ModelError, TransferCorrupt
-from fedpft.server.updates import Update, aggregate, check_update, compressed_neurons, largest_update_bytes
+from fedpft.proxy.bundle import compressed_neurons
+from fedpft.server.updates import Update, aggregate, check_update, largest_update_bytes
 from fedpft.wire.encoding import ENCODINGS, Encoding, encode
 from fedpft.wire.tensors import Group, Spec, TensorFile, read_tensors, write_tensors
 

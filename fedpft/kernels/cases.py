@@ -97,6 +97,7 @@ def cases() -> Iterator[Case]:
         yield from _moment_cases(dtype)
         yield from _other_cases(dtype)
         yield from _even_cases(dtype)
+    yield from _mask_cases()
 
 
 def _saliency_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -270,3 +271,28 @@ def _quantization_cases(label: str, x: Tensor, block: int) -> Iterator[Case]:
     if x.dtype == torch.float32:
         q, scales = (torch.stack([t, t], 1)[:, 0] for t in reference.quantize_blocks(x, block))
         yield Case("dequantize_accumulate", label, x.dtype, (x, q, scales, 0.37, block))
+
+
+def _mask_cases() -> Iterator[Case]:
+    """Whole blocks and parts of one; no masks, some of either sign; changes on the bound, beyond it and endless."""
+    draw = torch.Generator().manual_seed(23)
+    for label, (size, masks, added, scale) in {
+        "plain": (777, 0, 0, 1000.0),
+        "masks": (4099, 5, 3, 2.0**20),
+        "one-word": (1, 2, 0, 3.5),
+        "no-words": (0, 2, 1, 1.0),
+        "whole-steps": (2048, 1, 1, 4.0),
+        "largest": (100, 3, 2, 2.0**31 - 2.0),
+    }.items():
+        before = torch.randn(2 * size, generator=draw)[::2]
+        after = before + 0.5 * torch.randn(size, generator=draw)
+        if label == "whole-steps":  # where one bit of rounding would show
+            before, after = torch.zeros(size), torch.randint(-8, 9, (size,), generator=draw) / 4.0
+        streams = torch.randint(-(1 << 31), 1 << 31, (masks + 1, size + 3), generator=draw, dtype=torch.int64).int()
+        arguments = (torch.zeros(size, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), before, after)
+        yield Case("mask_update", label, torch.float32, (*arguments, streams[:, :size], added, scale, 1.0))
+        if size > 10:
+            odd = after.clone()
+            odd[3], odd[5], odd[7] = math.inf, -math.inf, math.nan
+            arguments = (*arguments[:3], odd)
+            yield Case("mask_update", f"nan-{label}", torch.float32, (*arguments, streams[:, :size], added, scale, 1.0))

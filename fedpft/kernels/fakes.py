@@ -117,6 +117,19 @@ def dequantize_accumulate(total: Tensor, q: Tensor, scales: Tensor, weight: floa
     return None
 
 
+def mask_update(
+    words: Tensor,
+    odd: Tensor,
+    before: Tensor,
+    after: Tensor,
+    streams: Tensor,
+    added: int,
+    scale: float,
+    bound: float,
+) -> None:
+    return None
+
+
 def _saved(x: Tensor, rows: Tensor, w_gate: Tensor | None, save: bool, compact: bool) -> Tensor:
     if not save:
         return x.new_empty(0)

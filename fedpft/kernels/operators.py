@@ -285,6 +285,50 @@ def dequantize_accumulate(total: Tensor, q: Tensor, scales: Tensor, weight: floa
     torch.autograd.graph.increment_version(total)  # a compiled kernel writes where autograd does not look
 
 
+def mask_update(
+    words: Tensor,
+    odd: Tensor,
+    before: Tensor,
+    after: Tensor,
+    streams: Tensor,
+    added: int,
+    scale: float,
+    bound: float,
+) -> None:
+    """What a silo's adapter has changed by, as whole numbers under masks: words modulo 2^32, written in place.
+
+    On the CPU only: what is sent is there.
+
+    Args:
+        words: (n,) int32, contiguous.
+        odd: (2,) int32, contiguous; how many changes were beyond the bound is added to the first, how many were not
+            finite, and count as 0, to the second.
+        before, after: (n,) float32.
+        streams: (M, n) int32. The lowest 24 bits of the first row say by chance which way a value is rounded; the
+            next `added` rows are added, the others taken off.
+        scale: steps of a change of 1; bound: largest change. Their product is below 2^31 - 1.
+    """
+    for name, tensor, shape, dtype in (
+        ("words", words, (None,), torch.int32),
+        ("odd", odd, (2,), torch.int32),
+        ("before", before, (words.numel(),), torch.float32),
+        ("after", after, (words.numel(),), torch.float32),
+        ("streams", streams, (None, words.numel()), torch.int32),
+    ):
+        _check(tensor, name, shape, dtypes=(dtype,))
+        if tensor.device.type != "cpu":
+            raise TypeError(f"{name}: is on {tensor.device}, must be on the CPU")
+    for name, tensor in (("words", words), ("odd", odd)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous")
+    if not 0 <= added < streams.shape[0]:
+        raise ValueError(f"added: must be from 0 to {streams.shape[0] - 1}, the masks in streams, not {added}")
+    if not (bound >= 0.0 and scale >= 0.0 and bound * scale < (1 << 31) - 1):
+        raise ValueError(f"bound * scale: must be from 0 and below 2^31 - 1, not {bound * scale}")
+    ops.mask_update(words, odd, before, after, streams, added, scale, bound)
+    torch.autograd.graph.increment_version((words, odd))
+
+
 def _check(
     tensor: Tensor,
     name: str,

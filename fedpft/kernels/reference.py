@@ -208,6 +208,31 @@ def dequantize_accumulate(total: Tensor, q: Tensor, scales: Tensor, weight: floa
     total.add_(values.view(-1)[: q.numel()], alpha=weight)
 
 
+def mask_update(
+    words: Tensor,
+    odd: Tensor,
+    before: Tensor,
+    after: Tensor,
+    streams: Tensor,
+    added: int,
+    scale: float,
+    bound: float,
+) -> None:
+    """words (n,) int32 become floor(change * scale + chance), chance in [0, 1) of streams[0], plus and minus the masks.
+
+    odd (2,) int32 counts the changes that were cut to the bound, and those that are not finite, which count as 0.
+    """
+    change = after.double() - before.double()
+    finite = change.isfinite()
+    change = change.where(finite, 0.0)
+    odd += torch.stack([(change.abs() > bound).sum(), (~finite).sum()])
+    chance = streams[0].bitwise_and(0xFFFFFF).double() * 2.0**-24
+    total = (change.clamp(-bound, bound) * scale + chance).floor().long()
+    masks = streams.long()
+    total += masks[1 : added + 1].sum(0) - masks[added + 1 :].sum(0)
+    words.copy_((total + (1 << 31)).remainder(1 << 32) - (1 << 31))
+
+
 def _chosen(rows: Rows, neurons: Tensor | None) -> Rows:
     return rows if rows is None or neurons is None else rows.index_select(0, neurons)
 

@@ -39,4 +39,8 @@ SCHEMAS = {
     ) -> Tensor""",
     "quantize_blocks": "(Tensor x, int block) -> (Tensor q, Tensor scales)",
     "dequantize_accumulate": "(Tensor(a!) total, Tensor q, Tensor scales, float weight, int block) -> ()",
+    "mask_update": """(
+        Tensor(a!) words, Tensor(b!) odd, Tensor before, Tensor after, Tensor streams, int added, float scale,
+        float bound
+    ) -> ()""",
 }

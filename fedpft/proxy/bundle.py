@@ -220,6 +220,15 @@ def of_whole(inactivity: Mapping[str, Tensor], proxy: Proxy) -> dict[str, Tensor
     return found
 
 
+def compressed_neurons(bundle: Path) -> dict[int, int]:
+    """For each compressed layer of the proxy its K, from the bundle's proxy.json."""
+    try:
+        description = json.loads((bundle / "proxy.json").read_text(encoding="utf-8"))
+        return {int(layer): int(description["neurons"][layer]) for layer in description["compressed"]}
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ModelError(f"{bundle / 'proxy.json'}: cannot be read ({error})", "build the proxy again") from None
+
+
 def task_of(directory: Path) -> TaskName | None:
     """The task of what :func:`save_bundle` wrote; None if it is not there yet."""
     try:

@@ -27,7 +27,8 @@ PATCH_FILE = "patch.safetensors"
 DIGESTS_FILE = "digests.json"
 
 # Keys of server.yaml, or sections of it, that nothing depends on which a run goes on from: they may change between a
-# stop and going on. Of `federation`, sample_fraction may not. What `plug_in` does comes after all that is kept.
+# stop and going on. Of `federation`, sample_fraction and secure_aggregation may not. What `plug_in` does comes after
+# all that is kept.
 CHANGEABLE = (
     "out",
     "listen",
@@ -36,6 +37,8 @@ CHANGEABLE = (
     "threads",
     "model.hold",
     "federation",
+    "secure_aggregation.threshold_fraction",
+    "secure_aggregation.stage_deadline_seconds",
     "plug_in",
     "product",
     "proxy.allow_whole",
@@ -73,7 +76,8 @@ def settings(config: ServerConfig) -> dict[str, Any]:
         place.pop(name, None)
     if isinstance(config, SimulationConfig):
         values["silos"] = list(config.federation.silos)
-    return values | {"sample_fraction": config.federation.sample_fraction}
+    federation = config.federation
+    return values | {"sample_fraction": federation.sample_fraction, "secure": federation.secure_aggregation}
 
 
 def kept_digests(config: ServerConfig) -> Digests:

@@ -16,8 +16,17 @@ from fedpft import atomic, faults
 from fedpft.config import TrainingSection
 from fedpft.data.batches import round_window
 from fedpft.errors import FedPFTError, InvalidUpdate, RoundOver, TransferCorrupt
+from fedpft.privacy.fixedpoint import Layout
+from fedpft.proxy.bundle import compressed_neurons
 from fedpft.server.ledger import Ledger, UpdateRow
-from fedpft.server.updates import Update, check_update, compressed_neurons, largest_update_bytes
+from fedpft.server.updates import (
+    Update,
+    adapter_shapes,
+    check_update,
+    check_vector,
+    largest_update_bytes,
+    vector_bytes,
+)
 from fedpft.wire import transfer
 from fedpft.wire.tensors import TensorFile
 from fedpft.wire.v1.federation_pb2 import Chunk, File, UpdateHeader
@@ -30,12 +39,14 @@ class Order:
     start: the adapter that the round starts from.
     neurons: of each compressed layer the K of its inactivity counts; empty if none are wanted.
     largest_bytes: no update's file is larger.
+    layout: of the vectors of secure aggregation.
     """
 
     round: int
     start: TensorFile
     neurons: Mapping[int, int]
     largest_bytes: int
+    layout: Layout
 
 
 class Inbox:
@@ -44,11 +55,20 @@ class Inbox:
     bytes_up: payload bytes received so far, from all silos together.
     """
 
-    def __init__(self, bundle: Path, ledger: Ledger, *, training: TrainingSection, max_norm: float | None) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        ledger: Ledger,
+        *,
+        training: TrainingSection,
+        max_norm: float | None,
+        secure: bool = False,
+    ) -> None:
         """Args:
             bundle: its proxy.json says what inactivity counts must be like.
             training: what the silos were told to do.
             max_norm: largest L2 norm of an update's change to the adapter.
+            secure: updates are vectors of secure aggregation, and say nothing else.
 
         Raises:
             ModelError: no proxy.json, or one that cannot be read.
@@ -56,7 +76,7 @@ class Inbox:
         self.bytes_up = 0
         self._ledger, self._directory = ledger, ledger.out / "updates"
         self._neurons = compressed_neurons(bundle)
-        self._training, self._max_norm = training, max_norm
+        self._training, self._max_norm, self._secure = training, max_norm, secure
         self._order: Order | None = None
         # A silo whose data has shrunk may still offer an update that it trained before.
         self._samples = {each["silo"]: each["samples"] for each in ledger.recorded("enrolled")}
@@ -71,8 +91,19 @@ class Inbox:
             if path != self._place(round):
                 shutil.rmtree(path)
         self._place(round).mkdir(parents=True, exist_ok=True)
+        if self._secure:  # vectors of an attempt that a former process began
+            counted = {self._ledger.out / row.file for row in self._ledger.updates(round)}
+            for path in set(self._place(round).iterdir()) - counted:
+                path.unlink()
         file, neurons = TensorFile(start), self._neurons if count_inactivity else {}
-        self._order = Order(round, file, neurons, largest_update_bytes(file, neurons))
+        layout = Layout.of(adapter_shapes(file), neurons)
+        largest = vector_bytes(layout) if self._secure else largest_update_bytes(file, neurons)
+        self._order = Order(round, file, neurons, largest, layout)
+
+    def opened_with(self) -> tuple[TensorFile, Layout]:
+        """The adapter that the open round starts from, and what is where in its silos' vectors."""
+        assert self._order is not None
+        return self._order.start, self._order.layout
 
     def close_round(self) -> None:
         """Deletes all updates: once the mean is taken, what one silo sent is nobody's to keep."""
@@ -149,7 +180,10 @@ class Inbox:
         _, most_samples = round_window(self._samples.get(silo, 0), self._training.local_epochs, order.round - 1)
         try:
             with self._checking:
-                check_update(update, order.neurons, self._max_norm, most_samples)
+                if self._secure:
+                    check_vector(update, order.layout.words)
+                else:
+                    check_update(update, order.neurons, self._max_norm, most_samples)
         except FedPFTError:
             with faults.tidying(path):
                 path.unlink()

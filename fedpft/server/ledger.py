@@ -15,6 +15,7 @@ Where the files are that it names:
 
     rounds/<r>/adapter.safetensors          the adapter after round r; 0: untrained
     rounds/<r>/optimizer.safetensors        the server's optimizer after round r, until round r + 1 is closed
+    rounds/<r>/sum.safetensors              with secure aggregation the sum over silos, until the round is closed
     patches/patch-<n>.safetensors           turns version n - 1 of the proxy into n
     patches/snapshot-<n>.safetensors        turns any version of the proxy into n
     updates/round-<r>/...                   until the round is closed
@@ -163,6 +164,10 @@ class Ledger:
     def optimizer_path(self, round: int) -> Path:
         """What the server's optimizer carries from a round into the next."""
         return self.out / "rounds" / str(round) / "optimizer.safetensors"
+
+    def sum_path(self, round: int) -> Path:
+        """The sum of a round with secure aggregation."""
+        return self.out / "rounds" / str(round) / "sum.safetensors"
 
     def patch_path(self, version: int) -> Path:
         """What leads from the version before to this one."""

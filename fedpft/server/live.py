@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 from fedpft.errors import NotEnrolled, QuorumLost, RefusedByServer
 from fedpft.federation import (
@@ -12,6 +13,7 @@ from fedpft.federation import (
     Action,
     Aggregate,
     Assignment,
+    AttemptFailed,
     Begin,
     DeadlinePassed,
     Duplicate,
@@ -20,18 +22,27 @@ from fedpft.federation import (
     Event,
     Federation,
     LoseQuorum,
+    Open,
     Phase,
     Refuse,
     RoundRequested,
+    SecretsLost,
     SiloFailed,
+    StageAnswered,
+    StartAttempt,
     StartRound,
+    StartStage,
     Substitute,
+    SumKept,
     UpdateArrived,
     Verdict,
     Wait,
 )
 
 log = logging.getLogger(__name__)
+
+Picked = StartRound | Substitute | StartAttempt
+Outcome = Aggregate | LoseQuorum | Open
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,10 @@ class LiveFederation:
         self._changed = threading.Condition(lock)
         # A silo's thread is woken only when there is something for that silo: n silos would else wake n threads each.
         self._waiting: dict[str, threading.Condition] = collections.defaultdict(lambda: threading.Condition(lock))
-        self._outcome: Aggregate | LoseQuorum | None = None
-        self._picked: Callable[[StartRound | Substitute, Collection[str]], None] = lambda action, present: None
-        self._substitutions = 0
+        self._outcome: Outcome | None = None
+        self._picked: Callable[[Picked, Collection[str]], None] = lambda action, present: None
+        self._staged: Callable[[StartStage], None] = lambda action: None
+        self._turns = 0  # of the round: others are waited for, or for something else
         self._broken: Exception | None = None
         self._places: dict[str, Place] = {}
         self._told: set[str] = set()
@@ -68,18 +80,23 @@ class LiveFederation:
         with self._changed:
             before = self._federation.phase
             actions = self._federation.handle(event)
-            substitutions = self._substitutions
+            turns = self._turns
             for action in actions:
-                log_action(action)
-                if isinstance(action, Aggregate | LoseQuorum):
+                if not isinstance(event, StageAnswered) or not isinstance(action, Accept):
+                    log_action(action)
+                if isinstance(action, Outcome):
                     self._outcome = action
-                if isinstance(action, Substitute):
-                    self._substitutions += 1
-                if isinstance(action, Substitute) or (isinstance(action, StartRound) and not action.attempt):
+                if isinstance(action, Substitute | StartAttempt | StartStage | Open):
+                    self._turns += 1
+                if isinstance(action, Substitute | StartAttempt) or (
+                    isinstance(action, StartRound) and not action.attempt
+                ):
                     self._picked(action, self._federation.present)
+                if isinstance(action, StartStage):
+                    self._staged(action)
             # Everybody waits for another phase, but for the farewell, which waits for silos to go, and for those who
-            # are to take another's place.
-            news = self._federation.phase is not before or self._substitutions != substitutions
+            # are to take another's place, or have come to another stage.
+            news = self._federation.phase is not before or self._turns != turns
             if news or before is Phase.OVER:
                 self._changed.notify_all()
                 for silo, waiting in self._waiting.items():
@@ -104,7 +121,8 @@ class LiveFederation:
                 )
             if silo in named:
                 self._places[silo] = place
-                log.info("%s enrolled, %d samples; %d of %d silos", silo, samples, len(present | {silo}), len(named))
+                having = f", {samples} samples" if samples else ""
+                log.info("%s enrolled%s; %d of %d silos", silo, having, len(present | {silo}), len(named))
             for action in self.handle(Enrolled(silo)):
                 if isinstance(action, Refuse):
                     raise action.error
@@ -143,7 +161,8 @@ class LiveFederation:
         self,
         round: int,
         timeout_seconds: float,
-        picked: Callable[[StartRound | Substitute, Collection[str]], None],
+        picked: Callable[[Picked, Collection[str]], None],
+        summing: "Summing | None" = None,
     ) -> tuple[str, ...]:
         """Runs a round, or goes on with a resumed one; returns the silos whose updates count, or raises QuorumLost.
 
@@ -151,21 +170,23 @@ class LiveFederation:
             timeout_seconds: from the beginning, or from when silos took the place of others.
             picked: called, with the silos that are there, before any silo hears that it was picked; not for those of a
                 resumed round.
+            summing: what is done in the stages of a sum.
 
         Raises:
             Exception: that :meth:`break_off` was called with.
         """
         with self._changed:
             self._outcome, self._picked = None, picked
+            if summing is not None:
+                self._staged = summing.staged
             self.handle(RoundRequested(round))
-            while self._outcome is None:
-                if self._await_news(timeout_seconds):
-                    continue
-                before = self._substitutions
-                self.handle(DeadlinePassed(round))
-                if self._substitutions == before:
-                    break
-            return _silos(self._outcome)
+        while True:
+            with self._changed:
+                outcome = self._await_outcome(round, timeout_seconds, summing)
+                self._outcome = None
+            if not isinstance(outcome, Open) or summing is None:
+                return _silos(outcome)
+            self.handle(summing.opened(outcome))
 
     def break_off(self, error: Exception) -> None:
         """Ends what the algorithm's thread waits for, now or next, with an error of this process's own."""
@@ -207,6 +228,25 @@ class LiveFederation:
             assert isinstance(verdict, Accept | Duplicate | Refuse)
             return verdict
 
+    def judge_answer(self, answer: StageAnswered) -> Verdict:
+        """What `answer` would answer now; changes nothing."""
+        with self._changed:
+            return self._federation.judge_answer(answer)
+
+    def answer(self, answer: StageAnswered, keep: Callable[[], None]) -> Verdict:
+        """Takes what a silo has to say in a stage; `keep` puts it in place first, if it is taken."""
+        with self._changed:
+            if isinstance(self._federation.judge_answer(answer), Accept):
+                keep()
+            verdict = self.handle(answer)[0]
+            assert isinstance(verdict, Accept | Duplicate | Refuse)
+            return verdict
+
+    def withdraw(self, silo: str, round: int, attempt: int) -> None:
+        """A silo cannot go on with an attempt at a sum."""
+        log.info("%s withdraws from attempt %d of round %d", silo, attempt, round)
+        self.handle(SecretsLost(silo, round, attempt))
+
     def fail(self, silo: str, reason: str, round: int | None = None) -> None:
         """A silo is out of the round (None: whichever is on)."""
         log.warning("%s failed: %s", silo, reason)
@@ -223,26 +263,49 @@ class LiveFederation:
         with self._changed:
             self._changed.wait_for(lambda: self._federation.present.union(expected) <= self._told, timeout_seconds)
 
+    def _await_outcome(self, round: int, timeout_seconds: float, summing: "Summing | None") -> Outcome | None:
+        while self._outcome is None:
+            is_summing = summing is not None and self._federation.phase is Phase.SUMMING
+            if self._await_news(summing.stage_seconds if summing and is_summing else timeout_seconds):
+                continue
+            before = self._turns
+            self.handle(DeadlinePassed(round))
+            if self._turns == before:
+                break
+        return self._outcome
+
     def _await_news(self, timeout_seconds: float) -> bool:
-        """Blocks until the round is over or silos take the place of others; False if the time is over before."""
-        before = self._substitutions
-        self._changed.wait_for(lambda: self._outcome or self._broken or self._substitutions != before, timeout_seconds)
+        """Blocks until the round is over or has taken a turn; False if the time is over before."""
+        before = self._turns
+        self._changed.wait_for(lambda: self._outcome or self._broken or self._turns != before, timeout_seconds)
         self._check_whole()
-        return self._outcome is not None or self._substitutions != before
+        return self._outcome is not None or self._turns != before
 
     def _check_whole(self) -> None:
         if self._broken is not None:
             raise self._broken
 
 
-def _silos(outcome: Aggregate | LoseQuorum | None) -> tuple[str, ...]:
+def _silos(outcome: Outcome | None) -> tuple[str, ...]:
     match outcome:
         case Aggregate(_, silos):
             return silos
         case LoseQuorum(error):
             raise error
-        case None:
+        case _:
             raise QuorumLost("the federation ended in the middle of a round", "start the server again")
+
+
+class Summing(Protocol):
+    """What there is to do in the stages of a sum; stage_seconds: the longest wait in one of them."""
+
+    stage_seconds: float
+
+    def staged(self, action: StartStage) -> None:
+        """A stage begins; no silo has heard of it."""
+
+    def opened(self, action: Open) -> SumKept | AttemptFailed:
+        """Opens the sum, and keeps it on disk. Called without the lock."""
 
 
 def log_action(action: Action) -> None:
@@ -255,6 +318,12 @@ def log_action(action: Action) -> None:
             log.info("round %d%s: waiting for %s", round, again, ", ".join(silos) or "nobody")
         case Substitute(round, _, silos, new):
             log.warning("round %d: too few are left; %s will train too", round, ", ".join(new))
+        case StartAttempt(round, attempt, silos):
+            log.warning("round %d: attempt %d at its sum begins, with %s", round, attempt, ", ".join(silos))
+        case StartStage(round, attempt, stage, silos):
+            log.info("round %d, attempt %d: %s of %s", round, attempt, stage.name.lower(), ", ".join(silos))
+        case Open(round, attempt, silos):
+            log.info("round %d, attempt %d: the sum of %s is opened", round, attempt, ", ".join(silos))
         case Accept(silo):
             log.info("%s: update accepted", silo)
         case Duplicate(silo):

@@ -13,7 +13,7 @@ result yet, and comes to the same bits.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -38,7 +38,8 @@ from fedpft.proxy.updating import updated_neurons
 from fedpft.server.construction import Built, Owner, record_gap
 from fedpft.server.egress import Egress
 from fedpft.server.ledger import Ledger
-from fedpft.server.updates import COUNTS, Update, aggregate
+from fedpft.server.outcome import Outcome, Single, Sum
+from fedpft.server.updates import Update
 from fedpft.tasks import TASKS
 from fedpft.wire.hello import Terms
 from fedpft.wire.tensors import Group, read_tensors, write_tensors
@@ -63,10 +64,10 @@ class Silos(Protocol):
     def wait_for_silos(self) -> None:
         """Enough of them are there."""
 
-    def run_round(self, round: int, *, count_inactivity: bool) -> list[Update]:
+    def run_round(self, round: int, *, count_inactivity: bool) -> list[Update] | Sum:
         """They train."""
 
-    def updates(self, round: int) -> list[Update]:
+    def updates(self, round: int) -> list[Update] | Sum:
         """What they trained."""
 
     def close_round(self) -> None:
@@ -106,13 +107,15 @@ class Rounds:
             training=config.training,
             inactive_below=config.alignment.inactive_below,
             label_diversity=config.aggregation.asks_for_diversity,
+            secure_aggregation=config.secure_terms,
         )
         self.closed: list[dict[str, Any]] = ledger.recorded("round")
         self._earlier = self.closed[-1]["bytes"] if self.closed else {"down": 0, "up": 0}
         self._egress = Egress(built.bundle, adapters.extract(built.proxy.model))
         self._restore()
         proxy = built.proxy
-        terms = Terms(proxy.task, proxy.labels, proxy.max_tokens, owner.characters_per_token)
+        secure = config.federation.secure_aggregation
+        terms = Terms(proxy.task, proxy.labels, proxy.max_tokens, owner.characters_per_token, secure)
         self._silos = reach(config, built.bundle, settings, ledger, terms)
 
     def complete(self) -> Adapter:
@@ -185,25 +188,27 @@ class Rounds:
         path = self.ledger.adapter_path(number)
         with self.record.timed("rounds"):
             if self.ledger.entered(path):
-                updates = self._silos.updates(number)
+                outcome = _outcome(self._silos.updates(number))
             else:
-                updates = self._silos.run_round(number, count_inactivity=align and self.config.alignment.asks_silos)
-                self._save(path, "adapter", self._aggregated(number, updates))
+                counted = align and self.config.alignment.asks_silos
+                outcome = _outcome(self._silos.run_round(number, count_inactivity=counted))
+                self._save(path, "adapter", self._aggregated(number, outcome))
         self._load(self._adapter(number))
-        alignment_loss = self._align(number, updates) if align else None
+        alignment_loss = self._align(number, outcome) if align else None
         scores = self._measure(number)
         entry = {
             "round": number,
-            "train_loss": _train_loss(updates),
+            "train_loss": outcome.train_loss(),
             "score": scores and scores["plugged_in"],
             "alignment_loss": alignment_loss,
-            "silos": len(updates),
-            "silo_seconds": _silo_seconds(updates),
+            "silos": outcome.silos,
+            "silo_seconds": outcome.silo_seconds(),
+            **outcome.summed(),
         }
         closed = {
             "entry": entry,
             "scores": scores,
-            "data": {update.silo: _told(update) for update in updates},
+            "data": outcome.told(),
             "seconds": self.record.seconds,
             "bytes": self.traffic(),
         }
@@ -212,15 +217,15 @@ class Rounds:
         self._delete_passing(number)
         log.info("round %d of %d: %s", number, total, json.dumps(entry))
 
-    def _aggregated(self, number: int, updates: list[Update]) -> Adapter:
+    def _aggregated(self, number: int, outcome: Outcome) -> Adapter:
         """The adapter after a round. The state of the server's optimizer that goes with it is on disk then."""
         section, ledger = self.config.aggregation, self.ledger
-        mean = aggregate(updates, section, self.config.training.batch)
+        mean = outcome.mean(section, self.config.training.batch)
         if self.closed:
             moments = {moment: read_tensors(self._optimizer_file(), moment) for moment in KEPT[section.optimizer]}
         else:
             moments = server_optimizer.beginning(mean, section)
-        adapter, moments = server_optimizer.step(updates[0].start_tensor, mean, moments, section)
+        adapter, moments = server_optimizer.step(outcome.start_tensor, mean, moments, section)
         if moments:
             path, groups = ledger.optimizer_path(number), dict[Group, Adapter](moments.items())
             write_tensors(path, groups)
@@ -238,7 +243,7 @@ class Rounds:
             if path != self.ledger.optimizer_path(number) or number == self.config.training.rounds:
                 path.unlink()
 
-    def _align(self, number: int, updates: list[Update]) -> float | None:
+    def _align(self, number: int, outcome: Outcome) -> float | None:
         """Neuron-level distillation towards the FM that carries the round's adapter; sends out what changed.
 
         Returns:
@@ -246,7 +251,7 @@ class Rounds:
         """
         done = {entry["round"]: entry for entry in self.ledger.recorded("alignment")}
         if number not in done:
-            counts = [counts for update in updates if (counts := update.inactivity)]
+            counts = outcome.inactivity()
             if not counts and self.config.alignment.asks_silos:
                 log.warning("round %d: no silo shares its inactivity counts, so the proxy stays as it is", number)
                 return None
@@ -323,18 +328,5 @@ def snapshot(proxy: Proxy) -> dict[str, Tensor]:
     return patch(model, neurons, ffn_norms(model, proxy.compressed))
 
 
-def _train_loss(updates: Sequence[Update]) -> float | None:
-    """Mean over the samples of the silos that share it."""
-    shared = [update for update in updates if "train_loss" in update.metrics]
-    total = sum(update.metrics["train_loss"] * update.samples for update in shared)
-    return total / sum(update.samples for update in shared) if shared else None
-
-
-def _silo_seconds(updates: Sequence[Update]) -> float | None:
-    """Mean time that a silo trained, of those that share it."""
-    shared = [update.metrics["seconds"] for update in updates if "seconds" in update.metrics]
-    return sum(shared) / len(shared) if shared else None
-
-
-def _told(update: Update) -> dict[str, int]:
-    return {name: int(update.metrics[name]) for name in sorted(COUNTS & update.metrics.keys())}
+def _outcome(found: list[Update] | Sum) -> Outcome:
+    return found if isinstance(found, Sum) else Single(found)

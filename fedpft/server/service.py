@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import logging
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,20 @@ from fedpft import atomic, audit
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, ServerConfig
 from fedpft.errors import CheckpointError, QuorumLost
-from fedpft.federation import AbortRequested, FinishRequested, PatchPublished
+from fedpft.federation import AbortRequested, FinishRequested, PatchPublished, Phase, Substitute
+from fedpft.privacy.secagg import task_digest
 from fedpft.server.admission import Admission
 from fedpft.server.ledger import Ledger
-from fedpft.server.live import LiveFederation
+from fedpft.server.live import LiveFederation, Picked
 from fedpft.server.outbox import Outbox
+from fedpft.server.outcome import Sum
 from fedpft.server.roundfiles import RoundFiles, federation_of
 from fedpft.server.servicer import FederationServicer, ReadyFrames
+from fedpft.server.summing import Summing
 from fedpft.server.updates import Update
 from fedpft.wire.channel import SERVER_OPTIONS, listen
 from fedpft.wire.hello import Terms
+from fedpft.wire.signatures import Verifier
 from fedpft.wire.transfer import Payload
 from fedpft.wire.v1.federation_pb2_grpc import add_FederationServiceServicer_to_server
 
@@ -65,6 +70,9 @@ class FederationServer:
         self._outbox = Outbox(bundle, self._record_sent)
         self._farewell = self._files.resume(federation)
         self._announce()
+        self._summing = self._make_summing()
+        if self._summing is not None and federation.phase is Phase.TRAINING:
+            self._begin_sum(federation.round, federation.attempt)
         self._complete_audit(config.out / "audit.jsonl")
         servicer = FederationServicer(
             self._live,
@@ -75,6 +83,7 @@ class FederationServer:
             ledger.run_id,
             Admission(config.tls, self._live.fail),
             terms,
+            self._summing,
         )
         threads = ThreadPoolExecutor(2 * len(federation.silos) + 4, thread_name_prefix="rpc")
         self._server = grpc.server(threads, interceptors=[ReadyFrames()], options=SERVER_OPTIONS)
@@ -101,7 +110,7 @@ class FederationServer:
         """
         self._live.await_enrolment(self._config.federation.round_deadline_seconds)
 
-    def run_round(self, round: int, *, count_inactivity: bool) -> list[Update]:
+    def run_round(self, round: int, *, count_inactivity: bool) -> list[Update] | Sum:
         """Sends the adapter of the round before to the round's silos and blocks until their updates are there.
 
         Args:
@@ -109,31 +118,33 @@ class FederationServer:
                 the pattern of names, shapes and dtypes for what the silos send.
 
         Returns:
-            The updates that count, in the order of the silos' names. Their tensors are read from disk when asked for,
-            which works until the round is closed.
+            The updates that count, in the order of the silos' names, or with secure aggregation their sum. The tensors
+            are read from disk when asked for, which works until the round is closed.
 
         Raises:
             QuorumLost: naming each missing silo with the reason.
         """
+        if (kept := self._files.sum(round)) is not None:
+            return kept
         if round != self._files.open_round:
             self._files.open(round, count_inactivity=count_inactivity)
             self._announce()
         deadline = self._config.federation.round_deadline_seconds
         try:
-            self._live.await_round(round, deadline, self._files.enter)
+            self._live.await_round(round, deadline, self._picked, self._summing)
         except QuorumLost:
             self._files.lose(round, self._live.failed)
             raise
         _trim_heap()
         return self.updates(round)
 
-    def updates(self, round: int) -> list[Update]:
-        """The updates that a round counts, as :meth:`run_round` returns them."""
-        return self._files.updates(round)
+    def updates(self, round: int) -> list[Update] | Sum:
+        """The updates that a round counts, or their sum, as :meth:`run_round` returns them."""
+        return self._files.sum(round) or self._files.updates(round)
 
     def close_round(self) -> None:
         """Deletes the round's updates; the ledger keeps who sent what."""
-        self._files.inbox.close_round()
+        self._files.close_round()
 
     def publish_patch(self) -> int:
         """Changes the proxy to its next version, which the ledger has; every silo gets it before its next round.
@@ -174,6 +185,27 @@ class FederationServer:
     def bytes_up(self) -> int:
         """Payload bytes received: updates."""
         return self._files.inbox.bytes_up
+
+    def _make_summing(self) -> Summing | None:
+        """None without secure aggregation."""
+        terms, config = self._config.secure_terms, self._config
+        if terms is None or config.tls is None:
+            return None
+        seconds = config.secure_aggregation.stage_deadline_seconds
+        verifier = Verifier(config.tls.ca)
+        return Summing(self._ledger.run_id, terms, self._files, self._audit, verifier, seconds)
+
+    def _picked(self, action: Picked, present: Collection[str]) -> None:
+        self._files.enter(action, present)
+        if self._summing is not None and not isinstance(action, Substitute):
+            self._begin_sum(action.round, action.attempt)
+
+    def _begin_sum(self, round: int, attempt: int) -> None:
+        assert self._summing is not None
+        assert self._files.adapter is not None
+        version, counts = self._live.proxy_version, self._files.inbox.counts_inactivity
+        task = task_digest(self._files.adapter.sha256, version, count_inactivity=counts)
+        self._summing.begin(round, attempt, task)
 
     def _announce(self) -> None:
         """What the silos can fetch is what the files are now."""

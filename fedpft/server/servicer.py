@@ -3,6 +3,7 @@
 # ruff: noqa: N802, D102  (the methods are named and described in the proto)
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -13,12 +14,21 @@ import grpc
 import fedpft
 from fedpft import faults, federation
 from fedpft.audit import AuditLog
-from fedpft.errors import CheckpointError, InvalidUpdate, RefusedByServer, ServerUnreachable, TransferCorrupt
-from fedpft.federation import UpdateArrived
+from fedpft.errors import (
+    CheckpointError,
+    InvalidUpdate,
+    RefusedByServer,
+    RoundOver,
+    ServerUnreachable,
+    TransferCorrupt,
+)
+from fedpft.federation import Stage, StageAnswered, UpdateArrived, Verdict
 from fedpft.server.admission import Admission, place_of
 from fedpft.server.inbox import Inbox
 from fedpft.server.live import LiveFederation
 from fedpft.server.outbox import Outbox
+from fedpft.server.summing import ANSWERS, Summing
+from fedpft.server.updates import Update
 from fedpft.wire.channel import Watchdog
 from fedpft.wire.hello import Terms, series
 from fedpft.wire.status import answering, sanitised
@@ -57,10 +67,11 @@ class FederationServicer:
         run_id: str,
         admission: Admission,
         terms: Terms,
+        summing: Summing | None = None,
     ) -> None:
         self._live, self._inbox, self._outbox, self._audit = live, inbox, outbox, audit
         self._settings_json, self._run_id = settings_json, run_id
-        self._sender, self._terms = admission.sender, terms
+        self._sender, self._terms, self._summing = admission.sender, terms, summing
 
     def Hello(self, request: pb.HelloRequest, context: grpc.ServicerContext) -> pb.HelloResponse:
         with self._answering(context):
@@ -74,19 +85,25 @@ class FederationServicer:
                 labels=terms.labels,
                 max_tokens=terms.max_tokens,
                 characters_per_token=terms.characters_per_token,
+                secure_aggregation=terms.secure_aggregation,
             )
 
     def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolResponse:
         with self._answering(context):
             silo = self._sender(context)
             _check_version(silo, request.package_version)
+            if self._summing is not None and request.samples:
+                raise RefusedByServer(f"{silo} tells its samples, which only a sum should", "update fedpft there")
             try:
                 self._live.enrol(silo, request.samples, place_of(context))
             except RefusedByServer as error:
                 self._audit.append("refused", peer=silo, reason=error.message)
                 raise
-            self._inbox.enrolled(silo, request.samples)
-            self._audit.append("enrolled", peer=silo, samples=request.samples)
+            if self._summing is None:
+                self._inbox.enrolled(silo, request.samples)
+                self._audit.append("enrolled", peer=silo, samples=request.samples)
+            else:
+                self._audit.append("enrolled", peer=silo)
             return pb.EnrolResponse(
                 settings_json=self._settings_json,
                 run_id=self._run_id,
@@ -103,6 +120,8 @@ class FederationServicer:
             match assignment:
                 case federation.Train(round, attempt):
                     return pb.NextTaskResponse(train=self._train(silo, round, attempt))
+                case federation.Answer(round, attempt, stage):
+                    return self._stage(silo, round, attempt, stage)
                 case federation.Wait():
                     return pb.NextTaskResponse(wait=pb.Wait())
                 case federation.Finished():
@@ -122,7 +141,7 @@ class FederationServicer:
     def OfferUpdate(self, request: pb.OfferUpdateRequest, context: grpc.ServicerContext) -> pb.OfferUpdateResponse:
         with self._answering(context):
             silo, header = self._enrolled(context), request.update
-            match self._live.judge(_arrival(silo, header)):
+            match self._judge(silo, header):
                 case federation.Accept() if header.file.content:
                     return pb.OfferUpdateResponse(verdict=self._take(silo, header, ()))
                 case federation.Accept():
@@ -134,7 +153,8 @@ class FederationServicer:
                     counted = self._inbox.counted(silo, header)
                     return pb.OfferUpdateResponse(verdict=VERDICTS[federation.Duplicate], counted_sha256=counted)
                 case federation.Refuse(_, error):
-                    self._live.take(_arrival(silo, header), keep=lambda: None)
+                    if self._summing is None:
+                        self._live.take(_arrival(silo, header), keep=lambda: None)
                     raise error
 
     def SendUpdate(self, parts: Iterator[pb.SendUpdateRequest], context: grpc.ServicerContext) -> pb.SendUpdateResponse:
@@ -143,7 +163,7 @@ class FederationServicer:
             if first is None or first.WhichOneof("part") != "update":
                 raise TransferCorrupt("an update began without its header", AGAIN)
             header = first.update
-            match self._live.judge(_arrival(silo, header)):
+            match self._judge(silo, header):
                 case federation.Refuse(_, refusal):
                     raise refusal
                 case federation.Duplicate():
@@ -160,15 +180,70 @@ class FederationServicer:
             self._take(silo, header, chunks())
             return pb.SendUpdateResponse()
 
+    def AnswerStage(self, request: pb.AnswerStageRequest, context: grpc.ServicerContext) -> pb.AnswerStageResponse:
+        with self._answering(context):
+            silo, round, kind = self._enrolled(context), request.round, request.WhichOneof("answer")
+            if self._summing is None or kind is None:
+                raise RefusedByServer("this federation has no such stage", "restart the silo")
+            if kind == "withdrawal":
+                self._audit.append("withdrawn", peer=silo, round=round, attempt=request.attempt)
+                if request.withdrawal.from_round:
+                    self._live.fail(silo, "it has helped to open this round's sum over other silos", round)
+                else:
+                    self._live.withdraw(silo, round, request.attempt)
+                return pb.AnswerStageResponse()
+            with self._out_of_the_round(silo, round):
+                verdict = self._take_keys(silo, request) if kind == "keys" else self._take_answer(silo, request, kind)
+            self._audit.append(
+                "received",
+                peer=silo,
+                file=kind,
+                round=round,
+                attempt=request.attempt,
+                bytes=request.ByteSize(),
+            )
+            if isinstance(verdict, federation.Refuse):
+                raise verdict.error
+            return pb.AnswerStageResponse()
+
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.LeaveResponse:
         with self._answering(context):
             self._live.fail(self._enrolled(context), "it left; its own log says why")
             return pb.LeaveResponse()
 
+    def _judge(self, silo: str, header: pb.UpdateHeader) -> Verdict:
+        """Of an update, or of a vector of secure aggregation."""
+        if self._summing is None:
+            return self._live.judge(_arrival(silo, header))
+        return self._live.judge_answer(_vector(silo, header))
+
+    def _take_keys(self, silo: str, request: pb.AnswerStageRequest) -> Verdict:
+        assert self._summing is not None
+        summing, shown = self._summing, request.keys
+        arrived = UpdateArrived(silo, request.round, shown.proxy_version, request.attempt)
+        verdict = self._live.judge(arrived)
+        if isinstance(verdict, federation.Duplicate):
+            return verdict
+        if isinstance(verdict, federation.Refuse):
+            return self._live.take(arrived, keep=lambda: None)
+        keys = summing.check_keys(silo, request.round, request.attempt, shown.keys)
+        return self._live.take(arrived, keep=lambda: summing.keep_keys(keys, request.round, request.attempt))
+
+    def _take_answer(self, silo: str, request: pb.AnswerStageRequest, kind: str) -> Verdict:
+        assert self._summing is not None
+        summing, answered = self._summing, StageAnswered(silo, request.round, request.attempt, ANSWERS[kind])
+        verdict = self._live.judge_answer(answered)
+        if not isinstance(verdict, federation.Accept):
+            return verdict
+        summing.check(silo, request)
+        return self._live.answer(answered, keep=lambda: summing.keep(silo, request))
+
     def _take(self, silo: str, header: pb.UpdateHeader, chunks: Iterable[pb.Chunk]) -> pb.OfferUpdateResponse.Verdict:
         """Receives an update and, if it is the first, lets it count."""
         with self._out_of_the_round(silo, header.round):
             update = self._inbox.receive(silo, header, chunks)
+        if (summing := self._summing) is not None:
+            return self._take_vector(silo, header, update, summing)
         verdict = self._live.take(_arrival(silo, header), lambda: self._inbox.keep(update, header))
         self._inbox.sync()
         self._audit.append(
@@ -185,6 +260,33 @@ class FederationServicer:
         if isinstance(verdict, federation.Refuse):
             raise verdict.error
         return VERDICTS[type(verdict)]
+
+    def _take_vector(
+        self, silo: str, header: pb.UpdateHeader, update: Update, summing: Summing
+    ) -> pb.OfferUpdateResponse.Verdict:
+        keep = functools.partial(summing.keep_vector, silo, header.round, header.attempt, update.path)
+        verdict = self._live.answer(_vector(silo, header), keep)
+        self._audit.append(
+            "received",
+            peer=silo,
+            file="vector",
+            round=header.round,
+            attempt=header.attempt,
+            bytes=header.file.total_bytes,
+            sha256=header.file.sha256.hex(),
+        )
+        if not isinstance(verdict, federation.Accept):
+            update.path.unlink(missing_ok=True)
+        if isinstance(verdict, federation.Refuse):
+            raise verdict.error
+        return VERDICTS[type(verdict)]
+
+    def _stage(self, silo: str, round: int, attempt: int, stage: Stage) -> pb.NextTaskResponse:
+        assert self._summing is not None
+        try:
+            return pb.NextTaskResponse(stage=self._summing.asked(silo, round, attempt, stage))
+        except RoundOver:  # in the meantime
+            return pb.NextTaskResponse(wait=pb.Wait())
 
     @contextlib.contextmanager
     def _answering(self, context: grpc.ServicerContext) -> Iterator[None]:
@@ -238,3 +340,7 @@ def _check_version(silo: str, version: str) -> None:
 
 def _arrival(silo: str, header: pb.UpdateHeader) -> UpdateArrived:
     return UpdateArrived(silo, header.round, header.proxy_version, header.attempt)
+
+
+def _vector(silo: str, header: pb.UpdateHeader) -> StageAnswered:
+    return StageAnswered(silo, header.round, header.attempt, Stage.VECTORS)

@@ -6,7 +6,6 @@ K neurons of a layer of the proxy.
 """
 
 import functools
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,10 @@ from torch import Tensor
 from fedpft.aggregation.mean import normalized_mean, weighted_mean
 from fedpft.aggregation.robust import krum, median, squared_distances, trimmed_mean
 from fedpft.config import AggregationSection
-from fedpft.errors import InvalidUpdate, ModelError
+from fedpft.errors import InvalidUpdate
 from fedpft.finite import is_finite
 from fedpft.model.adapters import Adapter
+from fedpft.privacy.fixedpoint import Layout
 from fedpft.wire.encoding import ENCODINGS, Encoding, decode, layout
 from fedpft.wire.tensors import Spec, TensorFile
 
@@ -113,15 +113,6 @@ def aggregate(updates: Sequence[Update], settings: AggregationSection, batch: in
     return mean
 
 
-def compressed_neurons(bundle: Path) -> dict[int, int]:
-    """For each compressed layer of the proxy its K, from the bundle's proxy.json."""
-    try:
-        description = json.loads((bundle / "proxy.json").read_text(encoding="utf-8"))
-        return {int(layer): int(description["neurons"][layer]) for layer in description["compressed"]}
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ModelError(f"{bundle / 'proxy.json'}: cannot be read ({error})", "build the proxy again") from None
-
-
 def largest_update_bytes(start: TensorFile, neurons: Mapping[int, int]) -> int:
     """No valid update of a round that began with this adapter is larger, in any encoding."""
     content = sum(
@@ -162,6 +153,28 @@ def check_update(
     _check_change(update, max_norm)
     if counts:
         _check_inactivity(update, neurons)
+
+
+def adapter_shapes(start: TensorFile) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of an adapter's file."""
+    return {name: spec.shape for name, spec in _adapter_specs(start).items()}
+
+
+def vector_bytes(layout: Layout) -> int:
+    """No file of a vector of secure aggregation is larger."""
+    return 4 * layout.words + HEADER_BYTES
+
+
+def check_vector(update: Update, words: int) -> None:
+    """Looks at a vector of secure aggregation, which tells nothing but its length.
+
+    Raises:
+        InvalidUpdate: naming the silo: it is something else, or says more than it should.
+        TransferCorrupt: the file is none.
+    """
+    if update.samples or update.metrics:
+        raise InvalidUpdate(f"{update.silo}: tells its samples or metrics, which only their sum should", _REMEDY)
+    _check_specs(update, {"masked/words": Spec(torch.int32, (words,))})
 
 
 def _mean(

@@ -1,6 +1,7 @@
 """The server as a silo sees it: one method for each RPC, each patient with a server that is away for a while."""
 
 import collections
+import hashlib
 import itertools
 import logging
 import secrets
@@ -18,7 +19,7 @@ import fedpft
 from fedpft import atomic, faults
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, SiloConfig
-from fedpft.errors import NotEnrolled, RankLost, RefusedByServer
+from fedpft.errors import NotEnrolled, PrivacyViolation, RankLost, RefusedByServer
 from fedpft.wire import transfer
 from fedpft.wire.channel import (
     ID_BYTES,
@@ -88,6 +89,7 @@ class ServerConnection:
             self._metadata += ((SILO_KEY, config.insecure_name),)
         self._samples = 0
         self._run_id: str | None = None
+        self._settings: RoundSettings | None = None
 
     def enrol(self, samples: int) -> Enrolment:
         """Says that this silo is here with so many labelled samples.
@@ -108,8 +110,42 @@ class ServerConnection:
             raise RefusedByServer(
                 f"the server's settings cannot be read: {error.errors()[0]['msg']}", SAME_VERSION
             ) from None
-        self._samples, self._run_id = samples, reply.run_id
+        if self._settings is not None:
+            before, now = self._settings.secure_aggregation, settings.secure_aggregation
+            if (before is None) != (now is None):
+                raise PrivacyViolation(
+                    f"{self._config.server} began with{'out' if before is None else ''} secure aggregation, and "
+                    "changed that",
+                    "nothing was sent since; ask the server's operator, then restart the silo",
+                )
+        self._samples, self._run_id, self._settings = samples, reply.run_id, settings
         return Enrolment(settings, reply.run_id, tuple(reply.proxy))
+
+    @property
+    def run_id(self) -> str:
+        """Of the federation that this silo has enrolled in."""
+        assert self._run_id is not None
+        return self._run_id
+
+    @property
+    def settings(self) -> RoundSettings:
+        """As the server said at the last enrolment: one that was restarted may say something else."""
+        assert self._settings is not None
+        return self._settings
+
+    def answer(self, request: pb.AnswerStageRequest) -> None:
+        """Says what a stage of secure aggregation asks for; RoundOver if it comes too late."""
+        kind = str(request.WhichOneof("answer"))
+        self._audit.append(
+            "sent",
+            peer=self._config.server,
+            round=request.round,
+            file=kind,
+            attempt=request.attempt,
+            bytes=request.ByteSize(),
+            sha256=hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest(),
+        )
+        self._ask(self._stub.AnswerStage, request)
 
     def fetch_proxy(self, enrolment: Enrolment) -> Path:
         """The bundle's directory under `work`; what lies there already, whole and unchanged, is not fetched again."""

@@ -5,7 +5,7 @@ import logging
 from fedpft.config import SiloConfig
 from fedpft.data.batches import describe_cut
 from fedpft.data.samples import Examination, Samples
-from fedpft.errors import FedPFTError, ModelError, RefusedByServer
+from fedpft.errors import FedPFTError, ModelError, PrivacyViolation, RefusedByServer
 from fedpft.model import loading
 from fedpft.silo.connection import SAME_VERSION
 from fedpft.silo.work import Work
@@ -48,12 +48,22 @@ def prepare(config: SiloConfig) -> tuple[Samples, Terms]:
         greeting.check_version(config.server)
         if greeting.terms is None:
             raise RefusedByServer(f"{config.server} does not say what the data must be like", SAME_VERSION)
+        check_required(config, secure=greeting.terms.secure_aggregation)
     except FedPFTError as error:
         raise fault or error from None
     samples = fit(examination, config, greeting.terms)
     for warning in samples.warnings:
         log.warning("%s", warning)
     return samples, greeting.terms
+
+
+def check_required(config: SiloConfig, *, secure: bool) -> None:
+    """Raises PrivacyViolation if a federation lacks what the silo demands of it."""
+    if "secure_aggregation" in config.require and not secure:
+        raise PrivacyViolation(
+            f"{config.server} has no secure aggregation, which `require` in silo.yaml demands",
+            "ask the server's operator for federation.secure_aggregation: true; nothing was sent",
+        )
 
 
 def describe_lengths(config: SiloConfig, samples: Samples, terms: Terms) -> str:

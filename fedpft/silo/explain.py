@@ -8,6 +8,7 @@ from fedpft.config import AdapterSection, PrivacySection, SiloConfig
 from fedpft.errors import ConfigError, ModelError
 from fedpft.model import adapters
 from fedpft.model.subffn import sub_ffns
+from fedpft.privacy.fixedpoint import SUMMED_METRICS
 from fedpft.proxy.bundle import Proxy, load_proxy
 from fedpft.silo.budget import Budget
 from fedpft.silo.data import WAY_OUT, examine
@@ -37,31 +38,24 @@ def explain(config: SiloConfig) -> str:
     work = Work(config.work)
     joined = work.joined()
     proxy = None if joined is None else _received(work.proxy_path(joined))
+    secure = "secure_aggregation" in config.require
+    secure = secure or (joined is not None and joined.settings.secure_aggregation is not None)
     sections = {
         "To whom": _peer(config),
         "Before it enrols": [
             _row("question", "what the data must be like; nothing goes with it but the version below")
         ],
         "On enrolment, and again whenever the server or this silo was restarted": [
-            _row("samples", f"{examination.rows - len(examination.faults)}"),
-            _row("", f"how many rows of {config.data.path} can be used"),
+            *_samples(config, examination.rows - len(examination.faults), secure),
             _row("version", f"{fedpft.__version__}, of fedpft"),
         ],
         "With each call": [
             _row("two numbers", "made up at random: one kept in the work directory, one of the process; by them the"),
             _row("", "server knows two processes with the same kit apart"),
         ],
-        "In each round that the server picks this silo for": [
-            *_adapter(joined, proxy),
-            _row("", "The adapter is made from the data: whoever studies it can learn something of them."),
-            _row("samples", "how many of the samples the round's training went through"),
-            _row("metrics", ", ".join(config.share.metrics) or "none"),
-            _row("", "skipped_rows: how many rows were left out; cut_texts: how many texts were too long for the"),
-            _row("", "model and were cut; cut_completions: of how many the answer was; label_diversity: if the server"),
-            _row("", "asks, how likely it is that two samples have different labels"),
-            *_inactivity(config.share.inactivity, proxy),
-            *_private(config, joined),
-        ],
+        "In each round that the server picks this silo for": (
+            _secure(config, joined, proxy) if secure else _plain(config, joined, proxy)
+        ),
         "When it ends with an error": [_row("notice", "that it leaves; the reason stays here")],
         "Never": [
             _row("data", "no text, image or label, and no number that belongs to one sample"),
@@ -82,6 +76,9 @@ def explain(config: SiloConfig) -> str:
             _row("", "inactivity: false       no inactivity counts; the server does without them"),
             _row("limits", "max_local_epochs: 0.5   fewer samples in a round"),
             _row("privacy", "epsilon: 8   no more than so much of any sample; `fedpft privacy` prints what was spent"),
+            _row(
+                "require", "[secure_aggregation]   no federation in which the server learns more than sums over silos"
+            ),
         ],
     }
     parts = ["What leaves this institution when this silo runs. Nothing was sent to print this."]
@@ -112,6 +109,54 @@ def privacy_report(config: SiloConfig) -> str:
     return "\n".join(lines)
 
 
+METRICS = (
+    "skipped_rows: how many rows were left out; cut_texts: how many texts were too long for the",
+    "model and were cut; cut_completions: of how many the answer was; label_diversity: if the server",
+    "asks, how likely it is that two samples have different labels",
+)
+
+
+def _samples(config: SiloConfig, usable: int, secure: bool) -> list[str]:
+    if secure:
+        return [_row("samples", "not how many there are: secure aggregation (docs/privacy.md)")]
+    return [
+        _row("samples", f"{usable}"),
+        _row("", f"how many rows of {config.data.path} can be used; not sent with secure aggregation"),
+    ]
+
+
+def _plain(config: SiloConfig, joined: Joined | None, proxy: Proxy | None) -> list[str]:
+    return [
+        *_adapter(joined, proxy),
+        _row("", "The adapter is made from the data: whoever studies it can learn something of them."),
+        _row("samples", "how many of the samples the round's training went through"),
+        _row("metrics", ", ".join(config.share.metrics) or "none"),
+        *(_row("", line) for line in METRICS),
+        *_inactivity(config.share.inactivity, proxy),
+        *_private(config, joined),
+    ]
+
+
+def _secure(config: SiloConfig, joined: Joined | None, proxy: Proxy | None) -> list[str]:
+    terms = None if joined is None else joined.settings.secure_aggregation
+    fewest = max(config.smallest_sum, 2 if terms is None else terms.min_silos)
+    summed = [name for name in config.share.metrics if name in SUMMED_METRICS]
+    return [
+        _row("keys", "made for this attempt alone, signed with this silo's certificate, of which a copy goes along"),
+        _row("shares", "of this silo's secrets, sealed for each other silo; the server cannot open them"),
+        _row("vector", "all of the following as one list of 32-bit words under masks, which look like chance"),
+        _row("signature", "of the list of silos whose sum is to be opened"),
+        _row("shares", f"of what is left of masks in a sum over {fewest} silos or more, once enough have signed it"),
+        _row("", "The server learns the sum over all these silos, and nothing else of any of them:"),
+        *_adapter(joined, proxy, shown_encoding=False),
+        _row("samples", "how many of the samples the round's training went through, and the weight that follows"),
+        _row("metrics", ", ".join(summed) or "none"),
+        _row("", "each with how many silos share it: if no other does, it is this silo's"),
+        *_inactivity(config.share.inactivity, proxy),
+        *_private(config, joined),
+    ]
+
+
 def _peer(config: SiloConfig) -> list[str]:
     if config.tls is None:
         return [
@@ -133,14 +178,14 @@ def _received(bundle: Path) -> Proxy | None:
         return None
 
 
-def _adapter(joined: Joined | None, proxy: Proxy | None) -> list[str]:
+def _adapter(joined: Joined | None, proxy: Proxy | None, *, shown_encoding: bool = True) -> list[str]:
     if joined is None or proxy is None:
         return [
             _row("adapter", "two small matrices (LoRA) beside each query, key, value and attention output projection"),
             _row("", "of the proxy, and if the server asks beside those of its FFNs, and its task head."),
             _row("", "No proxy was received yet: run this again when one was, and every tensor is listed here"),
-            _row("encoding", "as the server asks:"),
-            *(_row("", text) for text in ENCODINGS.values()),
+            *([_row("encoding", "as the server asks:")] if shown_encoding else []),
+            *(_row("", text) for text in ENCODINGS.values() if shown_encoding),
         ]
     encoding = joined.settings.training.update_encoding
     specs = _adapter_specs(proxy, joined.settings.adapter, joined.settings.seed)
@@ -148,7 +193,7 @@ def _adapter(joined: Joined | None, proxy: Proxy | None) -> list[str]:
     return [
         _row("adapter", f"{len(specs)} tensors, {sum(sent.values())} bytes:"),
         *_table((name, str(list(s.shape)), str(s.dtype)[6:], f"{sent[name]} bytes") for name, s in specs.items()),
-        _row("encoding", ENCODINGS[encoding]),
+        *([_row("encoding", ENCODINGS[encoding])] if shown_encoding else []),
     ]
 
 

@@ -218,11 +218,16 @@ class Learner:
         )
         if result.inactivity is not None:
             groups["inactivity"] = of_whole(result.inactivity, self.proxy) if self.proxy.held else result.inactivity
+        weight, terms = float(result.samples), self.settings.secure_aggregation
+        if terms is not None and terms.weights == "equal":
+            weight = 1.0
+        elif terms is not None and terms.weights == "diversity" and self.task.label_list and private is None:
+            weight *= diversity(self._label_counts(dataset))
         metrics = result.metrics | dataset.counts | told
         if private is not None:
             metrics = {"seconds": metrics["seconds"]}
         shared: dict[str, float] = {name: metrics[name] for name in share.metrics if name in metrics}
-        return work.keep_update(train, groups, residual, samples=result.samples, metrics=shared)
+        return work.keep_update(train, groups, residual, samples=result.samples, metrics=shared, weight=weight)
 
     def _check_private(self) -> None:
         if self.settings.adapter.ffn:

@@ -5,17 +5,21 @@ from pathlib import Path
 
 from fedpft import faults, machine, parallel
 from fedpft.config import PrivacySection, ShareSection, SiloConfig
+from fedpft.data.batches import round_window
 from fedpft.data.samples import Samples
 from fedpft.errors import ConfigError, InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
 from fedpft.model import quantized
 from fedpft.parallel import Ranks
+from fedpft.proxy.bundle import compressed_neurons
 from fedpft.silo import data
 from fedpft.silo.budget import Budget
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
 from fedpft.silo.follower import Beginning, SharedRound, follow
 from fedpft.silo.learner import Learner
 from fedpft.silo.ondisk import DataOnDisk
+from fedpft.silo.summing import Summing, check_agreed
 from fedpft.silo.work import Update, Work, opened
+from fedpft.training import epochs_of
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.hello import Terms
 from fedpft.wire.status import sanitised
@@ -51,10 +55,13 @@ def _lead(config: SiloConfig, ranks: Ranks) -> None:
         samples, terms = data.prepare(config)
         # Faults are explained within the connection too: what is said to the server then comes after it.
         with opened(config.work) as work, ServerConnection(config) as server, faults.explaining(config.work, "work"):
-            enrolment = server.enrol(len(samples))
+            secure = terms.secure_aggregation  # nobody is told then how many samples there are
+            enrolment = server.enrol(0 if secure else len(samples))
             log.info("%s: enrolled at %s with %d samples", name, config.server, len(samples))
+            check_agreed(config, said=secure, terms=enrolment.settings.secure_aggregation)
             work.join(enrolment, name)
-            offer_again(server, work, config.share)
+            if not secure:
+                offer_again(server, work, config.share)
             participant = Participant(name, config, samples, terms, on_disk, work, enrolment, server, ranks)
             begin_with(server, work, on_disk, len(samples))
             participant.take_part()
@@ -154,6 +161,10 @@ class Participant:
             if ranks.size > 1:
                 raise ConfigError("privacy: is for one process, not for several", "start the silo without torchrun")
         self._packing = self.learner.way_to_pack(name, self.dataset, ranks)
+        self._summing: Summing | None = None
+        if self.settings.secure_aggregation is not None:
+            self._check_samples(self.settings.secure_aggregation.most_samples)
+            self._summing = Summing(name, config, work, server, compressed_neurons(bundle))
 
     def take_part(self) -> None:
         """Does what the server asks until the federation is finished; RefusedByServer if it is broken off."""
@@ -163,6 +174,11 @@ class Participant:
                 case "train":
                     try:
                         self.do(assignment.train)
+                    except RoundOver as error:
+                        log.warning("%s: too late: %s", self.name, error.message)
+                case "stage" if self._summing is not None:
+                    try:
+                        self._summing.do(assignment.stage)
                     except RoundOver as error:
                         log.warning("%s: too late: %s", self.name, error.message)
                 case "finished":
@@ -180,10 +196,16 @@ class Participant:
     def do(self, train: pb.Train) -> None:
         """One round; RoundOver if it ended before this silo was through."""
         self.round = train.round
+        if self._summing is not None:
+            self._summing.check_round(train.round)
         self._look_at_data()
         update = self._work.update(self.config.share)
         if update is None or not update.answers(train):
             update = self.train(train)
+        if self._summing is not None:
+            self._server.fetch(train.adapter, *self._work.received(train.adapter))  # if it is gone since the training
+            self._summing.begin(train, update, self._server.settings)
+            return
         counted_now = submit(self._server, self._work, update, attempt=train.attempt)
         log.info(
             "%s: round %d of %d: %s",
@@ -218,6 +240,16 @@ class Participant:
             ranks=self._ranks,
             budget=self._budget,
         )
+
+    def _check_samples(self, most: int) -> None:
+        """Before the training, which would be for nothing."""
+        epochs = epochs_of(self.settings.training, self.config.limits)
+        _, samples = round_window(len(self.dataset), epochs, 0)
+        if samples > most:
+            raise InvalidUpdate(
+                f"{self.name} trains on {samples} samples in a round, but secure_aggregation.most_samples is {most}",
+                "set limits.max_local_epochs in silo.yaml, or have the server raise secure_aggregation.most_samples",
+            )
 
     def _look_at_data(self) -> None:
         if (now := self._on_disk.changed()) is not None:

@@ -12,6 +12,8 @@
     update.safetensors              the last update
     update-residual.safetensors     what was rounded off it
     residual-<round>.safetensors    the same, of the last update that counted: goes into the next one
+    vector.safetensors              with secure aggregation what was sent in its place: the update under masks
+    opened.json                     of which silos this one last helped to open a sum
 
 An update is complete here before the server hears of it, so that a silo that is killed later offers the same bytes
 again. Only once the update counts does its residual take the place of the former one.
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from fedpft import atomic
 from fedpft.config import RoundSettings, ShareSection
+from fedpft.errors import CheckpointError
 from fedpft.silo.connection import Enrolment
 from fedpft.wire import transfer
 from fedpft.wire.tensors import Group, TensorFile, read_tensors, write_tensors
@@ -63,6 +66,7 @@ class Update(_Record):
     start: SHA-256 of the adapter that the round started from.
     sha256: of update.safetensors.
     counted: whether the server said that it counts.
+    weight: of the silo in a secure sum.
     """
 
     round: int
@@ -72,6 +76,7 @@ class Update(_Record):
     metrics: dict[str, float]
     sha256: str
     counted: bool = False
+    weight: float = 0.0
 
     def answers(self, train: pb.Train) -> bool:
         """Whether training in this round would give the same update once more."""
@@ -82,6 +87,14 @@ class Update(_Record):
         )
 
 
+class Opened(_Record):
+    """The last sum that this silo helped to open: of which run and round, over which silos."""
+
+    run_id: str
+    round: int
+    survivors: frozenset[str]
+
+
 class Work:
     """The directory; one process at a time (:func:`opened`)."""
 
@@ -90,6 +103,7 @@ class Work:
         self.tokens_path = path / "cache" / "tokens.safetensors"
         self.update_path = path / "update.safetensors"
         self._update_file: transfer.Payload | None = None
+        self._vector_path, self._opened_path = path / "vector.safetensors", path / "opened.json"
         self._update_json, self._update_residual = path / "update.json", path / "update-residual.safetensors"
 
     def joined(self) -> Joined | None:
@@ -171,6 +185,7 @@ class Work:
         *,
         samples: int,
         metrics: dict[str, float],
+        weight: float = 0.0,
     ) -> Update:
         """Writes a round's result in the place of the last one."""
         self.drop_update()
@@ -185,6 +200,7 @@ class Work:
             samples=samples,
             metrics=metrics,
             sha256=self._update_file.sha256.hex(),
+            weight=weight,
         )
         self._write(update)
         return update
@@ -205,6 +221,36 @@ class Work:
         """Deletes the last update; what was rounded off it is lost with it, unless it counted."""
         for path in (self._update_json, self._update_residual, self.update_path):
             path.unlink(missing_ok=True)
+
+    def start_path(self, update: Update) -> Path:
+        """The adapter that an update started from, which is kept as long as its round is on."""
+        return self.path / "received" / f"{update.start}.safetensors"
+
+    def keep_vector(self, words: Tensor) -> transfer.Payload:
+        """What is sent of an update in secure aggregation: (L,) int32."""
+        write_tensors(self._vector_path, {"masked": {"words": words}})
+        return transfer.payload(self._vector_path)
+
+    def drop_vector(self) -> None:
+        """Of an attempt that is over."""
+        self._vector_path.unlink(missing_ok=True)
+
+    def opened(self, run_id: str) -> Opened | None:
+        """The last sum of a run that this silo helped to open; CheckpointError if that cannot be told any more."""
+        try:
+            opened = Opened.model_validate_json(self._opened_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (ValidationError, UnicodeDecodeError):
+            raise CheckpointError(
+                f"{self._opened_path}: is not what was written", "restore it; without it a second sum could be opened"
+            ) from None
+        return opened if opened.run_id == run_id else None
+
+    def keep_opened(self, opened: Opened) -> None:
+        """On disk before the first share leaves."""
+        if self.opened(opened.run_id) != opened:
+            atomic.write_text(self._opened_path, opened.model_dump_json(indent=1))
 
     def residual(self, round: int) -> dict[str, Tensor]:
         """What was rounded off the last update that counted, before a round; by name, float32."""

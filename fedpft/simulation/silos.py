@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedpft.config import RoundSettings, SimulationConfig
+from fedpft.config import RoundSettings, SecureTerms, SimulationConfig
 from fedpft.errors import InvalidUpdate
 from fedpft.federation import (
     Accept,
@@ -16,6 +16,7 @@ from fedpft.federation import (
     Event,
     FinishRequested,
     LoseQuorum,
+    Open,
     PatchPublished,
     RoundRequested,
     SiloFailed,
@@ -23,15 +24,19 @@ from fedpft.federation import (
     Substitute,
     UpdateArrived,
 )
+from fedpft.proxy.bundle import compressed_neurons
 from fedpft.server.ledger import Ledger
 from fedpft.server.live import log_action
+from fedpft.server.outcome import Sum
 from fedpft.server.roundfiles import RoundFiles, federation_of
+from fedpft.server.summing import sum_of
 from fedpft.server.updates import Update
+from fedpft.silo.summing import words_of
 from fedpft.silo.work import Update as Trained
 from fedpft.silo.work import Work
 from fedpft.simulation.crew import SHARE, Crew, Done, Job, falls_on
 from fedpft.simulation.data import SilosData
-from fedpft.wire.transfer import payload
+from fedpft.wire.transfer import Payload, payload
 from fedpft.wire.v1 import federation_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -55,10 +60,11 @@ class SimulatedSilos:
         crew: Crew,
     ) -> None:
         self._config, self._ledger, self._data, self._crew = config, ledger, data, crew
-        self._federation = federation_of(config)
+        self._federation = federation_of(config, simulated=True)
         self._files = RoundFiles(config, bundle, settings, ledger)
         self._files.resume(self._federation)
         self._keep_residuals()
+        self._neurons = compressed_neurons(bundle)
         self._bundle_bytes = sum(path.stat().st_size for path in bundle.iterdir())
         self._versions = self._versions_so_far()
         self.bytes_down = 0
@@ -81,8 +87,10 @@ class SimulatedSilos:
             self._files.inbox.enrolled(silo, self._data.sizes[silo])
             self._federation.handle(Enrolled(silo))
 
-    def run_round(self, round: int, *, count_inactivity: bool) -> list[Update]:
+    def run_round(self, round: int, *, count_inactivity: bool) -> list[Update] | Sum:
         """Lets the round's silos train."""
+        if (kept := self._files.sum(round)) is not None:
+            return kept
         if round != self._files.open_round:
             self._files.open(round, count_inactivity=count_inactivity)
         for silo in self._federation.silos:  # whoever dropped out is back
@@ -93,15 +101,18 @@ class SimulatedSilos:
         if isinstance(outcome, LoseQuorum):
             self._files.lose(round, self._federation.failed)
             raise outcome.error
+        if self._config.secure_terms is not None:  # no stages: what is added is the same without masks
+            paths = [update.path for update in self._files.updates(round)]
+            self._files.keep_sum(Open(round, self._federation.attempt, outcome.silos), sum_of(paths))
         return self.updates(round)
 
-    def updates(self, round: int) -> list[Update]:
-        """Those that the round counts."""
-        return self._files.updates(round)
+    def updates(self, round: int) -> list[Update] | Sum:
+        """Those that the round counts, or their sum."""
+        return self._files.sum(round) or self._files.updates(round)
 
     def close_round(self) -> None:
         """Deletes the round's updates."""
-        self._files.inbox.close_round()
+        self._files.close_round()
 
     def publish_patch(self) -> int:
         """The proxy has its next version."""
@@ -163,18 +174,17 @@ class SimulatedSilos:
         trained, silo = done.trained, done.silo
         if trained is None:
             return self._handle(SiloFailed(silo, done.fault, round))
-        work = self._data.work(silo)
-        file = payload(work.update_path)
-        header = pb.UpdateHeader(
-            round=round,
-            attempt=self._federation.attempt,
-            proxy_version=trained.proxy_version,
-            samples=trained.samples,
-            metrics=trained.metrics,
-            file=file.announcement(),
-        )
+        work, terms = self._data.work(silo), self._config.secure_terms
+        header = pb.UpdateHeader(round=round, attempt=self._federation.attempt, proxy_version=trained.proxy_version)
         try:
-            update = self._files.inbox.take_in(silo, header, work.update_path)
+            if terms is None:
+                file = payload(work.update_path)
+                header.samples = trained.samples
+                header.metrics.update(trained.metrics)
+            else:
+                file = self._vector(silo, trained, work, terms)
+            header.file.CopyFrom(file.announcement())
+            update = self._files.inbox.take_in(silo, header, file.path)
         except InvalidUpdate as error:
             work.drop_update()
             return self._handle(SiloFailed(silo, error.message, round))
@@ -184,6 +194,12 @@ class SimulatedSilos:
             self._files.inbox.sync()
             self._keep_residual(work, trained)
         return self._handle(arrived)
+
+    def _vector(self, silo: str, trained: Trained, work: Work, terms: SecureTerms) -> Payload:
+        assert self._files.adapter is not None
+        neurons = self._neurons if self._files.inbox.counts_inactivity else {}
+        start, seed = self._files.adapter.path, self._config.seed
+        return work.keep_vector(words_of(silo, trained, work, start, neurons, terms, seed))
 
     def _handle(self, event: Event) -> Aggregate | LoseQuorum | None:
         outcome: Aggregate | LoseQuorum | None = None
@@ -199,6 +215,7 @@ class SimulatedSilos:
         """The update counts: of all that the silo has on disk, what was rounded off it is for later."""
         work.count_update(trained)
         work.drop_update()
+        work.drop_vector()
         with contextlib.suppress(OSError):  # something was rounded off
             work.path.rmdir()
 

@@ -92,7 +92,7 @@ def read_kit(tls: TlsSection, role: Role) -> Kit:
             until = f"{each.not_valid_after_utc:%Y-%m-%d}"
             warnings.append(f"{path} expires on {until}, in {days_left(each)} days -> {remedy}: docs/operating.md")
     days = min(days_left(certificate), days_left(issuer))
-    return Kit(_name(tls.certificate, certificate), ca, pem, key, days, tuple(warnings))
+    return Kit(common_name(certificate, tls.certificate), ca, pem, key, days, tuple(warnings))
 
 
 def fitting_key(tls: TlsSection) -> bytes:
@@ -208,6 +208,12 @@ def _serial(certificate: bytes) -> int:
     return x509.load_pem_x509_certificate(certificate).serial_number
 
 
+def check_good_for(certificate: x509.Certificate, whose: str, role: Role) -> None:
+    """Raises CertificateError if it is not valid today, or made for the other role."""
+    _check_dates(whose, certificate)
+    _check_role(whose, certificate, role)
+
+
 # --- one file ---------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +248,7 @@ def _fitting_key(tls: TlsSection, certificate: x509.Certificate) -> bytes:
     )
 
 
-def _check_dates(path: Path, certificate: x509.Certificate) -> None:
+def _check_dates(path: Path | str, certificate: x509.Certificate) -> None:
     now = datetime.datetime.now(datetime.UTC)
     if now > certificate.not_valid_after_utc:
         raise CertificateError(f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC", NEW_KIT)
@@ -253,7 +259,7 @@ def _check_dates(path: Path, certificate: x509.Certificate) -> None:
         )
 
 
-def _check_role(path: Path, certificate: x509.Certificate, role: Role) -> None:
+def _check_role(path: Path | str, certificate: x509.Certificate, role: Role) -> None:
     try:
         usages = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except x509.ExtensionNotFound:
@@ -262,7 +268,8 @@ def _check_role(path: Path, certificate: x509.Certificate, role: Role) -> None:
         raise CertificateError(f"{path} is not a {role}'s certificate", f"use the kit made for the {role}")
 
 
-def _name(path: Path, certificate: x509.Certificate) -> str:
+def common_name(certificate: x509.Certificate, path: Path | str) -> str:
+    """By which a silo is known; CertificateError if there is not just one."""
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     if len(names) != 1:
         raise CertificateError(f"{path} has no common name", NEW_KIT)

@@ -26,12 +26,14 @@ class Terms:
 
     max_tokens: texts are cut after so many.
     characters_per_token: of the server's public texts; 0.0 where samples are images.
+    secure_aggregation: whether the server learns sums over silos only.
     """
 
     task: TaskName
     labels: tuple[str, ...]
     max_tokens: int
     characters_per_token: float
+    secure_aggregation: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,4 +86,5 @@ def _terms(answer: pb.HelloResponse) -> Terms | None:
     if answer.task not in get_args(TaskName):
         return None
     task = cast(TaskName, answer.task)
-    return Terms(task, tuple(answer.labels), answer.max_tokens, answer.characters_per_token)
+    said = tuple(answer.labels), answer.max_tokens, answer.characters_per_token, answer.secure_aggregation
+    return Terms(task, *said)

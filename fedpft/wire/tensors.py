@@ -1,6 +1,7 @@
 """Tensors by name <-> safetensors files: no pickle, nothing that executes.
 
-A file holds groups of tensors. An update's are "adapter" or "delta" and "scale" (see encoding.py), and "inactivity".
+A file holds groups of tensors. An update's are "adapter" or "delta" and "scale" (see encoding.py), and "inactivity";
+or, with secure aggregation, "masked".
 """
 
 import json
@@ -21,7 +22,18 @@ from fedpft import atomic
 from fedpft.errors import TransferCorrupt
 from fedpft.model.mapped import DTYPES
 
-Group = Literal["adapter", "delta", "scale", "inactivity", "patch", "residual", "first_moment", "second_moment"]
+Group = Literal[
+    "adapter",
+    "delta",
+    "scale",
+    "inactivity",
+    "masked",
+    "sum",
+    "patch",
+    "residual",
+    "first_moment",
+    "second_moment",
+]
 
 LARGEST_HEADER_BYTES = 4 << 20  # some 40,000 tensors
 

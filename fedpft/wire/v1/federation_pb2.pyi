@@ -36,20 +36,22 @@ class HelloRequest(_message.Message):
     def __init__(self, package_version: _Optional[str] = ...) -> None: ...
 
 class HelloResponse(_message.Message):
-    __slots__ = ("package_version", "time_ms", "task", "labels", "max_tokens", "characters_per_token")
+    __slots__ = ("package_version", "time_ms", "task", "labels", "max_tokens", "characters_per_token", "secure_aggregation")
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TIME_MS_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CHARACTERS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SECURE_AGGREGATION_FIELD_NUMBER: _ClassVar[int]
     package_version: str
     time_ms: int
     task: str
     labels: _containers.RepeatedScalarFieldContainer[str]
     max_tokens: int
     characters_per_token: float
-    def __init__(self, package_version: _Optional[str] = ..., time_ms: _Optional[int] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_tokens: _Optional[int] = ..., characters_per_token: _Optional[float] = ...) -> None: ...
+    secure_aggregation: bool
+    def __init__(self, package_version: _Optional[str] = ..., time_ms: _Optional[int] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_tokens: _Optional[int] = ..., characters_per_token: _Optional[float] = ..., secure_aggregation: _Optional[bool] = ...) -> None: ...
 
 class EnrolRequest(_message.Message):
     __slots__ = ("samples", "package_version")
@@ -74,16 +76,18 @@ class NextTaskRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NextTaskResponse(_message.Message):
-    __slots__ = ("train", "wait", "finished", "aborted")
+    __slots__ = ("train", "wait", "finished", "aborted", "stage")
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     ABORTED_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
     train: Train
     wait: Wait
     finished: Finished
     aborted: Aborted
-    def __init__(self, train: _Optional[_Union[Train, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ...) -> None: ...
+    stage: Stage
+    def __init__(self, train: _Optional[_Union[Train, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., stage: _Optional[_Union[Stage, _Mapping]] = ...) -> None: ...
 
 class Train(_message.Message):
     __slots__ = ("round", "attempt", "adapter", "proxy_version", "patch", "snapshot", "count_inactivity")
@@ -102,6 +106,125 @@ class Train(_message.Message):
     snapshot: File
     count_inactivity: bool
     def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., adapter: _Optional[_Union[File, _Mapping]] = ..., proxy_version: _Optional[int] = ..., patch: _Optional[_Union[File, _Mapping]] = ..., snapshot: _Optional[_Union[File, _Mapping]] = ..., count_inactivity: _Optional[bool] = ...) -> None: ...
+
+class Stage(_message.Message):
+    __slots__ = ("round", "attempt", "roster", "sealed", "survivors", "signatures")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    roster: Roster
+    sealed: SealedShares
+    survivors: Survivors
+    signatures: Signatures
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., sealed: _Optional[_Union[SealedShares, _Mapping]] = ..., survivors: _Optional[_Union[Survivors, _Mapping]] = ..., signatures: _Optional[_Union[Signatures, _Mapping]] = ...) -> None: ...
+
+class Keys(_message.Message):
+    __slots__ = ("certificate", "seal_key", "mask_key", "commitment", "signature")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    SEAL_KEY_FIELD_NUMBER: _ClassVar[int]
+    MASK_KEY_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENT_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    seal_key: bytes
+    mask_key: bytes
+    commitment: bytes
+    signature: bytes
+    def __init__(self, certificate: _Optional[bytes] = ..., seal_key: _Optional[bytes] = ..., mask_key: _Optional[bytes] = ..., commitment: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Roster(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedCompositeFieldContainer[Keys]
+    def __init__(self, keys: _Optional[_Iterable[_Union[Keys, _Mapping]]] = ...) -> None: ...
+
+class SealedShares(_message.Message):
+    __slots__ = ("by_silo",)
+    class BySiloEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    BY_SILO_FIELD_NUMBER: _ClassVar[int]
+    by_silo: _containers.ScalarMap[str, bytes]
+    def __init__(self, by_silo: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class Survivors(_message.Message):
+    __slots__ = ("silos",)
+    SILOS_FIELD_NUMBER: _ClassVar[int]
+    silos: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, silos: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Signatures(_message.Message):
+    __slots__ = ("survivors", "by_silo")
+    class BySiloEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    BY_SILO_FIELD_NUMBER: _ClassVar[int]
+    survivors: Survivors
+    by_silo: _containers.ScalarMap[str, bytes]
+    def __init__(self, survivors: _Optional[_Union[Survivors, _Mapping]] = ..., by_silo: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class Reveal(_message.Message):
+    __slots__ = ("by_silo",)
+    class BySiloEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    BY_SILO_FIELD_NUMBER: _ClassVar[int]
+    by_silo: _containers.ScalarMap[str, bytes]
+    def __init__(self, by_silo: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
+class AnswerStageRequest(_message.Message):
+    __slots__ = ("round", "attempt", "keys", "shares", "signature", "reveal", "withdrawal")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    REVEAL_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAWAL_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    keys: ShownKeys
+    shares: SealedShares
+    signature: bytes
+    reveal: Reveal
+    withdrawal: Withdrawal
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., keys: _Optional[_Union[ShownKeys, _Mapping]] = ..., shares: _Optional[_Union[SealedShares, _Mapping]] = ..., signature: _Optional[bytes] = ..., reveal: _Optional[_Union[Reveal, _Mapping]] = ..., withdrawal: _Optional[_Union[Withdrawal, _Mapping]] = ...) -> None: ...
+
+class ShownKeys(_message.Message):
+    __slots__ = ("keys", "proxy_version")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    PROXY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    keys: Keys
+    proxy_version: int
+    def __init__(self, keys: _Optional[_Union[Keys, _Mapping]] = ..., proxy_version: _Optional[int] = ...) -> None: ...
+
+class Withdrawal(_message.Message):
+    __slots__ = ("from_round",)
+    FROM_ROUND_FIELD_NUMBER: _ClassVar[int]
+    from_round: bool
+    def __init__(self, from_round: _Optional[bool] = ...) -> None: ...
+
+class AnswerStageResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Wait(_message.Message):
     __slots__ = ()

@@ -64,6 +64,11 @@ class FederationServiceStub:
                 request_serializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.SendUpdateRequest.SerializeToString,
                 response_deserializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.SendUpdateResponse.FromString,
                 _registered_method=True)
+        self.AnswerStage = channel.unary_unary(
+                '/fedpft.wire.v1.FederationService/AnswerStage',
+                request_serializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.AnswerStageRequest.SerializeToString,
+                response_deserializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.AnswerStageResponse.FromString,
+                _registered_method=True)
         self.Leave = channel.unary_unary(
                 '/fedpft.wire.v1.FederationService/Leave',
                 request_serializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.LeaveRequest.SerializeToString,
@@ -127,6 +132,14 @@ class FederationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AnswerStage(self, request, context):
+        """What a silo has to say in a stage of an attempt at a round's sum.
+        OUT_OF_RANGE: the attempt is over: ask for the next task. INVALID_ARGUMENT: the answer cannot be used.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Leave(self, request, context):
         """This silo stops. It spares the others the wait for it; why it stops is its own affair and is not sent.
         """
@@ -166,6 +179,11 @@ def add_FederationServiceServicer_to_server(servicer, server):
                     servicer.SendUpdate,
                     request_deserializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.SendUpdateRequest.FromString,
                     response_serializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.SendUpdateResponse.SerializeToString,
+            ),
+            'AnswerStage': grpc.unary_unary_rpc_method_handler(
+                    servicer.AnswerStage,
+                    request_deserializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.AnswerStageRequest.FromString,
+                    response_serializer=fedpft_dot_wire_dot_v1_dot_federation__pb2.AnswerStageResponse.SerializeToString,
             ),
             'Leave': grpc.unary_unary_rpc_method_handler(
                     servicer.Leave,
@@ -335,6 +353,33 @@ class FederationService:
             '/fedpft.wire.v1.FederationService/SendUpdate',
             fedpft_dot_wire_dot_v1_dot_federation__pb2.SendUpdateRequest.SerializeToString,
             fedpft_dot_wire_dot_v1_dot_federation__pb2.SendUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnswerStage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpft.wire.v1.FederationService/AnswerStage',
+            fedpft_dot_wire_dot_v1_dot_federation__pb2.AnswerStageRequest.SerializeToString,
+            fedpft_dot_wire_dot_v1_dot_federation__pb2.AnswerStageResponse.FromString,
             options,
             channel_credentials,
             insecure,
