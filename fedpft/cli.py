@@ -54,7 +54,9 @@ def _demo(arguments: argparse.Namespace) -> None:
     of_size = (run.LM_FULL, run.LM_QUICK) if arguments.lm else (run.FULL, run.QUICK)
     scale = of_size[arguments.quick]
     with atomic.made(arguments.out, "--out") as directory:
-        summary = run.run_demo(directory, scale=scale, seed=arguments.seed, compare=arguments.compare)
+        summary = run.run_demo(
+            directory, scale=scale, seed=arguments.seed, compare=arguments.compare, private=arguments.private
+        )
     print(format_table(summary))
     print(f"\nreport: {arguments.out / 'report.html'}    numbers: {arguments.out / 'summary.json'}")
 
@@ -231,6 +233,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quick", action="store_true", help="a small corpus and few steps: does it run at all?")
     sub.add_argument(
         "--compare", action="store_true", help="add the rows of the paper: full model, layer drop, ablations"
+    )
+
+    sub.add_argument(
+        "--private",
+        action="store_true",
+        help=f"add rows with secure aggregation, without and with differential privacy at epsilon {run.EPSILON:g}",
     )
 
     sub = with_server_yaml(
