@@ -430,7 +430,9 @@ class SecureAggregationSection(Section):
         "to open a sum. A higher one withstands more silos that plot with the server, and fewer that drop out.",
     )
     stage_deadline_seconds: float = Field(
-        300.0, gt=0.0, description="Longest wait for silos in each stage after the training."
+        300.0,
+        gt=0.0,
+        description="Longest wait for silos in each stage after the training, while no vector is on its way.",
     )
 
     @model_validator(mode="after")

@@ -645,8 +645,6 @@ class Federation:
         needed, left = self._threshold(len(self.accepted)), self.waiting | self.done
         if self.stage in (Stage.SHARES, Stage.VECTORS):
             needed = max(needed, self._quorum)
-        if self.stage in (Stage.SHARES, Stage.SIGNATURES):  # whose answer is worth nothing without the next one
-            left = left - self.failed.keys()
         if len(left) < needed:
             return self._begin_anew(f"{len(left)} silos are left of {needed} for {self.stage.name.lower()}")
         if self.waiting:

@@ -823,11 +823,29 @@ class AnySum(RuleBasedStateMachine):
         update = UpdateArrived(silo, self.round, 0, self.federation.attempt)
         assert self.handle(update)[0] == Accept(silo)
 
+    @in_phase(Phase.TRAINING)
+    @rule()
+    def all_show_keys(self):
+        for silo in sorted(self.federation.pending):
+            self.secrets[silo] = self.federation.attempt
+            self.handle(UpdateArrived(silo, self.round, 0, self.federation.attempt))
+
     @precondition(lambda machine: machine.federation.stage is not None)
     @rule(data=st.data(), times=st.integers(1, 2))
     def answers(self, data, times):
+        self.answer(data.draw(st.sampled_from(sorted(self.federation.waiting))), times)
+
+    @precondition(lambda machine: machine.federation.stage is not None)
+    @rule()
+    def all_answer(self):
+        stage, attempt = self.federation.stage, self.attempt
+        for silo in sorted(self.federation.waiting):
+            if (self.federation.stage, self.attempt) == (stage, attempt):
+                self.answer(silo, 1)
+
+    def answer(self, silo, times):
         federation = self.federation
-        silo, attempt, stage = data.draw(st.sampled_from(sorted(federation.waiting))), self.attempt, federation.stage
+        attempt, stage = self.attempt, federation.stage
         survivors = self.stages.get(Stage.SIGNATURES)
         barred = stage is Stage.SIGNATURES and self.pinned.get(silo, survivors) != survivors
         if self.secrets[silo] != attempt or barred:

@@ -612,3 +612,18 @@ def test_a_server_that_does_not_keep_what_it_said_is_left(tmp_path, kits, said, 
     )
     with pytest.raises(PrivacyViolation, match=message):
         check_agreed(config, said=said, terms=terms)
+
+
+def test_a_vector_that_is_on_its_way_is_waited_for_longer_than_a_stage(world):
+    """As over a slow link: a byte arrives now and then."""
+    here, trickling = world(min_silos=2, stage_seconds=0.8), threading.Event()
+
+    def slowly():
+        for _ in range(4):
+            here.server._files.inbox._count(1)
+            trickling.wait(0.5)
+
+    here.start_silos(north=Once("sealed", slowly))
+    here.server.wait_for_silos()
+    here.run_round(1)
+    assert torch.equal(here.words(1), added(SILOS, 1)), "north is in it"

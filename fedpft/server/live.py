@@ -265,9 +265,11 @@ class LiveFederation:
 
     def _await_outcome(self, round: int, timeout_seconds: float, summing: "Summing | None") -> Outcome | None:
         while self._outcome is None:
-            is_summing = summing is not None and self._federation.phase is Phase.SUMMING
+            is_summing, arrived = self._federation.phase is Phase.SUMMING, summing.arrived_bytes if summing else 0
             if self._await_news(summing.stage_seconds if summing and is_summing else timeout_seconds):
                 continue
+            if summing is not None and is_summing and summing.arrived_bytes != arrived:
+                continue  # a vector is on its way, over a slow link
             before = self._turns
             self.handle(DeadlinePassed(round))
             if self._turns == before:
@@ -297,9 +299,16 @@ def _silos(outcome: Outcome | None) -> tuple[str, ...]:
 
 
 class Summing(Protocol):
-    """What there is to do in the stages of a sum; stage_seconds: the longest wait in one of them."""
+    """What there is to do in the stages of a sum.
+
+    stage_seconds: the longest wait in one of them, while nothing arrives.
+    """
 
     stage_seconds: float
+
+    @property
+    def arrived_bytes(self) -> int:
+        """Of vectors, so far."""
 
     def staged(self, action: StartStage) -> None:
         """A stage begins; no silo has heard of it."""

@@ -75,6 +75,11 @@ class Summing:
         self._lock = threading.RLock()
         self._attempt: _Attempt | None = None
 
+    @property
+    def arrived_bytes(self) -> int:
+        """Of vectors, so far."""
+        return self._files.inbox.bytes_up
+
     def begin(self, round: int, attempt: int, task: bytes) -> None:
         """A new attempt; nothing of the one before is of use."""
         with self._lock:

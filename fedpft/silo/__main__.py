@@ -26,8 +26,8 @@ Several processes of one machine train together, each on parts of every batch:
 EPILOG = """\
 Exit codes: 0 the federation is finished; 1 the disk of the work directory; 2 wrong command line; 3 silo.yaml; 4 the
 data; 5 the proxy; 6 a key or a certificate; 7 the server cannot be reached; 8 to 10 the server refused; 13 broken
-transfers; 14 the audit log; 15 a fault of fedpft; 16 too little memory; 17 another of the silo's processes ended; 130
-and 143 stopped by Ctrl-C and SIGTERM.
+transfers; 14 the audit log; 15 a fault of fedpft; 16 too little memory; 17 another of the silo's processes ended; 18
+more would be shown than was agreed on; 130 and 143 stopped by Ctrl-C and SIGTERM.
 docs/errors.md says more. Progress and errors go to stderr.
 """
 
