@@ -180,8 +180,19 @@ def rows(
     return found
 
 
-def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool, private: bool = False) -> dict[str, Any]:
+def run_demo(
+    out: Path,
+    *,
+    scale: Scale,
+    seed: int,
+    compare: bool,
+    private: bool = False,
+    more: Mapping[str, Settings] | None = None,
+) -> dict[str, Any]:
     """Runs the demo into an empty or missing directory and returns what is in OUT/summary.json.
+
+    Args:
+        more: further rows, as of :func:`rows`.
 
     Raises:
         ConfigError: OUT holds something else than an earlier demo.
@@ -205,7 +216,7 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool, private: bool
         layer_drop_steps=scale.layer_drop_steps,
         private=scale.private if private else None,
     )
-    for row, changes in others.items():
+    for row, changes in {**others, **(more or {})}.items():
         settings = merged(product, changes)
         if not {"proxy", "distillation"} & changes.keys():
             settings["proxy_path"] = str(out / "rows" / MAIN / "out" / "proxy")
