@@ -83,9 +83,11 @@ CHANGES: dict[str, dict[str, Settings]] = {
         },
         "all refitted, no steps": {"alignment": {"closed_form_samples": 256, "steps": 0, "updated_fraction": 1.0}},
     },
-    "silos": {  # some of which have room for half of the proxy's neurons only
+    "silos": {  # some of which have little room: for half of the proxy's neurons, or for coarse ones
         "half of the silos narrow": {"simulation": {"narrow_fraction": 0.5}},
         "all silos narrow": {"simulation": {"narrow_fraction": 1.0}},
+        "all silos int8": {"simulation": {"narrow_fraction": 1.0, "narrow_width": 1.0, "narrow_weights": "int8"}},
+        "all silos int4": {"simulation": {"narrow_fraction": 1.0, "narrow_width": 1.0, "narrow_weights": "int4"}},
     },
     "dials": {},
     "steps": {},

@@ -5,7 +5,8 @@
 
 Each case runs in a process of its own, all the way: the file is looked at, encoded, and one epoch of batches is made of
 it, as a round makes them. Texts run twice: tokenised into the cache, and found there. Beside them stands what holds
-everything: all images decoded into one tensor, all rows and tokens in memory.
+everything: all images decoded into one tensor, all rows and tokens in memory; not where that
+would take more than half of the machine's.
 
 Peak memory is counted twice: all that is resident, mapped files with it, which the system takes back when it wants to;
 and the anonymous part, which it cannot. Both are above what the imports take.
@@ -39,6 +40,7 @@ from fedpft.data import images, rows
 from fedpft.data.batches import EncodedDataset, batches
 from fedpft.data.images import ImageDataset, ImagePixels
 from fedpft.data.samples import read_samples
+from fedpft.machine import memory_bytes
 from fedpft.tasks import TASKS
 
 RESULT = Path(__file__).parent / "results" / "datascale.json"
@@ -199,16 +201,21 @@ def cases(root: Path, count: int, text_bytes: int, held_bytes: int) -> Iterator[
     processors = write_processors(root / "processors")
     for share in (GROWTH, 1):
         directory = write_images(root / f"images-{share}", count // share)
-        for way in ("on demand", "held"):
+        for way in _ways("on demand", held=2 * count // share * 3 * PIXELS_SIDE**2 * 4):
             yield Case("image-classification", way, directory, processors["image-classification"], held_bytes)
         shutil.rmtree(directory)
     for share in (GROWTH, 1):
         path, cache = write_texts(root / f"{share}.jsonl", text_bytes // share), root / f"{share}.safetensors"
-        for way in ("tokenised", "found", "held"):
+        for way in _ways("tokenised", "found", held=5 * text_bytes // share):
             kept = None if way == "held" else cache
             yield Case("sequence-classification", way, path, processors["sequence-classification"], held_bytes, kept)
         path.unlink()
         cache.unlink()
+
+
+def _ways(*ways: str, held: int) -> tuple[str, ...]:
+    """These, and to hold everything, in about so many bytes, if that can be."""
+    return (*ways, "held") if held < memory_bytes() / 2 else ways
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Builds, checks and measures on a machine with a GPU, without a network; on 16 cores and an H100 it takes 6 minutes.
+# Builds, checks and measures on a machine with a GPU, without a network; on 16 cores and an H100 it takes some 10 minutes.
 #
 #   bench/gpu.sh                      every step
 #   bench/gpu.sh build kernels=400    some steps, one with another time limit, in seconds
 #
 #   PYTHON=python3                    a Python 3.11 or newer with torch for CUDA
-#   OUT=bench/results                 where kernels-cuda.json, training-cuda.json, scale-cuda.json and gpu.log go
+#   OUT=bench/results                 where kernels-cuda.json, training-cuda.json, scale-cuda.json, large-cuda.json and
+#                                     gpu.log go
 #   CUTLASS_DIR, TORCH_CUDA_ARCH_LIST as the build takes them; by default the code is for this GPU alone
 #   FEDPFT_WHEELS=directory           wheels of what is missing (pybind11, ninja, cmake, pytest, peft, ...); those of
 #                                     requirements-demo.txt too, for the step `training`
@@ -22,8 +23,9 @@ log=$OUT/gpu.log
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 FEDPFT_CUDA=1
 
 declare -A limit=([build]=180 [check]=30 [tests]=60 [slow]=40 [memcheck]=40 [racecheck]=40 [peers]=90 [kernels]=240
-  [training]=120 [scale]=120 [fused]=40)
-steps=(build check tests slow memcheck fused racecheck peers kernels training scale)
+  [training]=120 [scale]=120 [large]=300 [sharded]=120
+  [fused]=40)
+steps=(build check tests slow memcheck fused racecheck peers kernels training scale large sharded)
 if (($#)); then
   steps=()
   for argument; do
@@ -116,7 +118,7 @@ run_step() {
     build) "$PYTHON" setup.py build_ext --inplace ;;
     check) "$PYTHON" -m fedpft.kernels ;;
     tests)
-      mapfile -t files < <(grep -l 'mark\.cuda' tests/test_*.py)
+      mapfile -t files < <(grep -l 'mark\.cuda' tests/test_*.py | grep -v test_sharding)
       "$PYTHON" -m pytest -q -m "cuda and not slow" "${files[@]}"
       ;;
     slow) "$PYTHON" -m pytest -q -m "cuda and slow" tests/test_cuda.py ;;
@@ -126,6 +128,11 @@ run_step() {
     kernels) "$PYTHON" -m bench.kernels --device cuda --json "$OUT/kernels-cuda.json" ;;
     training) "$PYTHON" -m bench.training --device cuda --json "$OUT/training-cuda.json" ;;
     scale) "$PYTHON" -m bench.scale --part silo --device cuda --json "$OUT/scale-cuda.json" ;;
+    sharded) # a silo of two processes, each on a GPU of its own, with half of the proxy
+      "$PYTHON" -c 'import sys, torch; sys.exit(77 * (torch.cuda.device_count() < 2))' || return
+      "$PYTHON" -m pytest -q -m cuda tests/test_sharding.py
+      ;;
+    large) "$PYTHON" -m bench.large --device cuda --layers 16 --work "$(mktemp -d)" --out "$OUT" ;;
   esac
 }
 export -f run_step sanitizer few_cases peers

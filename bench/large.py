@@ -3,7 +3,8 @@
 Generates a LLaMA-shaped checkpoint of random weights in bfloat16, in shards, and public, silo's and test data for it;
 then runs `fedpft server` and one silo as an owner and an institution would, over loopback, and watches both processes:
 
-    OUT/large.json      for each phase seconds, peak of the resident memory, and bytes read from disk
+    OUT/large.json      for each phase seconds, peak of the resident memory, and bytes read from disk; large-cuda.json
+                        if the server computes on a GPU, with what is used of it
     WORK/               the checkpoint and the run, some 4.5 times the checkpoint at most; --keep leaves it there
 
 `--growth` instead builds proxies of small checkpoints, one of whose sizes is doubled, and doubled again:
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 SECONDS = 0.1  # between two looks at a process
 LAST_WORDS_SECONDS = 60.0
 WORDS, ROW_WORDS = 30_000, 24
+SHOWN = ("peak_bytes", "anonymous_bytes", "read_bytes", "gpu_bytes")
 # What a line of the log says has begun.
 PHASES = {
     "the FM is held in": "load",
@@ -72,12 +74,14 @@ class Phase:
     peak_bytes: int = 0
     anonymous_bytes: int = 0  # of the peak what is no page of a file
     read_bytes: int = 0  # from disk; what the system still had of a file is not in it
+    gpu_bytes: int = 0  # used of the whole GPU, beyond what was when the process began
 
 
 @dataclass
 class Watched:
     """A process and its phases, as its log names them."""
 
+    device: str = "cpu"
     phases: list[Phase] = field(default_factory=list)
 
     def follow(self, process: "subprocess.Popen[str]", echo: str) -> None:
@@ -85,7 +89,7 @@ class Watched:
         self.phases.append(Phase("start"))
         reader = threading.Thread(target=self._read_log, args=(process, echo), daemon=True)
         reader.start()
-        begun, read_before, phase = time.monotonic(), 0, self.phases[0]
+        begun, read_before, phase, idle = time.monotonic(), 0, self.phases[0], self._gpu_bytes()
         while process.poll() is None:
             now = self.phases[-1]
             status, read = _status(process.pid)
@@ -95,8 +99,15 @@ class Watched:
             phase.read_bytes = max(phase.read_bytes, read - read_before)
             phase.peak_bytes = max(phase.peak_bytes, status.get("VmHWM", 0))
             phase.anonymous_bytes = max(phase.anonymous_bytes, status.get("RssAnon", 0))
+            phase.gpu_bytes = max(phase.gpu_bytes, self._gpu_bytes() - idle)
             time.sleep(SECONDS)
         reader.join()
+
+    def _gpu_bytes(self) -> int:
+        if self.device == "cpu":
+            return 0
+        free, whole = torch.cuda.mem_get_info(self.device)
+        return whole - free
 
     def _read_log(self, process: "subprocess.Popen[str]", echo: str) -> None:
         assert process.stderr is not None
@@ -171,9 +182,10 @@ def write_data(directory: Path, rows: Mapping[str, int]) -> None:
         (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_settings(directory: Path, *, rows: int, neurons: int | str, port: int) -> None:
-    """server.yaml and silo.yaml."""
+def write_settings(directory: Path, *, rows: int, neurons: int | str, port: int, device: str = "cpu") -> None:
+    """server.yaml and silo.yaml, of which the server computes on the device."""
     server: dict[str, Any] = {
+        "device": device,
         "out": "out",
         "listen": f"127.0.0.1:{port}",
         "insecure_loopback": True,
@@ -226,8 +238,8 @@ def run(arguments: argparse.Namespace) -> None:
         write_checkpoint(work / "fm", layers=arguments.layers, hidden=arguments.hidden, ffn=arguments.ffn)
     size = sum(file.stat().st_size for file in (work / "fm").glob("*.safetensors"))
     write_data(work, {"public": arguments.rows, "north": 8, "test": 8})
-    write_settings(work, rows=arguments.rows, neurons=arguments.neurons, port=arguments.port)
-    server, silo = Watched(), Watched()
+    write_settings(work, rows=arguments.rows, neurons=arguments.neurons, port=arguments.port, device=arguments.device)
+    server, silo = Watched(arguments.device), Watched()
     with started("server", work, server) as owners, started("silo", work, silo):
         owners.join()
     proxy = sum(file.stat().st_size for file in (work / "out" / "proxy" / "bundle").glob("*.safetensors"))
@@ -239,9 +251,10 @@ def run(arguments: argparse.Namespace) -> None:
         "server": [asdict(phase) for phase in server.phases],
         "silo": [asdict(phase) for phase in silo.phases],
         "metrics": json.loads((work / "out" / "summary.json").read_text(encoding="utf-8"))["metrics"],
-        "provenance": provenance("cpu"),
+        "provenance": provenance(arguments.device),
     }
-    atomic.write_text(arguments.out / "large.json", json.dumps(found, indent=1) + "\n")
+    name = "large.json" if arguments.device == "cpu" else "large-cuda.json"
+    atomic.write_text(arguments.out / name, json.dumps(found, indent=1) + "\n")
     print(markdown(found))
     if not arguments.keep:
         shutil.rmtree(work)
@@ -308,7 +321,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "fedpft", "font.size": 9}
-    names = {"layers": "layers", "hidden": "D (K with it: F / 4)", "ffn": "F (and K)", "rows": "public rows"}
+    names = {"layers": "layers", "hidden": "D", "ffn": "F, and K = F / 4 with it", "rows": "public rows"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9.0, 3.4), layout="constrained")
         panels = figure.subplots(1, 2)
@@ -339,11 +352,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def markdown(found: Mapping[str, Any]) -> str:
     """The table of both processes."""
     sizes = ", ".join(f"{name} {found[f'{name}_bytes'] / 2**30:.2f} GiB" for name in ("checkpoint", "layer", "proxy"))
-    lines = [sizes, "", "| process | phase | seconds | peak, GiB | of it no file, GiB | read from disk, GiB |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    head = "| process | phase | seconds | peak, GiB | of it no file, GiB | read from disk, GiB | GPU, GiB |"
+    lines = [sizes, "", head, "| --- | --- | --- | --- | --- | --- | --- |"]
     for side in ("server", "silo"):
         for each in found[side]:
-            memory = " | ".join(f"{each[name] / 2**30:.2f}" for name in ("peak_bytes", "anonymous_bytes", "read_bytes"))
+            memory = " | ".join(f"{each[name] / 2**30:.2f}" for name in SHOWN)
             lines.append(f"| {side} | {each['name']} | {each['seconds']:.0f} | {memory} |")
     return "\n".join(lines)
 
@@ -358,6 +371,7 @@ def main() -> int:
     add("--neurons", type=int, default=2048, help="K; default: %(default)s")
     add("--rows", type=int, default=32, help="public rows of 25 tokens that are looked at; default: %(default)s")
     add("--port", type=int, default=50551)
+    add("--device", default="cpu", help="where the server computes; default: %(default)s")
     add("--out", type=Path, default=Path("bench/results"), help="default: %(default)s")
     add("--work", type=Path, default=Path("large-out"), help="default: %(default)s")
     add("--keep", action="store_true", help="leave WORK there; what lies there is used again")

@@ -3,8 +3,8 @@
 `--part silo`: steps of a silo against `transformers.Trainer` with peft, each with and without gradient checkpointing,
 on the same proxy of a model of random weights: ours as it is sent, theirs as plain modules of transformers. Batches and
 settings are the same, dropout is LoRA's alone, and nobody counts inactive neurons. Without dropout the losses must be
-the same too, or the run ends there. Memory is the highest of two steps above the loaded proxy and its data, each loop
-in a process of its own; times are interleaved.
+the same too, packed or not, or the run ends there; weights in 8 or 4 bits have losses of their own. Memory is the
+highest of two steps above the loaded proxy and its data, each loop in a process of its own; times are interleaved.
 """
 
 import argparse
@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from bench.measure import Run, peak_bytes, provenance
 from bench.training import step_times
 from fedpft.command import run_command
-from fedpft.config import AdapterSection, LimitsSection, ProxySection, RoundSettings, TaskName, TrainingSection
+from fedpft.config import AdapterSection, FewBits, LimitsSection, ProxySection, RoundSettings, TaskName, TrainingSection
 from fedpft.data.batches import EncodedDataset, batches
 from fedpft.data.language import LanguageDataset
 from fedpft.data.text import TextDataset
 from fedpft.errors import FedPFTError
 from fedpft.model import adapters, loading
 from fedpft.model.architectures import architecture_of, layers_of
+from fedpft.model.packing import Way, way_to_pack
+from fedpft.model.quantized import held_bytes, quantizable, quantized
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import Selection, select
 from fedpft.seeding import derive_seed
@@ -80,9 +82,15 @@ QUICK = {
 OURS = {
     "fedpft": LimitsSection(),
     "fedpft, compact": LimitsSection(compact=True),
+    "fedpft, int8": LimitsSection(weights="int8"),
+    "fedpft, int4": LimitsSection(weights="int4"),
     "fedpft, checkpointing": LimitsSection(checkpointing=True),
+    "fedpft, int4, checkpointing": LimitsSection(weights="int4", checkpointing=True),
+    "fedpft, packed": LimitsSection(),
+    "fedpft, int4, packed": LimitsSection(weights="int4"),
 }
-THEIRS = {"Trainer + peft": False, "Trainer + peft, checkpointing": True}
+PLAIN = "Trainer + peft"
+THEIRS = (PLAIN, f"{PLAIN}, checkpointing", f"{PLAIN}, packed")
 # float32 rounding through some steps; AdamW's first steps divide by the size of a gradient, however small it is
 TOLERANCES = {"loss": 1e-4, "adapter": 0.02}
 
@@ -110,14 +118,18 @@ class Proxy:
 
 
 class OurSteps:
-    """`fedpft.training`. losses: of the last round's steps."""
+    """`fedpft.training`. losses: of the last round's parts of steps, each with the number of what it is the mean of."""
 
-    def __init__(self, proxy: Proxy, device: str, limits: LimitsSection) -> None:
-        self.losses: list[float] = []
+    def __init__(self, proxy: Proxy, device: str, limits: LimitsSection, packed: bool) -> None:
+        self.losses: list[tuple[float, int]] = []
         self._dataset, self._settings, self._limits = proxy.dataset, proxy.settings, limits
         self._task: Any = _Heard(TASKS[proxy.case.task], self.losses)
-        adapters.attach(proxy.fm, proxy.settings.adapter, seed=SEED)
         self.model = cut(proxy.fm, proxy.selection).to(device)
+        if limits.weights != "full":
+            _quantize(self.model, limits.weights)
+        adapters.attach(self.model, proxy.settings.adapter, seed=SEED)
+        self.model.to(device)
+        self._packing = _way_to_pack(self.model, self._dataset) if packed else None
 
     def __call__(self) -> LocalResult:
         self.losses.clear()
@@ -131,14 +143,16 @@ class OurSteps:
             compressed=(),
             count_inactivity=False,
             limits=self._limits,
+            packing=self._packing,
         )
 
 
 class TheirSteps:
-    """`transformers.Trainer` on plain modules with peft's LoRA. losses: of the last round's steps."""
+    """`transformers.Trainer` on plain modules with peft's LoRA. losses: of the last round's steps, as of OurSteps."""
 
-    def __init__(self, proxy: Proxy, device: str, checkpointing: bool) -> None:
-        self.losses: list[float] = []
+    def __init__(self, proxy: Proxy, device: str, checkpointing: bool, packed: bool) -> None:
+        self.losses: list[tuple[float, int]] = []
+        self._task = TASKS[proxy.case.task]
         self.model, training = proxy.fm, proxy.settings.training
         for layer, neurons in zip(layers_of(self.model), proxy.selection.neurons, strict=True):
             _prune(self.model, layer, neurons)
@@ -146,11 +160,11 @@ class TheirSteps:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         adapters.attach(self.model, proxy.settings.adapter, seed=SEED)
-        self.model.to(device).register_forward_hook(self._note)
+        self.model.to(device).register_forward_hook(self._note, with_kwargs=True)
         self._directory = tempfile.TemporaryDirectory()
         arguments = transformers.TrainingArguments(
             output_dir=self._directory.name,
-            per_device_train_batch_size=1,  # a batch is one row of this dataset
+            per_device_train_batch_size=proxy.case.batch if packed else 1,  # a batch is one row of the dataset
             learning_rate=training.learning_rate,
             num_train_epochs=1,
             train_sampling_strategy="sequential",
@@ -162,7 +176,10 @@ class TheirSteps:
             use_cpu=device == "cpu",
         )
         rows: Any = list(proxy.batches())
-        self.trainer = transformers.Trainer(self.model, arguments, train_dataset=rows, data_collator=_the_row)
+        collate: Any = _the_row
+        if packed:  # its batches are made of rows without padding
+            rows, collate = list(_unpadded(rows)), transformers.DataCollatorWithFlattening()
+        self.trainer = transformers.Trainer(self.model, arguments, train_dataset=rows, data_collator=collate)
         self.trainer.remove_callback(transformers.PrinterCallback)
 
     def __call__(self) -> None:
@@ -170,14 +187,14 @@ class TheirSteps:
         self.trainer.optimizer = self.trainer.lr_scheduler = None  # ours starts afresh each round too
         self.trainer.train()
 
-    def _note(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self.losses.append(float(output.loss.detach()))
+    def _note(self, _module: nn.Module, _inputs: Any, batch: dict[str, Tensor], output: Any) -> None:
+        self.losses.append((float(output.loss.detach()), self._task.weight(batch)))
 
 
 class _Heard:
     """A task whose losses are noted."""
 
-    def __init__(self, task: Any, losses: list[float]) -> None:
+    def __init__(self, task: Any, losses: list[tuple[float, int]]) -> None:
         self._task, self._losses = task, losses
 
     def __getattr__(self, name: str) -> Any:
@@ -185,7 +202,7 @@ class _Heard:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         loss: Tensor = self._task.loss(model, batch)
-        self._losses.append(float(loss.detach()))
+        self._losses.append((float(loss.detach()), self._task.weight(batch)))
         return loss
 
 
@@ -201,26 +218,43 @@ def prepare_silo(name: str, case: Case, directory: Path, device: str, dropout: f
     """A call that trains one round of a case by the loop of that name; a fresh model, nothing shared."""
     proxy = Proxy(case, directory, dropout)
     if name in OURS:
-        return OurSteps(proxy, device, OURS[name])
-    return TheirSteps(proxy, device, THEIRS[name])
+        return OurSteps(proxy, device, OURS[name], "packed" in name)
+    return TheirSteps(proxy, device, "checkpointing" in name, "packed" in name)
 
 
-def silo_agreement(case: Case, directory: Path, device: str) -> dict[str, float]:
-    """How far the loops come apart without dropout; FedPFTError where that is more than rounding."""
-    ours: Any = prepare_silo("fedpft", case, directory, device, 0.0)
-    theirs: Any = prepare_silo("Trainer + peft", case, directory, device, 0.0)
+def names_of(case: Case, spared: bool) -> list[str]:
+    """The loops of a case: packed those of language models, theirs with checkpointing where transformers has it."""
+    names = [name for name in (*OURS, *THEIRS) if "packed" not in name or case.task == "causal-lm"]
+    return [name for name in names if spared or name in OURS or "checkpointing" not in name]
+
+
+def silo_agreement(case: Case, directory: Path, device: str, how: str = "") -> dict[str, float]:
+    """How far the loops come apart without dropout; FedPFTError where that is more than rounding. how: ", packed"."""
+    ours: Any = prepare_silo(f"fedpft{how}", case, directory, device, 0.0)
+    theirs: Any = prepare_silo(f"{PLAIN}{how}", case, directory, device, 0.0)
     start = adapters.extract(ours.model)
     ours()
     theirs()
     one, other = adapters.extract(ours.model), adapters.extract(theirs.model)
     moved = sum((other[name] - start[name]).square().sum() for name in start)
     apart = sum((other[name] - one[name]).square().sum() for name in start)
-    pairs = list(zip(ours.losses, theirs.losses, strict=True))
+    pairs = list(_side_by_side(ours.losses, theirs.losses))
     found = {"loss": max(abs(a - b) for a, b in pairs), "adapter": float((apart / moved) ** 0.5)}
     for what, value in found.items():
         if not value < TOLERANCES[what]:
             raise FedPFTError(f"{what} differs by {value:.1e}: {pairs}", "the loops do not compute the same: mend one")
     return found
+
+
+def _side_by_side(parts: list[tuple[float, int]], steps: list[tuple[float, int]]) -> Iterator[tuple[float, float]]:
+    """Of each step the mean loss by our parts of it, and theirs."""
+    left = iter(parts)
+    for loss, weight in steps:
+        total, counted = 0.0, 0
+        while counted < weight:
+            own, count = next(left)
+            total, counted = total + own * count, counted + count
+        yield total / counted, loss
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -233,17 +267,21 @@ def measure_silo(cases: dict[str, Case], device: str, turns: int, clock: str) ->
         with tempfile.TemporaryDirectory(prefix="fedpft-bench-") as place:
             directory = Path(place)
             spared = write_model(case, directory)
-            names = [*OURS, *(name for name, again in THEIRS.items() if spared or not again)]
-            differences[key] = silo_agreement(case, directory, device)
+            names = names_of(case, spared)
+            for how in ("", ", packed"):
+                if f"fedpft{how}" in names:
+                    differences[f"{key}{how}"] = silo_agreement(case, directory, device, how)
             two = replace(case, steps=2)
             peaks = {name: peak_bytes(prepare_silo, name, two, directory, device, device=device) for name in names}
-            loops = {name: prepare_silo(name, case, directory, device) for name in names}
+            loops: dict[str, Any] = {name: prepare_silo(name, case, directory, device) for name in names}
+            weights = {name: held_bytes(loop.model.parameters()) for name, loop in loops.items()}
             times = step_times(loops, device, turns, CLOCKS[clock])
         tokens = float(_synthetic(case).lengths.sum()) / case.steps
         for name in names:
             rows[f"{key}: {name}"] = {
                 "step": asdict(times[name]),
                 "tokens_per_second": tokens / times[name].median_seconds,
+                "weights_bytes": weights[name],
                 "peak_bytes": peaks[name],
             }
     shapes = {key: asdict(case) for key, case in cases.items()}
@@ -251,22 +289,23 @@ def measure_silo(cases: dict[str, Case], device: str, turns: int, clock: str) ->
 
 
 def silo_table(found: dict[str, Any]) -> str:
-    """Markdown. Ratios compare with the Trainer that does the same: with checkpointing, if it has it for a model."""
+    """Markdown. Ratios compare with the Trainer that does the same: packed, or with checkpointing if it has it."""
     lines = [
-        "| case | loop | ms a step (quartiles) | tokens a second | peak, MiB | its speed / Trainer's | its peak / "
-        "Trainer's |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| case | loop | ms a step (quartiles) | tokens a second | weights, MiB | peak above them, MiB | its speed / "
+        "Trainer's | its peak / Trainer's |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for key, row in found["rows"].items():
         case, name = key.split(": ")
-        plain, again = (f"{case}: {peer}" for peer in THEIRS)
-        peer = found["rows"][again if "checkpointing" in name and again in found["rows"] else plain]
+        same = f"{case}: {PLAIN}, {name.rpartition(', ')[2]}"
+        peer = found["rows"].get(same, found["rows"][f"{case}: {PLAIN}"])
         median, (low, high) = row["step"]["median_seconds"], row["step"]["quartiles_seconds"]
         cells = [
             case,
             name,
             f"{1e3 * median:.0f} ({1e3 * low:.0f} to {1e3 * high:.0f})",
             f"{row['tokens_per_second']:.0f}",
+            f"{row['weights_bytes'] / 2**20:.0f}",
             f"{row['peak_bytes'] / 2**20:.0f}",
             f"{row['tokens_per_second'] / peer['tokens_per_second']:.2f}",
             f"{row['peak_bytes'] / peer['peak_bytes']:.2f}",
@@ -282,7 +321,9 @@ def _synthetic(case: Case) -> EncodedDataset:
     lengths = drawn.long().clamp(4, case.max_tokens)
     tokens = torch.randint(1000, 30000, (int(lengths.sum()),), generator=generator, dtype=torch.int32)
     if case.task == "causal-lm":
-        return LanguageDataset(tokens, torch.ones(len(tokens), dtype=torch.bool), lengths, 2)
+        learned = torch.ones(len(tokens), dtype=torch.bool)
+        learned[lengths.cumsum(0) - lengths] = False  # the first of each row
+        return LanguageDataset(tokens, learned, lengths, 2)
     return TextDataset(tokens, lengths, 1, torch.randint(len(CLASSES), (samples,), generator=generator))
 
 
@@ -299,6 +340,27 @@ def _prune(model: nn.Module, layer: nn.Module, neurons: Tensor) -> None:
         if bias is not None:
             smaller.bias.data = bias[neurons] if dimension == 0 else bias
         layer.set_submodule(path, smaller)
+
+
+def _quantize(model: nn.Module, form: FewBits) -> None:
+    """Holds what a silo holds in few bits. In place."""
+    for name in quantizable(model):
+        owner, _, last = name.rpartition(".")
+        held = quantized(model.get_parameter(name), form)
+        setattr(model.get_submodule(owner), last, nn.Parameter(held, requires_grad=False))
+
+
+def _way_to_pack(model: Any, dataset: EncodedDataset) -> Way:
+    vocabulary, longest = len(model.get_input_embeddings().weight), int(dataset.lengths.max())
+    way = way_to_pack(model.base_model, vocabulary=vocabulary, longest=longest, device=model.device)
+    assert way is not None
+    return way
+
+
+def _unpadded(batched: list[dict[str, Tensor]]) -> Iterator[dict[str, list[int]]]:
+    for batch in batched:
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True):
+            yield {"input_ids": ids[mask].tolist(), "labels": labels[mask].tolist()}
 
 
 def _the_row(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedpft import __version__, atomic, audit, doctor
+from fedpft import __version__, atomic, audit, doctor, parallel
 from fedpft.command import run_command
 from fedpft.config import ServerConfig, load_owner_config, load_server_config, load_silo_config, load_simulation_config
 from fedpft.demo import run
@@ -30,12 +30,12 @@ from fedpft.proxy.bundle import apply_patch
 from fedpft.proxy.cut import cut
 from fedpft.proxy.holdings import format_holdings, holdings
 from fedpft.report.page import format_table
-from fedpft.server.construction import Built, Owner, build_proxy, load_built, load_owner, measure
+from fedpft.server.construction import Built, Owner, build_proxy, help_distil, load_built, load_owner, measure
 from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, check_unchanged, kept_digests
 from fedpft.server.ledger import has_begun
 from fedpft.server.product import measure_worth, refine_product, save_product
 from fedpft.server.run import run as run_server
-from fedpft.silo.explain import explain
+from fedpft.silo.explain import explain, privacy_report
 from fedpft.silo.run import run as run_silo
 from fedpft.simulation.data import SilosData
 from fedpft.simulation.run import simulate
@@ -54,23 +54,31 @@ def _demo(arguments: argparse.Namespace) -> None:
     of_size = (run.LM_FULL, run.LM_QUICK) if arguments.lm else (run.FULL, run.QUICK)
     scale = of_size[arguments.quick]
     with atomic.made(arguments.out, "--out") as directory:
-        summary = run.run_demo(directory, scale=scale, seed=arguments.seed, compare=arguments.compare)
+        summary = run.run_demo(
+            directory, scale=scale, seed=arguments.seed, compare=arguments.compare, private=arguments.private
+        )
     print(format_table(summary))
     print(f"\nreport: {arguments.out / 'report.html'}    numbers: {arguments.out / 'summary.json'}")
 
 
 def _build_proxy(arguments: argparse.Namespace) -> None:
-    config = load_owner_config(arguments.config)
+    config, ranks = load_owner_config(arguments.config), parallel.joined()
+    config = config.model_copy(update={"device": ranks.device(config.device)})
+    if ranks.rank:
+        help_distil(config, ranks)
+        parallel.part(ranks)
+        return
     own, wanted = config.out / "proxy", arguments.out or config.out / "proxy"
     if has_begun(config.out) and wanted.resolve() in (own.resolve(), (config.proxy_path or own).resolve()):
         raise ConfigError(f"{wanted}: is the proxy of the run in {config.out}", "give another directory with --out")
     with atomic.made(wanted, "--out" if arguments.out else "out") as directory:
         owner = load_owner(config, digests := kept_digests(config))
-        built = build_proxy(config, owner, directory)
+        built = build_proxy(config, owner, directory, ranks)
         if held(owner.model) is not None:  # it was what its files were
             check_unchanged(config, owner.contents, digests)
         print(format_gaps(built.record.gaps))
         print(format_holdings(holdings(owner.model, built.proxy.model)))
+    parallel.part(ranks)
 
 
 def _server(arguments: argparse.Namespace) -> None:
@@ -174,6 +182,10 @@ def _audit(arguments: argparse.Namespace) -> None:
     print(audit.format_summary(summary))
 
 
+def _privacy(arguments: argparse.Namespace) -> None:
+    print(privacy_report(load_silo_config(arguments.config)))
+
+
 def _owner_and_proxy(config: ServerConfig) -> tuple[Owner, Built]:
     digests = kept_digests(config)
     owner = load_owner(config, digests)
@@ -223,6 +235,12 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", action="store_true", help="add the rows of the paper: full model, layer drop, ablations"
     )
 
+    sub.add_argument(
+        "--private",
+        action="store_true",
+        help=f"add rows with secure aggregation, without and with differential privacy at epsilon {run.EPSILON:g}",
+    )
+
     sub = with_server_yaml(
         add("build-proxy", _build_proxy, "Cut a proxy from the FM and distil it; no silo is needed.")
     )
@@ -263,6 +281,9 @@ def _parser() -> argparse.ArgumentParser:
         help="instead, measure per compressed layer how far hidden states and adapter gradients of the proxy are from "
         "the FM's, before and after each distillation",
     )
+
+    sub = add("privacy", _privacy, "Print what a silo has spent of its samples' privacy, and how many rounds are left.")
+    sub.add_argument("--config", type=Path, required=True, metavar="silo.yaml", help="the silo's configuration")
 
     sub = add(
         "provision",

@@ -28,6 +28,8 @@ Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Hold = Literal["auto", "memory", "disk"]
+FewBits = Literal["int8", "int4"]
+Weights = Literal["full"] | FewBits
 TaskName = Literal[
     "sequence-classification",
     "multi-label-classification",
@@ -86,9 +88,10 @@ class ModelSection(Section):
     )
     hold: Hold = Field(
         "auto",
-        description="Where the FM's weights are while the server runs. `memory`: read once; `disk`: in the FM's files, "
-        "and in memory a layer at a time, on the CPU; `auto`: on disk if they are more than a fifth of the memory. A "
-        "value that is not stored as `dtype` has it is in memory in any case, and so is a mixture of experts.",
+        description="Where the FM's weights are while the server runs. `memory`: read once, to the device; `disk`: in "
+        "the FM's files, and in memory, or on the device, a layer at a time; `auto`: on disk if they are more than a "
+        "fifth of the memory, or of the GPU's. A value that is not stored as `dtype` has it is in memory in any case, "
+        "and so is a mixture of experts.",
     )
     max_tokens: int = Field(64, ge=1, description="Texts are cut after this many tokens. No meaning for images.")
     chat_template: Path | None = Field(
@@ -268,6 +271,35 @@ class AdapterSection(Section):
     )
 
 
+class PrivacySection(Section):
+    """Differential privacy of a silo's samples: what all rounds together may say of any one of them (privacy.md)."""
+
+    epsilon: float = Field(
+        8.0,
+        gt=0.0,
+        le=1000.0,
+        description="The most that is ever spent on the data of one work directory, over all rounds, restarts and "
+        "federations.",
+    )
+    delta: float = Field(
+        1e-5,
+        gt=0.0,
+        lt=0.1,
+        description="The probability that epsilon does not bound it; below 1 / samples, or it means nothing.",
+    )
+    clip: float = Field(
+        1.0, gt=0.0, le=1e6, description="Largest norm of a sample's gradient; what is beyond it is cut."
+    )
+
+    @staticmethod
+    def stricter(own: "PrivacySection | None", asked: "PrivacySection | None") -> "PrivacySection | None":
+        """What a silo keeps to: its own and what the server asks, whichever is stricter, and the own `clip`."""
+        if own is None or asked is None:
+            return own or asked
+        both = {"epsilon": min(own.epsilon, asked.epsilon), "delta": min(own.delta, asked.delta)}
+        return own.model_copy(update=both)
+
+
 class TrainingSection(Section):
     """What each silo does in a round; sent to the silos by the server."""
 
@@ -322,6 +354,11 @@ class TrainingSection(Section):
         "own labels, so that it learns what tells the classes apart, and not how often it has each; one with one class "
         "learns nothing, in place of naming it always. `none`: as in the paper. Of tasks without a label list both are "
         "the same.",
+    )
+    privacy: PrivacySection | None = Field(
+        None,
+        description="Differential privacy that every silo is to keep at least; one whose silo.yaml is stricter keeps "
+        "that. Default: each silo's own affair.",
     )
     update_encoding: Literal["exact", "bfloat16", "int8"] = Field(
         "exact",
@@ -714,9 +751,23 @@ class ServerConfig(Endpoint):
             raise ValueError("proxy.layers is needed with proxy.keep: layers")
         if not self.adapter.rank:
             self._check_no_probes()
+        if self.training.privacy is not None:
+            self._check_private()
         if self.federation.secure_aggregation:
             self._check_secure()
         return self
+
+    def _check_private(self) -> None:
+        odd = {
+            "training.packing: true": (self.training.packing, "set it to false: packed rows have no gradient each"),
+            "adapter.ffn: true": (self.adapter.ffn, "set it to false: LoRA there has no gradient of each sample"),
+            "alignment.counts: silos": (
+                self.alignment.every_rounds > 0 and self.alignment.asks_silos,
+                "set it to public: no silo counts inactive neurons then",
+            ),
+        }
+        if found := [(key, remedy) for key, (is_set, remedy) in odd.items() if is_set]:
+            raise ValueError(f"training.privacy does not go with {found[0][0]}; {found[0][1]}")
 
     def _check_secure(self) -> None:
         """Raises ValueError for what looks at single updates, or cannot be added."""
@@ -811,10 +862,9 @@ class SimulationSection(Section):
         le=MOST_THREADS,
         description="CPU threads of torch for one silo's training. The last bits of a result depend on it.",
     )
-    narrow_fraction: float = Field(
-        0.0, ge=0.0, le=1.0, description="Share of the silos that load only `narrow_width` of the proxy, drawn once."
-    )
-    narrow_width: float = Field(0.5, gt=0.0, le=1.0, description="Theirs, as `limits.width` in silo.yaml.")
+    narrow_fraction: float = Field(0.0, ge=0.0, le=1.0, description="Share of the silos with little room, drawn once.")
+    narrow_width: float = Field(0.5, gt=0.0, le=1.0, description="What they load, as `limits.width` in silo.yaml.")
+    narrow_weights: Weights = Field("full", description="How they hold it, as `limits.weights`.")
     drop_out_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the silos picked that fail in a round, and are back in the next."
     )
@@ -875,11 +925,30 @@ class LimitsSection(Section):
         description="Keep only the input of each layer for the backward pass and compute the layer again there: far "
         "less memory, half as much time again, the same result.",
     )
+    weights: Weights = Field(
+        "full",
+        description="How the frozen matrices of attention and FFNs are held: as the proxy came, or in 8 or 4 bits a "
+        "value (`pip install 'fedpft[quantized]'`). Far less memory, a little time, and an adapter that is trained on "
+        "a coarser proxy; it is the same in shape and counts as any other. Takes effect at the silo's next start.",
+    )
     compact: bool = Field(
         False,
         description="Keep what the frozen FFNs need for the backward pass in bfloat16: half that memory, and gradients "
         "that are off by some 0.1 %. Far less to win than with `checkpointing`.",
     )
+    sharded: bool = Field(
+        False,
+        description="Of several processes (`torchrun`) each holds its share of the proxy's frozen layers, and they "
+        "gather a layer whenever it computes: for a proxy that does not fit one device. The same result.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LimitsSection":
+        if self.sharded and self.width < 1.0:
+            raise ValueError("sharded does not go with width: leave one of them out")
+        if self.sharded and self.weights != "full":
+            raise ValueError("sharded does not go with weights in few bits: leave one of them out")
+        return self
 
 
 class ShareSection(Section):
@@ -928,6 +997,10 @@ class SiloConfig(Endpoint):
     threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads of torch; default: all cores.")
     connect_timeout_seconds: float = Field(
         3600.0, gt=0.0, description="How long to try to reach a server that does not answer, each time anew."
+    )
+    privacy: PrivacySection | None = Field(
+        None,
+        description="Differential privacy of this silo's samples; the server can only ask for more. Default: none.",
     )
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What this machine can take.")
     share: ShareSection = Field(default_factory=ShareSection, description="What may leave this machine.")

@@ -19,6 +19,7 @@ from fedpft.digests import Digests
 from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse
 from fedpft.kernels.check import check_operators
 from fedpft.machine import check_device
+from fedpft.model import quantized
 from fedpft.model.precision import dtype_of, name_of
 from fedpft.proxy.bundle import load_proxy
 from fedpft.proxy.cut import cut
@@ -199,6 +200,8 @@ def _examine_silo(findings: _Findings, config: SiloConfig) -> None:
             findings.check("privacy", lambda: _privacy(config, terms))
     findings.check("data", lambda: _silo_data(config, greeting.terms if greeting is not None else None))
     findings.check("device", lambda: check_device(config.device))
+    if (weights := config.limits.weights) != "full":
+        findings.check("weights", quantized.library, lambda _: f"{weights}: bitsandbytes is there")
     findings.check("work", lambda: _writable(config.work, "work"))
     findings.check("federation", lambda: _joined(config, config.insecure_name if kit is None else kit.name))
     # The proxy of another federation comes beside those that are there.

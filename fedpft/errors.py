@@ -120,7 +120,7 @@ class OutOfMemory(FedPFTError):
 
 
 class RankLost(FedPFTError):
-    """One of the processes that train a silo together has ended; the silo comes back, as one that was killed."""
+    """One of the processes that torchrun started together has ended; the same command goes on, as after a kill."""
 
     exit_code = 17
 
@@ -129,3 +129,9 @@ class PrivacyViolation(FedPFTError):
     """Going on would show more of a silo than was agreed on, or the server does not keep what the silo demands."""
 
     exit_code = 18
+
+
+class PrivacySpent(FedPFTError):
+    """What a silo was asked to train would take more of its samples' privacy than its institution allows."""
+
+    exit_code = 19

@@ -18,6 +18,7 @@ from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
 from fedpft.model.adapters import without_lora
 from fedpft.model.architectures import architecture_of, layer_outputs, layers_path
 from fedpft.model.precision import TASK_SCALE, loss_scaler, wide
+from fedpft.model.streaming import for_backward
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
@@ -186,7 +187,8 @@ def measure_gap(
 def _lora_gradients(task: Task, model: nn.Module, layers: Sequence[int], batch: Mapping[str, Tensor]) -> list[Tensor]:
     """The gradient of each layer's LoRA on attention, flattened, float32. Leaves no gradient behind."""
     path, marks = layers_path(model), [f".{part}.lora_" for part in architecture_of(model).attention]
-    loss = loss_scaler(model, TASK_SCALE).scale(task.loss(model, batch))  # a cosine knows no scale
+    with for_backward(model):
+        loss = loss_scaler(model, TASK_SCALE).scale(task.loss(model, batch))  # a cosine knows no scale
     chosen = [(name, p) for name, p in model.named_parameters() if any(mark in name for mark in marks)]
     names, parameters = zip(*chosen, strict=True)
     gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))

@@ -30,7 +30,7 @@ NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "bad_alloc
 
 # What asks for less memory, by the key of YAML or command line that names the directory of the work.
 LOWER = {
-    "work": "lower limits.max_batch or `threads`, or set limits.checkpointing in silo.yaml",
+    "work": "lower limits.max_batch or `threads`, or set limits.checkpointing or limits.weights in silo.yaml",
     "out": "lower evaluation.batch, distillation.batch, alignment.batch or `threads` in server.yaml",
 }
 LOWER_ANYWHERE = "lower the batch sizes or `threads` in the YAML file"

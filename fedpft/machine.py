@@ -49,8 +49,10 @@ def check_device(name: str) -> str:
     return name
 
 
-def memory_bytes() -> int:
-    """What this process may use: the machine's memory, or what its container has of it."""
+def memory_bytes(device: str = "cpu") -> int:
+    """What a process may use where it computes: a GPU's memory; the machine's, or what its container has of it."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # of no container, or `max`

@@ -1,4 +1,6 @@
-"""The processes that train one silo together, as torchrun starts them: each has the proxy and parts of each batch.
+"""The processes that train together, as torchrun starts them: each has the models and parts of each batch.
+
+They are one silo, or the owner who distils a proxy.
 
 Part p of a batch is rank p % size's. Gradients, losses and counts are added up in the order of the parts, on every rank
 alike, so that all ranks take the same steps, bit for bit: those of one process that has the same parts. Nothing is
@@ -10,13 +12,13 @@ P parts of a batch
 import datetime
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedpft import faults
 from fedpft.errors import ConfigError, RankLost
@@ -27,10 +29,13 @@ Value = TypeVar("Value")
 
 
 class Ranks:
-    """This process among those of its silo; by default it is alone, and all here leaves things as they are."""
+    """This process among those of its party; by default it is alone, and all here leaves things as they are."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, *, sharded: bool = False) -> None:
+        """Args:
+        sharded: the proxy lies in pieces on the ranks, so that all compute or none.
+        """
+        self.rank, self.size, self.sharded = rank, size, sharded
 
     @property
     def others(self) -> tuple[int, ...]:
@@ -58,7 +63,7 @@ class Ranks:
         return bytes(content.tolist()).decode()
 
     @contextmanager
-    def adding(self, parameters: Sequence[nn.Parameter], parts: int) -> Iterator[None]:
+    def adding(self, parameters: Sequence[Tensor], parts: int) -> Iterator[None]:
         """Within it each rank makes the gradients of one part; after it all ranks have those of all, added in order.
 
         Args:
@@ -70,7 +75,8 @@ class Ranks:
         sums = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        yield
+        with self.computing():
+            yield
         own = _flat(parameters)
         for rank in range(parts):
             given = own if rank == self.rank else torch.empty_like(own)
@@ -83,6 +89,23 @@ class Ranks:
                     sums[place] = gradient.clone() if known is None else known.add_(gradient)
         for parameter, gradients in zip(parameters, sums, strict=True):
             parameter.grad = gradients
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around what the model computes, which other ranks may be part of; RankLost if one of those has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.sharded and (isinstance(error, dist.DistError) or "gloo" in str(error)):  # its own have no class
+                raise _lost() from error
+            raise
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all ranks the values that rank 0 has. In place."""
+        if self.size > 1:
+            with _together():
+                for tensor in tensors:
+                    dist.broadcast(tensor.detach(), 0)
 
     def in_order(self, values: Sequence[float], parts: int) -> list[float]:
         """(P,) values of all parts, of which `values` are this rank's."""
@@ -121,16 +144,25 @@ class Ranks:
 ALONE = Ranks()
 
 
-def joined() -> Ranks:
-    """Meets the other processes that torchrun started beside this one, if it did; waits until all are there."""
+def joined(*, sharded: bool = False) -> Ranks:
+    """Meets the other processes that torchrun started beside this one, if it did; waits until all are there.
+
+    Raises:
+        ConfigError: there is none, and the proxy is to be shared out.
+    """
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        if sharded:
+            raise ConfigError(
+                "limits.sharded: this is the only process",
+                "start several with torchrun (docs/large-models.md), or leave limits.sharded out",
+            )
         return ALONE
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"] and sys.platform == "linux":
         for library in ("GLOO", "NCCL"):  # gradients stay on this machine, and nobody else's connections come in
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     with _together():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    return Ranks(dist.get_rank(), dist.get_world_size(), sharded=sharded)
 
 
 def part(ranks: Ranks) -> None:
@@ -146,13 +178,17 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         if faults.is_out_of_memory(error):
             raise
-        raise RankLost(
-            "another process of this silo has ended, so this one does too",
-            "see what the first of them to end says; then start the same command again: it goes on from there",
-        ) from error
+        raise _lost() from error
 
 
-def _flat(parameters: Sequence[nn.Parameter]) -> Tensor:
+def _lost() -> RankLost:
+    return RankLost(
+        "another of torchrun's processes has ended, so this one does too",
+        "see what the first of them to end says; then start the same command again: it goes on from there",
+    )
+
+
+def _flat(parameters: Sequence[Tensor]) -> Tensor:
     """All gradients end to end, 0 for one that is not there, and then which are there."""
     there = torch.tensor([parameter.grad is not None for parameter in parameters])
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -160,7 +196,7 @@ def _flat(parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.cat([*(gradient.flatten() for gradient in gradients), ends])
 
 
-def _unflat(flat: Tensor, parameters: Sequence[nn.Parameter]) -> Iterator[Tensor]:
+def _unflat(flat: Tensor, parameters: Sequence[Tensor]) -> Iterator[Tensor]:
     pieces = flat.split([*(parameter.numel() for parameter in parameters), len(parameters)])
     for piece, parameter in zip(pieces, parameters, strict=False):
         yield piece.view(parameter.shape)

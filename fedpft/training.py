@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from fedpft.model import adapters
 from fedpft.model.architectures import in_head
 from fedpft.model.checkpointing import checkpointing
 from fedpft.model.packing import Way, packed_inputs
+from fedpft.model.persample import per_sample
 from fedpft.model.precision import TASK_SCALE, dtype_of, loss_scaler
-from fedpft.model.subffn import compacting, counting, totals
+from fedpft.model.subffn import compacting, counting, totals, uncounted
 from fedpft.parallel import ALONE, Ranks
+from fedpft.privacy.clipping import ClippedSum
+from fedpft.privacy.noise import Secret
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
@@ -43,6 +46,21 @@ class LocalResult:
     inactivity: dict[str, Tensor] | None
 
 
+@dataclass(frozen=True)
+class Private:
+    """How a round is trained so that it says little of any sample (DP-SGD, Abadi et al. 2016, arXiv 1607.00133).
+
+    Attributes:
+        clip: C, the largest norm of a sample's gradient.
+        noise: z, the noise's deviation in units of C.
+        secret: draws samples and noise.
+    """
+
+    clip: float
+    noise: float
+    secret: Secret = field(default_factory=Secret)
+
+
 def train_round(
     task: Task,
     model: nn.Module,
@@ -57,6 +75,7 @@ def train_round(
     packing: Way | None = None,
     shift: Tensor | None = None,
     ranks: Ranks = ALONE,
+    private: Private | None = None,
 ) -> LocalResult:
     """Trains the adapter in `model` for one round, in place.
 
@@ -75,13 +94,16 @@ def train_round(
         packing: how the model keeps rows of a language model apart that stand in one sequence; None: they do not.
         shift: the silo's :meth:`Task.logit_shift`, (C,), for its loss; None: the plain loss.
         ranks: that train together, on the same data. Each returns the same but for `seconds`.
+        private: each step has every sample with the probability :func:`sampling_rate`, and goes by their clipped
+            gradients' noised sum over `training.batch`; `gradient_clip` has no part in it. For one rank, without
+            packing, and not for float16. None: plain training.
 
     Raises:
+        ModelError: LoRA is given what is of no single sample, and there is to be a gradient of each.
         DataError: the loss is not finite.
     """
-    training, epochs = settings.training, settings.training.local_epochs
-    epochs = min(epochs, limits.max_local_epochs or epochs)
-    start, count = round_window(len(dataset), epochs, round - 1)
+    training = settings.training
+    start, count = round_window(len(dataset), epochs_of(training, limits), round - 1)
     steps = -(-count // training.batch)
     device, dtype = next(model.parameters()).device, dtype_of(model)
     shift = None if shift is None else shift.to(device)
@@ -96,30 +118,48 @@ def train_round(
         begun_with = [parameter.detach().clone() for parameter in parameters] if training.proximal else []
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round, *ranks.others))
         most = min(limits.max_batch or training.batch, ranks.largest(training.batch))
-        order = lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed)
-        for step, lot in enumerate(dataset.ahead(order)):
+
+        def loss_of(part: dict[str, Tensor]) -> Tensor:
+            part = {name: value.to(device) for name, value in part.items()}
+            mask = part.get("attention_mask")
+            for counter in counters.values():
+                counter.mask = None if mask is None else mask.flatten().bool()
+            inputs = part if packing is None else packed_inputs(part, packing, dtype)
+            return task.loss(model, inputs) if shift is None else task.shifted_loss(model, inputs, shift)
+
+        def learn(part: dict[str, Tensor], weight: int) -> float:
+            """Adds to the gradients those of a part's share of the batch's loss, which it returns."""
+            share = task.weight(part) / weight
+            loss = loss_of(part) * share
+            scaler.scale(loss).backward()
+            return float(loss.detach())
+
+        if private is None:
+            order = list(lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed))
+        else:
+            rate = sampling_rate(len(dataset), training.batch)
+            order = [private.secret.sample(len(dataset), rate) for _ in range(steps)]
+        batches = [_parts(dataset, lot, most, packing) for lot in order]
+        wanted = (torch.cat([lot[:0], *ranks.own(parts)]) for lot, parts in zip(order, batches, strict=True))
+        for step, (lot, parts, _) in enumerate(zip(order, batches, dataset.ahead(wanted), strict=True)):
             optimizer.zero_grad()  # at the start: a round that failed on this model left gradients
             for group in optimizer.param_groups:
                 done = (round - 1 + step / steps) / training.rounds
                 group["lr"] = group["initial_lr"] * rate_share(training.schedule, done)
-            parts = list(_parts(dataset, lot, most, packing))
+            built = [_built(dataset, part, lot, packing) for part in ranks.own(parts)]
             # before .to: on a GPU what is read back afterwards has to be waited for
-            each = [task.weight(part) for part in parts]
-            weight, losses = sum(each), list[float]()
-            tokens += sum(map(_tokens, parts))
-            for first in range(0, len(parts), ranks.size):
-                together = slice(first, first + ranks.size)
-                with ranks.adding(parameters, len(parts[together])):
-                    for part, own in zip(ranks.own(parts[together]), ranks.own(each[together]), strict=True):
-                        part = {name: value.to(device) for name, value in part.items()}
-                        mask = part.get("attention_mask")
-                        for counter in counters.values():
-                            counter.mask = None if mask is None else mask.flatten().bool()
-                        inputs = part if packing is None else packed_inputs(part, packing, dtype)
-                        loss = task.loss(model, inputs) if shift is None else task.shifted_loss(model, inputs, shift)
-                        loss = loss * (own / weight)
-                        scaler.scale(loss).backward()
-                        losses.append(float(loss.detach()))
+            weight = int(sum(ranks.in_order(list(map(task.weight, built)), len(parts))))
+            losses = list[float]()
+            tokens += sum(map(_tokens, built))
+            if private is not None:
+                losses = _learn_privately(task, model, built, parameters, private, len(dataset) * rate, loss_of)
+            for turn, first in enumerate(range(0, len(parts) if private is None else 0, ranks.size)):
+                with ranks.adding(parameters, len(parts[first : first + ranks.size])):
+                    if turn < len(built):
+                        losses.append(learn(built[turn], weight))
+                    elif ranks.sharded:  # the others need this rank's pieces; what comes of it here is in no sum
+                        with uncounted(model), torch.random.fork_rng(devices=random_devices):
+                            learn(_built(dataset, parts[0], lot, packing), weight)
             for found in ranks.in_order(losses, len(parts)):
                 loss_sum += found * weight
             weights += weight
@@ -131,12 +171,61 @@ def train_round(
             scaler.unscale_(optimizer)
             if training.proximal:
                 _pull_back(parameters, begun_with, training.proximal)
-            nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
+            if private is None:
+                nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
             scaler.step(optimizer)
             scaler.update()
-    inactivity = ranks.total(totals(counters))
-    metrics = {"train_loss": loss_sum / weights, "seconds": time.monotonic() - begun, "tokens": float(tokens)}
-    return LocalResult(adapters.extract(model), count, metrics, inactivity if count_inactivity else None)
+    counts = ranks.total({**totals(counters), "tokens": torch.tensor(tokens)})
+    tokens = int(counts.pop("tokens"))
+    metrics = {"train_loss": loss_sum / max(weights, 1), "seconds": time.monotonic() - begun, "tokens": float(tokens)}
+    return LocalResult(adapters.extract(model), count, metrics, counts if count_inactivity else None)
+
+
+def epochs_of(training: TrainingSection, limits: LimitsSection) -> float:
+    """Which share of its samples a silo goes through in a round."""
+    return min(training.local_epochs, limits.max_local_epochs or training.local_epochs)
+
+
+def sampling_rate(samples: int, batch: int) -> float:
+    """q: how likely each sample is in a step of a private training that is to have `batch` of them."""
+    return min(1.0, batch / samples)
+
+
+def _learn_privately(
+    task: Task,
+    model: nn.Module,
+    parts: Sequence[dict[str, Tensor]],
+    parameters: Sequence[nn.Parameter],
+    private: Private,
+    expected: float,
+    loss_of: Callable[[dict[str, Tensor]], Tensor],
+) -> list[float]:
+    """Makes a step's gradients; returns each part's share of its loss.
+
+    A sample's own loss is the mean over what the task counts in it; that of a part is a mean over all of its samples.
+    """
+    total = ClippedSum(parameters, private.clip)
+    shares = [[task.weight(_sample(part, index)) for index in range(_samples(part))] for part in parts]
+    weight, losses = sum(map(sum, shares)), list[float]()
+    for part, own in zip(parts, shares, strict=True):
+        with per_sample(model, len(own)) as copies:
+            loss = loss_of(part)
+            loss.backward()
+        factors = torch.tensor([sum(own) / each if each else 0.0 for each in own])
+        gradients = {parameter: copy.grad for parameter, copy in copies.items() if copy.grad is not None}
+        total.add(gradients, factors.to(loss))
+        losses.append(float(loss.detach()) * sum(own) / max(weight, 1))
+    for parameter, gradient in total.noised(private.noise, private.secret, expected).items():
+        parameter.grad = gradient
+    return losses
+
+
+def _samples(part: dict[str, Tensor]) -> int:
+    return len(next(iter(part.values())))
+
+
+def _sample(part: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    return {name: value[index : index + 1] for name, value in part.items()}
 
 
 def rate_share(schedule: Schedule, done: float) -> float:
@@ -192,14 +281,17 @@ def _optimizer(model: nn.Module, training: TrainingSection) -> torch.optim.AdamW
     )
 
 
-def _parts(dataset: EncodedDataset, lot: Tensor, most: int, packing: Way | None) -> Iterator[dict[str, Tensor]]:
-    """A batch in parts of at most `most` samples, or of as many tokens as those can have, if they are packed."""
+def _parts(dataset: EncodedDataset, lot: Tensor, most: int, packing: Way | None) -> list[Tensor]:
+    """Which samples are in each part of a batch: at most `most`, or as many tokens as those can have, if packed."""
     if packing is not None and isinstance(dataset, LanguageDataset):
-        yield from dataset.packed(lot, int(dataset.lengths.max()) * (most if packing == "rows" else 1))
-        return
-    batch = dataset.batch(lot)
-    for start in range(0, len(lot), most):
-        yield {name: value[start : start + most] for name, value in batch.items()}
+        return dataset.fitted(lot, int(dataset.lengths.max()) * (most if packing == "rows" else 1))
+    return [lot[start : start + most] for start in range(0, len(lot), most)]
+
+
+def _built(dataset: EncodedDataset, part: Tensor, lot: Tensor, packing: Way | None) -> dict[str, Tensor]:
+    if packing is not None and isinstance(dataset, LanguageDataset):
+        return dataset.sequence(part)
+    return dataset.batch(part, lot)
 
 
 def _tokens(part: dict[str, Tensor]) -> int:

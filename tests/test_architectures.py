@@ -13,7 +13,6 @@ from fedpft.errors import ModelError
 from fedpft.model.architectures import (
     ACTIVATION_NAMES,
     ARCHITECTURES,
-    LayerWalk,
     activation_of,
     architecture_of,
     base_name,
@@ -28,6 +27,7 @@ from fedpft.model.architectures import (
 )
 from fedpft.model.loading import load_model
 from fedpft.model.subffn import projections, sub_ffns
+from fedpft.model.walk import LayerWalk
 from fedpft.proxy.bundle import Proxy, load_proxy, save_bundle
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import select

@@ -172,23 +172,23 @@ def test_kills_are_drawn_from_the_seed() -> None:
     assert all(1 <= kill.round < 45 for kill in drawn)
 
 
-@pytest.mark.parametrize("name", bench_scale.QUICK)
+@pytest.mark.parametrize(("name", "how"), [("llama", ""), ("mpnet", ""), ("llama", ", packed")])
 def test_a_silos_steps_are_those_of_transformers_trainer(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = bench_scale.QUICK[name]
     bench_scale.write_model(case, tmp_path)
-    found = bench_scale.silo_agreement(case, tmp_path, "cpu")
+    found = bench_scale.silo_agreement(case, tmp_path, "cpu", how)
     assert found["loss"] < 1e-5
     monkeypatch.setitem(bench_scale.TOLERANCES, "adapter", 0.0)
     with pytest.raises(FedPFTError, match="adapter differs by"):
-        bench_scale.silo_agreement(case, tmp_path, "cpu")
+        bench_scale.silo_agreement(case, tmp_path, "cpu", how)
 
 
 def test_a_silos_row_is_compared_with_the_trainer_that_does_the_same() -> None:
     def row(seconds: float, peak_bytes: int) -> dict[str, Any]:
         step = {"median_seconds": seconds, "quartiles_seconds": (seconds, seconds)}
-        return {"step": step, "tokens_per_second": 100 / seconds, "peak_bytes": peak_bytes}
+        return {"step": step, "tokens_per_second": 100 / seconds, "weights_bytes": 1 << 20, "peak_bytes": peak_bytes}
 
     rows = {
         "a: fedpft": row(1.0, 10 << 20),
@@ -197,6 +197,8 @@ def test_a_silos_row_is_compared_with_the_trainer_that_does_the_same() -> None:
         "b: fedpft, checkpointing": row(2.0, 5 << 20),
         "b: Trainer + peft": row(2.0, 40 << 20),
         "b: Trainer + peft, checkpointing": row(4.0, 20 << 20),
+        "b: fedpft, int4, packed": row(1.0, 5 << 20),
+        "b: Trainer + peft, packed": row(3.0, 10 << 20),
     }
     lines = bench_scale.silo_table({"rows": rows}).splitlines()[2:]
     assert [line.split(" | ")[-2:] for line in lines] == [
@@ -205,6 +207,8 @@ def test_a_silos_row_is_compared_with_the_trainer_that_does_the_same() -> None:
         ["1.00", "1.00 |"],
         ["2.00", "0.25 |"],
         ["1.00", "1.00 |"],
+        ["1.00", "1.00 |"],
+        ["3.00", "0.50 |"],
         ["1.00", "1.00 |"],
     ]
 

@@ -128,6 +128,9 @@ def test_every_compared_row_changes_the_products_configuration() -> None:
     stepped = run.rows(4, head=True, compare=True, ablations=True, layer_drop_steps=7)
     assert {row for row in rows if rows[row] != stepped[row]} == {"layer_drop"}
     assert stepped["layer_drop"]["distillation"]["steps"] == 7
+    private = run.rows(4, head=True, compare=False, ablations=True, private={"batch": 3})
+    assert private.keys() == {"head_only", "secure_aggregation", "private"}
+    assert private["private"]["training"] == {"batch": 3, "privacy": {"epsilon": 8.0, "delta": 1e-4}}
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from fedpft.data.batches import EncodedDataset, batches
 from fedpft.data.text import TextDataset
 from fedpft.errors import ModelError
 from fedpft.model.adapters import Probes, attach, extract, load
-from fedpft.model.architectures import LayerWalk, base_of, layer_outputs, layers_of
+from fedpft.model.architectures import base_of, layer_outputs, layers_of
 from fedpft.model.subffn import sub_ffns
+from fedpft.model.walk import LayerWalk
 from fedpft.proxy.bundle import apply_patch, patch
 from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import ffn_norms, layer_level, neuron_level
@@ -155,8 +156,8 @@ class Padded(EncodedDataset):
     def __init__(self, inner: TextDataset) -> None:
         self.inner, self.labels, self.lengths = inner, inner.labels, inner.lengths
 
-    def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
-        inputs = self.inner._inputs(indices)
+    def _inputs(self, indices: Tensor, longest: int) -> dict[str, Tensor]:
+        inputs = self.inner._inputs(indices, longest)
         mask = nn.functional.pad(inputs["attention_mask"], (0, 7))
         input_ids = nn.functional.pad(inputs["input_ids"], (0, 7)).where(mask.bool(), tiny.WORDS.index("fish"))
         return {"input_ids": input_ids, "attention_mask": mask}
@@ -432,7 +433,8 @@ def test_local_layers_go_on_from_the_fms_states(model_type: str, make_fm: ModelF
         states = layer_outputs(fm, [0, 1, 2], inputs)
         walk = LayerWalk(proxy, inputs)
         for layer in (1, 2):
-            walk.position, walk.hidden = layer, states[layer - 1]
+            while walk.position < layer:
+                walk.advance(states[walk.position])
             target, found = states[layer][real], walk.output()[real]
             wanted += float((target - found).square().mean() / target.square().mean())
     losses = distil(proxy, fm, public, steps=1, batch=5, weight_term=0.0, local=True)

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import sqlite3
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -401,6 +402,17 @@ def test_a_device_that_is_not_there_is_named(device, examine, silo_yaml):
     assert code == ConfigError.exit_code
     assert f"device: {device}: " in found["device"][1]
     assert "set `device` to one of this machine's: cpu" in found["device"][1]
+
+
+def test_the_library_for_weights_in_few_bits_is_looked_for(examine, silo_yaml, monkeypatch):
+    silo_yaml.write_text(silo_yaml.read_text() + "\nlimits: {weights: int4}\n")
+    code, found = examine(silo_yaml)
+    assert code == 0
+    assert found["weights"] == ("ok", "int4: bitsandbytes is there")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    code, found = examine(silo_yaml)
+    assert code == ConfigError.exit_code
+    assert "pip install 'fedpft[quantized]'" in found["weights"][1]
 
 
 def test_a_servers_fm_is_looked_at_even_where_the_device_is_not_there(examine, server_yaml):

@@ -46,7 +46,7 @@ def test_evaluation_is_that_of_the_samples_one_by_one(
     fm, data = make_fm(model_type), tiny.dataset(model_type, 20)
     assert data.labels is not None
     each = chosen or range(20)
-    predicted = [int(tiny.logits(fm, data._inputs(torch.tensor([index]))).argmax()) for index in each]
+    predicted = [int(tiny.logits(fm, data.batch(torch.tensor([index]))).argmax()) for index in each]
     labels = data.labels[torch.tensor(each)].tolist()
     assert len(set(predicted)) > 1
     found = evaluate(TASK, fm, data, 6, None if chosen is None else torch.tensor(chosen))
@@ -142,7 +142,7 @@ def test_gap_is_its_definition(model_type: str, make_fm: ModelFactory) -> None:
     gap = measure_gap(TASK, proxy, fm, selection.matched, public, samples=6, seed=0)
     chosen = sample(9, 6, 0, "gap")
     assert chosen.tolist() != list(range(6)), "the first stand for nobody"
-    inputs = public._inputs(chosen)
+    inputs = public.batch(chosen)
     assert gap.hidden_error == pytest.approx(hidden_error_by_hand(proxy, fm, MATCHED, inputs), rel=1e-4)
     assert min(gap.hidden_error) > 1e-3
     for layer, cosine in zip(gap.layers, gap.gradient_cosine, strict=True):

@@ -1,6 +1,6 @@
 """Rows in batches and packed; packing is held to one row at a time, on models as transformers itself writes them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,6 +50,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "opt": lambda: transformers.OPTConfig(**_FEWER, **_OPT),
 }
 WAYS = dict.fromkeys(CONFIGS, "positions") | {"opt": "mask"}
+
+
+def sequences_of(data: LanguageDataset, rows: Iterable[int], most: int) -> list[dict[str, Tensor]]:
+    return [data.sequence(each) for each in data.fitted(torch.tensor([*rows]), most)]
 
 
 def model_of(config: Any, attention: str | None = None) -> Any:
@@ -125,7 +129,7 @@ def test_packing_keeps_every_row_whole_and_once(lengths: list[int], most: int, r
     """Whatever the rows: each stands in one sequence, in one piece, with the labels that it has alone."""
     data = LanguageDataset.of(rows_of(tuple(lengths)), PADDING)
     chosen = random.sample(range(len(lengths)), random.randint(1, len(lengths)))
-    sequences = data.packed(torch.tensor(chosen), most)
+    sequences = sequences_of(data, chosen, most)
     found = []
     for sequence in sequences:
         tokens, labels, positions = (sequence[name][0] for name in ("input_ids", "labels", "position_ids"))
@@ -142,7 +146,7 @@ def test_packing_keeps_every_row_whole_and_once(lengths: list[int], most: int, r
 
 def test_rows_that_fill_a_sequence_share_it() -> None:
     data = LanguageDataset.of(rows_of((5, 4, 6, 5)), PADDING)
-    assert [one["input_ids"].shape[1] for one in data.packed(torch.arange(4), 10)] == [10, 10]
+    assert [one["input_ids"].shape[1] for one in sequences_of(data, range(4), 10)] == [10, 10]
 
 
 # --- exact ------------------------------------------------------------------------------------------------------------
@@ -154,7 +158,7 @@ def test_packed_rows_have_the_loss_and_gradients_they_have_alone(name: str) -> N
     way = way_to_pack(model.base_model, vocabulary=WORDS, longest=max(LENGTHS), device=torch.device("cpu"))
     assert way == WAYS[name]
     loss, gradients = one_by_one(model, data)
-    sequences = data.packed(torch.arange(len(data)), 20)
+    sequences = sequences_of(data, range(len(data)), 20)
     assert len(sequences) == 2
     model.zero_grad()
     packed = [loss_of(model, packed_inputs(sequence, way, torch.float32)) for sequence in sequences]
@@ -171,7 +175,7 @@ def test_a_mask_of_our_own_is_taken_by_every_attention(attention: str) -> None:
     model, data = model_of(CONFIGS["llama"](), attention), LanguageDataset.of(rows_of(), PADDING)
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
-        (sequence,) = data.packed(torch.arange(len(data)), 64)
+        (sequence,) = sequences_of(data, range(len(data)), 64)
         by_mask, by_positions = (loss_of(model, packed_inputs(sequence, way, dtype)) for way in ("mask", "positions"))
         assert by_mask.item() == pytest.approx(by_positions.item(), rel=1e-5 if dtype == torch.float32 else 0.02)
 
@@ -287,7 +291,7 @@ def test_rows_end_where_the_attention_is_told_they_do(name: str, varlen: str, mo
     monkeypatch.setattr(packing.varlen, "varlen_attn", one_row_at_a_time)
     monkeypatch.setattr(packing, "_fits", lambda *_: True)
     model, data = model_of(CONFIGS[name](), varlen), LanguageDataset.of(rows_of(), PADDING)
-    (sequence,) = data.packed(torch.arange(len(data)), 64)
+    (sequence,) = sequences_of(data, range(len(data)), 64)
     told = {**sequence, **row_ends(sequence["position_ids"])}
     loss, gradients = one_by_one(model_of(CONFIGS[name](), "sdpa"), data)
     found = loss_of(model, told)
@@ -302,7 +306,7 @@ def test_where_flash_attention_does_not_serve_transformers_own_does(varlen: str)
     """Here: on a CPU; and for what is not packed, padding on the left included."""
     data = LanguageDataset.of(rows_of(), PADDING)
     ours, theirs = (model_of(CONFIGS["mistral-window"](), attention) for attention in (varlen, "sdpa"))
-    (sequence,) = data.packed(torch.arange(len(data)), 64)
+    (sequence,) = sequences_of(data, range(len(data)), 64)
     assert torch.equal(loss_of(ours, {**sequence, **row_ends(sequence["position_ids"])}), loss_of(theirs, sequence))
     batch = data.batch(torch.arange(len(data)))
     left = {name: value.flip(1) for name, value in batch.items()}
@@ -347,7 +351,7 @@ def test_on_cuda_packed_rows_have_the_loss_and_gradients_they_have_alone(
         )
 
     alone = [data.batch(torch.tensor([index])) for index in range(len(data))]
-    sequences = data.packed(torch.arange(len(data)), 128)
+    sequences = sequences_of(data, range(len(data)), 128)
     assert len(sequences) == 1
     loss, gradient = run(exact, alone)
     rounded_loss, rounded = run(model, alone)

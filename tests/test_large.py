@@ -4,7 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fedpft.config import AdapterSection, DistillationSection, ProxySection, ServerConfig, SimulationConfig
-from fedpft.errors import ConfigError, ModelError
+from fedpft.config import AdapterSection, DistillationSection, ProxySection, SimulationConfig
+from fedpft.errors import ModelError
+from fedpft.evaluation import measure_gap
 from fedpft.model import adapters, loading
 from fedpft.model.architectures import ARCHITECTURES, layer_outputs, layers_of
 from fedpft.model.mapped import MappedTensors, Shards, copies, held, hold_on_disk
+from fedpft.model.streaming import Visits, at_hand, place, stream
+from fedpft.model.walk import Scratch, keep_states
 from fedpft.proxy.bundle import Proxy, load_proxy, save_bundle
 from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import layer_level
@@ -27,6 +33,7 @@ from fedpft.proxy.journal import Journal
 from fedpft.proxy.selection import Selection, select
 from fedpft.server import construction
 from fedpft.simulation.run import simulate
+from fedpft.tasks import TASKS
 
 FM = Callable[[str], Path]
 MIXTURES = [kind for kind, row in ARCHITECTURES.items() if row.experts is not None]
@@ -42,7 +49,14 @@ def load(directory: Path, model_type: str, hold: Any, **named: Any) -> Any:
 
 
 def made(
-    fm: Any, model_type: str, directory: Path, journal: Journal | None = None, steps: int = 0, mode: str = "whole"
+    fm: Any,
+    model_type: str,
+    directory: Path,
+    journal: Journal | None = None,
+    steps: int = 0,
+    mode: str = "whole",
+    place: Callable[..., None] = place,
+    seen: Callable[[Any], None] = lambda _: None,
 ) -> tuple[Selection, Proxy]:
     """A distilled proxy of the FM, written to a directory as construction.py writes it."""
     public = tiny.dataset(model_type, 24, labelled=False)
@@ -51,6 +65,8 @@ def made(
     model = cut(fm, selection) if shards is None else cut(fm, selection, shards.put)
     if shards is not None:
         hold_on_disk(model, shards.held)
+        place(model, "cpu", directory)
+        seen(model)
     compressed = tuple(student for student, _ in selection.matched)
     settings = DISTILLATION.model_copy(update={"steps": steps, "mode": mode, "learning_rate": 0.01})
     layer_level(model, fm, selection.matched, public, settings, seed=0, progress=lambda *_: None, journal=journal)
@@ -351,9 +367,174 @@ def test_an_fm_is_cut_in_the_memory_of_two_layers(tmp_path: Path) -> None:
     assert int(result.stdout.split()[-1]) << 10 < 32 << 20
 
 
-def test_an_fm_on_disk_needs_the_cpu(fm_directory: FM, tmp_path: Path) -> None:
-    (tmp_path / "labels.txt").write_text("\n".join(tiny.LABELS))
-    values = {"out": "/o", "listen": "127.0.0.1:0", "insecure_loopback": True, "federation": {"silos": ["a"]}}
-    values |= {"model": {"path": str(fm_directory("bert")), "hold": "disk"}, "public_data": "/d", "device": "meta"}
-    with pytest.raises(ConfigError, match="disk is for the CPU"):
-        construction.load_fm(ServerConfig.model_validate(values), tiny.LABELS)
+# --- on a GPU, here another place in the memory of the CPU ------------------------------------------------------------
+
+
+class Places(TorchDispatchMode):
+    """Fails where something that is on disk is computed with together with something that would be on a GPU.
+
+    What comes of the one is as good as on disk too, and what comes of the other on the GPU, copies apart.
+    """
+
+    COPIES = ("aten._to_copy.default", "aten.copy_.default")  # which may bring a tensor to another device
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.disk, self.gpu = set[int](), set[int]()  # addresses
+        self.kept: list[Tensor] = []  # so that no address is used again
+        self.computed = 0
+
+    def add(self, model: Any) -> None:
+        files = held(model)
+        assert files is not None
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._put(self.disk if tensor in files else self.gpu, tensor)
+
+    def _put(self, place: set[int], tensor: Tensor) -> None:
+        place.add(tensor.untyped_storage().data_ptr())
+        self.kept.append(tensor)
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, Tensor)]
+        numbers = {
+            each.untyped_storage().data_ptr() for each in given if each.is_floating_point() and each.dim() and len(each)
+        }
+        on_disk, on_gpu, copies = numbers & self.disk, numbers & self.gpu, str(function) in self.COPIES
+        assert copies or not (on_disk and on_gpu), f"{function} of both"
+        found = function(*arguments, **(named or {}))
+        self.computed += bool(on_gpu)
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor) and (on_disk or on_gpu):
+                known = leaf.untyped_storage().data_ptr() in self.disk | self.gpu
+                if not known:
+                    self._put(self.gpu if on_gpu or copies else self.disk, leaf)
+        return found
+
+
+def streamed(model: Any, _device: Any, scratch: Path) -> None:
+    """As `place` on a GPU."""
+    if (files := held(model)) is not None:
+        keep_states(model, scratch)
+        stream(model, files, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "mode"),
+    [*((kind, "layers") for kind in ARCHITECTURES if kind not in MIXTURES), ("bert", "whole"), ("llama", "whole")],
+)
+def test_layers_are_on_the_device_while_they_compute(
+    model_type: str, mode: str, fm_directory: FM, tmp_path: Path
+) -> None:
+    public, task, found, gaps = tiny.dataset(model_type, 24, labelled=False), TASKS[tiny.task_of(model_type)], [], []
+    for hold in ("memory", "disk"):
+        fm, directory, places = load(fm_directory(model_type), model_type, hold), tmp_path / hold, Places()
+        adapters.attach(fm, LORA, seed=0)
+        if hold == "disk":
+            streamed(fm, None, tmp_path)
+            places.add(fm)
+        with places if hold == "disk" else nullcontext():
+            selection, proxy = made(fm, model_type, directory, steps=2, mode=mode, place=streamed, seen=places.add)
+            pairs = selection.matched
+            gaps.append(measure_gap(task, proxy.model, fm, pairs, public, samples=4, seed=0))
+            if hold == "disk":
+                assert places.computed > 100
+        for model in (fm, proxy.model):
+            files = held(model)
+            assert files is None or all(p in files for n, p in layers_of(model).named_parameters() if "lora" not in n)
+        found.append(weights(directory))
+    assert_same(*found)
+    assert gaps[0] == gaps[1]
+
+
+def test_no_more_than_two_layers_are_on_the_device(
+    fm_directory: FM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fm, there, most = load(fm_directory("bert"), "bert", "disk"), set[int](), list[int]()
+    adapters.attach(fm, LORA, seed=0)
+    here = Visits.here
+
+    @contextmanager
+    def counting(visits: Visits, **named: Any) -> Iterator[None]:
+        with here(visits, **named):
+            before = id(visits) in there
+            there.add(id(visits))
+            most.append(len(there))
+            yield
+            if not before:
+                there.remove(id(visits))
+
+    monkeypatch.setattr(Visits, "here", counting)
+    streamed(fm, None, tmp_path)
+    made(fm, "bert", tmp_path / "proxy", steps=2, mode="layers", place=streamed)
+    assert max(most) == 2
+    assert not there
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_a_federation_whose_layers_are_copied_to_the_device_comes_to_the_same_product(
+    model_type: str, fm_directory: FM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for hold in ("memory", "disk"):
+        monkeypatch.setattr(construction, "place", streamed)
+        values = settings_of(tmp_path, fm_directory(model_type), hold)
+        values |= {"plug_in": {"layer_scales": True, "steps": 2, "batch": 2}, "adapter": {"rank": 2, "ffn": True}}
+        simulate(SimulationConfig.model_validate(values | {"out": str(tmp_path / hold)}))
+    ours, theirs = tmp_path / "disk", tmp_path / "memory"
+    for name in ("adapter.safetensors", "patch.safetensors"):
+        assert_same(load_file(ours / name), load_file(theirs / name))
+    assert_same(weights(ours / "merged"), weights(theirs / "merged"))
+
+
+def test_a_pass_that_fails_leaves_no_layer_on_the_device(fm_directory: FM, tmp_path: Path) -> None:
+    fm = load(fm_directory("bert"), "bert", "disk")
+    streamed(fm, None, tmp_path)
+    files, layer = held(fm), layers_of(fm)[1]
+    assert files is not None
+
+    def fail() -> None:
+        with at_hand(fm, [0, 1]):
+            assert not any(parameter in files for parameter in layer.parameters())
+            raise Killed
+
+    with pytest.raises(Killed):
+        fail()
+    assert all(parameter in files for parameter in layer.parameters())
+
+
+def test_states_are_in_a_file_and_come_back_as_they_were(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path / "new")
+    tensors = [torch.randn(3, n, 4).to(dtype) for n in (2, 5) for dtype in (torch.float32, torch.bfloat16)]
+    gets = [scratch.put(tensor) for tensor in tensors]
+    end = scratch.size
+    for get, tensor in zip(gets, tensors, strict=True):
+        assert tiny.same_bits(get(), tensor)
+    gets[1:3] = [scratch.put(tensor + 1) for tensor in tensors[1:3]]  # each before its place is free
+    gets[3] = scratch.put(tensors[3])
+    assert all(tiny.same_bits(get(), tensor + 1) for get, tensor in zip(gets[1:3], tensors[1:3], strict=True))
+    assert tiny.same_bits(gets[0](), tensors[0])
+    assert scratch.size < 2 * end
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("model_type", ["bert", "llama", "gpt2", "vit"])
+@pytest.mark.parametrize("mode", ["whole", "layers"])
+def test_an_fm_on_disk_computes_on_a_gpu(model_type: str, mode: str, fm_directory: FM, tmp_path: Path) -> None:
+    public, task, found, gaps = tiny.dataset(model_type, 24, labelled=False), TASKS[tiny.task_of(model_type)], [], []
+
+    def on_gpu(model: Any, _device: Any, scratch: Path) -> None:
+        place(model, "cuda", scratch)
+
+    for hold in ("memory", "disk"):
+        fm = load(fm_directory(model_type), model_type, hold)
+        on_gpu(fm, None, tmp_path)
+        adapters.attach(fm, LORA, seed=0)
+        selection, proxy = made(fm, model_type, tmp_path / hold, steps=2, mode=mode, place=on_gpu)
+        assert {parameter.device.type for parameter in adapters.lora_parameters(fm)} == {"cuda"}
+        gaps.append(measure_gap(task, proxy.model, fm, selection.matched, public, samples=4, seed=0))
+        found.append(weights(tmp_path / hold))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5)
+    assert gaps[1].hidden_error == pytest.approx(gaps[0].hidden_error, rel=1e-3)
+    assert gaps[1].gradient_cosine == pytest.approx(gaps[0].gradient_cosine, rel=1e-3)

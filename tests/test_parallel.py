@@ -16,10 +16,11 @@ import torch.distributed as dist
 from faults import Deployment, Party, _Command, await_
 from safetensors.torch import load_file, save_file
 from test_run import Digits, digits, server_settings, silo_settings  # noqa: F401  (digits is a fixture)
-from test_training import TASK, settings
+from test_training import TASK, Recorded, settings
 from torch import Tensor
 
 from fedpft.config import LimitsSection, RoundSettings
+from fedpft.data.batches import EncodedDataset
 from fedpft.errors import ConfigError, DataError
 from fedpft.model import adapters
 from fedpft.model.loading import load_model
@@ -45,7 +46,12 @@ DROPPING = ("bert", settings(batch=4, dropout=0.5, learning_rate=1e-12, weight_d
 
 
 def trained(
-    directory: Path, case: tuple[Any, ...], ranks: Ranks, samples: int = SAMPLES, lora_b: float = 0.1
+    directory: Path,
+    case: tuple[Any, ...],
+    ranks: Ranks,
+    samples: int = SAMPLES,
+    lora_b: float = 0.1,
+    data: EncodedDataset | None = None,
 ) -> LocalResult:
     model_type, wanted, limits = case[:3]
     fm = load_model(directory / model_type, tiny.task_of(model_type), tiny.LABELS, seed=0)
@@ -54,11 +60,10 @@ def trained(
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # of 0, it would hide what dropout does
             parameter.data.fill_(lora_b)
-    data: Any = tiny.dataset(model_type, samples)
     return train_round(
         TASK,
         model,
-        data,
+        data or tiny.dataset(model_type, samples),
         wanted,
         silo="north",
         round=1,
@@ -83,7 +88,10 @@ def be_rank(rank: int, directory: Path) -> None:
     ranks = Ranks(rank, RANKS)
     for name, case in CASES.items():
         save_file(everything(trained(directory, case, ranks)), directory / f"{name}-{rank}")
-    heard = {"text": ranks.tell("grün" if rank == 0 else "red"), "nothing": ranks.tell()}
+    taken = Recorded(tiny.dataset("bert", SAMPLES))
+    trained(directory, CASES["a part for each"], ranks, data=taken)
+    heard: dict[str, Any] = {"taken": taken.taken}
+    heard |= {"text": ranks.tell("grün" if rank == 0 else "red"), "nothing": ranks.tell()}
     heard["dropping"] = trained(directory, DROPPING, ranks, 4).metrics["train_loss"]
     heard["like rank 0 alone"] = trained(directory, DROPPING, ALONE, 4).metrics["train_loss"]
     try:
@@ -160,6 +168,12 @@ def test_ranks_hear_rank_0_and_fail_together(done: Path) -> None:
     assert heard[0]["fault"] == heard[1]["fault"]
 
 
+def test_each_rank_builds_its_own_parts_alone(done: Path) -> None:
+    taken = [json.loads((done / f"heard-{rank}.json").read_text(encoding="utf-8"))["taken"] for rank in range(RANKS)]
+    assert sorted(taken[0] + taken[1]) == list(range(SAMPLES))  # batches of 5, 5 and 1, in parts of at most 3
+    assert len(taken[0]) == 3 + 3 + 1
+
+
 def test_each_rank_drops_of_its_own(done: Path) -> None:
     """Both ranks say the same loss, which is not the one of dropping alike in both halves."""
     heard = [json.loads((done / f"heard-{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
@@ -211,7 +225,12 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_a_killed_rank_ends_all_and_the_restart_goes_on(digits: Digits, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("limits", [{}, {"sharded": True}], ids=["whole", "sharded"])
+def test_a_killed_rank_ends_all_and_the_restart_goes_on(
+    limits: dict[str, Any],
+    digits: Digits,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     """With alignment, so that ranks take patches up; the final adapter is that of plain silos, bit for bit."""
     wanted = server_settings(digits, ("north", "south"))
     wanted["adapter"]["dropout"], wanted["training"]["local_epochs"] = 0.0, 3.0
@@ -220,7 +239,7 @@ def test_a_killed_rank_ends_all_and_the_restart_goes_on(digits: Digits, tmp_path
         reference.start()
         reference.await_end()
 
-    shared = plain | {"north": silo_settings(digits, "north")}
+    shared = plain | {"north": silo_settings(digits, "north") | {"limits": limits}}
     with Deployment(tmp_path / "shared", wanted, shared) as running:
         server, south = running.server, running.silos["south"]
         north = Torchrun("north", "fedpft.silo", running.silos["north"].config)
@@ -234,7 +253,7 @@ def test_a_killed_rank_ends_all_and_the_restart_goes_on(digits: Digits, tmp_path
         assert ranks.keys() == set(range(RANKS))
         os.kill(ranks[1], signal.SIGKILL)
         assert north.await_end() not in (0, -signal.SIGKILL)
-        assert "another process of this silo has ended" in north.log or "error: terminated" in north.log
+        assert "another of torchrun's processes has ended" in north.log or "error: terminated" in north.log
         await_("rank 0 to be gone", lambda: not is_alive(ranks[0]))
 
         north.start()

@@ -1022,6 +1022,29 @@ def test_a_silo_killed_at_any_point_sends_the_same_bytes(federation: Any) -> Non
     assert point > 30
 
 
+def test_a_silo_with_coarse_weights_that_is_killed_sends_the_same_bytes(
+    federation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had the second version by a patch after a patch, and has it by a snapshot then."""
+    coarse = {"limits": {"weights": "int4"}}
+    plain, config = federation()
+    run(config)
+    undisturbed, config = federation(**coarse)
+    run(config)
+    server, config = federation(**coarse)
+    train_round = silo_learner.train_round
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            silo_learner, "train_round", lambda *a, **n: killed() if n["round"] == 3 else train_round(*a, **n)
+        )
+        with pytest.raises(Killed):
+            run(config)
+    run(config)
+    assert contents(server).keys() == {1, 2, 3}
+    assert contents(server) == contents(undisturbed)
+    assert all(contents(server)[round] != contents(plain)[round] for round in (1, 2, 3))
+
+
 # --- share ------------------------------------------------------------------------------------------------------------
 
 

@@ -61,9 +61,9 @@ class Recorded(EncodedDataset):
         self.inner, self.labels, self.lengths = inner, inner.labels, inner.lengths
         self.taken: list[int] = []
 
-    def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, indices: Tensor, longest: int) -> dict[str, Tensor]:
         self.taken += indices.tolist()
-        return self.inner._inputs(indices)
+        return self.inner._inputs(indices, longest)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "llama", "vit"])
@@ -271,7 +271,7 @@ def test_dropout_of_lora_is_on_and_no_other(make_fm: ModelFactory) -> None:
                 parameter.data.fill_(0.5)
         losses[dropout] = train(model, data, wanted).metrics["train_loss"]
         assert not any(module.training for module in model.modules() if isinstance(module, nn.Dropout))
-        plain = F.cross_entropy(tiny.logits(model, data._inputs(torch.arange(12))), data.labels).item()
+        plain = F.cross_entropy(tiny.logits(model, data.batch(torch.arange(12))), data.labels).item()
         assert (losses[dropout] == pytest.approx(plain, rel=1e-4)) == (dropout == 0.0)
 
 

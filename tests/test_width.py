@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedpft.config import AdapterSection, RoundSettings, SimulationConfig, TrainingSection
+from fedpft.config import AdapterSection, LimitsSection, RoundSettings, SimulationConfig, TrainingSection
 from fedpft.demo.run import run_federation
 from fedpft.errors import ModelError
 from fedpft.model.subffn import NEURON_PARAMETERS, sub_ffns
@@ -124,7 +124,7 @@ def test_lora_on_the_ffn_needs_all_neurons(make_fm: FM, tmp_path: Path) -> None:
     written(make_fm("bert"), "bert", tmp_path)
     settings = RoundSettings(seed=0, adapter=AdapterSection(ffn=True), training=TrainingSection(), inactive_below=0.0)
     with pytest.raises(ModelError, match=r"limits\.width: .*every silo needs all"):
-        Learner(tmp_path, settings, "cpu", 0.5)
+        Learner(tmp_path, settings, "cpu", LimitsSection(width=0.5))
 
 
 def settings_of(tmp_path: Path, fm: Path) -> dict[str, Any]:

@@ -41,9 +41,13 @@ class EncodedDataset(ABC):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        """The keyword arguments of the model for samples `indices`: (M,) int64, with `labels` if there are any."""
-        inputs = self._inputs(indices)
+    def batch(self, indices: Tensor, of: Tensor | None = None) -> dict[str, Tensor]:
+        """The keyword arguments of the model for samples `indices`: (M,) int64, with `labels` if there are any.
+
+        Args:
+            of: the batch that these are part of, (m,) int64: they are padded as in it.
+        """
+        inputs = self._inputs(indices, int(self.lengths[indices if of is None else of].max()))
         return inputs if self.labels is None else {**inputs, "labels": self.labels[indices]}
 
     def ahead(self, lots: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -51,7 +55,7 @@ class EncodedDataset(ABC):
         return iter(lots)
 
     @abstractmethod
-    def _inputs(self, indices: Tensor) -> dict[str, Tensor]: ...
+    def _inputs(self, indices: Tensor, longest: int) -> dict[str, Tensor]: ...
 
 
 def describe_cut(name: object, samples: int, cut: int, max_tokens: int) -> str:

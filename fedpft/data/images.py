@@ -229,7 +229,7 @@ class ImageDataset(EncodedDataset):
         """Prepares the images of the next lots while a model is busy with one."""
         return iter(lots) if isinstance(self.pixel_values, Tensor) else self.pixel_values.ahead(lots)
 
-    def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, indices: Tensor, longest: int) -> dict[str, Tensor]:
         return {"pixel_values": self.pixel_values[indices]}
 
 

@@ -74,22 +74,17 @@ class LanguageDataset(TextDataset):
         row = Learnt(tokens.tolist(), learned)
         return tokens[: row.answer], tokens[row.answer :]
 
-    def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, indices: Tensor, longest: int) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels: (M, T) int64, padded on the right."""
-        inputs = super()._inputs(indices)
-        learned = self._padded(self.learned, indices, 0).bool()
+        inputs = super()._inputs(indices, longest)
+        learned = self._padded(self.learned, indices, longest, 0).bool()
         return {**inputs, "labels": inputs["input_ids"].where(learned, NOT_LEARNED)}
 
-    def packed(self, indices: Tensor, most_tokens: int) -> list[dict[str, Tensor]]:
-        """The rows `indices`, (m,) int64, in as few sequences as first fit, longest first, needs.
+    def fitted(self, indices: Tensor, most_tokens: int) -> list[Tensor]:
+        """Which of the rows `indices`, (m,) int64, share a sequence, in as few as first fit, longest first, needs.
 
         Args:
             most_tokens: of one sequence; a longer row stands alone in its own.
-
-        Returns:
-            For each sequence input_ids, labels, position_ids: (1, N) int64. Positions start at 0 with each row, and
-            there is no attention mask: from such positions transformers itself builds the mask of each kind of layer
-            that keeps rows apart. Whether a model really does so `fedpft.model.packing.way_to_pack` finds out.
         """
         sequences: list[list[int]] = []
         room: list[int] = []
@@ -101,9 +96,15 @@ class LanguageDataset(TextDataset):
                 room.append(most_tokens)
             sequences[place].append(index)
             room[place] -= length
-        return [self._end_to_end(torch.tensor(rows)) for rows in sequences]
+        return [torch.tensor(rows) for rows in sequences]
 
-    def _end_to_end(self, indices: Tensor) -> dict[str, Tensor]:
+    def sequence(self, indices: Tensor) -> dict[str, Tensor]:
+        """These rows, (m,) int64, end to end: input_ids, labels, position_ids, each (1, N) int64.
+
+        Positions start at 0 with each row, and there is no attention mask: from such positions transformers itself
+        builds the mask of each kind of layer that keeps rows apart. Whether a model really does so
+        `fedpft.model.packing.way_to_pack` finds out.
+        """
         position = torch.cat([torch.arange(length) for length in self.lengths[indices].tolist()])
         source = self.starts[indices].repeat_interleave(self.lengths[indices]) + position
         input_ids = self.tokens[source].long()

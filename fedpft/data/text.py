@@ -39,23 +39,22 @@ class TextDataset(EncodedDataset):
         self.tokens, self.lengths, self.padding, self.labels = tokens, lengths, padding, labels
         self.starts = lengths.cumsum(0) - lengths
 
-    def _inputs(self, indices: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, indices: Tensor, longest: int) -> dict[str, Tensor]:
         """input_ids, attention_mask: (M, T) int64, padded on the right."""
         return {
-            "input_ids": self._padded(self.tokens, indices, self.padding),
-            "attention_mask": self._real(indices).long(),
+            "input_ids": self._padded(self.tokens, indices, longest, self.padding),
+            "attention_mask": self._real(indices, longest).long(),
         }
 
-    def _padded(self, values: Tensor, indices: Tensor, filling: int) -> Tensor:
+    def _padded(self, values: Tensor, indices: Tensor, longest: int, filling: int) -> Tensor:
         """Those of (sum of lengths,) values that belong to the samples: (M, T) int64."""
-        real = self._real(indices)
-        source = (self.starts[indices][:, None] + torch.arange(real.shape[1])).where(real, 0)
+        real = self._real(indices, longest)
+        source = (self.starts[indices][:, None] + torch.arange(longest)).where(real, 0)
         return values[source].long().where(real, filling)
 
-    def _real(self, indices: Tensor) -> Tensor:
+    def _real(self, indices: Tensor, longest: int) -> Tensor:
         """Where no padding is: (M, T) bool."""
-        lengths = self.lengths[indices]
-        return torch.arange(int(lengths.max())) < lengths[:, None]
+        return torch.arange(longest) < self.lengths[indices][:, None]
 
 
 TENSORS = {"rows": torch.int64, "lengths": torch.int64, "tokens": torch.int32}

@@ -1,4 +1,4 @@
-"""The demo: a federation of real processes over TLS on this machine, and with `compare` the rows it is compared with.
+"""The demo: a federation of real processes over TLS on this machine, and rows that it is compared with.
 
 Every row is the same federation with another configuration:
 
@@ -47,6 +47,7 @@ class Scale:
     model: the FM's directory.
     settings: sections of server.yaml.
     layer_drop_steps: of the distillation of the layer-drop proxy, for which a closed form alone is not enough.
+    private: what differential privacy changes in `training`.
     ablations: whether `compare` adds the rows without one or both distillations.
     """
 
@@ -54,6 +55,7 @@ class Scale:
     model: Callable[[], Path]
     settings: Settings
     layer_drop_steps: int
+    private: Settings
     ablations: bool = True
 
 
@@ -75,6 +77,7 @@ FULL = Scale(
         "model": {"max_tokens": 40},
     },
     layer_drop_steps=60,
+    private={"batch": 64, "local_epochs": 1.0},
 )
 QUICK = Scale(
     prepare=partial(
@@ -90,6 +93,7 @@ QUICK = Scale(
         "model": {"max_tokens": 32},
     },
     layer_drop_steps=8,
+    private={},
 )
 LM_FULL = Scale(
     prepare=partial(dialogues.prepare, rows=120, test_rows=60, public_rows=400),
@@ -103,6 +107,7 @@ LM_FULL = Scale(
         "model": {"task": CausalLM.name, "max_tokens": 128},
     },
     layer_drop_steps=16,
+    private={"batch": 32, "local_epochs": 1.0},
     ablations=False,
 )
 LM_QUICK = Scale(
@@ -117,9 +122,12 @@ LM_QUICK = Scale(
         "model": {"task": CausalLM.name, "max_tokens": 48},
     },
     layer_drop_steps=2,
+    private={},
     ablations=False,
 )
 
+SECURE: Settings = {"federation": {"secure_aggregation": True}}
+EPSILON, DELTA = 8.0, 1e-4
 NO_DISTILLATION: Settings = {"distillation": {"steps": 0, "closed_form_samples": 0}}
 NO_ALIGNMENT: Settings = {"alignment": {"every_rounds": 0}}
 ABLATIONS: dict[str, Settings] = {
@@ -131,7 +139,13 @@ MAIN = "plugged_in"
 
 
 def rows(
-    layers: int, *, head: bool, compare: bool, ablations: bool, layer_drop_steps: int | None = None
+    layers: int,
+    *,
+    head: bool,
+    compare: bool,
+    ablations: bool,
+    layer_drop_steps: int | None = None,
+    private: Settings | None = None,
 ) -> dict[str, Settings]:
     """What each row changes in the product's server.yaml. `local_only` is one federation for each silo.
 
@@ -141,6 +155,8 @@ def rows(
         compare: whether others than that are wanted.
         ablations: whether those without distillation are among them.
         layer_drop_steps: of the layer-drop proxy's distillation; None: as many as the product's.
+        private: as of :class:`Scale`, if the rows with secure aggregation are wanted, without and with differential
+            privacy.
     """
     found: dict[str, Settings] = {"head_only": {"adapter": {"rank": 0}, **NO_ALIGNMENT}} if head else {}
     steps = {} if layer_drop_steps is None else {"steps": layer_drop_steps}
@@ -155,11 +171,28 @@ def rows(
             **(ABLATIONS if ablations else {}),
             **{f"local_only/{silo}": {"federation": {"silos": [silo]}} for silo in SILOS},
         }
+    if private is not None:
+        training = {**private, "privacy": {"epsilon": EPSILON, "delta": DELTA}}
+        found |= {
+            "secure_aggregation": SECURE,
+            "private": {**SECURE, "training": training, "alignment": {"counts": "public"}},
+        }
     return found
 
 
-def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, Any]:
+def run_demo(
+    out: Path,
+    *,
+    scale: Scale,
+    seed: int,
+    compare: bool,
+    private: bool = False,
+    more: Mapping[str, Settings] | None = None,
+) -> dict[str, Any]:
     """Runs the demo into an empty or missing directory and returns what is in OUT/summary.json.
+
+    Args:
+        more: further rows, as of :func:`rows`.
 
     Raises:
         ConfigError: OUT holds something else than an earlier demo.
@@ -181,8 +214,9 @@ def run_demo(out: Path, *, scale: Scale, seed: int, compare: bool) -> dict[str, 
         compare=compare,
         ablations=scale.ablations,
         layer_drop_steps=scale.layer_drop_steps,
+        private=scale.private if private else None,
     )
-    for row, changes in others.items():
+    for row, changes in {**others, **(more or {})}.items():
         settings = merged(product, changes)
         if not {"proxy", "distillation"} & changes.keys():
             settings["proxy_path"] = str(out / "rows" / MAIN / "out" / "proxy")

@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from fedpft.config import AdapterSection, TaskName
 from fedpft.errors import InvalidUpdate, ModelError
 from fedpft.finite import is_finite
-from fedpft.model.architectures import Architecture, architecture_of, head_of, in_head, layers_of, layers_path
+from fedpft.model.architectures import (
+    Architecture,
+    architecture_of,
+    computing_by,
+    head_of,
+    in_head,
+    layers_of,
+    layers_path,
+)
 from fedpft.model.lora import lora_linear
 from fedpft.model.precision import dtype_of, name_of, narrow, wide
 from fedpft.model.subffn import SubFFN, sub_ffns
@@ -82,7 +90,9 @@ def attach(model: nn.Module, settings: AdapterSection, *, seed: int) -> None:
         if settings.ffn:
             _attach_to_ffns(model, settings, derive_seed(seed, "adapter of the FFN"))
     model.eval()  # peft adds its dropout in training mode
-    adapted = set(_parameters(model).values())
+    adapted, device = set(_parameters(model).values()), next(model.parameters()).device
+    for parameter in adapted:  # where the layers compute, wherever their weights are
+        parameter.data = parameter.data.to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in adapted)
 
@@ -95,15 +105,12 @@ def training(model: nn.Module, dropout: float, *, frozen_a: bool = False) -> Ite
     """
     resting = [parameter for name, parameter in _parameters(model).items() if frozen_a and ".lora_A." in name]
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        layer.forward = partial(_lora_forward, layer, dropout)
     for parameter in resting:
         parameter.requires_grad_(False)
     try:
-        yield
+        with computing_by({layer: partial(_lora_forward, layer, dropout) for layer in layers}):
+            yield
     finally:
-        for layer in layers:
-            del layer.forward  # the instance's; the class's is peft's own
         for parameter in resting:
             parameter.requires_grad_(True)
 
@@ -241,7 +248,8 @@ class Probes:
             base = cast(nn.Linear, theirs.get_base_layer())
             a, b = (part[active].get_parameter("weight").detach() for part in (theirs.lora_A, theirs.lora_B))
             passed_on = theirs.scaling[active] * len(b) ** 0.5 * a.norm().clamp(min=1e-12)
-            spread = float(PROBE_SIZE * wide(base.weight.detach()).norm() / passed_on)
+            own = wide(base.weight.detach()).norm().to(passed_on.device)
+            spread = float(PROBE_SIZE * own / passed_on)
             self._moved.append((theirs.lora_B[active], ours.lora_B[active], spread))
 
     @contextmanager
@@ -308,7 +316,7 @@ def merged_parts(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def _merged(name: str, module: LoraLayer, dtype: torch.dtype) -> Tensor:
     base, (active,) = cast(nn.Linear, module.get_base_layer()), module.active_adapters
     change: Tensor = module.get_delta_weight(active)  # type: ignore[attr-defined]
-    merged = (base.weight.detach() + change).to(dtype)
+    merged = (base.weight.detach() + change.to(base.weight.device)).to(dtype)
     if not is_finite(merged):
         raise ModelError(f"{name}: its weight with LoRA is too large for {name_of(dtype)}", "set model.dtype: bfloat16")
     return merged
@@ -371,7 +379,7 @@ def _lora_forward(layer: Any, dropout: float, x: Tensor) -> Tensor:
     """What peft's layer computes, with its parameters."""
     base, (name,) = layer.get_base_layer(), layer.active_adapters
     weight = base.weight.t() if layer.fan_in_fan_out else base.weight
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    a, b = (part[name]._parameters["weight"] for part in (layer.lora_A, layer.lora_B))  # or one of each sample
     return lora_linear(x, weight, base.bias, a, b, scale=layer.scaling[name], dropout=dropout)
 
 

@@ -4,7 +4,8 @@ Paths in a row start at one layer, `layers` at the base model. The task head is 
 model. docs/models.md says how to add a row, and what was tried with each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -299,6 +300,22 @@ def activation_of(model: nn.Module) -> str:
     return ACTIVATION_NAMES[name]
 
 
+@contextmanager
+def computing_by(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """While open, modules compute by these functions, and not by what they did before."""
+    stood = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, before in stood.items():
+            if before is None:
+                del module.forward  # the instance's; the class's is the module's own
+            else:
+                module.forward = before
+
+
 class _LastLayerReached(Exception):
     """Ends a forward pass whose rest nobody would look at."""
 
@@ -351,59 +368,3 @@ def _with_states(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a layer is called with, but for its hidden states."""
     return ((hidden, *arguments[1:]), named) if arguments else ((), {**named, "hidden_states": hidden})
-
-
-class LayerWalk:
-    """One batch on its way through the layers of a model, each computed when it is asked for, and never again.
-
-    position: how many layers it has left behind.
-    hidden: the states after those, (B, T, D).
-    """
-
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-        """Sees what else each layer is given: masks and positions, the same at any time.
-
-        Of the layers only the first is run, to see in what form they leave the states; the others pass them on.
-        """
-        self._layers = layers_of(model)
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.position = 0
-        self.hidden: Tensor
-        form: list[Tensor | tuple[Tensor, ...]] = []
-        first, *others = self._layers
-        hooks = [
-            first.register_forward_pre_hook(self._note, with_kwargs=True),
-            first.register_forward_hook(lambda _layer, _given, output: form.append(output)),
-        ]
-        passed = partial(self._pass, form)
-        for layer in others:
-            layer.forward = passed
-        try:
-            base_of(model)(**{name: value for name, value in inputs.items() if name != "labels"})
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for layer in others:
-                del layer.forward  # the instance's; the class's is the layer's own
-
-    def output(self) -> Tensor:
-        """What the next layer makes of the states, (B, T, D), which stay where they are."""
-        arguments, named = self._calls[self.position]
-        found: Tensor | tuple[Tensor, ...] = self._layers[self.position](self.hidden, *arguments, **named)
-        return found[0] if isinstance(found, tuple) else found
-
-    def advance(self, hidden: Tensor | None = None) -> None:
-        """Leaves the next layer behind, whose output is `hidden`, if that is known."""
-        self.hidden = self.output() if hidden is None else hidden
-        self.position += 1
-
-    def _pass(self, form: Sequence[Tensor | tuple[Tensor, ...]], *arguments: Any, **named: Any) -> Any:
-        self._note(self._layers[0], arguments, named)
-        return (self.hidden, *form[0][1:]) if isinstance(form[0], tuple) else self.hidden
-
-    def _note(self, _layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = dict(named)
-        hidden, *others = arguments if arguments else (given.pop("hidden_states"),)
-        if not self._calls:
-            self.hidden = hidden
-        self._calls.append((tuple(others), given))

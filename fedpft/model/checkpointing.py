@@ -13,21 +13,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fedpft.model.architectures import layers_of
-from fedpft.model.subffn import sub_ffns
+from fedpft.model.architectures import computing_by, layers_of
+from fedpft.model.subffn import uncounted
 
 
 @contextmanager
 def checkpointing(model: nn.Module) -> Iterator[None]:
     """While open, a proxy's layers keep nothing but their input. What is computed again counts no inactive neuron."""
-    layers = layers_of(model)
-    for layer in layers:
-        layer.forward = partial(_forward, layer, layer.forward)
-    try:
+    with computing_by({layer: partial(_forward, layer, layer.forward) for layer in layers_of(model)}):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the instance's; the class's is the layer's own
 
 
 def _forward(layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -44,16 +38,4 @@ def _by_name(forward: Callable[..., Any], hidden: Any, **named: Any) -> Any:
 
 
 def _contexts(layer: nn.Module) -> tuple[Any, Any]:
-    return nullcontext(), _uncounted(layer)
-
-
-@contextmanager
-def _uncounted(layer: nn.Module) -> Iterator[None]:
-    counters = [(ffn, ffn.inactivity) for ffn in sub_ffns(layer).values()]
-    for ffn, _ in counters:
-        ffn.inactivity = None
-    try:
-        yield
-    finally:
-        for ffn, counter in counters:
-            ffn.inactivity = counter
+    return nullcontext(), uncounted(layer)

@@ -39,7 +39,7 @@ WEIGHTS = "model.safetensors"
 GENERATION = "generation_config.json"
 POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 
-IN_MEMORY = 0.2  # of the machine's: an FM, its proxy, and what both need to be distilled
+IN_MEMORY = 0.2  # of all that there is: an FM, its proxy, and what both need to be distilled
 # What safetensors calls the types that weights may be stored in, and what they are held in then. The widest come first.
 PRECISIONS = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -62,7 +62,14 @@ _REFUSED = {
 
 
 def load_model(
-    path: Path, task: TaskName, labels: Sequence[str], *, seed: int, dtype: Dtype = "auto", hold: Hold = "memory"
+    path: Path,
+    task: TaskName,
+    labels: Sequence[str],
+    *,
+    seed: int,
+    dtype: Dtype = "auto",
+    hold: Hold = "memory",
+    memory: int | None = None,
 ) -> nn.Module:
     """Loads an FM for a task, in eval mode and with every parameter frozen.
 
@@ -77,7 +84,8 @@ def load_model(
         seed: for what is drawn.
         dtype: what the FM is held in; `auto`: what most of its values are stored in (of float64: float32).
         hold: `disk`: the weights stay in their files (`held` of the model), but for those that are stored in
-            another type; `auto`: if they would take more than IN_MEMORY of the machine's memory.
+            another type; `auto`: if they would take more than IN_MEMORY of the memory.
+        memory: what there is where the FM computes, in bytes; None: the machine's.
 
     Raises:
         ModelError: no such directory, not a model, weights that are not those that config.json asks for or hold NaN, or
@@ -130,7 +138,7 @@ def load_model(
             if held != torch.float16
             else "set model.dtype: bfloat16 if its numbers are too large for float16, or restore its weights",
         )
-    on_disk = hold == "disk" or (hold == "auto" and stored.nbytes > IN_MEMORY * machine.memory_bytes())
+    on_disk = hold == "disk" or (hold == "auto" and stored.nbytes > IN_MEMORY * (memory or machine.memory_bytes()))
     if on_disk and architectures.architecture_of(model).experts is not None:
         log.warning("%s: a mixture's experts are stored one by one, and held together: all of it is in memory", path)
         on_disk = False

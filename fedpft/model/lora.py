@@ -8,6 +8,8 @@ in which all is computed and summed up in float32 or wider; A and B may have a w
 
 Kept for backward: x itself, which query, key and value share, m in one byte an element, and (m * x) A^T of (N, R). An A
 that has no gradient costs neither x nor a multiply.
+With a copy of A and B for each sample, (S, R, D) and (S, E, R), all the same, dA and dB are those of each sample; an A
+without a gradient needs no copies.
 Composed of torch's operators the same keeps m and m * x of each layer in x's dtype, and does each `+` and `*` above
 in a pass of its own; here the sums are left to the matrix multiplies. W and bias get no gradient.
 """
@@ -25,6 +27,8 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropped: int
     ) -> Tensor:
+        ctx.samples = len(b) if b.dim() == 3 else None
+        a, b = (factor if factor.dim() == 2 else factor[0] for factor in (a, b))
         keep = _draw_kept(x, dropped) if dropped else None
         ctx.kept_scale = _LEVELS / (_LEVELS - dropped)
         h = _masked(x, keep) @ a.to(x.dtype).t()
@@ -46,8 +50,9 @@ class _LoraLinear(torch.autograd.Function):
                 grad_x.mul_(keep.to(weight.dtype))
             grad_x.addmm_(grad_y, weight)
         if ctx.needs_input_grad[3]:
-            grad_a = (grad_h.t() @ _masked(x, keep)).to(a.dtype)
-        grad_b = (h.t() @ grad_y).mul_(scale).t()  # in this order the multiply reads dy along its rows
+            grad_a = _sum_of_products(grad_h, _masked(x, keep), ctx.samples).to(a.dtype)
+        # in this order the multiply reads dy along its rows
+        grad_b = _sum_of_products(h, grad_y, ctx.samples).mul_(scale).transpose(-1, -2)
         return grad_x, None, None, grad_a, grad_b.to(b.dtype), None, None
 
 
@@ -59,7 +64,8 @@ def lora_linear(
     Args:
         x: (..., D).
         weight: (E, D), bias: (E,) or None. Frozen.
-        a: (R, D), b: (E, R), of x's dtype or a wider one.
+        a: (R, D), b: (E, R), of x's dtype or a wider one; or (S, R, D) and (S, E, R), the same for each of S samples,
+            which have equal parts of the N tokens.
         scale: s.
         dropout: p in [0, 1), rounded to a multiple of 1 / 65536; 1 / (1 - p) is that of the rounded one.
 
@@ -69,6 +75,13 @@ def lora_linear(
     dropped = min(round(dropout * _LEVELS), _LEVELS - 1)
     y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale, dropped)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _sum_of_products(left: Tensor, right: Tensor, samples: int | None) -> Tensor:
+    """Over all tokens, (N, I) and (N, J) -> (I, J); or over those of each sample, (S, I, J)."""
+    if samples is None:
+        return left.t() @ right
+    return left.view(samples, -1, left.shape[1]).transpose(1, 2) @ right.view(samples, -1, right.shape[1])
 
 
 def _draw_kept(x: Tensor, dropped: int) -> Tensor:

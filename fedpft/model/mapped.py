@@ -8,7 +8,7 @@ import json
 import math
 import mmap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +132,20 @@ def release(model: nn.Module) -> None:
         files.release()
 
 
-def copies(files: Sequence[Path], rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def copies(
+    files: Sequence[Path],
+    rows: Mapping[str, Tensor] | None = None,
+    made: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor,
+) -> dict[str, Tensor]:
     """The tensors of some files in memory, with no more than one of them there twice; raises as MappedTensors.
 
     Args:
         rows: of some tensors those that are wanted, (n,) int64.
+        made: what to keep of each.
     """
     stored, found = MappedTensors(files), dict[str, Tensor]()
     for name, tensor in stored.tensors.items():
-        found[name] = tensor[rows[name]] if rows and name in rows else tensor.clone()
+        found[name] = made(name, tensor[rows[name]] if rows and name in rows else tensor.clone())
         stored.release()
     return found
 

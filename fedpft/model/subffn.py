@@ -426,6 +426,19 @@ def counting(model: nn.Module, layers: Sequence[int], eps: float) -> Iterator[di
 
 
 @contextmanager
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """While open, nothing is counted in a proxy, or in one layer of it; then it goes on within :func:`counting`."""
+    counters = [(ffn, ffn.inactivity) for ffn in sub_ffns(module).values()]
+    for ffn, _ in counters:
+        ffn.inactivity = None
+    try:
+        yield
+    finally:
+        for ffn, counter in counters:
+            ffn.inactivity = counter
+
+
+@contextmanager
 def compacting(model: nn.Module) -> Iterator[None]:
     """While open, a proxy's frozen FFNs keep their activation's slope in bfloat16 for backward (`kernels.sub_ffn`)."""
     ffns = [module for module in model.modules() if isinstance(module, SubFFN)]

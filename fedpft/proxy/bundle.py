@@ -16,13 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedpft.config import TaskName
+from fedpft import machine
+from fedpft.config import TaskName, Weights
 from fedpft.errors import ModelError
-from fedpft.finite import not_finite
+from fedpft.finite import is_finite, not_finite
 from fedpft.model import architectures, loading
 from fedpft.model.adapters import frozen_state
 from fedpft.model.mapped import MappedTensors, Shards, copies, hold_on_disk, release
 from fedpft.model.precision import hold_wide
+from fedpft.model.quantized import quantizable, quantized
+from fedpft.model.sharding import put
 from fedpft.model.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
 
 _FORMAT = 3
@@ -91,7 +94,15 @@ def save_bundle(
     (directory / "proxy.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
 
 
-def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0) -> Proxy:
+def load_proxy(
+    directory: Path,
+    work: Path | None = None,
+    *,
+    width: float = 1.0,
+    weights: Weights = "full",
+    device: str = "cpu",
+    on_disk: bool = False,
+) -> Proxy:
     """Reads what :func:`save_bundle` wrote; ModelError names the file that is missing or does not fit.
 
     Args:
@@ -99,6 +110,10 @@ def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0)
             model becomes of them there.
         width: share of each compressed layer's neurons that is loaded, rounded, but one at least: those that matter
             most. The others are as if the FM had never had them.
+        weights: how the matrices of the layers are held (`fedpft.model.quantized`). Not with `work`.
+        device: where they are quantised, if they are, and stay; all else is on the CPU.
+        on_disk: the weights stay in the directory's files, for :func:`fedpft.model.sharding.shard` to take them out;
+            before that nothing can be written to them.
     """
     try:
         files = loading.weight_files(directory)
@@ -124,11 +139,21 @@ def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0)
         expected = frozen_state(model)
         modules = list(sub_ffns(model))
         held_neurons = {modules[layer]: places for layer, places in parts.items()}
-        if work is None:
+        if work is None and not on_disk:
             rows = {f"{module}.{part}": places for module, places in held_neurons.items() for part in NEURON_PARAMETERS}
-            tensors = copies(files, rows)
+            few_bits = set[str]() if weights == "full" else quantizable(model)
+
+            def made(name: str, tensor: Tensor) -> Tensor:
+                if weights == "full" or name not in few_bits:
+                    return tensor
+                if not is_finite(tensor):  # what NaN is quantised to need not be NaN
+                    raise _not_finite(f"the proxy in {directory}", name)
+                return quantized(tensor.to(device), weights)
+
+            tensors = copies(files, rows, made)
+            machine.trim_heap()  # of what quantising took
         else:
-            held = MappedTensors(files, writable=True)
+            held = MappedTensors(files, writable=work is not None)
             tensors = held.tensors
         if odd := sorted(tensors.keys() ^ expected):
             raise ValueError(f"{files[0].name} {'lacks' if odd[0] in expected else 'has an unknown'} {odd[0]}")
@@ -139,6 +164,8 @@ def load_proxy(directory: Path, work: Path | None = None, *, width: float = 1.0)
         model.tie_weights()  # type: ignore[operator]
         if work is not None:
             hold_on_disk(model, held)
+        elif on_disk:
+            model.held = held  # type: ignore[assignment]
         check_finite(model, f"the proxy in {directory}")
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
         processor = loading.load_processor(directory, task)
@@ -214,10 +241,14 @@ def task_of(directory: Path) -> TaskName | None:
 def check_finite(model: nn.Module, what: str) -> None:
     """Raises ModelError, naming the tensor, if a proxy's frozen part holds NaN or infinity."""
     if (name := not_finite(frozen_state(model), partial(release, model))) is not None:
-        raise ModelError(
-            f"{what}: {name} holds NaN or infinity",
-            "build the proxy again, with a lower distillation.learning_rate, and look at public_data",
-        )
+        raise _not_finite(what, name)
+
+
+def _not_finite(what: str, name: str) -> ModelError:
+    return ModelError(
+        f"{what}: {name} holds NaN or infinity",
+        "build the proxy again, with a lower distillation.learning_rate, and look at public_data",
+    )
 
 
 def patch(model: nn.Module, updated: Mapping[int, Tensor], norms: Sequence[str]) -> dict[str, Tensor]:
@@ -248,14 +279,14 @@ def patch(model: nn.Module, updated: Mapping[int, Tensor], norms: Sequence[str])
 def apply_patch(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Puts a patch into a proxy's model, all of it or, with a ModelError that names the tensor, nothing."""
     state = frozen_state(model)
-    changes: list[tuple[Tensor, Tensor | slice, Tensor]] = []
+    changes: list[tuple[Tensor, Tensor | None, Tensor]] = []
     for key, value in tensors.items():
         name, _, kind = key.partition("@")
         target, rows = state.get(name), tensors.get(f"{name}@rows")
         if kind == "rows" and f"{name}@values" in tensors:
             continue  # goes in with its values
         if kind == "" and target is not None and target.shape == value.shape:
-            changes.append((target, slice(None), value))
+            changes.append((target, None, value))
         elif kind == "values" and target is not None and rows is not None and _fits(target, rows, value):
             changes.append((target, rows.long(), value))
         else:
@@ -264,7 +295,7 @@ def apply_patch(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             )
     with torch.no_grad():
         for target, place, value in changes:
-            target[place] = value.to(target)
+            put(target, place, value)
 
 
 def _fits(target: Tensor, rows: Tensor, values: Tensor) -> bool:

@@ -23,6 +23,7 @@ public samples halves the hidden-state error before the first step; docs/results
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,9 +36,11 @@ from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
 from fedpft.errors import DataError, ModelError
 from fedpft.finite import is_finite
 from fedpft.model.adapters import Probes
-from fedpft.model.architectures import LayerWalk, architecture_of, is_post_norm, layers_of
+from fedpft.model.architectures import architecture_of, is_post_norm, layers_of
 from fedpft.model.precision import wide
+from fedpft.model.streaming import at_hand
 from fedpft.model.subffn import SubExperts, SubFFN, sub_ffns
+from fedpft.model.walk import LayerWalk
 from fedpft.progress import progress
 from fedpft.proxy.journal import Found, Journal
 from fedpft.seeding import derive_seed
@@ -105,16 +108,16 @@ def fit_output_projections(
         for done, (student, teacher) in enumerate(matched, 1):
             layer, ffn = layers_of(proxy)[student], ffns[student]
             own = None if updated is None else updated[student].to(device)
-            scale = layer.get_parameter(row.scale).detach() if row.scale is not None else 1.0
-            found = partial(fit.of_layer, student, teacher, ffn, own, scale)
-            solution = (journal or Journal()).kept(f"closed-form-{student}", found)["solution"].to(device)
-            weights = solution.new_zeros(ffn.neurons, solution.shape[1])
-            weights[slice(None) if own is None else own] = solution[:-1]
-            ffn.add_to_output(weights, solution[-1])
-            if then is not None:
-                for lot in lots:
-                    lot.bring(student, teacher + 1)
-                then(student, lots)
+            with at_hand(proxy, [student], writing=True):
+                scale = layer.get_parameter(row.scale).detach() if row.scale is not None else 1.0
+                found = partial(fit.of_layer, student, teacher, ffn, own, scale)
+                solution = (journal or Journal()).kept(f"closed-form-{student}", found)["solution"].to(device)
+                weights = solution.new_zeros(ffn.neurons, solution.shape[1])
+                weights[slice(None) if own is None else own] = solution[:-1]
+                ffn.add_to_output(weights, solution[-1])
+                if then is not None:
+                    fit.bring(student, teacher + 1)
+                    then(student, lots)
             report(done)
 
 
@@ -138,6 +141,13 @@ class _Fit:
         Raises:
             ModelError: FM or proxy is not finite on the samples.
         """
+        self.bring(student, teacher)
+        with at_hand(self._lots[0].model, [teacher]):
+            return self._of_layer_here(student, ffn, updated, scale)
+
+    def _of_layer_here(
+        self, student: int, ffn: SubFFN | SubExperts, updated: Tensor | None, scale: Tensor | float
+    ) -> Found:
         own: Tensor | slice = slice(None) if updated is None else updated
         sizes = (ffn.neurons if updated is None else len(updated), self._lots[0].hidden_size)
         device = self._lots[0].ours.hidden.device
@@ -146,11 +156,11 @@ class _Fit:
             unseen = _NormalEquations(*sizes, device)
         for number, lot in enumerate(self._lots):
             equations = unseen if number % HELD_OUT == 1 else seen
-            a, theirs, ours = lot.at(student, teacher, ffn)
+            a, theirs, ours = lot.at(ffn)
             equations.add(a[:, own], (theirs - ours) / scale)
             if self._moving is not None:
-                with self._moving.drawn(derive_seed(self._seed, "closed form, probe", number)):
-                    a_moved, theirs_moved, ours_moved = self._moved[number].at(student, teacher, ffn)
+                with self._probe(number):
+                    a_moved, theirs_moved, ours_moved = self._moved[number].at(ffn)
                 change = theirs_moved - theirs
                 share = self._probes * theirs.square().mean() / change.square().mean()
                 weight = share.sqrt() if change.any() else 0.0
@@ -171,6 +181,27 @@ class _Fit:
                 "set model.dtype: bfloat16 or float32",
             )
         return {"solution": solution}
+
+    def bring(self, ours: int, theirs: int) -> None:
+        """Lets all batches leave the layers before these behind, in the proxy and in the FM."""
+        lots, moved = self._lots, self._moved
+        for layer in range(lots[0].ours.position, ours):
+            with at_hand(lots[0].proxy, [layer]):
+                self._advance([lot.ours for lot in lots], [lot.ours for lot in moved])
+        for layer in range(lots[0].theirs.position, theirs):
+            with at_hand(lots[0].model, [layer]):
+                self._advance([lot.theirs for lot in lots], [lot.theirs for lot in moved])
+
+    def _advance(self, walks: Sequence[LayerWalk], moved: Sequence[LayerWalk]) -> None:
+        for walk in walks:
+            walk.advance()
+        for number, walk in enumerate(moved):
+            with self._probe(number):
+                walk.advance()
+
+    def _probe(self, number: int) -> AbstractContextManager[None]:
+        assert self._moving is not None
+        return self._moving.drawn(derive_seed(self._seed, "closed form, probe", number))
 
 
 @dataclass
@@ -195,15 +226,8 @@ class Lot:
         """The same batch on a way of its own, from where it is now."""
         return replace(self, ours=copy(self.ours), theirs=copy(self.theirs))
 
-    def bring(self, ours: int, theirs: int) -> None:
-        """Leaves the layers before these behind, in the proxy and in the FM."""
-        for walk, place in ((self.ours, ours), (self.theirs, theirs)):
-            while walk.position < place:
-                walk.advance()
-
-    def at(self, student: int, teacher: int, ffn: SubFFN | SubExperts) -> tuple[Tensor, Tensor, Tensor]:
-        """a (N, K), S and s (N, D) at a compressed layer, which the proxy does not leave: it is to be refitted."""
-        self.bring(student, teacher)
+    def at(self, ffn: SubFFN | SubExperts) -> tuple[Tensor, Tensor, Tensor]:
+        """a (N, K), S and s (N, D) at the next layer of each, which the proxy does not leave: it is to be refitted."""
         given, ours, _ = look(self.proxy, self.ours, ffn)
         _, theirs, after = look(self.model, self.theirs, None)
         self.theirs.advance(after)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fedpft.model import architectures, loading
 from fedpft.model.mapped import held, release
+from fedpft.model.streaming import leave
 from fedpft.model.subffn import replace_ffn
 from fedpft.proxy.selection import Selection
 
@@ -47,7 +48,10 @@ def cut(model: nn.Module, selection: Selection, put: Put = in_memory) -> nn.Modu
 def _sharing(model: nn.Module) -> nn.Module:
     """A copy of a model's modules, with the model's own tensors in them."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, {**shared, id(held(model)): None})
+    kept = (held(model), getattr(model, "scratch", None))
+    sharing = copy.deepcopy(model, {**shared, **{id(each): None for each in kept}})
+    leave(sharing)
+    return sharing
 
 
 def _settle(part: nn.Module, prefix: str, put: Put) -> None:

@@ -23,7 +23,9 @@ from fedpft.model.adapters import Probes
 from fedpft.model.architectures import architecture_of, layer_outputs, layers_of
 from fedpft.model.mapped import held
 from fedpft.model.precision import DISTILLATION_SCALE, Masters, loss_scaler, wide
+from fedpft.model.streaming import at_hand
 from fedpft.model.subffn import projections, sub_ffns
+from fedpft.parallel import ALONE, Ranks
 from fedpft.proxy.closed_form import Lot, fit_output_projections
 from fedpft.proxy.journal import Found, Journal
 from fedpft.seeding import derive_seed
@@ -47,6 +49,8 @@ def layer_level(
     layers: Sequence[int] | None = None,
     task: Task | None = None,
     journal: Journal | None = None,
+    most: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[float]:
     """Distils every FFN neuron of the compressed layers, in place; returns the loss of each step.
 
@@ -58,9 +62,12 @@ def layer_level(
         layers: for each layer of the proxy, the FM's layer it was cut from; None: the proxy has every layer.
         task: with a `logit_term`, the one that knows the FM's own head.
         journal: keeps each layer's closed form, and the steps every NOTED of them.
+        most: samples that are computed at once; a larger batch is made up of parts, each of which is relative to the
+            size of its own hidden states. None: all of a batch, or a part for each rank.
+        ranks: that take the steps together, all with the same arguments. What trains begins as rank 0 has it.
     """
     journal, losses = journal or Journal(), list[float]()
-    by_layer = settings.mode == "layers" or (settings.mode == "auto" and held(model) is not None)
+    by_layer = is_by_layer(settings, model)
     then = None
     if by_layer and settings.steps:
         steps_seed = derive_seed(seed, "layer-level distillation")
@@ -81,7 +88,14 @@ def layer_level(
         seed=derive_seed(seed, "layer-level distillation"),
         progress=progress,
         journal=journal,
+        most=most,
+        ranks=ranks,
     )
+
+
+def is_by_layer(settings: DistillationSection, model: nn.Module) -> bool:
+    """Whether each layer takes its steps by itself."""
+    return settings.mode == "layers" or (settings.mode == "auto" and held(model) is not None)
 
 
 def neuron_level(
@@ -189,8 +203,10 @@ def _steps_of_layer(
         product = _product(model, matched[student]) if settings.weight_term else None
         order = training_order(len(lots), 0, settings.steps, derive_seed(seed, "layer", student)).tolist()
 
-        def loss_of(number: int) -> Tensor:
-            lot = lots[order[number]]
+        def parts_of(number: int) -> list[Callable[[], Tensor]]:
+            return [partial(loss_of, lots[order[number]])]
+
+        def loss_of(lot: Lot) -> Tensor:
             mask = lot.real if isinstance(lot.real, Tensor) else None
             ours, theirs = (states.flatten(0, 1) for states in (lot.ours.output(), lot.theirs.hidden))
             loss = kernels.alignment_loss(ours, theirs, mask)
@@ -203,7 +219,7 @@ def _steps_of_layer(
             parameters = [norm.requires_grad_(True) for norm in norms]
             parameters += stack.enter_context(ffn.training_neurons(None))
             own: list[float] = []
-            _descend(proxy, parameters, settings, loss_of, own, progress=lambda *_: None, journal=Journal())
+            _descend(proxy, parameters, settings, parts_of, own, progress=lambda *_: None, journal=Journal())
         found = {name: parameter.detach() for name, parameter in trained.items()}
         journal.note(step, found | {"losses": torch.tensor(own, dtype=torch.float64)})
         losses += own
@@ -217,16 +233,18 @@ def _descend(
     proxy: nn.Module,
     parameters: Sequence[Tensor],
     settings: DistillationSection,
-    loss_of: Callable[[int], Tensor],
+    parts_of: Callable[[int], Sequence[Callable[[], Tensor]]],
     losses: list[float],
     *,
     progress: Progress,
     journal: Journal,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Takes the steps that are still to be taken.
 
     Args:
-        loss_of: a step's loss, (), by its number, which is asked for one after the other.
+        parts_of: what makes the parts, each (), of which a step's loss is the sum, by its number; steps are asked for
+            one after the other.
         losses: of the steps so far, one of which is kept after NOTED of them.
     """
     masters, scaler = Masters(parameters), loss_scaler(proxy, DISTILLATION_SCALE)
@@ -237,15 +255,21 @@ def _descend(
     for step in range(len(losses), settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(step, settings.steps, settings.warmup_fraction)
-        loss = loss_of(step)
-        scaler.scale(loss).backward()
+        parts, own = parts_of(step), list[float]()
+        for first in range(0, len(parts), ranks.size):
+            together = parts[first : first + ranks.size]
+            with ranks.adding(parameters, len(together)):
+                for part in ranks.own(together):
+                    loss = part()
+                    scaler.scale(loss).backward()
+                    own.append(float(loss.detach()))
         masters.take_gradients()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(masters.wide, settings.gradient_clip)
         scaler.step(optimizer)
         scaler.update()
         masters.round()
-        losses.append(float(loss.detach()))
+        losses.append(sum(ranks.in_order(own, len(parts))))
         if not math.isfinite(losses[-1]):
             raise ModelError(
                 f"step {step + 1} of a distillation: the loss is {losses[-1]}",
@@ -270,30 +294,39 @@ def _distil(
     seed: int,
     progress: Progress,
     journal: Journal,
+    most: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[float]:
     if settings.steps == 0 or not matched:
         return []
     students = [pair[0] for pair in matched]
     ffns = list(sub_ffns(proxy).values())
     device = next(proxy.parameters()).device
-    frozen = {parameter: parameter.requires_grad for parameter in proxy.parameters()}
     losses: list[float] = []
     with ExitStack() as stack:
-        stack.callback(_restore, frozen)
+        stack.enter_context(at_hand(proxy, students, writing=True))
+        stack.callback(_restore, {parameter: parameter.requires_grad for parameter in proxy.parameters()})
         proxy.requires_grad_(False)
         parameters = [proxy.get_parameter(name).requires_grad_(True) for name in ffn_norms(proxy, students)]
         for layer in students:
             parameters += stack.enter_context(ffns[layer].training_neurons(updated[layer]))
         lost = _Loss(proxy, model, matched, settings, layers=layers, task=task, seed=seed)
         count = settings.steps * settings.batch
-        drawn = draws(public, batch=settings.batch, start=0, count=count, seed=seed)
-        ahead = enumerate(public.ahead(drawn))
+        lots = list(draws(public, batch=settings.batch, start=0, count=count, seed=seed))
+        parts = [lot.split(most or ranks.largest(settings.batch)) for lot in lots]
+        wanted = (torch.cat([lot[:0], *ranks.own(own)]) for lot, own in zip(lots, parts, strict=True))
+        ahead = enumerate(public.ahead(wanted))
 
-        def loss_of(step: int) -> Tensor:
-            inputs = public.batch(next(lot for number, lot in ahead if number == step))
-            return lost({name: value.to(device) for name, value in inputs.items()}, step)
+        def share(step: int, part: Tensor) -> Tensor:
+            inputs = {name: value.to(device) for name, value in public.batch(part, lots[step]).items()}
+            return lost(inputs, step) * (int(public.lengths[part].sum()) / int(public.lengths[lots[step]].sum()))
 
-        _descend(proxy, parameters, settings, loss_of, losses, progress=progress, journal=journal)
+        def parts_of(step: int) -> list[Callable[[], Tensor]]:
+            next(number for number, _ in ahead if number == step)
+            return [partial(share, step, part) for part in parts[step]]
+
+        ranks.share(parameters)
+        _descend(proxy, parameters, settings, parts_of, losses, progress=progress, journal=journal, ranks=ranks)
     return losses
 
 
@@ -390,7 +423,8 @@ def _schedule(step: int, steps: int, warmup_fraction: float) -> float:
 
 def _product(model: nn.Module, layer: int) -> Tensor:
     """As `product` of a SubFFN or of SubExperts, with all neurons."""
-    products = [ffn["w_out"].t() @ ffn["w_in"] for ffn in projections(model, layers_of(model)[layer])]
+    with at_hand(model, [layer]):
+        products = [ffn["w_out"].t() @ ffn["w_in"] for ffn in projections(model, layers_of(model)[layer])]
     return products[0] if len(products) == 1 else torch.stack(products)
 
 

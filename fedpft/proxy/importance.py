@@ -32,9 +32,10 @@ from fedpft.config import ProxySection
 from fedpft.data.batches import EncodedDataset, sample
 from fedpft.errors import ModelError
 from fedpft.model import architectures
-from fedpft.model.architectures import LayerWalk
 from fedpft.model.mapped import release
+from fedpft.model.streaming import at_hand
 from fedpft.model.subffn import ffn_path, projections, sub_ffn_of
+from fedpft.model.walk import LayerWalk
 from fedpft.progress import progress
 from fedpft.proxy.closed_form import look, real_inputs
 from fedpft.proxy.journal import Found, Journal
@@ -178,6 +179,17 @@ def _ranking(
     model: nn.Module, place: int, walks: Sequence[tuple[LayerWalk, Tensor | slice]], *, leverage: bool
 ) -> Found:
     """A layer's :class:`Ranking`, by the names of its tensors."""
+    for passed in range(walks[0][0].position, place):
+        with at_hand(model, [passed]):
+            for walk, _ in walks:
+                walk.advance()
+    with at_hand(model, [place]):
+        return _ranking_here(model, place, walks, leverage=leverage)
+
+
+def _ranking_here(
+    model: nn.Module, place: int, walks: Sequence[tuple[LayerWalk, Tensor | slice]], *, leverage: bool
+) -> Found:
     row, layer = architectures.architecture_of(model), architectures.layers_of(model)[place]
     parts, ffn, called = (
         projections(model, layer),
@@ -188,8 +200,6 @@ def _ranking(
     moments = [_Moments(len(part["w_out"]), device, products=leverage) for part in parts]
     tokens, energy = 0, torch.zeros((), dtype=torch.float64, device=device)
     for walk, real in walks:
-        while walk.position < place:
-            walk.advance()
         given, stream, after = look(model, walk, called)
         walk.advance(after)
         ffn.add_moments([moment.sums for moment in moments], *(value.flatten(0, -2)[real] for value in given))

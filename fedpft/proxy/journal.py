@@ -20,11 +20,12 @@ Found = dict[str, Tensor]
 class Journal:
     """The files, in a directory of their own; without one nothing is kept."""
 
-    def __init__(self, directory: Path | None = None, about: str = "") -> None:
+    def __init__(self, directory: Path | None = None, about: str = "", *, is_own: bool = True) -> None:
         """Args:
+        is_own: of another process it is only read.
         about: a digest of all that the steps follow from. What was kept about anything else is as good as not there.
         """
-        self._directory, self._about = directory, about
+        self._directory, self._about, self._is_own = directory, about, is_own
 
     def kept(self, step: str, make: Callable[[], Found]) -> Found:
         """What a step has come to: as it was kept, else as it is made now."""
@@ -46,7 +47,7 @@ class Journal:
 
     def note(self, step: str, found: Mapping[str, Tensor]) -> None:
         """Keeps what a step has come to, in place of what it had come to before."""
-        if self._directory is not None:
+        if self._directory is not None and self._is_own:
             with atomic.replacing(self._directory / f"{step}.safetensors") as written:
                 save_file(
                     {name: tensor.contiguous() for name, tensor in found.items()}, written, {"about": self._about}
@@ -54,7 +55,7 @@ class Journal:
 
     def clear(self) -> None:
         """The proxy is there; nothing of this is needed any more."""
-        if self._directory is not None:
+        if self._directory is not None and self._is_own:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _file(self, step: str) -> Path:

@@ -19,8 +19,10 @@ from fedpft.data.batches import EncodedDataset, batches, evaluation_batches, sam
 from fedpft.errors import ModelError
 from fedpft.finite import is_finite
 from fedpft.model.adapters import lora_parameters, scale_lora, without_lora
-from fedpft.model.architectures import LayerWalk, layer_outputs, layers_of
+from fedpft.model.architectures import layer_outputs, layers_of
 from fedpft.model.precision import DISTILLATION_SCALE, TASK_SCALE, loss_scaler, wide
+from fedpft.model.streaming import at_hand, for_backward
+from fedpft.model.walk import LayerWalk
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
@@ -52,14 +54,15 @@ def scale_layers(
             walks.append((LayerWalk(proxy, inputs), LayerWalk(model, inputs), _real(inputs)))
         for teacher in layers:
             products = torch.zeros(2, dtype=torch.float64, device=device)
-            for ours, theirs, real in walks:
-                while theirs.position < teacher:
-                    theirs.advance()
-                (wanted, after), (given, _) = _effect(ours, proxy), _effect(theirs, model)
-                ours.advance(after)
-                if real is not None:
-                    wanted, given = wanted[real], given[real]
-                products += torch.stack([(given * wanted).sum(), given.square().sum()])
+            with at_hand(proxy, [walks[0][0].position]), at_hand(model, [teacher]):
+                for ours, theirs, real in walks:
+                    while theirs.position < teacher:
+                        theirs.advance()
+                    (wanted, after), (given, _) = _effect(ours, proxy), _effect(theirs, model)
+                    ours.advance(after)
+                    if real is not None:
+                        wanted, given = wanted[real], given[real]
+                    products += torch.stack([(given * wanted).sum(), given.square().sum()])
             across, own = products.tolist()
             factors.append(across / own if own else 1.0)
             if not math.isfinite(factors[-1]):
@@ -108,10 +111,11 @@ def refine(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1.0 - step / settings.steps)
         inputs = {name: value.to(device) for name, value in batch.items()}
-        if settings.towards == "change":
-            loss = change_loss(model, proxy, matched, inputs)
-        else:
-            loss = task.soft_loss(model, proxy, inputs)
+        with for_backward(model):
+            if settings.towards == "change":
+                loss = change_loss(model, proxy, matched, inputs)
+            else:
+                loss = task.soft_loss(model, proxy, inputs)
         optimizer.zero_grad()
         scaler.scale(loss).backward(inputs=lora)
         scaler.unscale_(optimizer)

@@ -19,6 +19,7 @@ from fedpft.errors import ModelError
 from fedpft.finite import is_finite
 from fedpft.model.architectures import base_of, layer_outputs
 from fedpft.model.precision import DISTILLATION_SCALE, loss_scaler, wide
+from fedpft.model.streaming import at_hand
 from fedpft.model.subffn import SubExperts, SubFFN, counting, sub_ffns, totals
 from fedpft.seeding import derive_seed
 
@@ -102,6 +103,7 @@ def _gradient_norms(
     students, teachers = [pair[0] for pair in matched], [pair[1] for pair in matched]
     ffns, scaler = list(sub_ffns(proxy).values()), loss_scaler(proxy, DISTILLATION_SCALE)
     with ExitStack() as stack:
+        stack.enter_context(at_hand(proxy, students))
         parameters = {layer: stack.enter_context(ffns[layer].training_neurons(None)) for layer in students}
         every = [parameter for own in parameters.values() for parameter in own]
         total = {parameter: torch.zeros_like(wide(parameter.detach())) for parameter in every}

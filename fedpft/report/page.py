@@ -28,6 +28,8 @@ MEANINGS = {
     "no_distillation": "no distillation at all",
     "before_only": "distillation before the federation only",
     "during_only": "distillation during the federation only",
+    "secure_aggregation": "the product, of sums over silos alone (secure aggregation)",
+    "private": "the same, and each silo's samples with differential privacy",
     "local_only": "mean over silos of tuning alone on their own data, plugged in",
 }
 BASELINES = tuple({task.baseline[0] for task in TASKS.values() if task.baseline is not None})

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from fedpft import atomic, machine
-from fedpft.config import Hold, ServerConfig
+from fedpft.config import ServerConfig
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.chat import with_template
 from fedpft.data.rows import are_large
@@ -30,10 +31,12 @@ from fedpft.model import adapters, loading
 from fedpft.model.compatibility import check_travels, make_fit
 from fedpft.model.mapped import Shards, held, hold_on_disk
 from fedpft.model.precision import dtype_of, name_of
+from fedpft.model.streaming import place
+from fedpft.parallel import ALONE, Ranks
 from fedpft.progress import progress
 from fedpft.proxy.bundle import Proxy, check_finite, load_proxy, save_bundle
 from fedpft.proxy.cut import cut, in_memory
-from fedpft.proxy.distillation import layer_level
+from fedpft.proxy.distillation import is_by_layer, layer_level
 from fedpft.proxy.holdings import check_holdings
 from fedpft.proxy.journal import Journal
 from fedpft.proxy.selection import Selection, load_selection, save_selection, select
@@ -52,6 +55,7 @@ from fedpft.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
+SELECTION = "selection.safetensors"
 IN_USE = "proxy-in-use"  # in `out`: the weights of a proxy that stays on disk, as alignments change them
 
 
@@ -167,9 +171,15 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
             "set it to 0",
         )
     model = loading.load_model(
-        section.path, section.task, labels, seed=config.seed, dtype=section.dtype, hold=_hold(config)
+        section.path,
+        section.task,
+        labels,
+        seed=config.seed,
+        dtype=section.dtype,
+        hold=section.hold,
+        memory=machine.memory_bytes(config.device),
     )
-    model.to(config.device)
+    place(model, config.device, config.out)
     processor = loading.load_processor(section.path, section.task)
     if section.chat_template is not None:
         with_template(processor, section.chat_template)
@@ -184,27 +194,39 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
     return model, processor
 
 
-def _hold(config: ServerConfig) -> Hold:
-    """Where the FM's weights are to be; ConfigError if they cannot be there."""
-    wanted, device = config.model.hold, torch.device(config.device)
-    if device.type == "cpu":
-        return wanted
-    if wanted == "disk":
-        raise ConfigError(
-            f"model.hold: disk is for the CPU, and device is {device}", "set model.hold: memory, or device: cpu"
-        )
-    return "memory"
+class Distillation(BaseModel):
+    """What rank 0 tells the others of the proxy that they are to distil with it.
+
+    directory: that it writes, with the selection by now.
+    about: as of its :class:`Journal`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    directory: Path
+    about: str
 
 
-def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
+def build_proxy(config: ServerConfig, owner: Owner, directory: Path, ranks: Ranks = ALONE) -> Built:
     """Saliency, construction, layer-level distillation (method.md, sections 0 to 2); writes a proxy directory.
 
     record.json is written last: a directory without it is not whole, and :func:`load_built` refuses it.
+
+    Args:
+        ranks: this is rank 0; the others :func:`help_distil`.
+
+    Raises:
+        ConfigError: there are other ranks, and nothing for them to do.
     """
+    if ranks.size > 1 and (not config.distillation.steps or is_by_layer(config.distillation, owner.model)):
+        raise ConfigError(
+            "distillation: several processes share the steps of a whole proxy alone, and there are none",
+            "start one process, or set distillation.steps, and mode: whole",
+        )
     (directory / "record.json").unlink(missing_ok=True)
     shutil.rmtree(directory / "bundle", ignore_errors=True)
     record = Record(model=owner.contents["model.path"])
-    journal = Journal(directory / JOURNAL, _follows_from(config, owner))
+    journal = Journal(directory / JOURNAL, about := _follows_from(config, owner, ranks))
     with record.timed("construction"):
         log.info("proxy.importance: %s: choosing neurons", config.proxy.importance)
         selection = select(owner.model, config.proxy, owner.public, seed=config.seed, journal=journal)
@@ -214,11 +236,14 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
         model = cut(owner.model, selection, in_memory if shards is None else shards.put)
         if shards is not None:
             hold_on_disk(model, shards.held)
+            place(model, config.device, directory)
         compressed = tuple(student for student, _ in selection.matched)
         proxy = Proxy(model, owner.processor, config.model.task, owner.labels, config.model.max_tokens, compressed)
     built = Built(directory, proxy, selection, record)
     record_gap(config, owner, built, "cut")
     steps = config.distillation.steps if selection.matched else 0
+    save_selection(selection, directory / SELECTION)
+    ranks.tell(Distillation(directory=directory, about=about).model_dump_json())
     with record.timed("distillation"), progress("layer-level distillation", steps) as report:
         record.losses = layer_level(
             model,
@@ -231,12 +256,12 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
             layers=selection.layers,
             task=TASKS[config.model.task],
             journal=journal,
+            ranks=ranks,
         )
     check_finite(model, "the layer-level distillation")
     if config.distillation.steps or config.distillation.closed_form_samples:
         record_gap(config, owner, built, "distilled")
     save_bundle(proxy, built.bundle, shards, turns=selection.turns)
-    save_selection(selection, directory / "selection.safetensors")
     record.files = proxy_files(directory, Digests())
     atomic.write_text(directory / "record.json", json.dumps(asdict(record)))
     journal.clear()
@@ -244,9 +269,34 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path) -> Built:
     return built
 
 
-def _follows_from(config: ServerConfig, owner: Owner) -> str:
+def help_distil(config: ServerConfig, ranks: Ranks) -> None:
+    """What a rank beside rank 0 has of :func:`build_proxy`: its parts of the steps. It writes nothing.
+
+    Raises:
+        RankLost: rank 0 or another rank ended; any other as of :func:`load_owner`.
+    """
+    logging.getLogger().setLevel(logging.WARNING)  # rank 0 says the rest
+    told = Distillation.model_validate_json(ranks.tell())
+    owner, selection = load_owner(config, Digests()), load_selection(told.directory / SELECTION)
+    layer_level(
+        cut(owner.model, selection),
+        owner.model,
+        selection.matched,
+        owner.public,
+        config.distillation.model_copy(update={"closed_form_samples": 0}),
+        seed=config.seed,
+        progress=lambda _step, _loss: None,
+        layers=selection.layers,
+        task=TASKS[config.model.task],
+        journal=Journal(told.directory / JOURNAL, told.about, is_own=False),
+        ranks=ranks,
+    )
+
+
+def _follows_from(config: ServerConfig, owner: Owner, ranks: Ranks) -> str:
     """A digest of all that the making of a proxy follows from."""
-    known = [settings(config), owner.contents, [metadata.version(name) for name in ("fedpft", "torch", "transformers")]]
+    versions = [metadata.version(name) for name in ("fedpft", "torch", "transformers")]
+    known = [settings(config), owner.contents, versions, *([ranks.size] if ranks.size > 1 else [])]
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -269,9 +319,9 @@ def load_built(config: ServerConfig, owner: Owner, directory: Path, digests: Dig
     if work is not None:
         shutil.rmtree(work)  # what is mapped stays, without a name, until the process ends
     check_made_for(config, directory, proxy, dtype_of(owner.model))
-    selection = load_selection(directory / "selection.safetensors")
+    selection = load_selection(directory / SELECTION)
     check_holdings(selection, config.proxy)
-    proxy.model.to(config.device)
+    place(proxy.model, config.device, config.out)
     adapters.attach(proxy.model, config.adapter, seed=config.seed)
     return Built(directory, proxy, selection, record, files)
 

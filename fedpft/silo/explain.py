@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import fedpft
-from fedpft.config import AdapterSection, SiloConfig
-from fedpft.errors import ModelError
+from fedpft.config import AdapterSection, PrivacySection, SiloConfig
+from fedpft.errors import ConfigError, ModelError
 from fedpft.model import adapters
 from fedpft.model.subffn import sub_ffns
 from fedpft.privacy.fixedpoint import SUMMED_METRICS
 from fedpft.proxy.bundle import Proxy, load_proxy
+from fedpft.silo.budget import Budget
 from fedpft.silo.data import WAY_OUT, examine
 from fedpft.silo.work import Joined, Work
 from fedpft.wire.certificates import check_certificates
@@ -74,6 +75,7 @@ def explain(config: SiloConfig) -> str:
             _row("share", "metrics: [train_loss]   only the metrics that are named; []: none"),
             _row("", "inactivity: false       no inactivity counts; the server does without them"),
             _row("limits", "max_local_epochs: 0.5   fewer samples in a round"),
+            _row("privacy", "epsilon: 8   no more than so much of any sample; `fedpft privacy` prints what was spent"),
             _row(
                 "require", "[secure_aggregation]   no federation in which the server learns more than sums over silos"
             ),
@@ -82,6 +84,29 @@ def explain(config: SiloConfig) -> str:
     parts = ["What leaves this institution when this silo runs. Nothing was sent to print this."]
     parts += ["\n".join([title, *rows]) for title, rows in sections.items()]
     return "\n\n".join(parts)
+
+
+def privacy_report(config: SiloConfig) -> str:
+    """What was spent of the samples' privacy, and what is left; looks at silo.yaml and `work` alone.
+
+    Raises:
+        ConfigError: there is no privacy in silo.yaml, and no federation was joined that asks for it.
+        DataError: the data cannot be read.
+        CheckpointError: work/privacy.json cannot be.
+    """
+    work = Work(config.work)
+    joined = work.joined()
+    asked = None if joined is None else joined.settings.training.privacy
+    allowed = PrivacySection.stricter(config.privacy, asked)
+    if allowed is None:
+        raise ConfigError("privacy: is not in silo.yaml", "set privacy: {epsilon: 8} there, to spend no more than that")
+    examination = examine(config)
+    run = "" if joined is None else joined.run_id
+    budget = Budget(work.path, allowed, examination.rows - len(examination.faults), run)
+    lines = budget.describe()
+    if joined is not None and (steps := budget.planned(joined.settings, config.limits)) is not None:
+        lines.append(f"left: {budget.rounds_left(steps)} more rounds of federation {run}, as it was joined")
+    return "\n".join(lines)
 
 
 METRICS = (
@@ -108,6 +133,7 @@ def _plain(config: SiloConfig, joined: Joined | None, proxy: Proxy | None) -> li
         _row("metrics", ", ".join(config.share.metrics) or "none"),
         *(_row("", line) for line in METRICS),
         *_inactivity(config.share.inactivity, proxy),
+        *_private(config, joined),
     ]
 
 
@@ -127,6 +153,7 @@ def _secure(config: SiloConfig, joined: Joined | None, proxy: Proxy | None) -> l
         _row("metrics", ", ".join(summed) or "none"),
         _row("", "each with how many silos share it: if no other does, it is this silo's"),
         *_inactivity(config.share.inactivity, proxy),
+        *_private(config, joined),
     ]
 
 
@@ -189,6 +216,20 @@ def _inactivity(shared: bool, proxy: Proxy | None) -> list[str]:
         (f"layer {layer}", f"[{neurons[layer]}] and []", "int64", f"{8 * (neurons[layer] + 1)} bytes")
         for layer in proxy.compressed
     )
+
+
+def _private(config: SiloConfig, joined: Joined | None) -> list[str]:
+    asked = None if joined is None else joined.settings.training.privacy
+    allowed = PrivacySection.stricter(config.privacy, asked)
+    if allowed is None:
+        return []
+    return [
+        _row(
+            "privacy", f"differential: epsilon {allowed.epsilon:g} at delta {allowed.delta:g}, for any one sample and"
+        ),
+        _row("", "all rounds together. The adapter is trained with noise, no inactivity counts are sent, and of the"),
+        _row("", "metrics only `seconds`."),
+    ]
 
 
 def _row(label: str, text: str) -> str:

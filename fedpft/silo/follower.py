@@ -26,12 +26,11 @@ class _Record(BaseModel):
 
 
 class Beginning(_Record):
-    """What rank 0 says first. data: digest of what it has read; bundle: the proxy's directory."""
+    """What rank 0 says first; bundle: the proxy's directory. When it has read its data, it says their digest."""
 
     name: str
     settings: RoundSettings
     terms: Terms
-    data: str
     bundle: Path
 
 
@@ -62,13 +61,14 @@ def follow(config: SiloConfig, ranks: Ranks) -> None:
         beginning = Beginning.model_validate_json(ranks.tell())
         on_disk = DataOnDisk(config.data.path)
         samples = data.fit(data.examine(config), config, beginning.terms)
-        learner = Learner(beginning.bundle, beginning.settings, config.device, config.limits.width)
+        learner = Learner(beginning.bundle, beginning.settings, config.device, config.limits)
+        read = ranks.tell()  # and by then what rank 0 has encoded lies in `work`
         dataset = learner.encode(samples, on_disk, config.data, Work(config.work).tokens_path)
-        if on_disk.read != beginning.data:
+        if on_disk.read != read:
             raise DataError(
                 f"{config.data.path}: changed while it was read", "start the silo again when nothing writes there"
             )
-        packing = learner.way_to_pack(beginning.name, dataset)
+        packing = learner.way_to_pack(beginning.name, dataset, ranks)
         while order := ranks.tell():
             now = SharedRound.model_validate_json(order)
             for patch in now.patches:

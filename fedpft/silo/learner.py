@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedpft.config import LimitsSection, RoundSettings, ShareSection, SiloDataSection
@@ -13,14 +14,18 @@ from fedpft.data.samples import Samples, image_paths
 from fedpft.errors import ModelError
 from fedpft.model import adapters, loading
 from fedpft.model.packing import Way, has_varlen, way_to_pack
+from fedpft.model.precision import dtype_of
+from fedpft.model.quantized import dense_bytes, held_bytes
+from fedpft.model.sharding import shard
 from fedpft.parallel import ALONE, Ranks
 from fedpft.proxy.bundle import apply_patch, load_proxy, of_part, of_whole
 from fedpft.silo import data
+from fedpft.silo.budget import Budget
 from fedpft.silo.ondisk import DataOnDisk
 from fedpft.silo.work import Update, Work
 from fedpft.tasks import TASKS
 from fedpft.tasks.task import diversity
-from fedpft.training import LocalResult, train_round
+from fedpft.training import LocalResult, Private, train_round
 from fedpft.wire.encoding import encode
 from fedpft.wire.tensors import Group, read_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -34,26 +39,39 @@ class Learner:
     version: of the proxy.
     """
 
-    def __init__(self, bundle: Path, settings: RoundSettings, device: str, width: float = 1.0) -> None:
-        """Reads the proxy as it was when the federation began.
+    def __init__(self, bundle: Path, settings: RoundSettings, device: str, limits: LimitsSection | None = None) -> None:
+        """Reads the proxy as it was when the federation began, as far and in the form that the limits say.
 
-        Args:
-            width: as of :func:`load_proxy`.
+        With `limits.sharded` only this rank's pieces of its layers; all ranks do it at the same time.
 
         Raises:
-            ModelError: there is no proxy, or it cannot be had in part.
+            ModelError: there is no proxy, or it cannot be had so.
+            ConfigError: bitsandbytes is needed, and is not there.
         """
-        if width < 1.0 and settings.adapter.ffn:
+        limits = limits or LimitsSection()
+        if limits.width < 1.0 and settings.adapter.ffn:
             raise ModelError(
                 "limits.width: the federation trains LoRA on the FFN's neurons too, of which every silo needs all",
                 "leave limits.width out, or have the server set adapter.ffn: false",
             )
+        if limits.weights != "full" and settings.adapter.ffn and not limits.checkpointing:
+            raise ModelError(
+                "limits.weights: the federation trains LoRA on the FFNs too, and each keeps its sum with LoRA in full",
+                "set limits.checkpointing: true, with which only one does at a time, or leave limits.weights out",
+            )
         log.info("reading the proxy")
-        self.proxy, self.settings, self.version = load_proxy(bundle, width=width), settings, 0
-        self.task = TASKS[self.proxy.task]
+        self.proxy = load_proxy(
+            bundle, width=limits.width, weights=limits.weights, device=device, on_disk=limits.sharded
+        )
+        self.task, self.settings, self.version = TASKS[self.proxy.task], settings, 0
+        if limits.weights != "full":
+            mebibytes = (each(self.proxy.model.parameters()) / 2**20 for each in (held_bytes, dense_bytes))
+            log.info("limits.weights: its weights take %.1f of %.1f MiB", *mebibytes)
         if self.proxy.held:
             log.info("limits.width: of its %d FFN neurons, %d", sum(self.proxy.neurons), self.proxy.loaded_neurons)
         adapters.attach(self.proxy.model, settings.adapter, seed=settings.seed)
+        if limits.sharded:
+            shard(self.proxy.model, device)
         self.proxy.model.to(device)
 
     def bring_to(self, version: int, patch: Path) -> None:
@@ -84,7 +102,7 @@ class Learner:
         on_disk.check_read()
         return dataset
 
-    def way_to_pack(self, silo: str, dataset: EncodedDataset) -> Way | None:
+    def way_to_pack(self, silo: str, dataset: EncodedDataset, ranks: Ranks = ALONE) -> Way | None:
         """How rows are packed, if they are to be, are a language model's, and the proxy keeps them apart exactly."""
         if not self.settings.training.packing or not isinstance(dataset, LanguageDataset):
             return None
@@ -93,7 +111,8 @@ class Learner:
         longest, device = int(dataset.lengths.max()), next(model.parameters()).device
         if has_varlen() and device.type == "cuda":
             loading.attend_within_rows(model)
-        way = way_to_pack(model.base_model, vocabulary=vocabulary, longest=longest, device=device)
+        with ranks.computing():
+            way = way_to_pack(model.base_model, vocabulary=vocabulary, longest=longest, device=device)
         if way is None:
             log.warning("%s: rows are padded, not packed: this model cannot keep them apart exactly", silo)
         return way
@@ -109,10 +128,11 @@ class Learner:
         limits: LimitsSection,
         packing: Way | None,
         ranks: Ranks = ALONE,
+        private: Private | None = None,
     ) -> LocalResult:
         """Trains an adapter for a round, on every rank the same; errors as of :meth:`train`."""
         shift = None
-        if self.settings.training.logit_adjustment == "own" and self.task.label_list:
+        if private is None and self.settings.training.logit_adjustment == "own" and self.task.label_list:
             shift = self.task.logit_shift(self._label_counts(dataset))
         adapters.load(self.proxy.model, adapter)
         return train_round(
@@ -128,6 +148,7 @@ class Learner:
             packing=packing,
             shift=shift,
             ranks=ranks,
+            private=private,
         )
 
     def train(
@@ -142,6 +163,7 @@ class Learner:
         share: ShareSection,
         packing: Way | None,
         ranks: Ranks = ALONE,
+        budget: Budget | None = None,
     ) -> Update:
         """Trains on the round's adapter; the update is in `work` afterwards.
 
@@ -150,12 +172,20 @@ class Learner:
             start: the file of its adapter.
             packing: as of :meth:`way_to_pack`.
             ranks: this is rank 0; the others `fit` at the same time.
+            budget: of the samples' privacy; what is trained is private then, and nothing else says anything of them:
+                no counts, and of the metrics only how long it took.
 
         Raises:
+            PrivacySpent: the round would cost more than is left.
+            ModelError: the proxy cannot be trained so.
             DataError: the loss is not finite.
             InvalidUpdate: what was trained cannot be sent.
         """
         log.info("%s: round %d of %d begins", silo, train.round, self.settings.training.rounds)
+        steps = None if budget is None else budget.plan(self.settings, limits)
+        private = None if budget is None or steps is None else budget.private(steps)
+        if private is not None:
+            self._check_private()
         told = dict[str, float]()
         if self.settings.label_diversity and self.task.label_list:
             told["label_diversity"] = diversity(self._label_counts(dataset))
@@ -165,11 +195,14 @@ class Learner:
             dataset,
             adapter,
             round=train.round,
-            count_inactivity=train.count_inactivity and share.inactivity,
+            count_inactivity=train.count_inactivity and share.inactivity and private is None,
             limits=limits,
-            packing=packing,
+            packing=packing if private is None else None,
             ranks=ranks,
+            private=private,
         )
+        if budget is not None and steps is not None:
+            budget.spend(train.round, steps)
         log.info(
             "%s: round %d of %d: loss %.4f, %d samples, %.1f s",
             silo,
@@ -188,11 +221,25 @@ class Learner:
         weight, terms = float(result.samples), self.settings.secure_aggregation
         if terms is not None and terms.weights == "equal":
             weight = 1.0
-        elif terms is not None and terms.weights == "diversity" and self.task.label_list:
+        elif terms is not None and terms.weights == "diversity" and self.task.label_list and private is None:
             weight *= diversity(self._label_counts(dataset))
         metrics = result.metrics | dataset.counts | told
+        if private is not None:
+            metrics = {"seconds": metrics["seconds"]}
         shared: dict[str, float] = {name: metrics[name] for name in share.metrics if name in metrics}
         return work.keep_update(train, groups, residual, samples=result.samples, metrics=shared, weight=weight)
+
+    def _check_private(self) -> None:
+        if self.settings.adapter.ffn:
+            raise ModelError(
+                "privacy: the federation trains LoRA on the FFN's neurons too, which has no gradient of each sample",
+                "have the server set adapter.ffn: false, or leave privacy out of silo.yaml",
+            )
+        if dtype_of(self.proxy.model) == torch.float16:
+            raise ModelError(
+                "privacy: the proxy is in float16, whose gradients are scaled",
+                "have the server set model.dtype: bfloat16",
+            )
 
     def _label_counts(self, dataset: EncodedDataset) -> Tensor:
         return self.task.label_counts(dataset, len(self.proxy.labels))

@@ -4,19 +4,22 @@ import logging
 from pathlib import Path
 
 from fedpft import faults, machine, parallel
-from fedpft.config import ShareSection, SiloConfig
+from fedpft.config import PrivacySection, ShareSection, SiloConfig
 from fedpft.data.batches import round_window
 from fedpft.data.samples import Samples
-from fedpft.errors import InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
+from fedpft.errors import ConfigError, InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
+from fedpft.model import quantized
 from fedpft.parallel import Ranks
 from fedpft.proxy.bundle import compressed_neurons
 from fedpft.silo import data
+from fedpft.silo.budget import Budget
 from fedpft.silo.connection import SAME_VERSION, Enrolment, ServerConnection
 from fedpft.silo.follower import Beginning, SharedRound, follow
 from fedpft.silo.learner import Learner
 from fedpft.silo.ondisk import DataOnDisk
 from fedpft.silo.summing import Summing, check_agreed
 from fedpft.silo.work import Update, Work, opened
+from fedpft.training import epochs_of
 from fedpft.wire.certificates import check_certificates
 from fedpft.wire.hello import Terms
 from fedpft.wire.status import sanitised
@@ -35,7 +38,7 @@ def run(config: SiloConfig) -> None:
         RefusedByServer: the server does not want this silo, or broke the federation off.
         FedPFTError: any other of docs/errors.md.
     """
-    ranks = parallel.joined()
+    ranks = parallel.joined(sharded=config.limits.sharded)
     config = config.model_copy(update={"device": ranks.device(config.device)})
     (follow if ranks.rank else _lead)(config, ranks)
     parallel.part(ranks)
@@ -43,6 +46,8 @@ def run(config: SiloConfig) -> None:
 
 def _lead(config: SiloConfig, ranks: Ranks) -> None:
     machine.prepare(config.device, config.threads)
+    if config.limits.weights != "full":
+        quantized.library()  # before anybody waits for this silo
     name = check_certificates(config.tls, "silo") if config.tls is not None else str(config.insecure_name)
     on_disk = DataOnDisk(config.data.path)
     participant: Participant | None = None
@@ -140,20 +145,26 @@ class Participant:
         self.round = 0
         self._work, self._server, self._on_disk, self._ranks = work, server, on_disk, ranks
         bundle = server.fetch_proxy(enrolment)
-        self.learner = Learner(bundle, self.settings, config.device, config.limits.width)
+        ranks.tell(Beginning(name=name, settings=self.settings, terms=terms, bundle=bundle).model_dump_json())
+        self.learner = Learner(bundle, self.settings, config.device, config.limits)
         proxy = self.learner.proxy
         if (proxy.task, proxy.labels) != (terms.task, terms.labels):
             raise RefusedByServer("the proxy is for other labels than the server named before", "start the silo again")
         self.dataset = self.learner.encode(samples, on_disk, config.data, work.tokens_path)
         if self.dataset.cut:
             log.warning("%s", self.dataset.describe_cut(name, proxy.max_tokens))
-        self._packing = self.learner.way_to_pack(name, self.dataset)
+        ranks.tell(on_disk.read)
+        allowed = PrivacySection.stricter(config.privacy, self.settings.training.privacy)
+        self._budget: Budget | None = None
+        if allowed is not None:
+            self._budget = Budget(work.path, allowed, len(self.dataset), enrolment.run_id)
+            if ranks.size > 1:
+                raise ConfigError("privacy: is for one process, not for several", "start the silo without torchrun")
+        self._packing = self.learner.way_to_pack(name, self.dataset, ranks)
         self._summing: Summing | None = None
         if self.settings.secure_aggregation is not None:
             self._check_samples(self.settings.secure_aggregation.most_samples)
             self._summing = Summing(name, config, work, server, compressed_neurons(bundle))
-        beginning = Beginning(name=name, settings=self.settings, terms=terms, data=on_disk.read, bundle=bundle)
-        ranks.tell(beginning.model_dump_json())
 
     def take_part(self) -> None:
         """Does what the server asks until the federation is finished; RefusedByServer if it is broken off."""
@@ -227,12 +238,12 @@ class Participant:
             share=self.config.share,
             packing=self._packing,
             ranks=self._ranks,
+            budget=self._budget,
         )
 
     def _check_samples(self, most: int) -> None:
         """Before the training, which would be for nothing."""
-        wanted = self.settings.training.local_epochs
-        epochs = min(wanted, self.config.limits.max_local_epochs or wanted)
+        epochs = epochs_of(self.settings.training, self.config.limits)
         _, samples = round_window(len(self.dataset), epochs, 0)
         if samples > most:
             raise InvalidUpdate(

@@ -18,13 +18,14 @@ import torch
 from fedpft.config import LimitsSection, RoundSettings, ShareSection
 from fedpft.errors import ConfigError, FedPFTError, OutOfMemory
 from fedpft.seeding import derive_seed
+from fedpft.silo.budget import Budget
 from fedpft.silo.learner import Learner
 from fedpft.silo.work import Update
 from fedpft.simulation.data import WAY_OUT, SilosData
 from fedpft.wire.v1 import federation_pb2 as pb
 
 LARGEST_DRAW = float(1 << 63)
-SHARE, LIMITS = ShareSection(), LimitsSection()  # a simulated silo keeps nothing back
+SHARE = ShareSection()  # a simulated silo keeps nothing back
 
 
 def falls_on(fraction: float, seed: int, *purpose: str | int) -> bool:
@@ -70,15 +71,15 @@ class Post:
         return self.data.config.simulation.threads
 
     @property
-    def widths(self) -> set[float]:
-        """How much of the proxy any silo loads."""
-        return {self.width(silo) for silo in self.data.sizes}
+    def kinds(self) -> set[LimitsSection]:
+        """The limits that any silo has."""
+        return {self.limits(silo) for silo in self.data.sizes}
 
-    def width(self, silo: str) -> float:
-        """How much of the proxy a silo loads."""
+    def limits(self, silo: str) -> LimitsSection:
+        """What a silo loads of the proxy, and how."""
         section = self.data.config.simulation
         narrow = falls_on(section.narrow_fraction, self.data.config.seed, "narrow", silo)
-        return section.narrow_width if narrow else 1.0
+        return LimitsSection(width=section.narrow_width, weights=section.narrow_weights) if narrow else LimitsSection()
 
 
 class Worker:
@@ -86,7 +87,7 @@ class Worker:
 
     def __init__(self, post: Post) -> None:
         self._post = post
-        self._learners = {width: Learner(post.bundle, post.settings, post.device, width) for width in post.widths}
+        self._learners = {kind: Learner(post.bundle, post.settings, post.device, kind) for kind in post.kinds}
 
     def do(self, job: Job) -> Done:
         """Trains; what was trained before this process was killed is not trained again."""
@@ -106,7 +107,8 @@ class Worker:
         work.path.mkdir(parents=True, exist_ok=True)
         if (trained := work.update(SHARE)) is not None and trained.answers(job.train):
             return trained
-        learner = self._learners[self._post.width(job.silo)]
+        limits = self._post.limits(job.silo)
+        learner = self._learners[limits]
         proxy = learner.proxy
         if job.snapshot is not None and job.train.proxy_version != learner.version:
             learner.bring_to(job.train.proxy_version, job.snapshot)
@@ -119,7 +121,19 @@ class Worker:
             way_out=WAY_OUT,
         )
         packing = learner.way_to_pack(job.silo, dataset)
-        return learner.train(job.silo, dataset, job.train, job.start, work, limits=LIMITS, share=SHARE, packing=packing)
+        allowed = config.training.privacy
+        budget = None if allowed is None else Budget(work.path, allowed, len(dataset))
+        return learner.train(
+            job.silo,
+            dataset,
+            job.train,
+            job.start,
+            work,
+            limits=limits,
+            share=SHARE,
+            packing=packing,
+            budget=budget,
+        )
 
 
 class Crew(Protocol):

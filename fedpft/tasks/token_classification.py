@@ -156,9 +156,12 @@ class TaggedDataset(TextDataset):
         super().__init__(tokens, lengths, padding, None)
         self.tags, self.names = tags, names
 
-    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, indices: Tensor, longest: int) -> dict[str, Tensor]:
         """With `labels`: (M, T) int64."""
-        return {**self._inputs(indices), "labels": self._padded(self.tags, indices, UNTAGGED)}
+        return {
+            **super()._inputs(indices, longest),
+            "labels": self._padded(self.tags, indices, longest, UNTAGGED),
+        }
 
     def tags_of(self, index: int) -> list[int]:
         """The tags of one sample's words, as far as they have a token."""

@@ -1,0 +1,95 @@
+"""`python -m bench.privacy`: what privacy costs on the demo's federation, in accuracy and in seconds.
+
+Rows of `fedpft demo` with secure aggregation, with differential privacy at several epsilons, and with LoRA's A frozen;
+and with inactive neurons counted on public data or by nobody, which is what a private silo leaves of it. And, of no
+federation: the noise that would hide a whole silo in a sum, against the largest update that there can be.
+
+    OUT/rows/ROW/    each row's configurations and logs
+    JSON             metrics and costs of each row, and that table
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.measure import provenance
+from fedpft.command import run_command
+from fedpft.demo.run import FULL, QUICK, SECURE, Settings, run_demo
+from fedpft.privacy.accounting import noise_for
+
+RESULT = Path(__file__).parent / "results" / "privacy.json"
+PUBLIC: Settings = {"alignment": {"counts": "public"}}
+EPSILON, DELTA, ROUNDS = 8.0, 1e-5, 6  # of whole silos
+SILOS, VALUES = (10, 64, 1_000, 10_000), (10_000, 150_000)
+
+
+def rows(training: Settings) -> dict[str, Settings]:
+    """What each row changes in the demo's server.yaml. training: as of the demo's private row."""
+
+    def private(epsilon: float, **changes: Any) -> Settings:
+        return {"training": {**training, "privacy": {"epsilon": epsilon, "delta": 1e-4}, **changes}, **PUBLIC}
+
+    return {
+        "secure_aggregation": SECURE,
+        "counts_public": PUBLIC,
+        "counts_none": {"alignment": {"update": "random"}},
+        "same_settings": {"training": {**training, "logit_adjustment": "none"}, **PUBLIC},
+        **{f"epsilon_{epsilon:g}": private(epsilon) for epsilon in (1.0, 3.0, 8.0, 30.0)},
+        "epsilon_8_frozen_a": private(8.0, frozen_a=True),
+    }
+
+
+def silo_noise() -> list[dict[str, float]]:
+    """The noise's norm on the mean of S silos' updates, each clipped to 1, for all rounds to keep to epsilon."""
+    noise = noise_for(EPSILON, DELTA, [], 1.0, ROUNDS)
+    return [
+        {"silos": silos, "values": values, "noise": noise * math.sqrt(values) / silos}
+        for values in VALUES
+        for silos in SILOS
+    ]
+
+
+def table(found: dict[str, Any]) -> str:
+    """As Markdown."""
+    lines = ["| row | accuracy | macro-F1 | seconds |", "| --- | --- | --- | --- |"]
+    for row, metrics in found["metrics"].items():
+        seconds = f"{found['costs'][row]['seconds']:.0f}" if row in found["costs"] else ""
+        lines.append(f"| {row} | {metrics['accuracy']:.3f} | {metrics['macro_f1']:.3f} | {seconds} |")
+    lines += ["", f"| values of the adapter | {' | '.join(f'{silos:,} silos' for silos in SILOS)} |"]
+    lines.append(f"| --- {'| --- ' * len(SILOS)}|")
+    for values in VALUES:
+        noises = [row["noise"] for row in found["silo_noise"] if row["values"] == values]
+        lines.append(f"| {values:,} | {' | '.join(f'{noise:.2f}' for noise in noises)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.privacy", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("privacy-out"), help="default: %(default)s")
+    parser.add_argument("--json", type=Path, default=RESULT, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="the quick demo's data")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    def command() -> None:
+        scale = QUICK if arguments.quick else FULL
+        summary = run_demo(arguments.out, scale=scale, seed=arguments.seed, compare=False, more=rows(FULL.private))
+        found = {
+            **provenance("cpu"),
+            "seed": arguments.seed,
+            "metrics": summary["metrics"],
+            "costs": summary["costs"],
+            "silo_noise": silo_noise(),
+        }
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(table(found))
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

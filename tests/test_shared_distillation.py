@@ -1,0 +1,160 @@
+"""The owner's distillation on several processes: the bits of one with the same parts, and after a killed rank too."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import yaml
+from faults import await_
+from safetensors.torch import load_file, save_file
+from test_parallel import RANKS
+from test_run import Digits, digits, server_settings  # noqa: F401  (digits is a fixture)
+from test_sharding import run_ranks
+from torch import Tensor
+
+from fedpft.config import AdapterSection, DistillationSection, Dtype
+from fedpft.errors import ConfigError
+from fedpft.model.adapters import attach
+from fedpft.model.loading import load_model
+from fedpft.model.subffn import sub_ffns
+from fedpft.parallel import ALONE, Ranks
+from fedpft.proxy.cut import cut
+from fedpft.proxy.distillation import layer_level
+from fedpft.proxy.selection import select
+from fedpft.server.construction import build_proxy
+
+SAMPLES, MOST = 11, 3  # of a batch of 5
+# model type, type of its values, what else is asked for
+CASES: dict[str, tuple[str, Dtype, dict[str, Any]]] = {
+    "plain": ("bert", "auto", {}),
+    "images": ("vit", "auto", {"weight_term": 0.0}),
+    "probes": ("llama", "auto", {"probe_term": 0.5, "local": True}),
+    "bfloat16": ("llama", "bfloat16", {}),
+    "mixture": ("mixtral", "auto", {}),
+}
+
+
+def distilled(directory: Path, name: str, ranks: Ranks, most: int | None) -> dict[str, Tensor]:
+    model_type, dtype, others = CASES[name]
+    fm = load_model(directory / model_type, tiny.task_of(model_type), tiny.LABELS, seed=0, dtype=dtype)
+    attach(fm, AdapterSection(rank=2), seed=0)
+    selection = select(fm, tiny.by_weights(neurons=24))
+    proxy = cut(fm, selection)
+    if ranks.rank:  # only rank 0 has refitted it
+        for layer, _ in selection.matched:
+            for parameter in list(sub_ffns(proxy).values())[layer].parameters():
+                parameter.data.mul_(1.1)
+    settings = DistillationSection(steps=5, batch=5, learning_rate=5e-3, closed_form_samples=0, **others)
+    losses = layer_level(
+        proxy,
+        fm,
+        selection.matched,
+        tiny.dataset(model_type, SAMPLES, labelled=False),
+        settings,
+        seed=0,
+        progress=lambda _step, _loss: None,
+        most=most,
+        ranks=ranks,
+    )
+    frozen = {key: tensor.contiguous().clone() for key, tensor in proxy.state_dict().items()}
+    return frozen | {"losses": torch.tensor(losses, dtype=torch.float64)}
+
+
+def be_rank(rank: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=RANKS)
+    for name in CASES:
+        save_file(distilled(directory, name, Ranks(rank, RANKS), None), directory / f"{name}-{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, fm_directory: Callable[[str], Path]) -> Path:
+    directory = tmp_path_factory.mktemp("distilled")
+    for model_type in {case[0] for case in CASES.values()}:
+        (directory / model_type).symlink_to(fm_directory(model_type))
+    run_ranks(be_rank, directory, codes=[0] * RANKS)
+    return directory
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_distil_what_one_process_with_the_same_parts_distils_bit_for_bit(name: str, done: Path) -> None:
+    alone = distilled(done, name, ALONE, MOST)
+    for rank in range(RANKS):
+        assert tiny.changed(alone, load_file(done / f"{name}-{rank}")) == set()
+    whole = distilled(done, name, ALONE, None)
+    assert tiny.changed(alone, whole) >= {"losses"}  # each part is relative to its own size
+    torch.testing.assert_close(alone["losses"], whole["losses"], rtol=0.2, atol=0.0)
+
+
+# --- under torchrun ---------------------------------------------------------------------------------------------------
+
+
+class Build:
+    """`fedpft build-proxy` on several processes."""
+
+    def __init__(self, config: Path, out: Path) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+        command += ["-m", "fedpft.cli", "build-proxy", "--config", str(config), "--out", str(out)]
+        self.log = out.with_suffix(".log")
+        with self.log.open("a", encoding="utf-8") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def rank(self, number: int) -> int:
+        for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+            if f"\0RANK={number}\0" in f"\0{Path(f'/proc/{child}/environ').read_bytes().decode()}":
+                return int(child)
+        raise AssertionError(f"no rank {number}")
+
+
+def test_after_a_killed_rank_the_same_command_ends_with_the_same_proxy(digits: Digits, tmp_path: Path) -> None:  # noqa: F811
+    settings = server_settings(digits, ("north",)) | {"out": str(tmp_path / "out")}
+    settings["distillation"] = {"steps": 300, "batch": 8, "weight_term": 0.0, "mode": "whole"}
+    config = tmp_path / "server.yaml"
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+    whole = Build(config, tmp_path / "whole")
+    assert whole.process.wait(600) == 0, whole.log.read_text()
+
+    torn = Build(config, tmp_path / "torn")
+    noted = lambda: list(tmp_path.rglob("distillation.safetensors"))  # noqa: E731
+    await_("the first steps to be kept", lambda: noted() or torn.process.poll() is not None)
+    os.kill(torn.rank(1), signal.SIGKILL)
+    assert torn.process.wait(600) != 0
+    assert noted()
+    assert not (tmp_path / "torn" / "record.json").exists()
+
+    again = Build(config, tmp_path / "torn")
+    assert again.process.wait(600) == 0, again.log.read_text()
+    one, other = (tmp_path / name for name in ("whole", "torn"))
+    assert tiny.changed(*(load_file(each / "bundle" / "model.safetensors") for each in (one, other))) == set()
+    losses = [json.loads((each / "record.json").read_text(encoding="utf-8"))["losses"] for each in (one, other)]
+    assert len(losses[0]) == 300
+    assert losses[0] == losses[1]
+
+
+def test_without_steps_there_is_nothing_to_share(tmp_path: Path) -> None:
+    class Config:
+        distillation = DistillationSection(steps=0)
+
+    with pytest.raises(ConfigError, match="several processes share the steps"):
+        build_proxy(Config(), None, tmp_path, Ranks(0, RANKS))  # type: ignore[arg-type]
