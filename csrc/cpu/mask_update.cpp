@@ -12,7 +12,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "operands.h"
 
@@ -22,6 +21,35 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 1 << 11;
+
+// Short loops of one kind of operation each: so they become vector instructions.
+void quantise(
+    const float* __restrict__ from, const float* __restrict__ to, const int32_t* __restrict__ chance, int64_t size,
+    double scale, double bound, uint32_t* __restrict__ out, int32_t* count) {
+  double steps[kBlock], beyond = 0.0, endless = 0.0;  // the counts too, which are exact in any order
+#pragma omp simd reduction(+ : beyond, endless)
+  for (int64_t i = 0; i < size; ++i) {
+    const double change = static_cast<double>(to[i]) - static_cast<double>(from[i]);
+    const double nothing = change - change;  // not a number if the change is not finite
+    endless += nothing != nothing ? 1.0 : 0.0;
+    const double known = nothing != nothing ? 0.0 : change;
+    const double low = known < -bound ? -bound : known, kept = low > bound ? bound : low;
+    beyond += kept != known ? 1.0 : 0.0;
+    steps[i] = kept * scale;
+  }
+  for (int64_t i = 0; i < size; ++i) steps[i] += (chance[i] & 0xFFFFFF) * 0x1p-24;
+  for (int64_t i = 0; i < size; ++i) {
+    const int32_t whole = static_cast<int32_t>(steps[i]);
+    out[i] = static_cast<uint32_t>(whole) - (static_cast<double>(whole) > steps[i] ? 1u : 0u);
+  }
+  count[0] += static_cast<int32_t>(beyond);
+  count[1] += static_cast<int32_t>(endless);
+}
+
+// sign: 1, or ~0, which is -1 modulo 2^32.
+void add(const int32_t* __restrict__ mask, uint32_t sign, int64_t size, uint32_t* __restrict__ out) {
+  for (int64_t i = 0; i < size; ++i) out[i] += sign * static_cast<uint32_t>(mask[i]);
+}
 
 void mask_update_cpu(
     Tensor words, Tensor odd, Tensor before, Tensor after, Tensor streams, int64_t added, double scale, double bound) {
@@ -45,25 +73,9 @@ void mask_update_cpu(
   int32_t* count = static_cast<int32_t*>(odd.mutable_data_ptr());
 
   for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t end = std::min(start + kBlock, n);
-    int32_t beyond = 0, endless = 0;
-    for (int64_t i = start; i < end; ++i) {
-      const double change = static_cast<double>(to[i]) - static_cast<double>(from[i]);
-      const bool finite = std::fabs(change) < HUGE_VAL;
-      endless += !finite;
-      beyond += finite && std::fabs(change) > bound;
-      const double kept = finite ? std::min(std::max(change, -bound), bound) : 0.0;
-      const double sum = kept * scale + (stream[i] & 0xFFFFFF) * 0x1p-24;
-      const int32_t whole = static_cast<int32_t>(sum);
-      out[i] = static_cast<uint32_t>(whole) - (static_cast<double>(whole) > sum);
-    }
-    count[0] += beyond;
-    count[1] += endless;
-    for (int64_t m = 1; m < masks; ++m) {
-      const int32_t* mask = stream + m * stride;
-      const uint32_t sign = m <= added ? 1u : ~0u;  // ~0 is -1 modulo 2^32
-      for (int64_t i = start; i < end; ++i) out[i] += sign * static_cast<uint32_t>(mask[i]);
-    }
+    const int64_t size = std::min(kBlock, n - start);
+    quantise(from + start, to + start, stream + start, size, scale, bound, out + start, count);
+    for (int64_t m = 1; m < masks; ++m) add(stream + m * stride + start, m <= added ? 1u : ~0u, size, out + start);
   }
 }
 
