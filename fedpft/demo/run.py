@@ -77,7 +77,7 @@ FULL = Scale(
         "model": {"max_tokens": 40},
     },
     layer_drop_steps=60,
-    private={"batch": 64, "local_epochs": 1.0},
+    private={"batch": 128, "local_epochs": 1.0, "head_learning_rate": 0.05},
 )
 QUICK = Scale(
     prepare=partial(
