@@ -223,6 +223,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path, ranks: Rank
             "distillation: several processes share the steps of a whole proxy alone, and there are none",
             "start one process, or set distillation.steps, and mode: whole",
         )
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "record.json").unlink(missing_ok=True)
     shutil.rmtree(directory / "bundle", ignore_errors=True)
     record = Record(model=owner.contents["model.path"])
