@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedpft.config import SimulationConfig
-from fedpft.data.batches import EncodedDataset, sample
+from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
 from fedpft.leakage.rehearsal import Observed
 from fedpft.leakage.scores import Finding, membership
 from fedpft.model import adapters
@@ -31,6 +31,7 @@ from fedpft.model.adapters import Adapter
 from fedpft.model.subffn import counting
 from fedpft.silo.learner import Learner
 
+BATCH = 16  # of tasks whose loss is known of each row's logits; of others 1
 PUBLIC_ROWS = 128  # that tell how often a neuron is inactive anywhere
 LEAST_SPREAD = 1e-3  # of p (1 - p): what is nearly always the same says nothing
 
@@ -64,15 +65,21 @@ def confidence(losses: Tensor) -> Tensor:
 
 
 def losses(learner: Learner, adapter: Adapter, dataset: EncodedDataset) -> Tensor:
-    """Of each row by itself, (n,), whatever the task's loss is."""
-    model = learner.proxy.model
+    """Of each row by itself, (n,) float64, whatever the task's loss is."""
+    model, task = learner.proxy.model, learner.task
     adapters.load(model, adapter)
-    device, found = next(model.parameters()).device, []
+    device, found = next(model.parameters()).device, torch.zeros(len(dataset), dtype=torch.float64)
     with torch.no_grad():
-        for row in range(len(dataset)):
-            batch = {name: value.to(device) for name, value in dataset.batch(torch.tensor([row])).items()}
-            found.append(float(learner.task.loss(model, batch)))
-    return torch.tensor(found, dtype=torch.float64)
+        for rows, inputs in evaluation_batches(dataset, BATCH if task.label_list else 1):
+            batch = {name: value.to(device) for name, value in inputs.items()}
+            if not task.label_list:
+                found[rows] = float(task.loss(model, batch))
+                continue
+            labels = batch.pop("labels")
+            logits = model(**batch).logits.float()
+            for row, own, label in zip(rows.tolist(), logits.split(1), labels.split(1), strict=True):
+                found[row] = float(task.logit_loss(own, label))
+    return found
 
 
 def inactive_shares(learner: Learner, adapter: Adapter, dataset: EncodedDataset, eps: float) -> list[Shares]:

@@ -54,11 +54,11 @@ class Effort:
     """
 
     held_out: float = 0.25
-    rows: int = 1000
+    rows: int = 800
     shadows: int = 6
     small: int = 20
     widths: tuple[float, ...] = (0.5, 1.0)
-    epochs: float = 3.0
+    epochs: float = 2.0
 
 
 FULL = Effort()

@@ -38,6 +38,7 @@ from fedpft.training import rate_share
 AT_ONCE = 512  # tokens of the vocabulary
 POSITION = 4  # in a text, at which a token is looked at where any would do
 TRIAL_ROWS = 2  # of a silo that sends one step's update: of one class alone nothing would be learned
+ROUNDING = 2.0**-22  # of a float32, relative, twice
 ROOM = 2 / 3  # of the directions that LoRA has, so many tokens are in the texts of a trial
 
 
@@ -199,7 +200,8 @@ def _sent(
     for path in projections(model):
         for key in (key for key in begun_with if key.startswith(f"{path}.lora_A.")):
             before, after = begun_with[key].double(), trained[key].double()
-            step = (before * (1.0 - rate * training.weight_decay) - after) / max(rate, 1e-30)
+            moved = before * (1.0 - rate * training.weight_decay) - after
+            step = moved.where(moved.abs() > ROUNDING * before.abs(), 0.0) / max(rate, 1e-30)
             left = (1.0 - step.abs()).clamp(min=1e-7)
             gradients.append(training.adam_epsilon * step / left)
     start, count = round_window(len(dataset), training.local_epochs, observed.number - 1)
