@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from fedpft.demo import run
 from fedpft.digests import Digests
 from fedpft.errors import ConfigError
 from fedpft.evaluation import Gap, format_gaps
+from fedpft.leakage.report import format_report
+from fedpft.leakage.run import FULL, QUICK, leak
 from fedpft.model import adapters
 from fedpft.model.mapped import held
 from fedpft.provision import (
@@ -103,6 +105,17 @@ def _simulate(arguments: argparse.Namespace) -> None:
     summary = simulate(config, processes=arguments.processes, ray=arguments.ray)
     print(format_table(summary))
     print(f"\nreport: {config.out / 'report.html'}    numbers: {config.out / 'summary.json'}")
+
+
+def _leakage(arguments: argparse.Namespace) -> None:
+    config, effort = load_simulation_config(arguments.config), QUICK if arguments.quick else FULL
+    if arguments.widths:
+        effort = replace(effort, widths=tuple(sorted({*arguments.widths})))
+    out = arguments.out or config.out / "leakage"
+    with atomic.made(out, "--out") as directory:
+        found = leak(config, directory, effort)
+    print(format_report(found))
+    print(f"\nreport: {out / 'leakage.html'}    numbers: {out / 'leakage.json'}")
 
 
 def _plug_in(arguments: argparse.Namespace) -> None:
@@ -269,6 +282,24 @@ def _parser() -> argparse.ArgumentParser:
         "--write-split", type=Path, metavar="DIR", help="only write what each silo gets, as a data file for a real one"
     )
 
+    sub = add(
+        "leakage",
+        _leakage,
+        "Rehearse a federation and attack it: what do silos and owner reveal?",
+    )
+    sub.add_argument(
+        "--config", type=Path, required=True, metavar="simulation.yaml", help="what is rehearsed, with test_data"
+    )
+    sub.add_argument("--out", type=Path, help="directory for everything; default: OUT/leakage")
+    sub.add_argument("--quick", action="store_true", help="few rows and few attacks: does it run at all?")
+    sub.add_argument(
+        "--widths",
+        nargs="+",
+        type=_width,
+        metavar="W",
+        help="proxies with W times the configured K, each a federation of its own; default: 0.5 1",
+    )
+
     sub = with_server_yaml(add("plug-in", _plug_in, "Put an adapter into the FM and save the result."))
     sub.add_argument("--adapter", type=Path, help="adapter.safetensors of a run; default: the one in OUT")
     sub.add_argument("--out", type=Path, required=True, help="directory that receives adapter/ and merged/")
@@ -331,6 +362,17 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {text!r}")
     return int(text)
+
+
+def _width(text: str) -> float:
+    """A positive number; argparse says what is wrong with another."""
+    try:
+        width = float(text)
+    except ValueError:
+        width = 0.0
+    if not 0.0 < width < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return width
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ ROWS: list[set[str]] = [
     {"report", "wire"},
     {"server", "silo", "provision"},
     {"simulation"},
+    {"leakage"},
     {"demo", "doctor", "cli"},
 ]
 BESIDE = {
@@ -78,6 +79,7 @@ ORDER = {
     ),
     "report": ("figures", "page"),
     "simulation": ("data", "crew", "silos", "run"),
+    "leakage": ("rehearsal", "scores", "shadows", "membership", "labels", "tokens", "owner", "report", "run"),
     "demo": ("corpora", "dialogues", "run"),
 }
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}

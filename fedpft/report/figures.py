@@ -208,6 +208,44 @@ def rows_compared(found: Mapping[str, float], metric: Metric, strong: str = "plu
         return _svg(figure, f"Bar chart of test {metric.title}: {said}.")
 
 
+def beside_guessing(rows: Sequence[tuple[str, float, float]], guess: float, what: str) -> str:
+    """What attacks reached, each (name, value, standard error of guessing), beside what guessing would."""
+    if not rows:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _panels(1, height_inches=0.7 + 0.27 * len(rows))
+        names, values, errors = zip(*rows[::-1], strict=True)
+        sure = [2 * error for error in errors]
+        axes.barh(names, [2 * each for each in sure], left=[guess - each for each in sure], height=0.5, color=THIRD)
+        axes.plot([guess, guess], [-0.5, len(rows) - 0.5], color=MUTED, linewidth=1.1)
+        axes.plot(values, names, linestyle="", marker="o", color=ACCENT, clip_on=False)
+        axes.set_xlim(min(0.4, *values), 1.0)
+        axes.set_xlabel(what)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        said = ", ".join(f"{name} {value:.2f}" for name, value, _ in rows)
+        return _svg(figure, f"{what} of attacks, where guessing has {guess:g}: {said}.")
+
+
+def by_width(neurons: Sequence[int], rows: Mapping[str, Sequence[float]], metric: Metric) -> str:
+    """The headline over K, of the FM in full lines and of what a silo has in dashed ones; each row (K,) long."""
+    if len(neurons) < 2:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _panels(1)
+        for place, (name, values) in enumerate(rows.items()):
+            color, dashes = (ACCENT, SECOND, MUTED)[place // 2], (4, 2.5) if place % 2 else ()
+            axes.plot(neurons, values, color=color, marker="o", label=name, linestyle=(0, dashes) if dashes else "-")
+        axes.set_xlabel("K, neurons kept in a compressed layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if metric.percent:
+            _percent(axes)
+        _legend_beside(axes)
+        said = "; ".join(f"{name} {', '.join(map(metric.shown, values))}" for name, values in rows.items())
+        return _svg(figure, f"Line chart of test {metric.title} at K = {', '.join(map(str, neurons))}: {said}.")
+
+
 def who_has_what(split: Mapping[str, Any]) -> str:
     """Each silo's rows as bars and, if they have labels, what share of them has which.
 

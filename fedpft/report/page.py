@@ -98,6 +98,26 @@ def write_report(summary: Mapping[str, Any], curves: Mapping[str, Any], path: Pa
     atomic.write_text(path, _page(_headline(summary), _sections(summary, curves)))
 
 
+def write_tables(
+    path: Path,
+    title: str,
+    lead: str,
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]],
+    drawings: Sequence[tuple[str, str]],
+    after: str = "",
+) -> None:
+    """Writes another page in the same look, whole or not at all: drawings, then tables.
+
+    Args:
+        tables: (title, columns, rows) of each; a column whose name ends in # holds numbers.
+        drawings: (what fedpft.report.figures drew, caption) of each.
+        after: a paragraph at the end.
+    """
+    sections = [_figure(*drawing) for drawing in drawings] + [_table(*table) for table in tables]
+    sections.append(after and f"<p>{escape(after)}</p>")
+    atomic.write_text(path, _page(lead, [section for section in sections if section], title))
+
+
 # --- words and numbers ------------------------------------------------------------------------------------------------
 
 
@@ -347,18 +367,18 @@ def _setup(summary: Mapping[str, Any]) -> str:
     return f"<details><summary>Seed, versions and configuration</summary><pre>{escape(text)}</pre></details>"
 
 
-def _page(headline: str, sections: Sequence[str]) -> str:
+def _page(headline: str, sections: Sequence[str], title: str = "FedPFT run") -> str:
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>FedPFT run</title>
+<title>{escape(title)}</title>
 <style>{CSS}</style>
 </head>
 <body>
 <main>
-<header><h1>FedPFT run</h1>
+<header><h1>{escape(title)}</h1>
 <p class=lead>{escape(headline)}</p></header>
 {chr(10).join(sections)}
 </main>
