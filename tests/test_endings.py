@@ -136,7 +136,7 @@ def test_whatever_fails_at_the_server_is_one_line_a_file_and_is_told_to_the_silo
     error: Exception, config: ServerConfig, background: Background, tmp_path: Path
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedpft.server.rounds.aggregate", failing(error))
+        patch.setattr("fedpft.server.outcome.aggregate", failing(error))
         outcome, address = background.start(config)
         with pytest.raises(
             RefusedByServer, match=f"broke the federation off: the server stopped: {type(error).__name__}"
@@ -164,7 +164,7 @@ def test_silos_wait_for_a_server_whose_disk_is_full(
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fedpft.server.rounds.aggregate", failing(error))
+            patch.setattr("fedpft.server.outcome.aggregate", failing(error))
             outcome, address = background.start(config)
             waiting = pool.submit(silo_run.run, silo(tmp_path, address, connect_timeout_seconds=LONG_SECONDS))
             with pytest.raises(FedPFTError) as caught:
