@@ -21,7 +21,7 @@ from fedpft.leakage.owner import Pair, Thief
 from fedpft.leakage.rehearsal import Rehearsal, rehearse
 from fedpft.leakage.report import format_report, lead
 from fedpft.leakage.run import QUICK, leak
-from fedpft.leakage.scores import Finding, auc, auc_error, total_variation, true_positives
+from fedpft.leakage.scores import Finding, auc, auc_error, total_variation, true_positives, true_positives_by_chance
 from fedpft.silo.learner import Learner
 
 COMMON = tiny.WORDS[4:11]  # of all texts; each silo has words of its own beside them
@@ -135,6 +135,16 @@ def test_scores_of_known_cases() -> None:
     draws = torch.Generator().manual_seed(0)
     aucs = torch.tensor([auc(torch.rand(30, generator=draws), torch.rand(20, generator=draws)) for _ in range(400)])
     assert float(aucs.std()) == pytest.approx(auc_error(30, 20), rel=0.15)
+
+
+def test_chance_comes_to_what_is_said_of_it() -> None:
+    draws = torch.Generator().manual_seed(1)
+    rates = torch.tensor(
+        [true_positives(torch.rand(300, generator=draws), torch.rand(120, generator=draws)) for _ in range(2000)]
+    )
+    mean, error = true_positives_by_chance(300, 120)
+    assert float(rates.mean()) == pytest.approx(mean, rel=0.1)
+    assert float(rates.std()) == pytest.approx(error, rel=0.15)
 
 
 @pytest.mark.parametrize(("value", "more", "found"), [(0.61, True, True), (0.59, True, False), (0.3, False, True)])
@@ -263,8 +273,8 @@ def test_a_rehearsal_that_is_over_is_read_again(leaky: Attacked) -> None:
 @pytest.mark.parametrize(("proxy", "share"), [(0.7, 0.5), (0.4, 0.0), (1.0, 1.0)])
 def test_ability_is_what_is_above_chance(proxy: float, share: float) -> None:
     thief = Thief.__new__(Thief)
-    thief._chance = 0.4  # type: ignore[attr-defined]
-    thief._task = run.TASKS["sequence-classification"]  # type: ignore[attr-defined]
+    thief._chance = 0.4
+    thief._task = run.TASKS["sequence-classification"]
     found = thief.pair(proxy, 1.0)
     assert isinstance(found, Pair)
     assert found.share == pytest.approx(share)

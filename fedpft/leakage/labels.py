@@ -40,7 +40,8 @@ class LabelReader:
     def read(self, adapter: Adapter) -> Tensor:
         """(C,) shares, float64."""
         scaled = (self._features(adapter) - self._shift) / self._spread
-        return (scaled @ self._weights + self._usual).softmax(0)
+        shares: Tensor = (scaled @ self._weights + self._usual).softmax(0)
+        return shares
 
     def _features(self, adapter: Adapter) -> Tensor:
         """(C, E): how far a class's row and bias moved beside those of the others, also if less, and both together."""

@@ -64,15 +64,21 @@ def true_positives(members: Tensor, others: Tensor, rate: float = RATE) -> float
     return float((members.double() > threshold).double().mean())
 
 
+def true_positives_by_chance(members: int, others: int, rate: float = RATE) -> tuple[float, float]:
+    """Mean and standard error of that where scores say nothing: the threshold is an order statistic of a few rows."""
+    place = int(rate * others) + 1
+    mean = place / (others + 1)
+    return mean, math.sqrt(mean * (1 - mean) * (1 / (others + 2) + 1 / members))
+
+
 def membership(attacker: str, sees: str, goal: str, members: Tensor, others: Tensor) -> list[Finding]:
     """Both figures of a membership attack's scores, (P,) and (N,)."""
     error = auc_error(len(members), len(others))
-    rate = int(RATE * len(others)) / len(others)
-    wide = math.sqrt(max(RATE, 1.0 / len(others)) * (1.0 / len(members) + 1.0 / len(others)))
+    guess, spread = true_positives_by_chance(len(members), len(others))
     at = f"true positives at {RATE:.0%} false ones"
     return [
         Finding(attacker, sees, goal, "AUC", auc(members, others), 0.5, error),
-        Finding(attacker, sees, goal, at, true_positives(members, others), rate, wide),
+        Finding(attacker, sees, goal, at, true_positives(members, others), guess, spread),
     ]
 
 

@@ -76,7 +76,7 @@ def embedded(model: nn.Module, tokens: Tensor, length: int) -> Iterator[tuple[Te
 def vocabulary(datasets: Sequence[EncodedDataset]) -> Tensor:
     """The different tokens in these texts, (v,) int64."""
     every = [dataset.batch(torch.tensor([row]))["input_ids"] for dataset in datasets for row in range(len(dataset))]
-    found: Tensor = torch.cat([each.flatten() for each in every]).unique()  # type: ignore[no-untyped-call]
+    found: Tensor = torch.cat([each.flatten() for each in every]).unique()
     return found
 
 
@@ -229,7 +229,8 @@ def _plain(learner: Learner, start: Adapter, dataset: EncodedDataset) -> _Trial:
 def _basis(gradient: Tensor, tokens: int) -> Tensor:
     """Of the rows' span, which has no more dimensions than there are tokens."""
     _, sizes, directions = torch.linalg.svd(gradient, full_matrices=False)
-    return directions[: min(tokens, int((sizes > 1e-9 * sizes[0]).sum()))] if sizes[0] > 0 else directions[:0]
+    spanned: Tensor = directions[: min(tokens, int((sizes > 1e-9 * sizes[0]).sum()))]
+    return spanned if sizes[0] > 0 else spanned[:0]
 
 
 def _texts(dataset: EncodedDataset, rows: Tensor) -> list[Tensor]:
