@@ -32,7 +32,7 @@ def write_report(found: Mapping[str, Any], path: Path) -> None:
     """Writes leakage.html, whole or not at all. found: as leakage.json."""
     findings = [Finding(**each) for each in found["findings"]]
     ranked = [
-        (f"{each.attacker}, {each.sees}: {each.goal}", each.value, each.error)
+        (f"{each.sees}: {each.goal.partition(', of those')[0]}", each.value, each.error)
         for each in findings
         if each.measure == "AUC"
     ]

@@ -219,7 +219,7 @@ def beside_guessing(rows: Sequence[tuple[str, float, float]], guess: float, what
         axes.barh(names, [2 * each for each in sure], left=[guess - each for each in sure], height=0.5, color=THIRD)
         axes.plot([guess, guess], [-0.5, len(rows) - 0.5], color=MUTED, linewidth=1.1)
         axes.plot(values, names, linestyle="", marker="o", color=ACCENT, clip_on=False)
-        axes.set_xlim(min(0.4, *values), 1.0)
+        axes.set_xlim(min(0.4, *values, *(guess - each for each in sure)), 1.0)
         axes.set_xlabel(what)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.grid(visible=False, axis="y")
