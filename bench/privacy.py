@@ -17,12 +17,12 @@ from typing import Any
 
 from bench.measure import provenance
 from fedpft.command import run_command
-from fedpft.demo.run import FULL, QUICK, SECURE, Settings, run_demo
+from fedpft.demo.run import DELTA, FULL, QUICK, SECURE, Settings, run_demo
 from fedpft.privacy.accounting import noise_for
 
 RESULT = Path(__file__).parent / "results" / "privacy.json"
 PUBLIC: Settings = {"alignment": {"counts": "public"}}
-EPSILON, DELTA, ROUNDS = 8.0, 1e-5, 6  # of whole silos
+EPSILON, SILO_DELTA, ROUNDS = 8.0, 1e-5, 6  # of whole silos
 SILOS, VALUES = (10, 64, 1_000, 10_000), (10_000, 150_000)
 
 
@@ -30,7 +30,7 @@ def rows(training: Settings) -> dict[str, Settings]:
     """What each row changes in the demo's server.yaml. training: as of the demo's private row."""
 
     def private(epsilon: float, **changes: Any) -> Settings:
-        return {"training": {**training, "privacy": {"epsilon": epsilon, "delta": 1e-4}, **changes}, **PUBLIC}
+        return {"training": {**training, "privacy": {"epsilon": epsilon, "delta": DELTA}, **changes}, **PUBLIC}
 
     return {
         "secure_aggregation": SECURE,
@@ -44,7 +44,7 @@ def rows(training: Settings) -> dict[str, Settings]:
 
 def silo_noise() -> list[dict[str, float]]:
     """The noise's norm on the mean of S silos' updates, each clipped to 1, for all rounds to keep to epsilon."""
-    noise = noise_for(EPSILON, DELTA, [], 1.0, ROUNDS)
+    noise = noise_for(EPSILON, SILO_DELTA, [], 1.0, ROUNDS)
     return [
         {"silos": silos, "values": values, "noise": noise * math.sqrt(values) / silos}
         for values in VALUES

@@ -72,7 +72,7 @@ class Budget:
     @property
     def spent(self) -> float:
         """Epsilon so far, at the delta that is allowed."""
-        return epsilon([each.steps for each in self._record.spent], self.allowed.delta)
+        return epsilon(self._steps, self.allowed.delta)
 
     def plan(self, settings: RoundSettings, limits: LimitsSection) -> Steps:
         """A round of the federation: with the noise that lets all of its rounds fit into what is left when it begins.
@@ -83,8 +83,7 @@ class Budget:
         if (planned := self.planned(settings, limits)) is not None:
             return planned
         (rate, count), rounds = self._round(settings, limits), settings.training.rounds
-        before = [each.steps for each in self._record.spent]
-        noise = noise_for(self.allowed.epsilon, self.allowed.delta, before, rate, count * rounds)
+        noise = noise_for(self.allowed.epsilon, self.allowed.delta, self._steps, rate, count * rounds)
         log.info(
             "privacy: epsilon %g at delta %g, %d rounds of %d steps: noise of %.3f clip norms; %.2f spent before",
             *(self.allowed.epsilon, self.allowed.delta, rounds, count, noise, self.spent),
@@ -108,8 +107,7 @@ class Budget:
 
     def private(self, steps: Steps) -> Private:
         """How these steps are trained; PrivacySpent if they would pass what is allowed."""
-        after = epsilon([*(each.steps for each in self._record.spent), steps], self.allowed.delta)
-        if after > self.allowed.epsilon * (1.0 + SLACK):
+        if not self._fits(after := self._with(steps)):
             raise PrivacySpent(
                 f"privacy: {self.spent:.2f} of epsilon {self.allowed.epsilon:g} is spent, and a round of "
                 f"{steps.count} steps would make it {after:.2f}: nothing was trained",
@@ -134,11 +132,10 @@ class Budget:
 
     def rounds_left(self, steps: Steps) -> int:
         """How many more of these rounds fit."""
-        before, least, most = [each.steps for each in self._record.spent], 0, 1
+        least, most = 0, 1
 
         def fit(rounds: int) -> bool:
-            more = Steps(steps.rate, steps.noise, steps.count * rounds)
-            return epsilon([*before, more], self.allowed.delta) <= self.allowed.epsilon * (1.0 + SLACK)
+            return self._fits(self._with(Steps(steps.rate, steps.noise, steps.count * rounds)))
 
         while fit(most) and most < 1 << 16:
             least, most = most, 2 * most
@@ -146,6 +143,17 @@ class Budget:
             middle = (least + most) // 2
             least, most = (middle, most) if fit(middle) else (least, middle)
         return least
+
+    @property
+    def _steps(self) -> list[Steps]:
+        return [each.steps for each in self._record.spent]
+
+    def _with(self, more: Steps) -> float:
+        """Epsilon, if these are spent too."""
+        return epsilon([*self._steps, more], self.allowed.delta)
+
+    def _fits(self, after: float) -> bool:
+        return after <= self.allowed.epsilon * (1.0 + SLACK)
 
     def _write(self, record: _Record) -> None:
         atomic.write_text(self._path, record.model_dump_json(indent=1))

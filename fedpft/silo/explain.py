@@ -96,9 +96,7 @@ def privacy_report(config: SiloConfig) -> str:
     """
     work = Work(config.work)
     joined = work.joined()
-    asked = None if joined is None else joined.settings.training.privacy
-    allowed = PrivacySection.stricter(config.privacy, asked)
-    if allowed is None:
+    if (allowed := _allowed(config, joined)) is None:
         raise ConfigError("privacy: is not in silo.yaml", "set privacy: {epsilon: 8} there, to spend no more than that")
     examination = examine(config)
     run = "" if joined is None else joined.run_id
@@ -218,10 +216,13 @@ def _inactivity(shared: bool, proxy: Proxy | None) -> list[str]:
     )
 
 
+def _allowed(config: SiloConfig, joined: Joined | None) -> PrivacySection | None:
+    """The differential privacy that the silo keeps to."""
+    return PrivacySection.stricter(config.privacy, None if joined is None else joined.settings.training.privacy)
+
+
 def _private(config: SiloConfig, joined: Joined | None) -> list[str]:
-    asked = None if joined is None else joined.settings.training.privacy
-    allowed = PrivacySection.stricter(config.privacy, asked)
-    if allowed is None:
+    if (allowed := _allowed(config, joined)) is None:
         return []
     return [
         _row(

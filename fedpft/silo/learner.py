@@ -182,10 +182,11 @@ class Learner:
             InvalidUpdate: what was trained cannot be sent.
         """
         log.info("%s: round %d of %d begins", silo, train.round, self.settings.training.rounds)
-        steps = None if budget is None else budget.plan(self.settings, limits)
-        private = None if budget is None or steps is None else budget.private(steps)
-        if private is not None:
+        steps = private = None
+        if budget is not None:
             self._check_private()
+            steps = budget.plan(self.settings, limits)
+            private = budget.private(steps)
         told = dict[str, float]()
         if self.settings.label_diversity and self.task.label_list:
             told["label_diversity"] = diversity(self._label_counts(dataset))
