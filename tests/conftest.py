@@ -1,7 +1,7 @@
 """What several test files share: a tiny FM of each architecture, written once, a fresh copy for every test."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,15 @@ ModelFactory = Callable[[str], nn.Module]
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_any_order_of_tests() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """What ranks compute with, so that one process comes to the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

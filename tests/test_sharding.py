@@ -239,14 +239,6 @@ def write_whole(fm: Path, directory: Path) -> None:
     save_bundle(proxy, directory)
 
 
-@pytest.fixture
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("name", CASES)
 def test_a_proxy_in_pieces_trains_what_a_whole_one_trains_bit_for_bit(name: str, done: Path) -> None:

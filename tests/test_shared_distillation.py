@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +85,6 @@ def done(tmp_path_factory: pytest.TempPathFactory, fm_directory: Callable[[str],
         (directory / model_type).symlink_to(fm_directory(model_type))
     run_ranks(be_rank, directory, codes=[0] * RANKS)
     return directory
-
-
-@pytest.fixture
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("_one_thread")
