@@ -223,15 +223,15 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path, ranks: Rank
             "distillation: several processes share the steps of a whole proxy alone, and there are none",
             "start one process, or set distillation.steps, and mode: whole",
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "record.json").unlink(missing_ok=True)
-    shutil.rmtree(directory / "bundle", ignore_errors=True)
     record = Record(model=owner.contents["model.path"])
     journal = Journal(directory / JOURNAL, about := _follows_from(config, owner, ranks))
     with record.timed("construction"):
         log.info("proxy.importance: %s: choosing neurons", config.proxy.importance)
         selection = select(owner.model, config.proxy, owner.public, seed=config.seed, journal=journal)
         check_holdings(selection, config.proxy)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "record.json").unlink(missing_ok=True)
+        shutil.rmtree(directory / "bundle", ignore_errors=True)
         log.info("cutting the proxy")
         shards = None if held(owner.model) is None else Shards(directory / "bundle")
         model = cut(owner.model, selection, in_memory if shards is None else shards.put)
