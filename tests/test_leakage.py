@@ -212,8 +212,8 @@ def test_shadows_have_rows_as_silos_have_and_shares_of_their_own(known: list[sha
 def test_labels_and_tokens_of_silos_are_found(skewed: Attacked, known: list[shadows.Shadow]) -> None:
     found = run._what_it_has(skewed.run, skewed.learner, skewed.rows, known)
     shares = [each for each in found if each.goal.startswith("label shares") and each.sees == "single updates"]
-    assert len(shares) == 2
-    assert all(each.found for each in shares), shares
+    assert len(shares) == 1
+    assert shares[0].found, shares
     words = next(each for each in found if each.goal.startswith("which tokens") and each.sees == "single updates")
     assert words.value > 0.8, words
 

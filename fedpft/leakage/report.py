@@ -24,8 +24,7 @@ NOTE = (
 
 def format_report(found: Mapping[str, Any]) -> str:
     """As plain text, without a line end after the last."""
-    tables = [_attacks(found), _owner(found), *([_parts(found)] if found["held"] else [])]
-    return "\n\n".join([lead(found), *map(_plain, tables)])
+    return "\n\n".join([lead(found), *map(_plain, _tables(found))])
 
 
 def write_report(found: Mapping[str, Any], path: Path) -> None:
@@ -53,7 +52,7 @@ def write_report(found: Mapping[str, Any], path: Path) -> None:
             f"Test {metric.title} of the FM, which the owner has, and of the proxy, which a silo has.",
         ),
     ]
-    write_tables(path, "What leaks", lead(found), [_attacks(found), _owner(found), _parts(found)], drawings, NOTE)
+    write_tables(path, "What leaks", lead(found), _tables(found), drawings, NOTE)
 
 
 def lead(found: Mapping[str, Any]) -> str:
@@ -79,6 +78,10 @@ def lead(found: Mapping[str, Any]) -> str:
 
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+
+
+def _tables(found: Mapping[str, Any]) -> list[Table]:
+    return [_attacks(found), *([_owner(found), _parts(found)] if found["held"] else [])]
 
 
 def _attacks(found: Mapping[str, Any]) -> Table:

@@ -49,7 +49,8 @@ class Effort:
         rows: that membership is asked of, of all silos together, as many as there are at most.
         shadows: that are trained.
         small: updates of one step that texts are sought in.
-        widths: sizes of the proxy, in units of the configured K, each a federation of its own.
+        widths: sizes of the proxy, in units of the configured K, each a federation of its own; without any the owner's
+            side is left out.
         epochs: that a thief tunes.
     """
 
@@ -184,6 +185,8 @@ def _held(
     config: SimulationConfig, main: Rehearsal, directory: Path, effort: Effort, seconds: dict[str, float]
 ) -> list[Held]:
     """For each width, smallest first."""
+    if not effort.widths:
+        return []
     runs: dict[float, Rehearsal] = {1.0: main}
     configured = neurons_of(main.bundle)
     for width in effort.widths:
