@@ -5,18 +5,27 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedpft import __version__, atomic, audit, doctor, parallel
 from fedpft.command import run_command
-from fedpft.config import ServerConfig, load_owner_config, load_server_config, load_silo_config, load_simulation_config
+from fedpft.config import (
+    ServerConfig,
+    SimulationConfig,
+    load_owner_config,
+    load_server_config,
+    load_silo_config,
+    load_simulation_config,
+)
 from fedpft.demo import run
 from fedpft.digests import Digests
 from fedpft.errors import ConfigError
 from fedpft.evaluation import Gap, format_gaps
+from fedpft.leakage.finished import leak_finished
 from fedpft.leakage.report import format_report
-from fedpft.leakage.run import FULL, QUICK, leak
+from fedpft.leakage.run import FULL, QUICK, Effort, leak
 from fedpft.model import adapters
 from fedpft.model.mapped import held
 from fedpft.provision import (
@@ -36,6 +45,7 @@ from fedpft.server.construction import Built, Owner, build_proxy, help_distil, l
 from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, check_unchanged, kept_digests
 from fedpft.server.ledger import has_begun
 from fedpft.server.product import measure_worth, refine_product, save_product
+from fedpft.server.run import finished
 from fedpft.server.run import run as run_server
 from fedpft.silo.explain import explain, privacy_report
 from fedpft.silo.run import run as run_silo
@@ -108,12 +118,20 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
 
 def _leakage(arguments: argparse.Namespace) -> None:
-    config, effort = load_simulation_config(arguments.config), QUICK if arguments.quick else FULL
+    config, effort = load_owner_config(arguments.config), QUICK if arguments.quick else FULL
     if arguments.widths:
         effort = replace(effort, widths=tuple(sorted({*arguments.widths})))
+    attack: Callable[[Path, Effort], dict[str, Any]]
+    if isinstance(config, SimulationConfig) and not arguments.finished:
+        attack = partial(leak, config)
+    elif arguments.widths:
+        raise ConfigError("--widths: a finished run has one proxy", "leave it out, or rehearse with a simulation.yaml")
+    else:
+        config = SilosData(config).config if isinstance(config, SimulationConfig) else config
+        attack = partial(leak_finished, config, finished(config))
     out = arguments.out or config.out / "leakage"
     with atomic.made(out, "--out") as directory:
-        found = leak(config, directory, effort)
+        found = attack(directory, effort)
     print(format_report(found))
     print(f"\nreport: {out / 'leakage.html'}    numbers: {out / 'leakage.json'}")
 
@@ -285,10 +303,17 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(
         "leakage",
         _leakage,
-        "Rehearse a federation and attack it: what do silos and owner reveal?",
+        "Rehearse a federation and attack it: what do silos and owner reveal? Of a finished run: what does the owner?",
     )
     sub.add_argument(
-        "--config", type=Path, required=True, metavar="simulation.yaml", help="what is rehearsed, with test_data"
+        "--config",
+        type=Path,
+        required=True,
+        metavar="YAML",
+        help="simulation.yaml, which is rehearsed, or server.yaml of a finished run; with test_data",
+    )
+    sub.add_argument(
+        "--finished", action="store_true", help="with a simulation.yaml: rehearse nothing, measure its finished run"
     )
     sub.add_argument("--out", type=Path, help="directory for everything; default: OUT/leakage")
     sub.add_argument("--quick", action="store_true", help="few rows and few attacks: does it run at all?")

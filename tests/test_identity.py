@@ -426,6 +426,19 @@ def test_a_finished_run_without_its_summary_is_named(finished: Path) -> None:
         run(load_server_config(finished / "server.yaml"))
 
 
+def test_what_leaks_is_measured_of_its_own_files_alone(finished: Path, fedpft: Any) -> None:
+    command = ["leakage", "--config", finished / "server.yaml", "--quick"]
+    assert fedpft(*command)[0] == 0
+    found = json.loads((finished / "out" / "leakage" / "leakage.json").read_text())
+    assert [each["parts"] for each in found["held"]] == [
+        json.loads((finished / "out" / "summary.json").read_text())["holdings"]
+    ]
+    flip_last_byte(finished / "fm" / "model.safetensors")
+    code, line = fedpft(*command)
+    assert code == CheckpointError.exit_code
+    assert "model.safetensors was changed" in line
+
+
 def test_an_adapter_goes_with_its_run(finished: Path, fedpft: Any, caplog: pytest.LogCaptureFixture) -> None:
     for command in commands(finished):
         assert fedpft(*command) == (0, "")

@@ -79,7 +79,18 @@ ORDER = {
     ),
     "report": ("figures", "page"),
     "simulation": ("data", "crew", "silos", "run"),
-    "leakage": ("rehearsal", "scores", "shadows", "membership", "labels", "tokens", "owner", "report", "run"),
+    "leakage": (
+        "rehearsal",
+        "scores",
+        "shadows",
+        "membership",
+        "labels",
+        "tokens",
+        "owner",
+        "report",
+        "run",
+        "finished",
+    ),
     "demo": ("corpora", "dialogues", "run"),
 }
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}

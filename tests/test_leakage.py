@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from fedpft import cli
 from fedpft.config import load_simulation_config
+from fedpft.data.batches import sample
 from fedpft.data.samples import Samples
 from fedpft.errors import ConfigError
 from fedpft.leakage import labels, membership, run, shadows, tokens
@@ -23,6 +25,7 @@ from fedpft.leakage.report import format_report, lead
 from fedpft.leakage.run import QUICK, leak
 from fedpft.leakage.scores import Finding, auc, auc_error, total_variation, true_positives, true_positives_by_chance
 from fedpft.silo.learner import Learner
+from fedpft.simulation.run import simulate
 
 COMMON = tiny.WORDS[4:11]  # of all texts; each silo has words of its own beside them
 OWN = {"north": tiny.WORDS[11:14], "south": tiny.WORDS[14:17]}
@@ -304,6 +307,57 @@ def test_command_writes_table_page_and_numbers(
     assert lead(found) in printed
     for each in found["findings"]:
         assert f"{each['value']:.3f}" in printed
+
+
+@pytest.fixture(scope="module")
+def simulated(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """simulation.yaml of a run that is over."""
+    path = written(tmp_path_factory.mktemp("simulated"), inputs, training={"rounds": 1, "local_epochs": 1.0})
+    simulate(load_simulation_config(path))
+    return path
+
+
+def test_of_a_finished_run_the_owners_side_is_measured_and_the_rest_named(
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fedpft", "leakage", "--config", str(simulated), "--finished", "--out", str(tmp_path), "--quick"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert cli.main() == 0
+    found = json.loads((tmp_path / "leakage.json").read_text(encoding="utf-8"))
+    config = load_simulation_config(simulated)
+    summary, answers = (json.loads((config.out / f"{name}.json").read_text("utf-8")) for name in ("summary", "answers"))
+    labels_of = [line.rpartition(",")[2] for line in config.test_data.read_text("utf-8").splitlines()[1:]]
+    stolen = set(sample(SERVER_ROWS, SERVER_ROWS // 2, config.seed, "leakage, thief").tolist())
+    assert found["rows"] == {"thief": 30, "measured": 30}
+    (held,) = found["held"]
+    assert held["parts"] == summary["holdings"]
+    for side, row in (("proxy", "proxy"), ("model", "plugged_in")):
+        named = [tiny.LABELS[answer] for answer in answers[row]]
+        right = [named[place] == labels_of[place] for place in range(SERVER_ROWS) if place not in stolen]
+        assert held["tuned"][side] == pytest.approx(sum(right) / 30)
+    assert found["findings"] == []
+    page, printed = (tmp_path / "leakage.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    for attacker, goal, why in found["unmeasured"]:
+        assert all(escape(word) in page and word in printed for word in (attacker, goal, why))
+    assert {(attacker, goal) for attacker, _, goal, _ in membership.ROWS} <= {(a, g) for a, g, _ in found["unmeasured"]}
+    assert found["seen"]["adapters' updates"].startswith("each silo's by itself")
+
+
+def test_a_run_that_is_not_finished_is_not_measured(
+    simulated: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(path: Path, *more: str) -> str:
+        monkeypatch.setattr("sys.argv", ["fedpft", "leakage", "--config", str(path), "--finished", *more])
+        assert cli.main() == ConfigError.exit_code
+        return capsys.readouterr().err
+
+    path = written(tmp_path, inputs)
+    assert "holds no run that is finished" in refused(path)
+    assert not (tmp_path / "out").exists()
+    assert "--widths" in refused(path, "--widths", "0.5")
+    settings = yaml.safe_load(simulated.read_text("utf-8"))
+    path.write_text(yaml.safe_dump(settings | {"seed": 6}), "utf-8")
+    assert "seed" in refused(path), "of another run"
 
 
 def test_without_test_data_nothing_begins(inputs: Path, tmp_path: Path) -> None:

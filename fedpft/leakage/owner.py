@@ -9,7 +9,6 @@
 Each of proxy and FM, with the share of what the FM has above chance that the proxy has too.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,22 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedpft.config import LimitsSection, RoundSettings, SimulationConfig
+from fedpft.config import LimitsSection, RoundSettings, ServerConfig
 from fedpft.data.batches import EncodedDataset
 from fedpft.evaluation import evaluate
 from fedpft.model import adapters
-from fedpft.proxy.bundle import load_proxy
+from fedpft.proxy.bundle import load_proxy, mean_neurons
 from fedpft.server.construction import Owner
 from fedpft.tasks import TASKS
 from fedpft.training import train_round
-
-
-def neurons_of(bundle: Path) -> int:
-    """K of the compressed layers, in the mean; of a proxy without any, of all layers."""
-    described = json.loads((bundle / "proxy.json").read_text(encoding="utf-8"))
-    every: list[int] = described["neurons"]
-    neurons = [every[layer] for layer in described["compressed"]] or every
-    return round(sum(neurons) / len(neurons))
 
 
 @dataclass(frozen=True)
@@ -65,12 +56,12 @@ class Held:
 class Thief:
     """Tunes FM and proxies on the same rows in the same way."""
 
-    def __init__(
-        self, config: SimulationConfig, settings: RoundSettings, owner: Owner, rows: EncodedDataset, epochs: float
-    ) -> None:
-        """Tunes the FM; the owner has test data."""
-        training = settings.training.model_copy(update={"rounds": 1, "local_epochs": epochs, "privacy": None})
-        self._config, self._settings = config, settings.model_copy(update={"training": training})
+    def __init__(self, config: ServerConfig, owner: Owner, rows: EncodedDataset, epochs: float) -> None:
+        """Tunes the FM on these rows; the owner has others as test data."""
+        training = config.training.model_copy(update={"rounds": 1, "local_epochs": epochs, "privacy": None})
+        eps = config.alignment.inactive_below
+        self._config = config
+        self._settings = RoundSettings(seed=config.seed, adapter=config.adapter, training=training, inactive_below=eps)
         self._owner, self._rows, self._task = owner, rows, TASKS[config.model.task]
         assert owner.test is not None
         baseline, headline = self._task.baseline, self._task.headline.name
@@ -80,19 +71,23 @@ class Thief:
             self._chance = math.log(int(owner.model.get_input_embeddings().weight.shape[0]))  # type: ignore[operator]
         self._ability, self._tuned = self._of(owner.model)
 
-    def held(self, bundle: Path, summary: dict[str, Any]) -> Held:
-        """Of the proxy in a directory, and of the federation that ran on it."""
+    def held(self, bundle: Path, parts: dict[str, dict[str, int]], tuned: tuple[float, float]) -> Held:
+        """Of the proxy in a directory, and of the federation that ran on it.
+
+        Args:
+            parts: as summary.json has them as `holdings`.
+            tuned: the headline of tuned proxy and plugged-in FM.
+        """
         proxy = load_proxy(bundle, device=self._config.device)
         adapters.attach(proxy.model, self._config.adapter, seed=self._config.seed)
         proxy.model.to(self._config.device)
-        ability, tuned = self._of(proxy.model)
-        headline, metrics = self._task.headline.name, summary["metrics"]
+        ability, stolen = self._of(proxy.model)
         return Held(
-            neurons_of(bundle),
-            summary["holdings"],
+            mean_neurons(bundle),
+            parts,
             self.pair(ability, self._ability),
-            self.pair(tuned, self._tuned),
-            self.pair(*(metrics[row][headline] for row in ("proxy", "plugged_in"))),
+            self.pair(stolen, self._tuned),
+            self.pair(*tuned),
         )
 
     def pair(self, proxy: float, model: float) -> Pair:

@@ -1,9 +1,11 @@
 """The leakage report: a table for the terminal, and a page."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpft import atomic
 from fedpft.leakage.scores import Finding
 from fedpft.report import figures
 from fedpft.report.page import HOLDINGS, write_tables
@@ -21,14 +23,28 @@ NOTE = (
     "the rows on sums."
 )
 
+FINISHED_NOTE = (
+    "What attacks find out of the silos is not measured on a finished run, for the reasons given. Rehearse it: add a "
+    "section `simulation` to a copy of this server.yaml that names data like the silos', with the privacy that they "
+    "keep to as training.privacy, and start fedpft leakage with that."
+)
+
 
 def format_report(found: Mapping[str, Any]) -> str:
     """As plain text, without a line end after the last."""
-    return "\n\n".join([lead(found), *map(_plain, _tables(found))])
+    return "\n\n".join([lead(found), *map(_plain, _tables(found)), _note(found)])
 
 
-def write_report(found: Mapping[str, Any], path: Path) -> None:
-    """Writes leakage.html, whole or not at all. found: as leakage.json."""
+def write(found: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Writes leakage.json and leakage.html, each whole or not at all; returns what is in the former."""
+    text = json.dumps(found, indent=1)
+    atomic.write_text(directory / "leakage.json", text)
+    read: dict[str, Any] = json.loads(text)
+    _write_page(read, directory / "leakage.html")
+    return read
+
+
+def _write_page(found: Mapping[str, Any], path: Path) -> None:
     findings = [Finding(**each) for each in found["findings"]]
     ranked = [
         (f"{each.sees}: {each.goal.partition(', of those')[0]}", each.value, each.error)
@@ -52,7 +68,9 @@ def write_report(found: Mapping[str, Any], path: Path) -> None:
             f"Test {metric.title} of the FM, which the owner has, and of the proxy, which a silo has.",
         ),
     ]
-    write_tables(path, "What leaks", lead(found), _tables(found), drawings, NOTE)
+    write_tables(
+        path, "What leaks", lead(found), _tables(found), drawings, FINISHED_NOTE if found["finished"] else NOTE
+    )
 
 
 def lead(found: Mapping[str, Any]) -> str:
@@ -61,11 +79,17 @@ def lead(found: Mapping[str, Any]) -> str:
     beyond = sum(each.found for each in findings)
     privacy = found["config"]["training"]["privacy"]
     private = f"differential privacy of epsilon {privacy['epsilon']:g}" if privacy else "no differential privacy"
-    own = found["held"][-1] if found["held"] else None
     sentences = [
         f"{beyond} of {len(findings)} figures on a federation of {found['silos']} silos with {private} are beyond "
         "guessing."
     ]
+    if found["finished"]:
+        rows = found["rows"]
+        sentences = [
+            f"A finished run of {found['silos']} silos: the owner's side is measured, on {rows['measured']:,} of its "
+            f"test rows, where a thief has the other {rows['thief']:,}; attacks on the silos are not."
+        ]
+    own = found["held"][-1] if found["held"] else None
     if own is not None:
         metric = TASKS[found["task"]].headline
         share = sum(part["proxy"] for part in own["parts"].values()) / sum(p["model"] for p in own["parts"].values())
@@ -77,11 +101,16 @@ def lead(found: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
+def _note(found: Mapping[str, Any]) -> str:
+    return FINISHED_NOTE if found["finished"] else NOTE
+
+
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 
 def _tables(found: Mapping[str, Any]) -> list[Table]:
-    return [_attacks(found), *([_owner(found), _parts(found)] if found["held"] else [])]
+    owners = [_owner(found), _parts(found)] if found["held"] else []
+    return [*owners, _seen(found), _unmeasured(found)] if found["finished"] else [_attacks(found), *owners]
 
 
 def _attacks(found: Mapping[str, Any]) -> Table:
@@ -124,6 +153,14 @@ def _parts(found: Mapping[str, Any]) -> Table:
         for name, part in each["parts"].items()
     ]
     return "Against the owner: parameters that a silo holds", ["K#", "part of the FM", "parameters#", "held#"], rows
+
+
+def _seen(found: Mapping[str, Any]) -> Table:
+    return "What the server has seen of the silos", ["what", "how"], list(found["seen"].items())
+
+
+def _unmeasured(found: Mapping[str, Any]) -> Table:
+    return "Not measured on a finished run", ["attacker", "looks for", "why not"], found["unmeasured"]
 
 
 def _plain(table: Table) -> str:

@@ -5,7 +5,6 @@ DIR/width-W/          others, with proxies of W times as many neurons
 DIR/leakage.json, DIR/leakage.html
 """
 
-import json
 import logging
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpft import atomic, machine
+from fedpft import machine
 from fedpft.config import SimulationConfig, dump
 from fedpft.data.batches import EncodedDataset, sample
 from fedpft.data.samples import Samples
@@ -25,13 +24,14 @@ from fedpft.errors import ConfigError
 from fedpft.leakage import labels, membership, shadows, tokens
 from fedpft.leakage.labels import LabelReader
 from fedpft.leakage.membership import Candidates, Scores
-from fedpft.leakage.owner import Held, Thief, neurons_of
+from fedpft.leakage.owner import Held, Thief
 from fedpft.leakage.rehearsal import Rehearsal, rehearse
-from fedpft.leakage.report import write_report
+from fedpft.leakage.report import write
 from fedpft.leakage.scores import Finding
 from fedpft.leakage.shadows import Shadow
 from fedpft.model.adapters import Adapter
 from fedpft.model.architectures import in_head
+from fedpft.proxy.bundle import mean_neurons
 from fedpft.server.construction import load_owner
 from fedpft.silo.learner import Learner
 from fedpft.simulation.data import WAY_OUT
@@ -84,6 +84,7 @@ def leak(config: SimulationConfig, directory: Path, effort: Effort = FULL) -> di
     held = _held(config, main, directory, effort, seconds)
     found = {
         "task": config.model.task,
+        "finished": False,
         "silos": len(main.data.sizes),
         "findings": [asdict(each) for each in findings],
         "held": [each.to_json() for each in held],
@@ -93,9 +94,7 @@ def leak(config: SimulationConfig, directory: Path, effort: Effort = FULL) -> di
         "seed": config.seed,
         "config": dump(config),
     }
-    atomic.write_text(directory / "leakage.json", json.dumps(found, indent=1))
-    write_report(json.loads(json.dumps(found)), directory / "leakage.html")
-    return found
+    return write(found, directory)
 
 
 class _Rows:
@@ -188,7 +187,7 @@ def _held(
     if not effort.widths:
         return []
     runs: dict[float, Rehearsal] = {1.0: main}
-    configured = neurons_of(main.bundle)
+    configured = mean_neurons(main.bundle)
     for width in effort.widths:
         if width not in runs:
             proxy = config.proxy.model_copy(update={"neurons": max(1, round(width * configured))})
@@ -208,8 +207,13 @@ def _held(
             bad_rows=config.simulation.bad_rows,
             way_out=WAY_OUT,
         )
-        thief = Thief(main.config, main.settings, owner, rows, effort.epochs)
-        return [thief.held(runs[width].bundle, runs[width].summary) for width in sorted(effort.widths)]
+        thief, headline = Thief(main.config, owner, rows, effort.epochs), TASKS[config.model.task].headline.name
+        held = []
+        for width in sorted(effort.widths):
+            summary = runs[width].summary
+            proxy, model = (summary["metrics"][row][headline] for row in ("proxy", "plugged_in"))
+            held.append(thief.held(runs[width].bundle, summary["holdings"], (proxy, model)))
+        return held
 
 
 @contextmanager

@@ -5,6 +5,7 @@ D hidden size, K neurons of a layer, U of them updated.
 
 import json
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -222,9 +223,21 @@ def of_whole(inactivity: Mapping[str, Tensor], proxy: Proxy) -> dict[str, Tensor
 
 def compressed_neurons(bundle: Path) -> dict[int, int]:
     """For each compressed layer of the proxy its K, from the bundle's proxy.json."""
+    return _neurons(bundle)[1]
+
+
+def mean_neurons(bundle: Path) -> int:
+    """K of the compressed layers, in the mean; of a proxy without any, of all layers."""
+    every, compressed = _neurons(bundle)
+    return round(statistics.fmean(compressed.values() or every))
+
+
+def _neurons(bundle: Path) -> tuple[list[int], dict[int, int]]:
+    """Of each layer, and by number of those that are compressed."""
     try:
         description = json.loads((bundle / "proxy.json").read_text(encoding="utf-8"))
-        return {int(layer): int(description["neurons"][layer]) for layer in description["compressed"]}
+        every = [int(neurons) for neurons in description["neurons"]]
+        return every, {int(layer): every[layer] for layer in description["compressed"]}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ModelError(f"{bundle / 'proxy.json'}: cannot be read ({error})", "build the proxy again") from None
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from fedpft import atomic, kernels
 from fedpft.config import ServerConfig, dump
 from fedpft.digests import Digests
-from fedpft.errors import CheckpointError
+from fedpft.errors import CheckpointError, ConfigError
 from fedpft.model.mapped import held
 from fedpft.proxy.holdings import format_holdings, holdings
 from fedpft.report.page import write_report
@@ -81,7 +81,8 @@ def run(config: ServerConfig, reach: Reach = FederationServer) -> dict[str, Any]
             with _opened(config, contents(config, digests)) as ledger:
                 check_proxy(directory, digests, ledger.recorded("proxy"))
                 if ledger.recorded("finished"):
-                    return _finished(config)
+                    log.info("%s: this run is finished; a new one needs another `out`", config.out)
+                    return _summary_of(config)
         try_out(config.out)
         check_listen(config.listen)
         record = Record()
@@ -109,9 +110,23 @@ def _opened(config: ServerConfig, found: Contents) -> Iterator[Ledger]:
         yield ledger
 
 
-def _finished(config: ServerConfig) -> dict[str, Any]:
-    """The summary of a run that is finished."""
-    log.info("%s: this run is finished; a new one needs another `out`", config.out)
+def finished(config: ServerConfig) -> dict[str, Any]:
+    """The summary of the run in OUT, which is finished and was begun with these settings and files.
+
+    Raises:
+        ConfigError: no run is there, or one that is not finished, or another.
+        CheckpointError: as of :func:`run`.
+    """
+    if has_begun(config.out):
+        digests = kept_digests(config)
+        with atomic.locked(config.out, "out"), _opened(config, contents(config, digests)) as ledger:
+            check_proxy(config.proxy_path or config.out / "proxy", digests, ledger.recorded("proxy"))
+            if ledger.recorded("finished"):
+                return _summary_of(config)
+    raise ConfigError(f"{config.out}: holds no run that is finished", "run it to its end before")
+
+
+def _summary_of(config: ServerConfig) -> dict[str, Any]:
     try:
         summary: dict[str, Any] = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
