@@ -41,20 +41,21 @@ PRIVACY: Settings = {"training": {"privacy": {"epsilon": EPSILON, "delta": DELTA
 
 @dataclass(frozen=True)
 class Run:
-    """What is other than in the demo. widths: as `fedpft leakage --widths`."""
+    """What is other than in the demo. widths: as `fedpft leakage --widths`; updates_alone: label shares and tokens only."""
 
     seed: int = 0
     changes: Settings = field(default_factory=dict)
     widths: tuple[float, ...] = ()
+    updates_alone: bool = False
 
 
 RUNS = {
-    "plain": Run(changes=COUNTED, widths=(0.25, 0.5, 1.0)),
+    "plain": Run(changes=COUNTED, widths=(0.5, 1.0)),
+    "private": Run(changes=merged(PRIVATE, PRIVACY)),
+    **{f"seed-{seed}": Run(seed=seed, changes=COUNTED, updates_alone=True) for seed in (1, 2)},
     "same_settings": Run(changes=PRIVATE),
-    "private": Run(changes=merged(PRIVATE, PRIVACY), widths=(1.0,)),
-    "seed-1": Run(seed=1, changes=COUNTED),
-    "seed-2": Run(seed=2, changes=COUNTED),
 }
+UPDATES = ("label shares of a silo", "which tokens occur, of those in no public text")
 SEEDS = ("plain", "seed-1", "seed-2")
 COLUMNS = {  # of the table: which run, and which rows of it, by what the attacker sees
     "without": ("plain", False),
@@ -71,7 +72,10 @@ def attack(out: Path, name: str, scale: Scale, effort: Effort) -> dict[str, Any]
     run = RUNS[name]
     config = load_simulation_config(simulation_yaml(out, name, run, scale))
     facts, begun, before = provenance("cpu"), time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
-    found = leak(config, out / name / "leakage", replace(effort, widths=run.widths))
+    effort = replace(effort, widths=run.widths, **({"rows": 0, "small": 0} if run.updates_alone else {}))
+    found = leak(config, out / name / "leakage", effort)
+    if run.updates_alone:
+        found["findings"] = [each for each in found["findings"] if each["goal"] in UPDATES]
     after = resource.getrusage(resource.RUSAGE_SELF)
     return {
         **facts,
@@ -123,6 +127,8 @@ def table(runs: Mapping[str, Any]) -> str:
     lines += ["", f"| sees | looks for | measure | {' | '.join(seeds)} | mean |"]
     lines.append(f"| {' | '.join(['---'] * (4 + len(seeds)))} |")
     for each in runs[seeds[0]]["findings"] if seeds else []:
+        if each["goal"] not in UPDATES:
+            continue
         key = tuple(each[part] for part in ("attacker", "sees", "goal", "measure"))
         values = [found["value"] for name in seeds if (found := _find(runs[name], key)) is not None]
         cells = [_cell(runs[name], key) for name in seeds]

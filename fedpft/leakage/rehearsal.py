@@ -121,8 +121,12 @@ class Rehearsal:
 
 
 def rehearse(config: SimulationConfig, directory: Path, held_out: float) -> Rehearsal:
-    """Runs the federation in that directory, or goes on with it; errors as of `simulate`."""
-    data = SplitData(config.model_copy(update={"out": directory / "federation"}), held_out)
+    """Runs the federation in that directory, or goes on with it; errors as of `simulate`.
+
+    What only its own report would show on the way is not measured.
+    """
+    unseen = config.evaluation.model_copy(update={"every_rounds": 0, "gap_samples": 0})
+    data = SplitData(config.model_copy(update={"out": directory / "federation", "evaluation": unseen}), held_out)
     own, observed = data.config, directory / "observed"
 
     def reach(_: object, bundle: Path, settings: RoundSettings, ledger: Ledger, __: Terms) -> SimulatedSilos:
