@@ -41,7 +41,11 @@ PRIVACY: Settings = {"training": {"privacy": {"epsilon": EPSILON, "delta": DELTA
 
 @dataclass(frozen=True)
 class Run:
-    """What is other than in the demo. widths: as `fedpft leakage --widths`; updates_alone: label shares and tokens only."""
+    """What is other than in the demo.
+
+    widths: as `fedpft leakage --widths`.
+    updates_alone: only what the first round's updates tell is looked for.
+    """
 
     seed: int = 0
     changes: Settings = field(default_factory=dict)
