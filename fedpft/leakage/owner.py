@@ -40,9 +40,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Held:
-    """For one proxy. neurons: K, of the compressed layers in the mean."""
+    """For one proxy. neurons: K, of the compressed layers in the mean; chance: the headline of whoever has no model."""
 
     neurons: int
+    chance: float
     parts: dict[str, dict[str, int]]
     ability: Pair
     thief: Pair
@@ -84,6 +85,7 @@ class Thief:
         ability, stolen = self._of(proxy.model)
         return Held(
             mean_neurons(bundle),
+            self._chance,
             parts,
             self.pair(ability, self._ability),
             self.pair(stolen, self._tuned),

@@ -11,11 +11,6 @@ from fedpft.report import figures
 from fedpft.report.page import HOLDINGS, write_tables
 from fedpft.tasks import TASKS
 
-ABILITIES = {
-    "ability": "as it was",
-    "thief": "tuned by a thief",
-    "tuned": "tuned by the federation",
-}
 NOTE = (
     "An attack that finds nothing is one attack that finds nothing: a better one may. What guessing reaches is beside "
     "each figure, and what differs from it by less than two standard errors is no finding. Differential privacy bounds "
@@ -47,21 +42,21 @@ def write(found: Mapping[str, Any], directory: Path) -> dict[str, Any]:
 def _write_page(found: Mapping[str, Any], path: Path) -> None:
     findings = [Finding(**each) for each in found["findings"]]
     ranked = [
-        (f"{each.sees}: {each.goal.partition(', of those')[0]}", each.value, each.error)
+        (f"{each.sees}: {each.goal.partition(', of those')[0]}", each.value, each.guess, each.error)
         for each in findings
         if each.measure == "AUC"
     ]
     metric, held = TASKS[found["task"]].headline, found["held"]
     curves = {
         f"{who}, {title}": [each[key][side] for each in held]
-        for key, title in ABILITIES.items()
+        for key, title in _abilities(found).items()
         for side, who in (("model", "FM"), ("proxy", "proxy"))
     }
     drawings = [
         (
-            figures.beside_guessing(ranked, 0.5, "AUC"),
-            "How well each attack tells what is there from what is not: 0.5 is guessing, with two standard errors of "
-            "it in grey, and 1 is certainty.",
+            figures.beside_guessing(ranked, "AUC"),
+            "How well each attack tells what is there from what is not: 1 is certainty; a line is what guessing comes "
+            "to, with two standard errors of it in grey.",
         ),
         (
             figures.by_width([each["neurons"] for each in held], curves, metric),
@@ -105,6 +100,12 @@ def _note(found: Mapping[str, Any]) -> str:
     return FINISHED_NOTE if found["finished"] else NOTE
 
 
+def _abilities(found: Mapping[str, Any]) -> dict[str, str]:
+    """What proxy and FM are held against each other by, and its title."""
+    before = "a head alone, tuned by a thief" if TASKS[found["task"]].head else "before any tuning"
+    return {"ability": before, "thief": "tuned by a thief", "tuned": "tuned by the federation"}
+
+
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 
@@ -133,11 +134,12 @@ def _owner(found: Mapping[str, Any]) -> Table:
     metric = TASKS[found["task"]].headline
     rows = []
     for each in found["held"]:
-        for key, title in ABILITIES.items():
+        for key, title in _abilities(found).items():
             pair = each[key]
             share = "-" if pair["share"] is None else f"{pair['share']:.0%}"
-            rows.append((str(each["neurons"]), title, metric.shown(pair["proxy"]), metric.shown(pair["model"]), share))
-    columns = ["K#", f"test {metric.title}", "proxy#", "FM#", "of what the FM has above chance#"]
+            figures_of = (metric.shown(value) for value in (pair["proxy"], pair["model"], each["chance"]))
+            rows.append((str(each["neurons"]), title, *figures_of, share))
+    columns = ["K#", f"test {metric.title}", "proxy#", "FM#", "guessing#", "of what the FM has above chance#"]
     return "Against the owner: what a silo has", columns, rows
 
 

@@ -208,24 +208,26 @@ def rows_compared(found: Mapping[str, float], metric: Metric, strong: str = "plu
         return _svg(figure, f"Bar chart of test {metric.title}: {said}.")
 
 
-def beside_guessing(rows: Sequence[tuple[str, float, float]], guess: float, what: str) -> str:
-    """What attacks reached, each (name, value, standard error of guessing), beside what guessing would."""
+def beside_guessing(rows: Sequence[tuple[str, float, float, float]], what: str) -> str:
+    """What attacks reached, each (name, value, what guessing would, standard error of that)."""
     if not rows:
         return ""
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _panels(1, height_inches=0.7 + 0.27 * len(rows))
-        names, values, errors = zip(*rows[::-1], strict=True)
-        sure = [2 * error for error in errors]
-        axes.barh(names, [2 * each for each in sure], left=[guess - each for each in sure], height=0.5, color=THIRD)
-        axes.plot([guess, guess], [-0.5, len(rows) - 0.5], color=MUTED, linewidth=1.1)
-        axes.plot(values, names, linestyle="", marker="o", color=ACCENT, clip_on=False)
-        axes.set_xlim(min(0.4, *values, *(guess - each for each in sure)), 1.0)
+        names, values, guesses, errors = zip(*rows[::-1], strict=True)
+        least = [guess - 2 * error for guess, error in zip(guesses, errors, strict=True)]
+        places = range(len(rows))
+        axes.barh(places, [4 * error for error in errors], left=least, height=0.5, color=THIRD)
+        axes.vlines(guesses, [y - 0.36 for y in places], [y + 0.36 for y in places], color=MUTED, linewidth=1.1)
+        axes.plot(values, places, linestyle="", marker="o", color=ACCENT, clip_on=False)
+        axes.set_yticks(places, names)
+        axes.set_xlim(min(0.4, *values, *least), 1.0)
         axes.set_xlabel(what)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
-        said = ", ".join(f"{name} {value:.2f}" for name, value, _ in rows)
-        return _svg(figure, f"{what} of attacks, where guessing has {guess:g}: {said}.")
+        said = ", ".join(f"{name} {value:.2f} where guessing has {guess:.2f}" for name, value, guess, _ in rows)
+        return _svg(figure, f"{what} of attacks: {said}.")
 
 
 def by_width(neurons: Sequence[int], rows: Mapping[str, Sequence[float]], metric: Metric) -> str:
@@ -238,7 +240,7 @@ def by_width(neurons: Sequence[int], rows: Mapping[str, Sequence[float]], metric
             color, dashes = (ACCENT, SECOND, MUTED)[place // 2], (4, 2.5) if place % 2 else ()
             axes.plot(neurons, values, color=color, marker="o", label=name, linestyle=(0, dashes) if dashes else "-")
         axes.set_xlabel("K, neurons kept in a compressed layer")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xticks(neurons)
         if metric.percent:
             _percent(axes)
         _legend_beside(axes)
