@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,11 +31,10 @@ from fedpft.command import run_command
 from fedpft.config import load_simulation_config
 from fedpft.demo.run import DELTA, EPSILON, FULL, QUICK, SILOS, Scale, Settings, merged
 from fedpft.leakage import run as leakage
-from fedpft.leakage.run import Effort, leak
+from fedpft.leakage.run import Effort, first_updates, leak
 
 RESULT = Path(__file__).parent / "results" / "leakage.json"
 COUNTED: Settings = {"alignment": {"counts": "silos"}}
-UNALIGNED: Settings = {"alignment": {"every_rounds": 0}}  # which comes after the first round, and is not looked at then
 PRIVATE: Settings = {"alignment": {"counts": "public"}, "training": {**FULL.private, "logit_adjustment": "none"}}
 PRIVACY: Settings = {"training": {"privacy": {"epsilon": EPSILON, "delta": DELTA}}}
 
@@ -57,7 +56,7 @@ class Run:
 RUNS = {
     "plain": Run(changes=COUNTED, widths=(0.5, 1.0)),
     "private": Run(changes=merged(PRIVATE, PRIVACY)),
-    **{f"seed-{seed}": Run(seed=seed, changes=UNALIGNED, updates_alone=True) for seed in (1, 2)},
+    **{f"seed-{seed}": Run(seed=seed, changes=COUNTED, updates_alone=True) for seed in (1, 2)},
     "same_settings": Run(changes=PRIVATE),
 }
 UPDATES = ("label shares of a silo", "which tokens occur, of those in no public text")
@@ -77,14 +76,15 @@ def attack(out: Path, name: str, scale: Scale, effort: Effort) -> dict[str, Any]
     run = RUNS[name]
     config = load_simulation_config(simulation_yaml(out, name, run, scale))
     facts, begun, before = provenance("cpu"), time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
-    effort = replace(effort, widths=run.widths, **({"rows": 0, "small": 0} if run.updates_alone else {}))
-    found = leak(config, out / name / "leakage", effort)
+    directory, effort = out / name / "leakage", replace(effort, widths=run.widths)
     if run.updates_alone:
-        found["findings"] = [each for each in found["findings"] if each["goal"] in UPDATES]
+        found = {"seed": run.seed, "findings": [asdict(each) for each in first_updates(config, directory, effort)]}
+    else:
+        found = leak(config, directory, effort)
     after = resource.getrusage(resource.RUSAGE_SELF)
     return {
         **facts,
-        **{key: found[key] for key in ("seed", "findings", "held", "effort", "seconds", "config")},
+        **{key: found[key] for key in ("seed", "findings", "held", "effort", "seconds", "config") if key in found},
         "wall_seconds": time.monotonic() - begun,
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
     }

@@ -355,6 +355,15 @@ def test_a_rehearsal_that_is_over_is_read_again(leaky: Attacked) -> None:
         assert all(tiny.same_bits(one.start[name], other.start[name]) for name in other.start)
 
 
+def test_a_rehearsal_of_one_round_is_the_first_of_a_whole_one(leaky: Attacked, inputs: Path, tmp_path: Path) -> None:
+    config = load_simulation_config(written(tmp_path, inputs))
+    short = rehearse(config, tmp_path / "rehearsal", 0.25, rounds=1)
+    assert [observed.number for observed in short.rounds] == [1]
+    for one, other in zip(short.rounds[0].updates, leaky.run.rounds[0].updates, strict=True):
+        assert one.silo == other.silo
+        assert all(tiny.same_bits(one.adapter[name], other.adapter[name]) for name in one.adapter)
+
+
 @pytest.mark.parametrize(("proxy", "share"), [(0.7, 0.5), (0.4, 0.0), (1.0, 1.0)])
 def test_ability_is_what_is_above_chance(proxy: float, share: float) -> None:
     thief = Thief.__new__(Thief)

@@ -9,6 +9,7 @@
 Each silo keeps a share of its rows out of its training: rows of the same kind that a membership attack must not name.
 """
 
+import contextlib
 import functools
 import json
 import shutil
@@ -106,7 +107,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A federation that is over. summary: what is in its summary.json."""
+    """A federation that is over. summary: what is in its summary.json; empty if it was broken off."""
 
     config: SimulationConfig
     data: SplitData
@@ -120,10 +121,17 @@ class Rehearsal:
         return (self.config.proxy_path or self.config.out / "proxy") / "bundle"
 
 
-def rehearse(config: SimulationConfig, directory: Path, held_out: float) -> Rehearsal:
+class _Enough(KeyboardInterrupt):
+    """Ends a federation as its operator would, so that it can be gone on with."""
+
+
+def rehearse(config: SimulationConfig, directory: Path, held_out: float, rounds: int | None = None) -> Rehearsal:
     """Runs the federation in that directory, or goes on with it; errors as of `simulate`.
 
     What only its own report would show on the way is not measured.
+
+    Args:
+        rounds: after which it is broken off, without a summary; None: not at all.
     """
     unseen = config.evaluation.model_copy(update={"every_rounds": 0, "gap_samples": 0})
     data = SplitData(config.model_copy(update={"out": directory / "federation", "evaluation": unseen}), held_out)
@@ -132,26 +140,30 @@ def rehearse(config: SimulationConfig, directory: Path, held_out: float) -> Rehe
     def reach(_: object, bundle: Path, settings: RoundSettings, ledger: Ledger, __: Terms) -> SimulatedSilos:
         observed.mkdir(parents=True, exist_ok=True)
         atomic.write_text(observed / "settings.json", settings.model_dump_json())
-        watched = _Watched(crew(Post(bundle, settings, data), 1, None), data, observed)
+        watched = _Watched(crew(Post(bundle, settings, data), 1, None), data, observed, rounds)
         return SimulatedSilos(own, bundle, settings, ledger, data, watched)
 
-    summary = server.run(own, reach)
+    summary: dict[str, Any] = {}
+    with contextlib.suppress(_Enough):
+        summary = server.run(own, reach)
     try:
         settings = RoundSettings.model_validate_json((observed / "settings.json").read_text(encoding="utf-8"))
-        rounds = [_read(path, own) for path in sorted(observed.iterdir()) if path.is_dir()]
+        kept = [_read(path, own) for path in sorted(observed.iterdir()) if path.is_dir()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{observed}: cannot be read ({error})", "give another directory with --out") from None
-    return Rehearsal(own, data, settings, rounds, summary)
+    return Rehearsal(own, data, settings, kept, summary)
 
 
 class _Watched(Crew):
     """Keeps what is trained before the server has it."""
 
-    def __init__(self, crew: Crew, data: SilosData, directory: Path) -> None:
-        self._crew, self._data, self._directory = crew, data, directory
+    def __init__(self, crew: Crew, data: SilosData, directory: Path, rounds: int | None) -> None:
+        self._crew, self._data, self._directory, self._rounds = crew, data, directory, rounds
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Done]:
         by_silo = {job.silo: job for job in jobs}
+        if self._rounds is not None and any(job.train.round > self._rounds for job in by_silo.values()):
+            raise _Enough
         for done in self._crew.run(by_silo.values()):
             if done.trained is not None:
                 self._keep(by_silo[done.silo], done.trained)

@@ -97,6 +97,17 @@ def leak(config: SimulationConfig, directory: Path, effort: Effort = FULL) -> di
     return write(found, directory)
 
 
+def first_updates(config: SimulationConfig, directory: Path, effort: Effort = FULL) -> list[Finding]:
+    """Only what the first round's updates tell of labels and tokens; the federation goes no further."""
+    machine.prepare(config.device, config.threads)
+    run = rehearse(config, directory / "rehearsal", effort.held_out, rounds=1)
+    learner = Learner(run.bundle, run.settings, run.config.device)
+    rows = _Rows(run, learner, effort)
+    with tempfile.TemporaryDirectory() as scratch:
+        known = shadows.train(learner, run.config, run.rounds[0], rows.labelled, effort.shadows, Path(scratch))
+    return _what_it_has(run, learner, rows, known)
+
+
 class _Rows:
     """The rehearsal's data as the proxy takes it."""
 
