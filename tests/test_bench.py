@@ -12,6 +12,7 @@ import torch
 
 from bench import kernels as bench_kernels
 from bench import large, measure, render, secagg
+from bench import leakage as bench_leakage
 from bench import scale as bench_scale
 from bench import soak as bench_soak
 from bench import transport as bench_transport
@@ -254,3 +255,22 @@ def test_secure_aggregation_is_measured_on_sums_that_are_right(tmp_path: Path) -
         assert row["of_them_vector_bytes"] > 4000
         assert row["up_bytes"] > row["of_them_vector_bytes"]
         assert all(seconds >= 0 for side in ("silo", "server") for seconds in row[f"{side}_seconds"].values())
+
+
+def test_the_table_of_attacks_sets_guessing_beside_each_and_leaves_out_what_is_not_seen() -> None:
+    def finding(sees: str, goal: str, value: float) -> dict[str, Any]:
+        place = {"attacker": "the server", "sees": sees, "goal": goal, "measure": "AUC"}
+        return {**place, "value": value, "guess": 0.5, "error": 0.05, "more": True}
+
+    goal = bench_leakage.UPDATES[0]
+    findings = [finding("single updates", goal, 0.7), finding("sums", goal, 0.55), finding("an update", "texts", 0.9)]
+    run = {"findings": findings, "wall_seconds": 60.0, "cpu_seconds": 30.0}
+    private = {**run, "findings": [{**each, "value": 0.51} for each in findings]}
+    lines = bench_leakage.table({"plain": run, "private": private, "seed-1": run}).splitlines()
+    cells = "**0.700** (0.500 ± 0.100) | 0.550 (0.500 ± 0.100) | 0.510 (0.500 ± 0.100) | 0.510 (0.500 ± 0.100)"
+    assert lines[2] == f"| the server | single updates | {goal} | AUC | {cells} |"
+    assert lines[3] == (
+        "| the server | an update | texts | AUC | **0.900** (0.500 ± 0.100) | - | 0.510 (0.500 ± 0.100) | - |"
+    )
+    assert f"| single updates | {goal} | AUC | **0.700** (0.500 ± 0.100) | **0.700** (0.500 ± 0.100) | 0.700 |" in lines
+    assert "| private | 60 | 30 |" in lines
