@@ -105,8 +105,8 @@ def _seen(config: ServerConfig, summary: dict[str, Any]) -> dict[str, str]:
     each = f"sums over {fewest} silos or more" if secure else "each silo's by itself, until its round closed"
     counted = config.alignment.every_rounds > 0 and config.alignment.asks_silos
     return {
-        "adapters' updates": f"{each}: {len(rounds)} rounds",
-        "numbers of samples": f"each silo's by itself: {len(told)} silos" if told else each,
+        "adapters' updates": f"{each}; rounds: {len(rounds)}",
+        "numbers of samples": f"each silo's by itself; silos: {len(told)}" if told else each,
         "inactivity counts": each if counted else "not asked for",
         "metrics, as far as silos share them": each,
     }

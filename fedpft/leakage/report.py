@@ -19,9 +19,9 @@ NOTE = (
 )
 
 FINISHED_NOTE = (
-    "What attacks find out of the silos is not measured on a finished run, for the reasons given. Rehearse it: add a "
-    "section `simulation` to a copy of this server.yaml that names data like the silos', with the privacy that they "
-    "keep to as training.privacy, and start fedpft leakage with that."
+    "What attacks find out of the silos is not measured on a finished run, for the reasons given. Rehearse it: with a "
+    "simulation.yaml without --finished, with a copy of the server.yaml that has a section `simulation` with data like "
+    "the silos', and the privacy that they keep to as training.privacy."
 )
 
 
