@@ -57,7 +57,7 @@ RUNS = {
     "plain": Run(changes=COUNTED, widths=(0.5, 1.0)),
     "private": Run(changes=merged(PRIVATE, PRIVACY)),
     **{f"seed-{seed}": Run(seed=seed, changes=COUNTED, updates_alone=True) for seed in (1, 2)},
-    "same_settings": Run(changes=PRIVATE),
+    "same_settings": Run(changes=PRIVATE, updates_alone=True),
 }
 UPDATES = ("label shares of a silo", "which tokens occur, of those in no public text")
 SEEDS = ("plain", "seed-1", "seed-2")
