@@ -145,7 +145,9 @@ class Sum:
         return {}
 
     def summed(self) -> dict[str, int]:
-        """Samples, and of COUNTS what silos share."""
+        """Samples, and of COUNTS what silos share; nothing where each puts in a 1."""
+        if self._terms.silo_privacy is not None:
+            return {}
         counts = {name: int(self._metrics[name][0]) for name in sorted(COUNTS & self._metrics.keys())}
         return {"samples": self._samples} | counts
 

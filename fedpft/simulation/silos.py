@@ -24,6 +24,7 @@ from fedpft.federation import (
     Substitute,
     UpdateArrived,
 )
+from fedpft.privacy.noise import Secret
 from fedpft.proxy.bundle import compressed_neurons
 from fedpft.server.ledger import Ledger
 from fedpft.server.live import log_action
@@ -199,7 +200,7 @@ class SimulatedSilos:
         assert self._files.adapter is not None
         neurons = self._neurons if self._files.inbox.counts_inactivity else {}
         start, seed = self._files.adapter.path, self._config.seed
-        return work.keep_vector(words_of(silo, trained, work, start, neurons, terms, seed))
+        return work.keep_vector(words_of(silo, trained, work, start, neurons, terms, seed, noise=Secret()))
 
     def _handle(self, event: Event) -> Aggregate | LoseQuorum | None:
         outcome: Aggregate | LoseQuorum | None = None
