@@ -4,6 +4,7 @@ import json
 import math
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from test_summing import (  # noqa: F401  (kits and world are fixtures)
     LONG_SECONDS,
     SILOS,
     Once,
+    Silo,
     die,
     kits,
     tls,
@@ -37,9 +39,10 @@ from fedpft.errors import ConfigError, InvalidUpdate, PrivacyViolation
 from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Contribution, Layout
 from fedpft.privacy.noise import Secret
+from fedpft.privacy.secagg import Context
 from fedpft.privacy.wholesilo import add_noise, deviation, hidden, multiplier
-from fedpft.silo.summing import check_agreed
-from fedpft.silo.work import Work
+from fedpft.silo.summing import Summing, check_agreed
+from fedpft.silo.work import Update, Work
 from fedpft.simulation.run import simulate
 from fedpft.wire.hello import greet
 from fedpft.wire.tensors import read_tensors
@@ -363,8 +366,6 @@ def test_a_silo_puts_no_second_update_into_a_round(private: Any) -> None:
         assert here.running[name].result(LONG_SECONDS) == "killed"
 
     with pytest.MonkeyPatch.context() as patched:
-        from test_summing import Silo
-
         honest = Silo.train
 
         def other(self: Any, train: Any) -> None:
@@ -394,6 +395,61 @@ def test_rounds_beyond_those_that_the_noise_is_for_are_refused(private: Any) -> 
         with pytest.raises(PrivacyViolation, match="asks for round 7, and silo_privacy is for 6"):
             here.running[name].result(LONG_SECONDS)
     assert not here.ledger.recorded("sum")
+
+
+@pytest.fixture
+def summing(tmp_path: Path) -> Summing:
+    """Of a silo that was in round 3 with two others."""
+    silo = Summing.__new__(Summing)
+    silo._work, silo._server, silo._entry = Work(tmp_path), SimpleNamespace(run_id="run"), None
+    silo._update = Update(round=3, proxy_version=0, start="", samples=1, metrics={}, sha256="of the update")
+    assert silo._entering(context(), ["east", "north", "south"]) == ""
+    silo._work.keep_entered(silo._entry)
+    return silo
+
+
+def context(**terms: Any) -> Context:
+    return Context("run", 3, 1, b"", TERMS.model_copy(update={"min_silos": 3} | terms))
+
+
+def test_a_silo_enters_the_next_attempt_only_if_any_two_sums_have_a_silo_in_common(summing: Summing) -> None:
+    former, summing._entry = summing._entry, None
+    assert summing._entering(context(), ["east", "north", "west", "up"]) == ""
+    assert summing._entry == former.model_copy(update={"silos": frozenset(["east", "north", "south", "west", "up"])})
+    others = ["east", "west", "up", "down"]  # three of them, and the three of before
+    assert "two sums could be opened" in summing._entering(context(), others)
+
+
+@pytest.mark.parametrize("terms", [{"min_silos": 2}, {"silo_privacy": PRIVATE.model_copy(update={"clip": 1.0})}])
+def test_the_same_noise_is_used_under_the_same_terms_only(terms: Any, summing: Summing) -> None:
+    assert "or the same under other terms" in summing._entering(context(**terms), ["east", "north", "south"])
+
+
+@pytest.mark.parametrize(
+    ("round", "terms", "message"),
+    [
+        (2, PRIVATE, "asks for round 2 again, but this silo was in round 3"),
+        (0, PRIVATE, "asks for round 0, and silo_privacy is for 6"),
+        (4, None, "has another silo_privacy than in the rounds before"),
+        (4, PRIVATE.model_copy(update={"rounds": 60}), "has another silo_privacy than in the rounds before"),
+    ],
+)
+def test_no_round_is_released_twice_or_under_less(round: int, terms: Any, message: str, summing: Summing) -> None:
+    summing._check_release(3, TERMS)
+    summing._check_release(4, TERMS)
+    with pytest.raises(PrivacyViolation, match=message):
+        summing._check_release(round, TERMS.model_copy(update={"silo_privacy": terms}))
+
+
+def test_a_server_that_comes_back_without_it_is_left(private: Any) -> None:
+    here = private()
+    silo = Silo(here.root, here.kits, here.address, "north")
+    here.kill_server()
+    here.federation = here.federation.model_copy(update={"silo_privacy": None})
+    here.start_server()
+    with pytest.raises(PrivacyViolation, match="has another silo_privacy than it began with"):
+        silo.connection.enrol(0)
+    silo.close()
 
 
 # --- rehearsed --------------------------------------------------------------------------------------------------------

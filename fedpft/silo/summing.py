@@ -159,20 +159,20 @@ class Summing:
             )
 
     def _check_release(self, round: int, terms: SecureTerms) -> None:
-        """Raises PrivacyViolation if a round is not one of those that the noise was made for."""
-        if (private := terms.silo_privacy) is None:
-            return
-        entered = self._work.entered(self._server.run_id)
-        if not 1 <= round <= private.rounds:
+        """Raises PrivacyViolation if a round is not one of those that the noise is made for."""
+        entered, private = self._work.entered(self._server.run_id), terms.silo_privacy
+        if private is not None and not 1 <= round <= private.rounds:
             raise PrivacyViolation(
                 f"the server asks for round {round}, and silo_privacy is for {private.rounds}", _REMEDY
             )
-        if entered is not None and (entered.round > round or entered.terms.silo_privacy != private):
+        if entered is None:
+            return
+        if round < entered.round:
             raise PrivacyViolation(
-                f"the server asks for round {round} under silo_privacy of {private!r}, but this silo was in round "
-                f"{entered.round} under {entered.terms.silo_privacy!r}",
-                _REMEDY,
+                f"the server asks for round {round} again, but this silo was in round {entered.round}", _REMEDY
             )
+        if private != entered.terms.silo_privacy:
+            raise PrivacyViolation("the server has another silo_privacy than in the rounds before", _REMEDY)
 
     def begin(self, train: pb.Train, update: Update, settings: RoundSettings) -> None:
         """Shows new keys for an attempt at the sum of the update's round; RoundOver if that is over."""
