@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedpft.config import RoundSettings, SecureTerms, SiloConfig, SiloPrivacyTerms
 from fedpft.errors import CertificateError, ConfigError, PrivacyViolation
+from fedpft.model.adapters import trains
 from fedpft.privacy import fixedpoint, wholesilo
 from fedpft.privacy.fixedpoint import Contribution, Layout
 from fedpft.privacy.masking import KEY_BYTES, Mask
@@ -76,8 +77,7 @@ def words_of(
     work: Work,
     start: Path,
     neurons: Mapping[int, int],
-    terms: SecureTerms,
-    seed: int,
+    settings: RoundSettings,
     masks: Sequence[Mask] = (),
     noise: Secret | None = None,
 ) -> Tensor:
@@ -87,18 +87,23 @@ def words_of(
         update: the last one of `work`.
         start: file of the adapter that it started from.
         neurons: K of the layers whose inactivity was asked for.
-        seed: of the federation.
+        settings: of the federation, which has secure aggregation.
         noise: with silo_privacy, what the silo's share of it comes from.
 
     Raises:
         InvalidUpdate: a value is not finite, or the silo's weight or samples are more than was agreed on.
         ConfigError: no noise hides the silo.
     """
-    begun = read_tensors(start, "adapter")
+    terms, frozen_a = settings.secure_aggregation, settings.training.frozen_a
+    assert terms is not None
+    begun, trained = (
+        {name: tensor for name, tensor in read_tensors(path, "adapter").items() if trains(name, frozen_a=frozen_a)}
+        for path in (start, work.update_path)
+    )
     layout = Layout.of({name: tuple(tensor.shape) for name, tensor in begun.items()}, neurons)
     contribution = Contribution(
         begun,
-        read_tensors(work.update_path, "adapter"),
+        trained,
         update.samples,
         update.weight,
         {name: value for name, value in update.metrics.items() if name in fixedpoint.SUMMED_METRICS},
@@ -106,7 +111,7 @@ def words_of(
     )
     if terms.silo_privacy is not None:
         contribution = wholesilo.hidden(contribution, terms.silo_privacy.clip)
-    key = fixedpoint.rounding_key(seed, silo, update.round)
+    key = fixedpoint.rounding_key(settings.seed, silo, update.round)
     words, cut = fixedpoint.encode(contribution, layout, terms, key, masks)
     if terms.silo_privacy is not None:
         assert noise is not None
@@ -148,7 +153,7 @@ class Summing:
         self._train: pb.Train | None = None
         self._vector: transfer.Payload | None = None
         self._entry: Entered | None = None
-        self._seed = 0
+        self._settings = server.settings
 
     def check_round(self, round: int) -> None:
         """Raises PrivacyViolation if a later round's sum was opened already."""
@@ -191,7 +196,7 @@ class Summing:
                 self._verify,
                 smallest_sum=self._config.smallest_sum,
             )
-            self._update, self._train, self._seed = update, train, settings.seed
+            self._update, self._train, self._settings = update, train, settings
         shown = pb.ShownKeys(keys=message_of(self._attempt.keys()), proxy_version=train.proxy_version)
         self._server.answer(pb.AnswerStageRequest(round=train.round, attempt=train.attempt, keys=shown))
 
@@ -243,7 +248,7 @@ class Summing:
                 self._work.keep_entered(self._entry)
                 noise = Secret(bytes.fromhex(self._entry.noise))
             start, neurons = self._work.start_path(update), self._neurons if train.count_inactivity else {}
-            words = words_of(self._name, update, self._work, start, neurons, context.terms, self._seed, masks, noise)
+            words = words_of(self._name, update, self._work, start, neurons, self._settings, masks, noise)
             self._vector = self._work.keep_vector(words)
         header = pb.UpdateHeader(
             round=context.round,
