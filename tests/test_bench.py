@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import kernels as bench_kernels
-from bench import large, measure, render, secagg
+from bench import large, measure, render, secagg, wholesilo
 from bench import scale as bench_scale
 from bench import soak as bench_soak
 from bench import transport as bench_transport
@@ -254,3 +254,16 @@ def test_secure_aggregation_is_measured_on_sums_that_are_right(tmp_path: Path) -
         assert row["of_them_vector_bytes"] > 4000
         assert row["up_bytes"] > row["of_them_vector_bytes"]
         assert all(seconds >= 0 for side in ("silo", "server") for seconds in row[f"{side}_seconds"].values())
+
+
+def test_noise_costs_few_silos_more_than_many() -> None:
+    """Two classes that a head tells apart with ease: without noise always, of few silos at a low epsilon by chance."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(240) % 2
+    features = torch.cat([torch.nn.functional.one_hot(labels).float(), torch.rand(240, 30, generator=draw)], 1)
+    data = wholesilo.Data(features, labels)
+    few, many = wholesilo.rows(data, data, (3,), 2), wholesilo.rows(data, data, (120,), 2)
+    assert few[0]["accuracies"] == many[0]["accuracies"] == [1.0]
+    assert [row["epsilon"] for row in many] == [None, *wholesilo.EPSILONS]
+    assert min(many[1]["accuracies"]) > max(few[2]["accuracies"])
+    assert "| 120 | 2 | 1.000 |" in wholesilo.table({"rows": many})

@@ -23,7 +23,7 @@ from test_summing import (  # noqa: F401  (kits and world are fixtures)
     world,
 )
 
-from fedpft import audit
+from fedpft import audit, doctor
 from fedpft.config import (
     SecureTerms,
     ServerConfig,
@@ -41,6 +41,7 @@ from fedpft.privacy.fixedpoint import Contribution, Layout
 from fedpft.privacy.noise import Secret
 from fedpft.privacy.secagg import Context
 from fedpft.privacy.wholesilo import add_noise, deviation, hidden, multiplier
+from fedpft.silo.explain import explain
 from fedpft.silo.summing import Summing, check_agreed
 from fedpft.silo.work import Update, Work
 from fedpft.simulation.run import simulate
@@ -384,6 +385,20 @@ def test_a_silo_puts_no_second_update_into_a_round(private: Any) -> None:
     assert here.ledger.recorded("sum")[-1]["silos"] == ["east", "south"]
     events = [entry for entry in audit.read(here.root / "work-north" / "audit.jsonl") if entry.event == "withdrawn"]
     assert "has put another update into this round" in events[-1].fields["reason"]
+
+
+def test_the_silo_is_told_what_hides_it_before_and_after_it_joins(private: Any) -> None:
+    here = private()
+    (here.root / "data.csv").write_text("text,label\nred,1\nblue,2\n", encoding="utf-8")
+    silo = Silo(here.root, here.kits, here.address, "north")
+    said = explain(silo.config)
+    assert "shrunk to norm 0.02, with noise of this silo's own" in said
+    assert "hides each whole silo: epsilon 8 at delta 1e-05 over 6 rounds" in said
+    assert "No samples, no metrics, no inactivity" in said
+    assert "train_loss, seconds" not in said
+    terms = greet(here.address, silo.config.tls, name=None, timeout_seconds=10.0).terms
+    assert "for this whole silo over 6 rounds, noise of 1.4" in doctor._privacy(silo.config, terms)
+    silo.close()
 
 
 def test_rounds_beyond_those_that_the_noise_is_for_are_refused(private: Any) -> None:

@@ -38,7 +38,7 @@ def explain(config: SiloConfig) -> str:
     work = Work(config.work)
     joined = work.joined()
     proxy = None if joined is None else _received(work.proxy_path(joined))
-    secure = "secure_aggregation" in config.require
+    secure = bool(config.require) or config.silo_privacy is not None  # which is of sums alone
     secure = secure or (joined is not None and joined.settings.secure_aggregation is not None)
     sections = {
         "To whom": _peer(config),
