@@ -4,7 +4,9 @@ A linear head on what the demo's FM (MiniLM, as it is) makes of Reuters' texts o
 out at random to more and more silos. In each round every silo takes gradient steps on all that it has. What goes into
 the sum, its noise and what comes out of it are fedpft's own (fedpft/privacy/wholesilo.py), but for masks and server.
 
-    JSON    accuracy for each number of silos, epsilon and seed of the noise; without noise, and clipped without noise
+Then `fedpft simulate` with 64 silos, which train that head alone, or LoRA with it.
+
+    JSON    accuracy for each number of silos, epsilon and seed of the noise, and of each federation
 """
 
 import argparse
@@ -18,22 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from bench.measure import provenance
 from fedpft.command import run_command
-from fedpft.config import SecureTerms, SiloPrivacyTerms
+from fedpft.config import SecureTerms, SiloPrivacyTerms, load_simulation_config
 from fedpft.demo import corpora
+from fedpft.model.adapters import trains
 from fedpft.privacy import fixedpoint, wholesilo
 from fedpft.privacy.fixedpoint import Contribution, Layout
 from fedpft.privacy.noise import Secret
+from fedpft.simulation.run import simulate
+from fedpft.wire.tensors import read_tensors
 
 RESULT = Path(__file__).parent / "results" / "wholesilo.json"
 CORPUS: corpora.Corpus = "r8"
 SILOS, EPSILONS, DELTA, CLIP = (10, 64, 256, 1024), (8.0, 2.0), 1e-5, 4.0
 ROUNDS, STEPS, RATE, REPETITIONS = 6, 10, 4.0, 3
 TOKENS, BATCH = 64, 64
+# What 64 silos train in a federation, and the clip: about what a silo's change is without.
+ADAPTERS: dict[str, dict[str, float]] = {"head": {"rank": 0}, "LoRA and head": {"rank": 1, "alpha": 4}}
+FEDERATED_SILOS, FEDERATED_TEXTS, FEDERATED_CLIP = 64, 10, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +147,60 @@ def rows(data: Data, test: Data, counts: tuple[int, ...], repetitions: int) -> l
     return found
 
 
+def federations(work: Path) -> list[dict[str, Any]]:
+    """One row for each of ADAPTERS, without silo_privacy and with it."""
+    silos = FEDERATED_SILOS
+    data = corpora.prepare(
+        work / "data",
+        corpus=CORPUS,
+        silos=["all"],
+        documents=silos * FEDERATED_TEXTS,
+        test_documents=400,
+        public_documents=64,
+        concentration=1.0,
+        seed=0,
+    )
+    found = []
+    for adapter, section in ADAPTERS.items():
+        for epsilon in (None, EPSILONS[0]):
+            name = f"{adapter}-{epsilon}".replace(" ", "-")
+            federation: dict[str, Any] = {"secure_aggregation": True, "min_silos": silos}
+            if epsilon is not None:
+                federation["silo_privacy"] = {"epsilon": epsilon, "delta": DELTA, "clip": FEDERATED_CLIP}
+            settings = {
+                "out": str(work / name),
+                "model": {"path": str(corpora.model_directory()), "labels": str(data.labels), "max_tokens": 32},
+                "proxy": {"neurons": "all", "allow_whole": True},
+                "distillation": {"steps": 0, "closed_form_samples": 0},
+                "alignment": {"every_rounds": 0},
+                "adapter": section,
+                "aggregation": {"weights": "equal"},
+                "training": {
+                    "rounds": 4,
+                    "batch": 5,
+                    "learning_rate": 0.002,
+                    "head_learning_rate": 0.05,
+                    "schedule": "constant",
+                    "frozen_a": True,
+                },
+                "federation": federation,
+                "evaluation": {"every_rounds": 0, "gap_samples": 0},
+                "public_data": str(data.public),
+                "test_data": str(data.test),
+                "simulation": {"data": str(data.silos["all"]), "silos": silos},
+            }
+            path = work / "simulation.yaml"
+            path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+            metrics = simulate(load_simulation_config(path))["metrics"]
+            adapter_file = read_tensors(work / name / "rounds" / "1" / "adapter.safetensors", "adapter")
+            values = sum(each.numel() for key, each in adapter_file.items() if trains(key, frozen_a=True))
+            accuracy, majority = (metrics[row]["accuracy"] for row in ("plugged_in", "majority"))
+            found.append({"adapter": adapter, "values": values, "epsilon": epsilon, "accuracy": accuracy})
+            found[-1]["majority"] = majority
+            print(found[-1], flush=True)
+    return found
+
+
 def table(found: dict[str, Any]) -> str:
     """As Markdown: the mean over the seeds of the noise."""
     lines = [f"| silos | texts each | clipped only | {' | '.join(f'epsilon {each:g}' for each in EPSILONS)} |"]
@@ -153,7 +216,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.wholesilo", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", type=Path, default=RESULT, help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="few texts and silos")
+    parser.add_argument("--quick", action="store_true", help="few texts and silos, and no federation")
     arguments = parser.parse_args()
 
     def command() -> None:
@@ -164,6 +227,9 @@ def main() -> int:
             "majority": float((test.labels == data.labels.mode().values).double().mean()),
             "rows": rows(data, test, (10,) if arguments.quick else SILOS, 1 if arguments.quick else REPETITIONS),
         }
+        if not arguments.quick:
+            with tempfile.TemporaryDirectory() as directory:
+                found["federations"] = federations(Path(directory))
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(table(found))
 

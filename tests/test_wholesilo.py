@@ -472,7 +472,7 @@ def test_a_server_that_comes_back_without_it_is_left(private: Any) -> None:
 
 def test_a_rehearsal_has_more_silos_than_a_sum_could_and_the_noise_of_all(inputs: Path, tmp_path: Path) -> None:  # noqa: F811
     changes: dict[str, Any] = {
-        "training": {"rounds": 1},
+        "training": {"rounds": 1, "frozen_a": True},
         "aggregation": {"weights": "equal"},
         "alignment": {"every_rounds": 0},
         "evaluation": {"gap_samples": 0},
@@ -483,8 +483,13 @@ def test_a_rehearsal_has_more_silos_than_a_sum_could_and_the_noise_of_all(inputs
     for name in ("one", "other"):
         config = simulated(tmp_path / name, inputs, section, federation=federation, **changes)
         simulate(config)
-        adapter = read_tensors(config.out / "rounds" / "1" / "adapter.safetensors", "adapter")
-        found[name] = torch.cat([adapter[name].flatten().double() for name in sorted(adapter)])
+        before, adapter = (
+            read_tensors(config.out / "rounds" / round / "adapter.safetensors", "adapter") for round in ("0", "1")
+        )
+        resting = [key for key in adapter if ".lora_A." in key]
+        assert resting
+        assert all(torch.equal(adapter.pop(key), before[key]) for key in resting), "no noise on what does not train"
+        found[name] = torch.cat([adapter[key].flatten().double() for key in sorted(adapter)])
     terms, values = config.secure_terms, len(found["one"])
     assert terms is not None
     noise = deviation(terms, values) * 2.0**-terms.fraction_bits  # on a mean of S silos: sqrt(S) / S as much

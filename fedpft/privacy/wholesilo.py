@@ -10,7 +10,7 @@ all silos take part.
 
 Accounted for is a Gaussian. A discrete one differs by some 1 / s^2 of delta; a sum of n of them from one by tau = 10
 sum over k < n of exp(-2 pi^2 s^2 k / (k + 1)) (theorem 1 of the paper: (1/2) e^2-concentrated privacy, e = 1 / z + tau
-sqrt(d)), which is below n 10^-427 at LEAST_DEVIATION. As a rule s is thousands of steps.
+sqrt(d)), which is below n 10^-427 at LEAST_DEVIATION. As a rule s is some hundred thousand.
 """
 
 import dataclasses
