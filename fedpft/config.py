@@ -214,10 +214,10 @@ class AlignmentSection(Section):
         "`active`: at fewest; `random`: any, other ones each time; `gradient`: those whose weights have the largest "
         "gradient of the distillation's loss. With the last two no silo counts anything.",
     )
-    counts: Literal["silos", "public"] = Field(
-        "silos",
-        description="Where a neuron's inactivity is counted: `silos`: in their training, as in the paper; `public`: by "
-        "the server, on public data, so that no counts leave a silo.",
+    counts: Literal["public", "silos"] = Field(
+        "public",
+        description="Where a neuron's inactivity is counted: `public`: by the server, on public data, so that no "
+        "counts leave a silo; `silos`: in their training, as in the paper.",
     )
     inactive_below: float = Field(
         0.01, ge=0.0, description="eps: a neuron is inactive at a token if |act(z)| <= eps. Use 0 for ReLU."
@@ -746,6 +746,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "proxy": {"importance": "weights"},
         "distillation": {"closed_form_ridge": 1e-3, "steps": 250},
+        "alignment": {"counts": "silos"},
         "training": {"logit_adjustment": "none"},
         "aggregation": {"weights": "samples"},
     }

@@ -152,6 +152,7 @@ def test_a_preset_stands_behind_the_keys_that_are_given(tmp_path: Path) -> None:
     assert (plain.proxy.importance, plain.distillation.closed_form_ridge) == ("leverage", "held_out")
     assert (paper.proxy.importance, paper.distillation.closed_form_ridge) == ("weights", 1e-3)
     assert (paper.training.logit_adjustment, paper.aggregation.weights) == ("none", "samples")
+    assert (plain.alignment.asks_silos, paper.alignment.asks_silos) == (False, True)
     assert paper.training.rounds == 3
     changes = {"preset": "paper", "proxy.importance": "variance"}
     assert load_server_config(written(tmp_path, changed(SERVER, changes))).proxy.importance == "variance"

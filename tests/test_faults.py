@@ -176,7 +176,7 @@ def server_settings(root: Path) -> dict[str, Any]:
         "model": {"path": str(root / "model"), "labels": str(root / "labels.txt"), "max_tokens": 12},
         "proxy": {"neurons": 40},
         "distillation": {"closed_form_samples": 16, "steps": 2, "batch": 8},
-        "alignment": {"every_rounds": 1, "steps": 2, "batch": 8},
+        "alignment": {"counts": "silos", "every_rounds": 1, "steps": 2, "batch": 8},
         "adapter": {"rank": 1024, "alpha": 1024},  # an update of several chunks
         "training": {"rounds": 2, "local_epochs": 1.0, "batch": 10, "learning_rate": 0.01},
         "federation": {"silos": list(SILOS)},
@@ -563,7 +563,9 @@ def int8_reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Re
 
 def int8_deployment(inputs: Path, directory: Path) -> Deployment:
     training = server_settings(inputs)["training"] | {"rounds": 3, "update_encoding": "int8"}
-    return deployment(inputs, directory, training=training, alignment={"every_rounds": 2, "steps": 2, "batch": 8})
+    return deployment(
+        inputs, directory, training=training, alignment={"counts": "silos", "every_rounds": 2, "steps": 2, "batch": 8}
+    )
 
 
 @pytest.mark.parametrize("stride", [13, *(pytest.param(stride, marks=pytest.mark.slow) for stride in (1, 2, 3, 5, 7))])

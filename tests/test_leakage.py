@@ -63,7 +63,7 @@ def written(directory: Path, root: Path, **changes: Any) -> Path:
         "model": {"path": str(root / "model"), "labels": str(root / "labels.txt"), "max_tokens": 12},
         "proxy": {"neurons": 40},
         "distillation": {"closed_form_samples": 16},
-        "alignment": {"every_rounds": 1, "steps": 2, "batch": 8},
+        "alignment": {"counts": "silos", "every_rounds": 1, "steps": 2, "batch": 8},
         "adapter": {"rank": 8, "alpha": 16, "dropout": 0.0},
         "training": {
             "rounds": 2,

@@ -64,7 +64,7 @@ def server_settings(digits: Digits, silos: tuple[str, ...]) -> dict[str, Any]:
         "model": {"path": str(model), "labels": str(data.labels), "task": "image-classification"},
         "proxy": {"neurons": 40},
         "distillation": {"steps": 4, "batch": 16, "weight_term": 0.0},
-        "alignment": {"every_rounds": 1, "steps": 2, "batch": 16},
+        "alignment": {"counts": "silos", "every_rounds": 1, "steps": 2, "batch": 16},
         "adapter": {"rank": 2, "alpha": 4},
         "training": {"rounds": 2, "local_epochs": 12.0, "batch": 16, "learning_rate": 0.01},
         "federation": {"silos": list(silos)},

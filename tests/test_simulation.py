@@ -70,7 +70,7 @@ def server_settings(root: Path, **changes: Any) -> Settings:
         "model": {"path": str(root / "model"), "labels": str(root / "labels.txt"), "max_tokens": 12},
         "proxy": {"neurons": 40},
         "distillation": {"closed_form_samples": 16, "steps": 2, "batch": 8},
-        "alignment": {"every_rounds": 1, "steps": 2, "batch": 8},
+        "alignment": {"counts": "silos", "every_rounds": 1, "steps": 2, "batch": 8},
         "adapter": {"rank": 2, "alpha": 4},
         "training": {"rounds": 3, "local_epochs": 0.5, "batch": 10, "learning_rate": 0.01},
         "public_data": str(root / "public.csv"),

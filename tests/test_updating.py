@@ -103,8 +103,8 @@ def test_silos_counts_say_which_are_least_and_which_most_active(make_fm: ModelFa
     proxy, fm = pair(make_fm, "bert")
     silos = [counts(1, list(range(K)), K) | counts(2, list(range(K))[::-1], K)]
     low, high = list(range(K // 2)), list(range(K // 2, K))
-    assert choose(proxy, fm, "bert", silos) == {1: high, 2: low}
-    assert choose(proxy, fm, "bert", silos, update="active") == {1: low, 2: high}
+    assert choose(proxy, fm, "bert", silos, counts="silos") == {1: high, 2: low}
+    assert choose(proxy, fm, "bert", silos, counts="silos", update="active") == {1: low, 2: high}
 
 
 @pytest.mark.parametrize("update", ["inactive", "active"])

@@ -212,7 +212,10 @@ def server(tmp_path: Path, **changes: Any) -> ServerConfig:
         ({"federation": {"secure_aggregation": False}}, "needs federation.secure_aggregation: true"),
         ({"aggregation": {"weights": "samples"}}, "goes without aggregation.weights: samples, .* set it to equal"),
         ({"aggregation": {}}, "goes without aggregation.weights: diversity"),
-        ({"alignment": {}}, "goes without alignment.counts: silos, which has no noise; set it to public"),
+        (
+            {"alignment": {"counts": "silos"}},
+            "goes without alignment.counts: silos, which has no noise; set it to public",
+        ),
         ({"federation": {"min_silos": None}}, "needs federation.min_silos: a silo adds the share"),
         ({"federation": {"silos": ["a", "b", "c", "d"]}}, "needs min_silos of more than half of the 4 silos, not 2"),
         ({"federation": {"silos": [f"s{n}" for n in range(65)], "min_silos": 60}}, "is for 2 to 64 silos"),

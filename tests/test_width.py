@@ -138,7 +138,7 @@ def settings_of(tmp_path: Path, fm: Path) -> dict[str, Any]:
         "model": {"path": str(fm), "labels": str(tmp_path / "labels.txt"), "max_tokens": 12},
         "proxy": {"neurons": K, "importance_samples": 8},
         "distillation": {"closed_form_samples": 8, "batch": 2},
-        "alignment": {"every_rounds": 1, "steps": 2},
+        "alignment": {"counts": "silos", "every_rounds": 1, "steps": 2},
         "adapter": {"rank": 2, "alpha": 4.0},
         "training": {"rounds": 2, "batch": 4},
         "public_data": str(tmp_path / "public.jsonl"),

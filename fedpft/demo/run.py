@@ -175,7 +175,7 @@ def rows(
         training = {**private, "privacy": {"epsilon": EPSILON, "delta": DELTA}}
         found |= {
             "secure_aggregation": SECURE,
-            "private": {**SECURE, "training": training, "alignment": {"counts": "public"}},
+            "private": {**SECURE, "training": training},
         }
     return found
 
