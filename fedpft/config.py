@@ -1005,7 +1005,10 @@ class LimitsSection(Section):
     """How a silo narrows what the server asks of it, and spares its own memory. It cannot widen anything."""
 
     max_batch: int | None = Field(
-        None, ge=1, description="Samples that fit in memory at once; larger batches are accumulated."
+        None,
+        ge=1,
+        description="Samples that fit in memory at once; larger batches are accumulated. Default: a whole batch; with "
+        "`privacy`, which keeps a gradient of each, 64.",
     )
     max_local_epochs: float | None = Field(None, gt=0.0, description="Most epochs in a round.")
     width: float = Field(
