@@ -23,7 +23,11 @@ Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 LARGEST = 1_000_000_000  # of any number of things, or of seconds
 MOST_THREADS = 1024
 MOST_SILOS = 64  # of a round with secure aggregation, in which each has something to do for each other
+MOST_SIMULATED = 10_000  # of one that is only rehearsed, to see for how many silos silo_privacy is of use
 WORD_BITS = 32  # of what is summed then
+MOST_NOISE = 50.0  # z of differential privacy: beyond it nothing is learned
+NOISE_TAIL = 12.0  # deviations that a value's noise passes with probability 2 exp(-72) < 2e-31, whatever z is
+MOST_ROUNDED = 1 << 16  # steps: norm of what is rounded off 2^32 values, more than any adapter has
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 SILO_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"  # fit for a certificate's common name and for a file's name
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -367,6 +371,35 @@ class TrainingSection(Section):
     )
 
 
+class SiloPrivacyBound(Section):
+    """How much at most the sums of a federation may say of a whole silo (privacy.md)."""
+
+    epsilon: float = Field(
+        8.0,
+        gt=0.0,
+        le=1000.0,
+        description="The most that all sums of the federation together say of a silo, beyond that it takes part.",
+    )
+    delta: float = Field(1e-5, gt=0.0, lt=0.1, description="The probability that epsilon does not bound it.")
+
+
+class SiloPrivacySection(SiloPrivacyBound):
+    """Differential privacy of whole silos: in a round's sum noise hides what any one of them put in (privacy.md)."""
+
+    clip: float = Field(
+        1.0,
+        gt=0.0,
+        le=1e6,
+        description="Largest L2 norm of a silo's change to the adapter in a round; the silo shrinks a larger one.",
+    )
+
+
+class SiloPrivacyTerms(SiloPrivacySection):
+    """What all silos know of it, and from which each finds its share of the noise."""
+
+    rounds: int = Field(ge=1, description="As `training.rounds`: no silo takes part in more.")
+
+
 class FederationSection(Section):
     """Who takes part, and what a round waits for."""
 
@@ -386,6 +419,11 @@ class FederationSection(Section):
         description="Whether the server learns only sums over all silos of a round, and nothing of one of them "
         "(privacy.md). It needs `tls`, and 2 to 64 silos a round.",
     )
+    silo_privacy: SiloPrivacySection | None = Field(
+        None,
+        description="With `secure_aggregation`, differential privacy of whole silos: each adds a share of the noise, "
+        "so that the sum over `min_silos` has enough. Of use with hundreds of silos. Default: none.",
+    )
 
 
 def fraction_bits(most_samples: int, max_entry: float) -> int:
@@ -403,6 +441,32 @@ def fraction_bits(most_samples: int, max_entry: float) -> int:
             f"{MOST_SILOS} silos x most_samples {most_samples} x max_entry {max_entry:g} = "
             f"{MOST_SILOS * most_samples * max_entry:g} could wrap a word of {WORD_BITS} bits, which holds up to "
             f"{limit}; lower one of the two"
+        )
+    return found
+
+
+def largest_private_sum(clip: float, min_silos: int, silos: int, bits: int) -> int:
+    """With silo_privacy: what an entry of the sum over so many silos does not pass, in steps of 2^-bits."""
+    step = clip * 2.0**bits
+    noise = NOISE_TAIL * MOST_NOISE * (step + MOST_ROUNDED) * math.sqrt(silos / min_silos)
+    return silos * math.ceil(step) + math.ceil(noise)
+
+
+def private_fraction_bits(clip: float, min_silos: int) -> int:
+    """f with silo_privacy: the most with which a sum and its noise do not wrap; there are fewer than 2 min_silos silos.
+
+    Raises:
+        ValueError: there is none, with the arithmetic.
+    """
+    limit, most = (1 << WORD_BITS - 1) - 1, 2 * min_silos - 1
+    found = math.floor(math.log2(limit / clip))
+    while found >= 0 and largest_private_sum(clip, min_silos, most, found) > limit:
+        found -= 1
+    if found < 0:
+        raise ValueError(
+            f"federation.silo_privacy: {most} silos x clip {clip:g} and noise of up to {NOISE_TAIL:g} x "
+            f"{MOST_NOISE:g} x clip x sqrt({most} / {min_silos}) could wrap a word of {WORD_BITS} bits, which holds up "
+            f"to {limit}; lower the clip"
         )
     return found
 
@@ -449,16 +513,20 @@ class SecureTerms(Section):
     threshold_fraction: float = Field(ge=0.5, lt=1.0, description="As `secure_aggregation.threshold_fraction`.")
     min_silos: int = Field(ge=2, description="Fewest silos of a sum.")
     weights: Literal["samples", "diversity", "equal"] = Field(description="As `aggregation.weights`.")
+    silo_privacy: SiloPrivacyTerms | None = Field(None, description="As `federation.silo_privacy`, and for how long.")
 
     @property
     def fraction_bits(self) -> int:
         """f; ValueError if there is none."""
+        if self.silo_privacy is not None:
+            return private_fraction_bits(self.silo_privacy.clip, self.min_silos)
         return fraction_bits(self.most_samples, self.max_entry)
 
-    @property
-    def largest_entry(self) -> int:
-        """Of a silo's vector."""
-        return math.ceil(self.most_samples * self.max_entry * 2.0**self.fraction_bits)
+    def largest_sum(self, silos: int) -> int:
+        """What an entry of the sum over so many silos does not pass."""
+        if self.silo_privacy is not None:
+            return largest_private_sum(self.silo_privacy.clip, self.min_silos, silos, self.fraction_bits)
+        return silos * math.ceil(self.most_samples * self.max_entry * 2.0**self.fraction_bits)
 
     def threshold(self, silos: int) -> int:
         """How many of so many silos sign and open a sum."""
@@ -466,7 +534,7 @@ class SecureTerms(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SecureTerms":
-        fraction_bits(self.most_samples, self.max_entry)
+        _ = self.fraction_bits
         return self
 
 
@@ -756,6 +824,8 @@ class ServerConfig(Endpoint):
             self._check_private()
         if self.federation.secure_aggregation:
             self._check_secure()
+        if self.federation.silo_privacy is not None:
+            self._check_silo_privacy(self.federation.silo_privacy)
         return self
 
     def _check_private(self) -> None:
@@ -787,6 +857,22 @@ class ServerConfig(Endpoint):
         if fault:
             raise ValueError(f"federation.secure_aggregation {fault}")
 
+    def _check_silo_privacy(self, section: SiloPrivacySection) -> None:
+        """Raises ValueError for what would say something of a silo beside its part in the noised sum."""
+        fault = ""
+        if not self.federation.secure_aggregation:
+            fault = "needs federation.secure_aggregation: true: only in a sum does the noise of all hide each"
+        elif self.aggregation.weights != "equal":
+            fault = f"goes without aggregation.weights: {self.aggregation.weights}, which says how much a silo has; set"
+            fault += " it to equal"
+        elif self.alignment.every_rounds > 0 and self.alignment.asks_silos:
+            fault = "goes without alignment.counts: silos, which has no noise; set it to public"
+        elif self.federation.min_silos is None:
+            fault = "needs federation.min_silos: a silo adds the share of the noise of one among so many"
+        if fault:
+            raise ValueError(f"federation.silo_privacy {fault}")
+        private_fraction_bits(section.clip, self.federation.min_silos or 2)
+
     @property
     def most_picked(self) -> int:
         """Silos of a round, at most."""
@@ -810,6 +896,9 @@ class ServerConfig(Endpoint):
             threshold_fraction=section.threshold_fraction,
             min_silos=self.federation.min_silos or 2,
             weights=weights,
+            silo_privacy=None
+            if (private := self.federation.silo_privacy) is None
+            else SiloPrivacyTerms(**dict(private), rounds=self.training.rounds),
         )
 
     _is_simulated: ClassVar[bool] = False
@@ -832,9 +921,14 @@ class ServerConfig(Endpoint):
             raise ValueError("federation.silos names a silo twice")
         if wanted > len(silos):
             raise ValueError(f"federation.min_silos is {wanted}, but only {len(silos)} silos are named")
-        if self.federation.secure_aggregation and not 2 <= self.most_picked <= MOST_SILOS:
+        private = self.federation.silo_privacy is not None
+        most = MOST_SIMULATED if self._is_simulated and private else MOST_SILOS
+        if self.federation.secure_aggregation and not 2 <= self.most_picked <= most:
+            raise ValueError(f"federation.secure_aggregation is for 2 to {most} silos a round, not {self.most_picked}")
+        if private and self.federation.min_silos is not None and 2 * wanted <= len(silos):
             raise ValueError(
-                f"federation.secure_aggregation is for 2 to {MOST_SILOS} silos a round, not {self.most_picked}"
+                f"federation.silo_privacy needs min_silos of more than half of the {len(silos)} silos, not {wanted}: "
+                "sums over any two such sets have a silo in common, which helps to open one of them only"
             )
         rule, fewest = self.aggregation.mean, self.fewest_updates
         if (self.federation.min_silos or len(silos)) < fewest:
@@ -911,7 +1005,10 @@ class LimitsSection(Section):
     """How a silo narrows what the server asks of it, and spares its own memory. It cannot widen anything."""
 
     max_batch: int | None = Field(
-        None, ge=1, description="Samples that fit in memory at once; larger batches are accumulated."
+        None,
+        ge=1,
+        description="Samples that fit in memory at once; larger batches are accumulated. Default: a whole batch; with "
+        "`privacy`, which keeps a gradient of each, 64.",
     )
     max_local_epochs: float | None = Field(None, gt=0.0, description="Most epochs in a round.")
     width: float = Field(
@@ -964,7 +1061,7 @@ class ShareSection(Section):
     )
 
 
-Requirement = Literal["secure_aggregation"]
+Requirement = Literal["secure_aggregation", "silo_privacy"]
 
 
 class SiloDataSection(Section):
@@ -1002,6 +1099,11 @@ class SiloConfig(Endpoint):
     privacy: PrivacySection | None = Field(
         None,
         description="Differential privacy of this silo's samples; the server can only ask for more. Default: none.",
+    )
+    silo_privacy: SiloPrivacyBound | None = Field(
+        None,
+        description="This silo takes part in no federation whose `silo_privacy` is weaker than this, or that has none. "
+        "Default: whatever the federation has.",
     )
     limits: LimitsSection = Field(default_factory=LimitsSection, description="What this machine can take.")
     share: ShareSection = Field(default_factory=ShareSection, description="What may leave this machine.")

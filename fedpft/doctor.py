@@ -21,6 +21,7 @@ from fedpft.kernels.check import check_operators
 from fedpft.machine import check_device
 from fedpft.model import quantized
 from fedpft.model.precision import dtype_of, name_of
+from fedpft.privacy import wholesilo
 from fedpft.proxy.bundle import load_proxy
 from fedpft.proxy.cut import cut
 from fedpft.proxy.holdings import check_holdings, format_holdings, holdings
@@ -230,7 +231,13 @@ def _clock(greeting: Greeting) -> str:
 
 
 def _privacy(config: SiloConfig, terms: Terms) -> str:
-    data.check_required(config, secure=terms.secure_aggregation)
+    data.check_required(config, secure=terms.secure_aggregation, private=terms.silo_privacy)
+    if (private := terms.silo_privacy) is not None:
+        noise = wholesilo.multiplier(private)
+        return (
+            f"silo_privacy: epsilon {private.epsilon:g} at delta {private.delta:g} for this whole silo over "
+            f"{private.rounds} rounds, noise of {noise:.2f} times what it can change in a sum"
+        )
     if terms.secure_aggregation:
         return f"secure aggregation: the server learns sums over {config.smallest_sum} silos or more"
     return "the server learns each silo's adapter, sample count and shared metrics; `require` can demand otherwise"

@@ -26,6 +26,8 @@ from fedpft.privacy.noise import Secret
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
 
+AT_ONCE = 64  # samples of a private step, whose batches are large, that a gradient is kept of; unless `limits` says
+
 
 @dataclass(frozen=True)
 class LocalResult:
@@ -117,7 +119,8 @@ def train_round(
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         begun_with = [parameter.detach().clone() for parameter in parameters] if training.proximal else []
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round, *ranks.others))
-        most = min(limits.max_batch or training.batch, ranks.largest(training.batch))
+        at_once = training.batch if private is None else min(training.batch, AT_ONCE)
+        most = min(limits.max_batch or at_once, ranks.largest(training.batch))
 
         def loss_of(part: dict[str, Tensor]) -> Tensor:
             part = {name: value.to(device) for name, value in part.items()}

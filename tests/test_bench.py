@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import kernels as bench_kernels
-from bench import large, measure, render, secagg
+from bench import large, measure, render, secagg, wholesilo
 from bench import leakage as bench_leakage
 from bench import scale as bench_scale
 from bench import soak as bench_soak
@@ -274,3 +274,16 @@ def test_the_table_of_attacks_sets_guessing_beside_each_and_leaves_out_what_is_n
     )
     assert f"| single updates | {goal} | AUC | **0.700** (0.500 ± 0.100) | **0.700** (0.500 ± 0.100) | 0.700 |" in lines
     assert "| private | 60 | 30 |" in lines
+
+
+def test_noise_costs_few_silos_more_than_many() -> None:
+    """Two classes that a head tells apart with ease: without noise always, of few silos at a low epsilon by chance."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(240) % 2
+    features = torch.cat([torch.nn.functional.one_hot(labels).float(), torch.rand(240, 30, generator=draw)], 1)
+    data = wholesilo.Data(features, labels)
+    few, many = wholesilo.rows(data, data, (3,), 2), wholesilo.rows(data, data, (120,), 2)
+    assert few[0]["accuracies"] == many[0]["accuracies"] == [1.0]
+    assert [row["epsilon"] for row in many] == [None, *wholesilo.EPSILONS]
+    assert min(many[1]["accuracies"]) > max(few[2]["accuracies"])
+    assert "| 120 | 2 | 1.000 |" in wholesilo.table({"rows": many})

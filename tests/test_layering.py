@@ -64,7 +64,7 @@ ORDER = {
         "compatibility",
         "adapters",
     ),
-    "privacy": ("masking", "fixedpoint", "shares", "secagg", "noise", "clipping", "accounting"),
+    "privacy": ("masking", "fixedpoint", "shares", "secagg", "noise", "clipping", "accounting", "wholesilo"),
     "proxy": (
         "journal",
         "closed_form",

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedpft import training
 from fedpft.config import (
     AdapterSection,
     LimitsSection,
@@ -167,6 +168,19 @@ def test_without_noise_and_clipping_it_is_the_plain_step(model_type: str, make_f
     for name, wanted in found[0].items():
         for other in found[1:]:
             torch.testing.assert_close(other[name], wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_of_a_large_batch_are_not_all_there_at_once(make_fm: FM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(training, "AT_ONCE", 5)
+    monkeypatch.setattr(training, "per_sample", lambda model, count: seen.append(count) or per_sample(model, count))
+    private = Private(1.0, 0.0)
+    train(adapted(make_fm, "bert"), "bert", private, samples=12, batch=12, rounds=1, local_epochs=1.0)
+    assert seen == [5, 5, 2]
+    seen.clear()
+    limits = LimitsSection(max_batch=8)
+    train(adapted(make_fm, "bert"), "bert", private, samples=12, batch=12, rounds=1, local_epochs=1.0, limits=limits)
+    assert seen == [8, 4]
 
 
 def test_a_step_without_a_sample_is_noise_alone(make_fm: FM) -> None:

@@ -1,6 +1,7 @@
 """Secure aggregation between server and silos over real sockets with TLS; what silos train is made up."""
 
 import contextlib
+import dataclasses
 import json
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -99,7 +100,8 @@ class Silo:
         self.connection, self.work = ServerConnection(config), Work(config.work)
         self.config = config
         enrolment = self.connection.enrol(0)
-        check_agreed(config, said=True, terms=enrolment.settings.secure_aggregation)
+        terms = enrolment.settings.secure_aggregation
+        check_agreed(config, said=True, terms=terms, said_private=terms.silo_privacy)
         self.work.join(enrolment, name)
         self.summing = Summing(name, config, self.work, self.connection, NEURONS)
 
@@ -165,12 +167,16 @@ class World:
             tls=ServerTlsSection(**kit),
             model=ModelSection(path=self.root, labels=self.root),
             federation=self.federation,
-            aggregation={"weights": "samples"},
+            aggregation={"weights": "samples" if self.federation.silo_privacy is None else "equal"},
+            alignment={"counts": "public"},
             secure_aggregation=SecureAggregationSection(most_samples=1000, stage_deadline_seconds=self._stage_seconds),
             public_data=self.root,
         )
         self.ledger = Ledger(config.out, {})
-        self.server = FederationServer(config, self.root / "bundle", SETTINGS, self.ledger, TERMS)
+        self.terms = config.secure_terms
+        settings = SETTINGS.model_copy(update={"secure_aggregation": self.terms})
+        said = dataclasses.replace(TERMS, silo_privacy=self.terms.silo_privacy)
+        self.server = FederationServer(config, self.root / "bundle", settings, self.ledger, said)
         self.address = self.server.start()
         self.port = int(self.address.rpartition(":")[2])
         return self.server

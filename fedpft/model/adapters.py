@@ -97,13 +97,18 @@ def attach(model: nn.Module, settings: AdapterSection, *, seed: int) -> None:
         parameter.requires_grad_(parameter in adapted)
 
 
+def trains(name: str, *, frozen_a: bool) -> bool:
+    """Whether training changes the adapter's tensor of this name: with `frozen_a` LoRA's A stays."""
+    return not (frozen_a and ".lora_A." in name)
+
+
 @contextmanager
 def training(model: nn.Module, dropout: float, *, frozen_a: bool = False) -> Iterator[None]:
     """While open, peft's LoRA drops its input with this probability and computes by `lora_linear`.
 
     No module is put into training mode, so that nothing else drops. With `frozen_a` LoRA's A requires no gradient.
     """
-    resting = [parameter for name, parameter in _parameters(model).items() if frozen_a and ".lora_A." in name]
+    resting = [parameter for name, parameter in _parameters(model).items() if not trains(name, frozen_a=frozen_a)]
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for parameter in resting:
         parameter.requires_grad_(False)

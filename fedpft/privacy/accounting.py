@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedpft.config import MOST_NOISE
 from fedpft.errors import ConfigError, PrivacySpent
 
-LEAST_NOISE, MOST_NOISE = 0.3, 50.0  # z: below it steps hide next to nothing, beyond it nothing is learned
+LEAST_NOISE = 0.3  # z: below it steps hide next to nothing
 INTERVAL = 1e-3  # between two losses that are told apart, rounded to the side of caution: ten times as fast as 1e-4
 
 

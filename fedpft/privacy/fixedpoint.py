@@ -155,7 +155,7 @@ def decode(words: Tensor, layout: Layout, terms: SecureTerms, silos: int) -> Tot
         InvalidUpdate: no such sum can be: a silo did not follow the protocol, or a mask is still on it.
     """
     entries, counts = words[: layout.entries], words[layout.entries :].view(-1, DIGITS).long()
-    largest = silos * terms.largest_entry
+    largest = terms.largest_sum(silos)
     lowest, highest = (int(bound) for bound in entries.aminmax()) if entries.numel() else (0, 0)
     digits_fit = bool(((counts >= 0) & (counts < silos << DIGIT_BITS)).all())
     if not (-largest <= lowest and highest <= largest and digits_fit):

@@ -27,8 +27,8 @@ PATCH_FILE = "patch.safetensors"
 DIGESTS_FILE = "digests.json"
 
 # Keys of server.yaml, or sections of it, that nothing depends on which a run goes on from: they may change between a
-# stop and going on. Of `federation`, sample_fraction and secure_aggregation may not. What `plug_in` does comes after
-# all that is kept.
+# stop and going on. Of `federation`, sample_fraction, secure_aggregation and silo_privacy may not. What `plug_in` does
+# comes after all that is kept.
 CHANGEABLE = (
     "out",
     "listen",
@@ -77,6 +77,8 @@ def settings(config: ServerConfig) -> dict[str, Any]:
     if isinstance(config, SimulationConfig):
         values["silos"] = list(config.federation.silos)
     federation = config.federation
+    if federation.silo_privacy is not None:
+        values["silo_privacy"] = dump(federation.silo_privacy)
     return values | {"sample_fraction": federation.sample_fraction, "secure": federation.secure_aggregation}
 
 

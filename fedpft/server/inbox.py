@@ -16,6 +16,7 @@ from fedpft import atomic, faults
 from fedpft.config import TrainingSection
 from fedpft.data.batches import round_window
 from fedpft.errors import FedPFTError, InvalidUpdate, RoundOver, TransferCorrupt
+from fedpft.model.adapters import trains
 from fedpft.privacy.fixedpoint import Layout
 from fedpft.proxy.bundle import compressed_neurons
 from fedpft.server.ledger import Ledger, UpdateRow
@@ -96,7 +97,9 @@ class Inbox:
             for path in set(self._place(round).iterdir()) - counted:
                 path.unlink()
         file, neurons = TensorFile(start), self._neurons if count_inactivity else {}
-        layout = Layout.of(adapter_shapes(file), neurons)
+        frozen_a = self._training.frozen_a
+        trained = {name: shape for name, shape in adapter_shapes(file).items() if trains(name, frozen_a=frozen_a)}
+        layout = Layout.of(trained, neurons)
         largest = vector_bytes(layout) if self._secure else largest_update_bytes(file, neurons)
         self._order = Order(round, file, neurons, largest, layout)
 

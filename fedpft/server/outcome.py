@@ -13,7 +13,7 @@ from fedpft.config import AggregationSection, SecureTerms
 from fedpft.model.adapters import Adapter
 from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Layout, Total
-from fedpft.server.updates import COUNTS, Update, aggregate
+from fedpft.server.updates import COUNTS, Update, adapter_shapes, aggregate
 from fedpft.wire.tensors import TensorFile
 
 log = logging.getLogger(__name__)
@@ -115,13 +115,12 @@ class Sum:
         change = self._total().change
         if not self._weight:
             log.warning("all silos weigh 0: the adapter stays as it was")
-        for name, total in change.items():
-            start = self.start_tensor(name)
-            if self._weight:
-                change[name] = total.div_(self._weight).add_(start).to(start.dtype)
-            else:
-                change[name] = start
-        return change
+        mean = {}
+        for name in adapter_shapes(self._start):
+            start = mean[name] = self.start_tensor(name)
+            if self._weight and name in change:  # or it does not train
+                mean[name] = change.pop(name).div_(self._weight).add_(start).to(start.dtype)
+        return mean
 
     def start_tensor(self, name: str) -> Tensor:
         """Of the adapter before the round."""
@@ -145,7 +144,9 @@ class Sum:
         return {}
 
     def summed(self) -> dict[str, int]:
-        """Samples, and of COUNTS what silos share."""
+        """Samples, and of COUNTS what silos share; nothing where each puts in a 1."""
+        if self._terms.silo_privacy is not None:
+            return {}
         counts = {name: int(self._metrics[name][0]) for name in sorted(COUNTS & self._metrics.keys())}
         return {"samples": self._samples} | counts
 

@@ -31,6 +31,7 @@ from fedpft.evaluation import Gap, evaluate
 from fedpft.model import adapters
 from fedpft.model.adapters import Adapter
 from fedpft.model.subffn import sub_ffns
+from fedpft.privacy import wholesilo
 from fedpft.progress import progress
 from fedpft.proxy.bundle import Proxy, apply_patch, patch
 from fedpft.proxy.distillation import ffn_norms, neuron_level
@@ -114,8 +115,13 @@ class Rounds:
         self._egress = Egress(built.bundle, adapters.extract(built.proxy.model))
         self._restore()
         proxy = built.proxy
-        secure = config.federation.secure_aggregation
-        terms = Terms(proxy.task, proxy.labels, proxy.max_tokens, owner.characters_per_token, secure)
+        secure, agreed = config.federation.secure_aggregation, config.secure_terms
+        private = None if agreed is None else agreed.silo_privacy
+        terms = Terms(proxy.task, proxy.labels, proxy.max_tokens, owner.characters_per_token, secure, private)
+        if agreed is not None and private is not None:
+            frozen_a, adapter = config.training.frozen_a, adapters.extract(proxy.model)
+            values = sum(each.numel() for name, each in adapter.items() if adapters.trains(name, frozen_a=frozen_a))
+            log.info("%s", wholesilo.describe(agreed, values))
         self._silos = reach(config, built.bundle, settings, ledger, terms)
 
     def complete(self) -> Adapter:

@@ -17,6 +17,7 @@ from fedpft.config import ServerConfig, dump
 from fedpft.digests import Digests
 from fedpft.errors import CheckpointError, ConfigError
 from fedpft.model.mapped import held
+from fedpft.privacy import wholesilo
 from fedpft.proxy.holdings import format_holdings, holdings
 from fedpft.report.page import write_report
 from fedpft.server.construction import Built, Owner, Record, build_proxy, load_built, load_owner
@@ -71,6 +72,8 @@ def run(config: ServerConfig, reach: Reach = FederationServer) -> dict[str, Any]
     """
     if config.tls is not None:
         check_certificates(config.tls, "server")
+    if (terms := config.secure_terms) is not None and terms.silo_privacy is not None:
+        wholesilo.multiplier(terms.silo_privacy)  # before the proxy is built, which may take hours
     with atomic.locked(config.out, "out"):
         for torn in config.out.rglob(".*.part"):  # of writes that were killed
             torn.unlink()

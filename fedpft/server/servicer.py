@@ -86,6 +86,7 @@ class FederationServicer:
                 max_tokens=terms.max_tokens,
                 characters_per_token=terms.characters_per_token,
                 secure_aggregation=terms.secure_aggregation,
+                silo_privacy=None if (private := terms.silo_privacy) is None else pb.SiloPrivacy(**dict(private)),
             )
 
     def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolResponse:
@@ -188,7 +189,7 @@ class FederationServicer:
             if kind == "withdrawal":
                 self._audit.append("withdrawn", peer=silo, round=round, attempt=request.attempt)
                 if request.withdrawal.from_round:
-                    self._live.fail(silo, "it has helped to open this round's sum over other silos", round)
+                    self._live.fail(silo, "it may be in no other sum of this round", round)
                 else:
                     self._live.withdraw(silo, round, request.attempt)
                 return pb.AnswerStageResponse()

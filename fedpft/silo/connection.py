@@ -118,6 +118,11 @@ class ServerConnection:
                     "changed that",
                     "nothing was sent since; ask the server's operator, then restart the silo",
                 )
+            if before is not None and now is not None and before.silo_privacy != now.silo_privacy:
+                raise PrivacyViolation(
+                    f"{self._config.server} has another silo_privacy than it began with",
+                    "nothing was sent since; ask the server's operator, then restart the silo",
+                )
         self._samples, self._run_id, self._settings = samples, reply.run_id, settings
         return Enrolment(settings, reply.run_id, tuple(reply.proxy))
 

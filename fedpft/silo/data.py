@@ -2,7 +2,7 @@
 
 import logging
 
-from fedpft.config import SiloConfig
+from fedpft.config import SiloConfig, SiloPrivacyTerms
 from fedpft.data.batches import describe_cut
 from fedpft.data.samples import Examination, Samples
 from fedpft.errors import FedPFTError, ModelError, PrivacyViolation, RefusedByServer
@@ -48,7 +48,7 @@ def prepare(config: SiloConfig) -> tuple[Samples, Terms]:
         greeting.check_version(config.server)
         if greeting.terms is None:
             raise RefusedByServer(f"{config.server} does not say what the data must be like", SAME_VERSION)
-        check_required(config, secure=greeting.terms.secure_aggregation)
+        check_required(config, secure=greeting.terms.secure_aggregation, private=greeting.terms.silo_privacy)
     except FedPFTError as error:
         raise fault or error from None
     samples = fit(examination, config, greeting.terms)
@@ -57,12 +57,21 @@ def prepare(config: SiloConfig) -> tuple[Samples, Terms]:
     return samples, greeting.terms
 
 
-def check_required(config: SiloConfig, *, secure: bool) -> None:
+def check_required(config: SiloConfig, *, secure: bool, private: SiloPrivacyTerms | None) -> None:
     """Raises PrivacyViolation if a federation lacks what the silo demands of it."""
     if "secure_aggregation" in config.require and not secure:
         raise PrivacyViolation(
             f"{config.server} has no secure aggregation, which `require` in silo.yaml demands",
             "ask the server's operator for federation.secure_aggregation: true; nothing was sent",
+        )
+    bound, ask = config.silo_privacy, "ask the server's operator for federation.silo_privacy; nothing was sent"
+    if private is None and ("silo_privacy" in config.require or bound is not None):
+        raise PrivacyViolation(f"{config.server} has no silo_privacy, which silo.yaml demands", ask)
+    if private and bound and (private.epsilon > bound.epsilon or private.delta > bound.delta):
+        raise PrivacyViolation(
+            f"{config.server} has silo_privacy of epsilon {private.epsilon:g} at delta {private.delta:g}, silo.yaml "
+            f"demands {bound.epsilon:g} at {bound.delta:g}",
+            ask,
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import fedpft
-from fedpft.config import AdapterSection, PrivacySection, SiloConfig
+from fedpft.config import AdapterSection, PrivacySection, SiloConfig, SiloPrivacyTerms
 from fedpft.errors import ConfigError, ModelError
 from fedpft.model import adapters
 from fedpft.model.subffn import sub_ffns
@@ -38,7 +38,7 @@ def explain(config: SiloConfig) -> str:
     work = Work(config.work)
     joined = work.joined()
     proxy = None if joined is None else _received(work.proxy_path(joined))
-    secure = "secure_aggregation" in config.require
+    secure = bool(config.require) or config.silo_privacy is not None  # which is of sums alone
     secure = secure or (joined is not None and joined.settings.secure_aggregation is not None)
     sections = {
         "To whom": _peer(config),
@@ -79,6 +79,7 @@ def explain(config: SiloConfig) -> str:
             _row(
                 "require", "[secure_aggregation]   no federation in which the server learns more than sums over silos"
             ),
+            _row("", "[secure_aggregation, silo_privacy]   nor one whose sums have no noise that hides a whole silo"),
         ],
     }
     parts = ["What leaves this institution when this silo runs. Nothing was sent to print this."]
@@ -138,7 +139,7 @@ def _plain(config: SiloConfig, joined: Joined | None, proxy: Proxy | None) -> li
 def _secure(config: SiloConfig, joined: Joined | None, proxy: Proxy | None) -> list[str]:
     terms = None if joined is None else joined.settings.secure_aggregation
     fewest = max(config.smallest_sum, 2 if terms is None else terms.min_silos)
-    summed = [name for name in config.share.metrics if name in SUMMED_METRICS]
+    private = None if terms is None else terms.silo_privacy
     return [
         _row("keys", "made for this attempt alone, signed with this silo's certificate, of which a copy goes along"),
         _row("shares", "of this silo's secrets, sealed for each other silo; the server cannot open them"),
@@ -147,11 +148,27 @@ def _secure(config: SiloConfig, joined: Joined | None, proxy: Proxy | None) -> l
         _row("shares", f"of what is left of masks in a sum over {fewest} silos or more, once enough have signed it"),
         _row("", "The server learns the sum over all these silos, and nothing else of any of them:"),
         *_adapter(joined, proxy, shown_encoding=False),
+        *(_counted(config, proxy) if private is None else _hidden(private)),
+        *_private(config, joined),
+    ]
+
+
+def _counted(config: SiloConfig, proxy: Proxy | None) -> list[str]:
+    summed = [name for name in config.share.metrics if name in SUMMED_METRICS]
+    return [
         _row("samples", "how many of the samples the round's training went through, and the weight that follows"),
         _row("metrics", ", ".join(summed) or "none"),
         _row("", "each with how many silos share it: if no other does, it is this silo's"),
         *_inactivity(config.share.inactivity, proxy),
-        *_private(config, joined),
+    ]
+
+
+def _hidden(private: SiloPrivacyTerms) -> list[str]:
+    promise = f"epsilon {private.epsilon:g} at delta {private.delta:g} over {private.rounds} rounds"
+    return [
+        _row("", f"Its change in the round, shrunk to norm {private.clip:g}, with noise of this silo's own on it."),
+        _row("", f"All noise together hides each whole silo: {promise}."),
+        _row("", "No samples, no metrics, no inactivity."),
     ]
 
 

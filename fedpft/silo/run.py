@@ -10,6 +10,7 @@ from fedpft.data.samples import Samples
 from fedpft.errors import ConfigError, InvalidUpdate, RefusedByServer, RoundOver, StaleProxy
 from fedpft.model import quantized
 from fedpft.parallel import Ranks
+from fedpft.privacy import wholesilo
 from fedpft.proxy.bundle import compressed_neurons
 from fedpft.silo import data
 from fedpft.silo.budget import Budget
@@ -58,7 +59,11 @@ def _lead(config: SiloConfig, ranks: Ranks) -> None:
             secure = terms.secure_aggregation  # nobody is told then how many samples there are
             enrolment = server.enrol(0 if secure else len(samples))
             log.info("%s: enrolled at %s with %d samples", name, config.server, len(samples))
-            check_agreed(config, said=secure, terms=enrolment.settings.secure_aggregation)
+            agreed = enrolment.settings.secure_aggregation
+            check_agreed(config, said=secure, terms=agreed, said_private=terms.silo_privacy)
+            if (hidden := terms.silo_privacy) is not None:
+                noise = wholesilo.multiplier(hidden)  # before anything was trained
+                server.record("silo_privacy", **hidden.model_dump(), noise=noise)
             work.join(enrolment, name)
             if not secure:
                 offer_again(server, work, config.share)
@@ -163,7 +168,8 @@ class Participant:
         self._packing = self.learner.way_to_pack(name, self.dataset, ranks)
         self._summing: Summing | None = None
         if self.settings.secure_aggregation is not None:
-            self._check_samples(self.settings.secure_aggregation.most_samples)
+            if self.settings.secure_aggregation.silo_privacy is None:  # with it nobody is to learn how many there are
+                self._check_samples(self.settings.secure_aggregation.most_samples)
             self._summing = Summing(name, config, work, server, compressed_neurons(bundle))
 
     def take_part(self) -> None:

@@ -14,6 +14,7 @@
     residual-<round>.safetensors    the same, of the last update that counted: goes into the next one
     vector.safetensors              with secure aggregation what was sent in its place: the update under masks
     opened.json                     of which silos this one last helped to open a sum
+    entered.json                    with silo_privacy what this silo last put into sums, and the key of its noise
 
 An update is complete here before the server hears of it, so that a silo that is killed later offers the same bytes
 again. Only once the update counts does its residual take the place of the former one.
@@ -26,12 +27,13 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fedpft import atomic
-from fedpft.config import RoundSettings, ShareSection
+from fedpft.config import RoundSettings, SecureTerms, ShareSection
 from fedpft.errors import CheckpointError
 from fedpft.silo.connection import Enrolment
 from fedpft.wire import transfer
@@ -95,6 +97,25 @@ class Opened(_Record):
     survivors: frozenset[str]
 
 
+class Entered(_Record):
+    """What this silo last put into sums with noise of its own on it (docs/privacy.md, Whole silos).
+
+    silos: all that took part in the round's attempts at a sum.
+    update: SHA-256 of update.safetensors.
+    noise: the key of the noise, in hexadecimal digits; as secret as the update beside it.
+    """
+
+    run_id: str
+    round: int
+    silos: frozenset[str]
+    update: str
+    terms: SecureTerms
+    noise: str
+
+
+Sums = TypeVar("Sums", Opened, Entered)
+
+
 class Work:
     """The directory; one process at a time (:func:`opened`)."""
 
@@ -104,6 +125,7 @@ class Work:
         self.update_path = path / "update.safetensors"
         self._update_file: transfer.Payload | None = None
         self._vector_path, self._opened_path = path / "vector.safetensors", path / "opened.json"
+        self._entered_path = path / "entered.json"
         self._update_json, self._update_residual = path / "update.json", path / "update-residual.safetensors"
 
     def joined(self) -> Joined | None:
@@ -237,20 +259,23 @@ class Work:
 
     def opened(self, run_id: str) -> Opened | None:
         """The last sum of a run that this silo helped to open; CheckpointError if that cannot be told any more."""
-        try:
-            opened = Opened.model_validate_json(self._opened_path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (ValidationError, UnicodeDecodeError):
-            raise CheckpointError(
-                f"{self._opened_path}: is not what was written", "restore it; without it a second sum could be opened"
-            ) from None
-        return opened if opened.run_id == run_id else None
+        opened = _of_sums(self._opened_path, Opened)
+        return opened if opened is not None and opened.run_id == run_id else None
 
     def keep_opened(self, opened: Opened) -> None:
         """On disk before the first share leaves."""
         if self.opened(opened.run_id) != opened:
             atomic.write_text(self._opened_path, opened.model_dump_json(indent=1))
+
+    def entered(self, run_id: str) -> Entered | None:
+        """What this silo last put into a run's sums; CheckpointError if that cannot be told any more."""
+        entered = _of_sums(self._entered_path, Entered)
+        return entered if entered is not None and entered.run_id == run_id else None
+
+    def keep_entered(self, entered: Entered) -> None:
+        """On disk before the vector leaves."""
+        if self.entered(entered.run_id) != entered:
+            atomic.write_text(self._entered_path, entered.model_dump_json(indent=1))
 
     def residual(self, round: int) -> dict[str, Tensor]:
         """What was rounded off the last update that counted, before a round; by name, float32."""
@@ -269,6 +294,17 @@ class Work:
     def _residuals(self) -> dict[int, Path]:
         found = {path: re.fullmatch(r"residual-(\d+)\.safetensors", path.name) for path in self.path.glob("residual-*")}
         return {int(match[1]): path for path, match in found.items() if match}
+
+
+def _of_sums(path: Path, kind: type[Sums]) -> Sums | None:
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValidationError, UnicodeDecodeError):
+        raise CheckpointError(
+            f"{path}: is not what was written", "restore it; without it a second sum could be opened"
+        ) from None
 
 
 @contextlib.contextmanager

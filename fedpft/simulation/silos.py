@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedpft.config import RoundSettings, SecureTerms, SimulationConfig
+from fedpft.config import RoundSettings, SimulationConfig
 from fedpft.errors import InvalidUpdate
 from fedpft.federation import (
     Accept,
@@ -24,6 +24,7 @@ from fedpft.federation import (
     Substitute,
     UpdateArrived,
 )
+from fedpft.privacy.noise import Secret
 from fedpft.proxy.bundle import compressed_neurons
 from fedpft.server.ledger import Ledger
 from fedpft.server.live import log_action
@@ -68,7 +69,7 @@ class SimulatedSilos:
         self._bundle_bytes = sum(path.stat().st_size for path in bundle.iterdir())
         self._versions = self._versions_so_far()
         self.bytes_down = 0
-        self._rounds = settings.training.rounds
+        self._settings, self._rounds = settings, settings.training.rounds
         self._clock = _Clock()
 
     @property
@@ -174,15 +175,15 @@ class SimulatedSilos:
         trained, silo = done.trained, done.silo
         if trained is None:
             return self._handle(SiloFailed(silo, done.fault, round))
-        work, terms = self._data.work(silo), self._config.secure_terms
+        work = self._data.work(silo)
         header = pb.UpdateHeader(round=round, attempt=self._federation.attempt, proxy_version=trained.proxy_version)
         try:
-            if terms is None:
+            if self._settings.secure_aggregation is None:
                 file = payload(work.update_path)
                 header.samples = trained.samples
                 header.metrics.update(trained.metrics)
             else:
-                file = self._vector(silo, trained, work, terms)
+                file = self._vector(silo, trained, work)
             header.file.CopyFrom(file.announcement())
             update = self._files.inbox.take_in(silo, header, file.path)
         except InvalidUpdate as error:
@@ -195,11 +196,11 @@ class SimulatedSilos:
             self._keep_residual(work, trained)
         return self._handle(arrived)
 
-    def _vector(self, silo: str, trained: Trained, work: Work, terms: SecureTerms) -> Payload:
+    def _vector(self, silo: str, trained: Trained, work: Work) -> Payload:
         assert self._files.adapter is not None
         neurons = self._neurons if self._files.inbox.counts_inactivity else {}
-        start, seed = self._files.adapter.path, self._config.seed
-        return work.keep_vector(words_of(silo, trained, work, start, neurons, terms, seed))
+        start = self._files.adapter.path
+        return work.keep_vector(words_of(silo, trained, work, start, neurons, self._settings, noise=Secret()))
 
     def _handle(self, event: Event) -> Aggregate | LoseQuorum | None:
         outcome: Aggregate | LoseQuorum | None = None

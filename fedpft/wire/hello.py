@@ -4,8 +4,10 @@ import time
 from dataclasses import dataclass
 from typing import cast, get_args
 
+from pydantic import ValidationError
+
 import fedpft
-from fedpft.config import TaskName, TlsSection
+from fedpft.config import SiloPrivacyTerms, TaskName, TlsSection
 from fedpft.errors import RefusedByServer
 from fedpft.wire.channel import SILO_KEY, dial, persist
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -27,6 +29,7 @@ class Terms:
     max_tokens: texts are cut after so many.
     characters_per_token: of the server's public texts; 0.0 where samples are images.
     secure_aggregation: whether the server learns sums over silos only.
+    silo_privacy: how much those say of a whole silo at most; None: as much as they do.
     """
 
     task: TaskName
@@ -34,6 +37,7 @@ class Terms:
     max_tokens: int
     characters_per_token: float
     secure_aggregation: bool = False
+    silo_privacy: SiloPrivacyTerms | None = None
 
 
 @dataclass(frozen=True)
@@ -87,4 +91,16 @@ def _terms(answer: pb.HelloResponse) -> Terms | None:
         return None
     task = cast(TaskName, answer.task)
     said = tuple(answer.labels), answer.max_tokens, answer.characters_per_token, answer.secure_aggregation
-    return Terms(task, *said)
+    return Terms(task, *said, _silo_privacy(answer))
+
+
+def _silo_privacy(answer: pb.HelloResponse) -> SiloPrivacyTerms | None:
+    if not answer.HasField("silo_privacy"):
+        return None
+    said = answer.silo_privacy
+    try:
+        return SiloPrivacyTerms(epsilon=said.epsilon, delta=said.delta, clip=said.clip, rounds=said.rounds)
+    except ValidationError:
+        raise RefusedByServer(
+            "the server's silo_privacy is none that can be", "ask the server's operator what it runs"
+        ) from None

@@ -36,7 +36,7 @@ class HelloRequest(_message.Message):
     def __init__(self, package_version: _Optional[str] = ...) -> None: ...
 
 class HelloResponse(_message.Message):
-    __slots__ = ("package_version", "time_ms", "task", "labels", "max_tokens", "characters_per_token", "secure_aggregation")
+    __slots__ = ("package_version", "time_ms", "task", "labels", "max_tokens", "characters_per_token", "secure_aggregation", "silo_privacy")
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TIME_MS_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class HelloResponse(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CHARACTERS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SECURE_AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    SILO_PRIVACY_FIELD_NUMBER: _ClassVar[int]
     package_version: str
     time_ms: int
     task: str
@@ -51,7 +52,20 @@ class HelloResponse(_message.Message):
     max_tokens: int
     characters_per_token: float
     secure_aggregation: bool
-    def __init__(self, package_version: _Optional[str] = ..., time_ms: _Optional[int] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_tokens: _Optional[int] = ..., characters_per_token: _Optional[float] = ..., secure_aggregation: _Optional[bool] = ...) -> None: ...
+    silo_privacy: SiloPrivacy
+    def __init__(self, package_version: _Optional[str] = ..., time_ms: _Optional[int] = ..., task: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., max_tokens: _Optional[int] = ..., characters_per_token: _Optional[float] = ..., secure_aggregation: _Optional[bool] = ..., silo_privacy: _Optional[_Union[SiloPrivacy, _Mapping]] = ...) -> None: ...
+
+class SiloPrivacy(_message.Message):
+    __slots__ = ("epsilon", "delta", "clip", "rounds")
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    epsilon: float
+    delta: float
+    clip: float
+    rounds: int
+    def __init__(self, epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., clip: _Optional[float] = ..., rounds: _Optional[int] = ...) -> None: ...
 
 class EnrolRequest(_message.Message):
     __slots__ = ("samples", "package_version")
