@@ -77,7 +77,13 @@ FULL = Scale(
         "model": {"max_tokens": 40},
     },
     layer_drop_steps=60,
-    private={"batch": 128, "local_epochs": 1.0, "head_learning_rate": 0.05},
+    private={  # ten steps of half a silo's samples each, at rates to match
+        "batch": 440,
+        "local_epochs": 1.25,
+        "learning_rate": 4e-3,
+        "head_learning_rate": 0.15,
+        "frozen_a": True,
+    },
 )
 QUICK = Scale(
     prepare=partial(
