@@ -40,14 +40,6 @@ PRODUCT, FULL_MODEL, PAPER = "fedpft", "full_model", "paper"
 LAYER_DROPS = ("layer_drop", "layer_drop, not distilled")  # either may be the better one
 QUARTER = 4  # --quick: of the rows, in half the rounds
 
-LARGE_BATCHES: Settings = {
-    "batch": 400,
-    "local_epochs": 1.0,
-    "learning_rate": 3e-3,
-    "head_learning_rate": 0.05,
-    "frozen_a": True,
-}
-
 # What each changes in the product's settings, which are a world's and beside them the defaults of server.yaml.
 CHANGES: dict[str, dict[str, Settings]] = {
     "rivals": {PRODUCT: {}, PAPER: {"preset": "paper"}},  # and what bench.paper compares with
@@ -96,13 +88,6 @@ CHANGES: dict[str, dict[str, Settings]] = {
         "all silos narrow": {"simulation": {"narrow_fraction": 1.0}},
         "all silos int8": {"simulation": {"narrow_fraction": 1.0, "narrow_width": 1.0, "narrow_weights": "int8"}},
         "all silos int4": {"simulation": {"narrow_fraction": 1.0, "narrow_width": 1.0, "narrow_weights": "int4"}},
-    },
-    "privacy": {  # of each silo's samples; few steps of a quarter of them, at rates to match
-        "large batches": {"training": LARGE_BATCHES},
-        **{
-            f"epsilon {epsilon:g}": {"training": {**LARGE_BATCHES, "privacy": {"epsilon": epsilon, "delta": 1e-5}}}
-            for epsilon in (1.0, 3.0, 8.0)
-        },
     },
     "dials": {},
     "steps": {},
