@@ -4,25 +4,39 @@ Rows of `fedpft demo` with secure aggregation, with differential privacy at seve
 LoRA's factors; and with inactive neurons counted at the silos or by nobody. And, of no federation: the noise that hides
 a whole silo in a sum, against the largest update that there can be.
 
-    OUT/rows/ROW/    each row's configurations and logs
-    JSON             metrics and costs of each row, and that table
+newsgroups    the demo's data: some 870 texts a silo, of twenty classes
+reuters       1,500 texts a silo, of eight
+
+    OUT/DATA/rows/ROW/    each row's configurations and logs
+    JSON                  for each DATA metrics and costs of each row; and that table
 """
 
 import argparse
 import json
 import math
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.measure import provenance
 from fedpft.command import run_command
+from fedpft.demo import corpora
 from fedpft.demo.run import DELTA, FULL, QUICK, SECURE, Settings, run_demo
 from fedpft.privacy.accounting import noise_for
 
 RESULT = Path(__file__).parent / "results" / "privacy.json"
 EPSILON, SILO_DELTA, ROUNDS = 8.0, 1e-5, 6  # of whole silos
 SILOS, VALUES = (10, 64, 1_000, 10_000), (10_000, 150_000)
+REUTERS = replace(
+    FULL,
+    prepare=partial(
+        corpora.prepare, corpus="r8", documents=4500, test_documents=1000, public_documents=900, concentration=1.0
+    ),
+    private={**FULL.private, "batch": 750},
+)
+DATA = {"newsgroups": FULL, "reuters": REUTERS}
 
 
 def rows(training: Settings) -> dict[str, Settings]:
@@ -53,10 +67,12 @@ def silo_noise() -> list[dict[str, float]]:
 
 def table(found: dict[str, Any]) -> str:
     """As Markdown."""
-    lines = ["| row | accuracy | macro-F1 | seconds |", "| --- | --- | --- | --- |"]
-    for row, metrics in found["metrics"].items():
-        seconds = f"{found['costs'][row]['seconds']:.0f}" if row in found["costs"] else ""
-        lines.append(f"| {row} | {metrics['accuracy']:.3f} | {metrics['macro_f1']:.3f} | {seconds} |")
+    lines = ["| data | row | accuracy | macro-F1 | seconds |", "| --- | --- | --- | --- | --- |"]
+    for name in (each for each in DATA if each in found):
+        metrics, costs = found[name]["metrics"], found[name]["costs"]
+        for row, each in metrics.items():
+            seconds = f"{costs[row]['seconds']:.0f}" if row in costs else ""
+            lines.append(f"| {name} | {row} | {each['accuracy']:.3f} | {each['macro_f1']:.3f} | {seconds} |")
     lines += ["", f"| values of the adapter | {' | '.join(f'{silos:,} silos' for silos in SILOS)} |"]
     lines.append(f"| --- {'| --- ' * len(SILOS)}|")
     for values in VALUES:
@@ -69,22 +85,23 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.privacy", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("privacy-out"), help="default: %(default)s")
-    parser.add_argument("--json", type=Path, default=RESULT, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, default=RESULT, help="default: %(default)s; what else is in it stays")
+    parser.add_argument("--data", nargs="+", choices=DATA, default=tuple(DATA), help="default: all")
+    parser.add_argument("--row", nargs="+", choices=rows({}), help="beside the product; default: all")
     parser.add_argument("--quick", action="store_true", help="the quick demo's data")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     def command() -> None:
-        scale = QUICK if arguments.quick else FULL
-        summary = run_demo(arguments.out, scale=scale, seed=arguments.seed, compare=False, more=rows(FULL.private))
-        found = {
-            **provenance("cpu"),
-            "seed": arguments.seed,
-            "metrics": summary["metrics"],
-            "costs": summary["costs"],
-            "silo_noise": silo_noise(),
-        }
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path: Path = arguments.json
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for name in arguments.data:
+            scale, facts = QUICK if arguments.quick else DATA[name], provenance("cpu")
+            wanted = {row: each for row, each in rows(scale.private).items() if row in (arguments.row or (row,))}
+            summary = run_demo(arguments.out / name, scale=scale, seed=arguments.seed, compare=False, more=wanted)
+            measured = {key: summary[key] for key in ("metrics", "costs")}
+            found |= {name: {**facts, "seed": arguments.seed, **measured}, "silo_noise": silo_noise()}
+            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(table(found))
 
     return run_command(command)
