@@ -68,7 +68,7 @@ def silo_noise() -> list[dict[str, float]]:
 def table(found: dict[str, Any]) -> str:
     """As Markdown."""
     lines = ["| data | row | accuracy | macro-F1 | seconds |", "| --- | --- | --- | --- | --- |"]
-    for name in (each for each in DATA if each in found):
+    for name in filter(found.__contains__, DATA):
         metrics, costs = found[name]["metrics"], found[name]["costs"]
         for row, each in metrics.items():
             seconds = f"{costs[row]['seconds']:.0f}" if row in costs else ""

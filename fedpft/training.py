@@ -119,7 +119,7 @@ def train_round(
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         begun_with = [parameter.detach().clone() for parameter in parameters] if training.proximal else []
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round, *ranks.others))
-        at_once = training.batch if private is None else min(training.batch, AT_ONCE)
+        at_once = training.batch if private is None else AT_ONCE
         most = min(limits.max_batch or at_once, ranks.largest(training.batch))
 
         def loss_of(part: dict[str, Tensor]) -> Tensor:

@@ -259,8 +259,7 @@ class Work:
 
     def opened(self, run_id: str) -> Opened | None:
         """The last sum of a run that this silo helped to open; CheckpointError if that cannot be told any more."""
-        opened = _of_sums(self._opened_path, Opened)
-        return opened if opened is not None and opened.run_id == run_id else None
+        return _of_sums(self._opened_path, Opened, run_id)
 
     def keep_opened(self, opened: Opened) -> None:
         """On disk before the first share leaves."""
@@ -269,8 +268,7 @@ class Work:
 
     def entered(self, run_id: str) -> Entered | None:
         """What this silo last put into a run's sums; CheckpointError if that cannot be told any more."""
-        entered = _of_sums(self._entered_path, Entered)
-        return entered if entered is not None and entered.run_id == run_id else None
+        return _of_sums(self._entered_path, Entered, run_id)
 
     def keep_entered(self, entered: Entered) -> None:
         """On disk before the vector leaves."""
@@ -296,15 +294,16 @@ class Work:
         return {int(match[1]): path for path, match in found.items() if match}
 
 
-def _of_sums(path: Path, kind: type[Sums]) -> Sums | None:
+def _of_sums(path: Path, kind: type[Sums], run_id: str) -> Sums | None:
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+        found = kind.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValidationError, UnicodeDecodeError):
         raise CheckpointError(
             f"{path}: is not what was written", "restore it; without it a second sum could be opened"
         ) from None
+    return found if found.run_id == run_id else None
 
 
 @contextlib.contextmanager
