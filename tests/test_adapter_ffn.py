@@ -180,11 +180,18 @@ def test_training_is_what_torch_does_to_the_fm_with_pefts_layers(model_type: str
     wanted = RoundSettings(
         seed=0,
         adapter=SETTINGS,
-        training=TrainingSection(rounds=3, batch=5, learning_rate=1e-3, schedule="constant", logit_adjustment="none"),
+        training=TrainingSection(
+            rounds=3,
+            batch=5,
+            learning_rate=1e-3,
+            schedule="constant",
+            logit_adjustment="none",
+            adam_epsilon=tiny.ADAM_EPSILON,
+        ),
         inactive_below=0.05,
     )
     parameters = [parameter for parameter in fm.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, eps=tiny.ADAM_EPSILON)
     begin, count = round_window(10, 1.0, 0)
     for batch in batches(data, batch=5, start=begin, count=count, seed=derive_seed(0, "order", "north")):
         fm(**batch).loss.backward()

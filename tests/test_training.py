@@ -104,7 +104,9 @@ def test_frozen_part_of_the_proxy_stays_bit_for_bit(model_type: str, make_fm: Mo
 @every_kind
 def test_training_is_what_plain_torch_does_to_the_fm(model_type: str, make_fm: ModelFactory) -> None:
     """LoRA written out by hand on the FM's own classes, against a proxy that keeps every neuron."""
-    wanted = settings(learning_rate=1e-3, head_learning_rate=5e-3, weight_decay=0.1, rounds=3)
+    wanted = settings(
+        learning_rate=1e-3, head_learning_rate=5e-3, weight_decay=0.1, rounds=3, adam_epsilon=tiny.ADAM_EPSILON
+    )
     model, _ = proxy_for(make_fm, model_type, wanted, neurons="all")
     untrained, data = extract(model), tiny.dataset(model_type, 10)
 
@@ -117,6 +119,7 @@ def test_training_is_what_plain_torch_does_to_the_fm(model_type: str, make_fm: M
             {"params": [p for n, p in parameters.items() if not n.startswith(is_head)], "peak": 1e-3},
         ],
         weight_decay=0.1,
+        eps=tiny.ADAM_EPSILON,
     )
     start, count = round_window(10, 1.0, 1)
     order = derive_seed(0, "order", "north")

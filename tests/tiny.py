@@ -27,6 +27,8 @@ WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "the", "a", "red", "green", "blue",
 WORDS += ["cloud", "bird", "fish", "tree", "moves", "rests", "falls"]
 PADDING = WORDS.index("[PAD]")
 IMAGE_SIDE = 8
+# With AdamW's own, 1e-8, a gradient that is 0 but for roundings makes a whole step, to either side.
+ADAM_EPSILON = 1e-6
 
 _COMMON = {"hidden_size": D, "num_hidden_layers": L, "num_attention_heads": 4}
 _TEXT = {"vocab_size": len(WORDS), "pad_token_id": PADDING, "max_position_embeddings": 40}
