@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,16 @@ from fedpft.config import LimitsSection, RoundSettings, Schedule, TrainingSectio
 from fedpft.data.batches import EncodedDataset, lots, round_window
 from fedpft.data.language import LanguageDataset
 from fedpft.errors import DataError
+from fedpft.gradients import AT_ONCE, Gradients, PlainGradients, Private, PrivateGradients
 from fedpft.model import adapters
 from fedpft.model.architectures import in_head
 from fedpft.model.checkpointing import checkpointing
 from fedpft.model.packing import Way, packed_inputs
-from fedpft.model.persample import per_sample
 from fedpft.model.precision import TASK_SCALE, dtype_of, loss_scaler
-from fedpft.model.subffn import compacting, counting, totals, uncounted
+from fedpft.model.subffn import compacting, counting, totals
 from fedpft.parallel import ALONE, Ranks
-from fedpft.privacy.clipping import ClippedSum
-from fedpft.privacy.noise import Secret
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
-
-AT_ONCE = 64  # samples of a private step, whose batches are large, that a gradient is kept of; unless `limits` says
 
 
 @dataclass(frozen=True)
@@ -46,21 +43,6 @@ class LocalResult:
     samples: int
     metrics: dict[str, float]
     inactivity: dict[str, Tensor] | None
-
-
-@dataclass(frozen=True)
-class Private:
-    """How a round is trained so that it says little of any sample (DP-SGD, Abadi et al. 2016, arXiv 1607.00133).
-
-    Attributes:
-        clip: C, the largest norm of a sample's gradient.
-        noise: z, the noise's deviation in units of C.
-        secret: draws samples and noise.
-    """
-
-    clip: float
-    noise: float
-    secret: Secret = field(default_factory=Secret)
 
 
 def train_round(
@@ -96,9 +78,9 @@ def train_round(
         packing: how the model keeps rows of a language model apart that stand in one sequence; None: they do not.
         shift: the silo's :meth:`Task.logit_shift`, (C,), for its loss; None: the plain loss.
         ranks: that train together, on the same data. Each returns the same but for `seconds`.
-        private: each step has every sample with the probability :func:`sampling_rate`, and goes by their clipped
-            gradients' noised sum over `training.batch`; `gradient_clip` has no part in it. For one rank, without
-            packing, and not for float16. None: plain training.
+        private: each step has every sample with the probability :func:`~fedpft.gradients.sampling_rate`, and goes by
+            their clipped gradients' noised sum over `training.batch`; `gradient_clip` has no part in it. For one rank,
+            without packing, and not for float16. None: plain training.
 
     Raises:
         ModelError: LoRA is given what is of no single sample, and there is to be a gradient of each.
@@ -119,8 +101,6 @@ def train_round(
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         begun_with = [parameter.detach().clone() for parameter in parameters] if training.proximal else []
         torch.manual_seed(derive_seed(settings.seed, "dropout", silo, round, *ranks.others))
-        at_once = training.batch if private is None else AT_ONCE
-        most = min(limits.max_batch or at_once, ranks.largest(training.batch))
 
         def loss_of(part: dict[str, Tensor]) -> Tensor:
             part = {name: value.to(device) for name, value in part.items()}
@@ -130,18 +110,16 @@ def train_round(
             inputs = part if packing is None else packed_inputs(part, packing, dtype)
             return task.loss(model, inputs) if shift is None else task.shifted_loss(model, inputs, shift)
 
-        def learn(part: dict[str, Tensor], weight: int) -> float:
-            """Adds to the gradients those of a part's share of the batch's loss, which it returns."""
-            share = task.weight(part) / weight
-            loss = loss_of(part) * share
-            scaler.scale(loss).backward()
-            return float(loss.detach())
-
+        gradients: Gradients
         if private is None:
+            gradients = PlainGradients(task, model, parameters, loss_of, scaler, ranks, training.gradient_clip)
+            at_once = training.batch
             order = list(lots(dataset, batch=training.batch, start=start, count=count, seed=order_seed))
         else:
-            rate = sampling_rate(len(dataset), training.batch)
-            order = [private.secret.sample(len(dataset), rate) for _ in range(steps)]
+            gradients = PrivateGradients(task, model, parameters, loss_of, private, len(dataset), training.batch)
+            at_once = AT_ONCE
+            order = [private.secret.sample(len(dataset), gradients.rate) for _ in range(steps)]
+        most = min(limits.max_batch or at_once, ranks.largest(training.batch))
         batches = [_parts(dataset, lot, most, packing) for lot in order]
         wanted = (torch.cat([lot[:0], *ranks.own(parts)]) for lot, parts in zip(order, batches, strict=True))
         for step, (lot, parts, _) in enumerate(zip(order, batches, dataset.ahead(wanted), strict=True)):
@@ -152,17 +130,8 @@ def train_round(
             built = [_built(dataset, part, lot, packing) for part in ranks.own(parts)]
             # before .to: on a GPU what is read back afterwards has to be waited for
             weight = int(sum(ranks.in_order(list(map(task.weight, built)), len(parts))))
-            losses = list[float]()
             tokens += sum(map(_tokens, built))
-            if private is not None:
-                losses = _learn_privately(task, model, built, parameters, private, len(dataset) * rate, loss_of)
-            for turn, first in enumerate(range(0, len(parts) if private is None else 0, ranks.size)):
-                with ranks.adding(parameters, len(parts[first : first + ranks.size])):
-                    if turn < len(built):
-                        losses.append(learn(built[turn], weight))
-                    elif ranks.sharded:  # the others need this rank's pieces; what comes of it here is in no sum
-                        with uncounted(model), torch.random.fork_rng(devices=random_devices):
-                            learn(_built(dataset, parts[0], lot, packing), weight)
+            losses = gradients.make(built, weight, len(parts), partial(_built, dataset, lot[:1], lot, packing))
             for found in ranks.in_order(losses, len(parts)):
                 loss_sum += found * weight
             weights += weight
@@ -174,8 +143,7 @@ def train_round(
             scaler.unscale_(optimizer)
             if training.proximal:
                 _pull_back(parameters, begun_with, training.proximal)
-            if private is None:
-                nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
+            gradients.clip()
             scaler.step(optimizer)
             scaler.update()
     counts = ranks.total({**totals(counters), "tokens": torch.tensor(tokens)})
@@ -187,48 +155,6 @@ def train_round(
 def epochs_of(training: TrainingSection, limits: LimitsSection) -> float:
     """Which share of its samples a silo goes through in a round."""
     return min(training.local_epochs, limits.max_local_epochs or training.local_epochs)
-
-
-def sampling_rate(samples: int, batch: int) -> float:
-    """q: how likely each sample is in a step of a private training that is to have `batch` of them."""
-    return min(1.0, batch / samples)
-
-
-def _learn_privately(
-    task: Task,
-    model: nn.Module,
-    parts: Sequence[dict[str, Tensor]],
-    parameters: Sequence[nn.Parameter],
-    private: Private,
-    expected: float,
-    loss_of: Callable[[dict[str, Tensor]], Tensor],
-) -> list[float]:
-    """Makes a step's gradients; returns each part's share of its loss.
-
-    A sample's own loss is the mean over what the task counts in it; that of a part is a mean over all of its samples.
-    """
-    total = ClippedSum(parameters, private.clip)
-    shares = [[task.weight(_sample(part, index)) for index in range(_samples(part))] for part in parts]
-    weight, losses = sum(map(sum, shares)), list[float]()
-    for part, own in zip(parts, shares, strict=True):
-        with per_sample(model, len(own)) as copies:
-            loss = loss_of(part)
-            loss.backward()
-        factors = torch.tensor([sum(own) / each if each else 0.0 for each in own])
-        gradients = {parameter: copy.grad for parameter, copy in copies.items() if copy.grad is not None}
-        total.add(gradients, factors.to(loss))
-        losses.append(float(loss.detach()) * sum(own) / max(weight, 1))
-    for parameter, gradient in total.noised(private.noise, private.secret, expected).items():
-        parameter.grad = gradient
-    return losses
-
-
-def _samples(part: dict[str, Tensor]) -> int:
-    return len(next(iter(part.values())))
-
-
-def _sample(part: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    return {name: value[index : index + 1] for name, value in part.items()}
 
 
 def rate_share(schedule: Schedule, done: float) -> float:

@@ -18,7 +18,7 @@ ROWS: list[set[str]] = [
     {"kernels", "federation", "aggregation", "data"},
     {"tasks"},
     {"model", "privacy"},
-    {"proxy", "training", "evaluation"},
+    {"proxy", "training", "gradients", "evaluation"},
     {"report", "wire"},
     {"server", "silo", "provision"},
     {"simulation"},
@@ -29,6 +29,7 @@ BESIDE = {
     ("faults", "errors"),
     ("atomic", "errors"),
     ("atomic", "faults"),
+    ("training", "gradients"),
     ("cli", "demo"),
     ("cli", "doctor"),
 }

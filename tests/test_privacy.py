@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedpft import training
+from fedpft import gradients, training
 from fedpft.config import (
     AdapterSection,
     LimitsSection,
@@ -26,6 +26,7 @@ from fedpft.config import (
 )
 from fedpft.demo.run import run_federation
 from fedpft.errors import CheckpointError, ConfigError, FedPFTError, ModelError, PrivacySpent
+from fedpft.gradients import Private
 from fedpft.model import adapters
 from fedpft.model.architectures import ARCHITECTURES
 from fedpft.model.persample import per_sample
@@ -36,7 +37,7 @@ from fedpft.silo.budget import FILE, Budget
 from fedpft.silo.explain import explain, privacy_report
 from fedpft.simulation.run import simulate
 from fedpft.tasks import TASKS
-from fedpft.training import LocalResult, Private, train_round
+from fedpft.training import LocalResult, train_round
 
 FM = Callable[[str], Any]
 LORA = AdapterSection(rank=2, alpha=4.0, dropout=0.0)
@@ -173,7 +174,7 @@ def test_without_noise_and_clipping_it_is_the_plain_step(model_type: str, make_f
 def test_gradients_of_a_large_batch_are_not_all_there_at_once(make_fm: FM, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(training, "AT_ONCE", 5)
-    monkeypatch.setattr(training, "per_sample", lambda model, count: seen.append(count) or per_sample(model, count))
+    monkeypatch.setattr(gradients, "per_sample", lambda model, count: seen.append(count) or per_sample(model, count))
     private = Private(1.0, 0.0)
     train(adapted(make_fm, "bert"), "bert", private, samples=12, batch=12, rounds=1, local_epochs=1.0)
     assert seen == [5, 5, 2]

@@ -16,12 +16,12 @@ from torch import Tensor
 from fedpft.config import LimitsSection, SimulationConfig
 from fedpft.data.batches import EncodedDataset
 from fedpft.data.samples import Samples
+from fedpft.gradients import Private
 from fedpft.leakage.rehearsal import Observed
 from fedpft.model.adapters import Adapter
 from fedpft.seeding import derive_seed
 from fedpft.silo.budget import Budget
 from fedpft.silo.learner import Learner
-from fedpft.training import Private
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from fedpft import atomic
 from fedpft.config import LimitsSection, PrivacySection, RoundSettings
 from fedpft.data.batches import round_window
 from fedpft.errors import CheckpointError, ConfigError, PrivacySpent
+from fedpft.gradients import Private, sampling_rate
 from fedpft.privacy.accounting import Steps, epsilon, noise_for
-from fedpft.training import Private, epochs_of, sampling_rate
+from fedpft.training import epochs_of
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from fedpft.data.batches import EncodedDataset
 from fedpft.data.language import LanguageDataset
 from fedpft.data.samples import Samples, image_paths
 from fedpft.errors import ModelError
+from fedpft.gradients import Private
 from fedpft.model import adapters, loading
 from fedpft.model.packing import Way, has_varlen, way_to_pack
 from fedpft.model.precision import dtype_of
@@ -25,7 +26,7 @@ from fedpft.silo.ondisk import DataOnDisk
 from fedpft.silo.work import Update, Work
 from fedpft.tasks import TASKS
 from fedpft.tasks.task import diversity
-from fedpft.training import LocalResult, Private, train_round
+from fedpft.training import LocalResult, train_round
 from fedpft.wire.encoding import encode
 from fedpft.wire.tensors import Group, read_tensors
 from fedpft.wire.v1 import federation_pb2 as pb
