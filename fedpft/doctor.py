@@ -19,7 +19,7 @@ from fedpft.digests import Digests
 from fedpft.errors import CertificateError, ConfigError, FedPFTError, PortInUse
 from fedpft.kernels.check import check_operators
 from fedpft.machine import check_device
-from fedpft.model import quantized
+from fedpft.model import adapters, quantized
 from fedpft.model.precision import dtype_of, name_of
 from fedpft.privacy import wholesilo
 from fedpft.proxy.bundle import load_proxy
@@ -302,6 +302,7 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
         fm, processor = loaded
     if fm is not None:
         findings.check("proxy", lambda: _proxy(config, fm, digests))
+        findings.check("privacy", lambda: _server_privacy(config, fm))
     findings.check("data", lambda: _server_data(config, labels, processor))
     findings.check("out", lambda: _writable(config.out, "out"))
     findings.check("run", lambda: _run(config, digests))
@@ -356,6 +357,17 @@ def _proxy(config: ServerConfig, fm: nn.Module, digests: Digests) -> str:
     if not record.model:
         raise Worry(f"{path}: {UNKNOWN_FM} -> build it again, or be sure that it was cut from {config.model.path}")
     return f"{path}: as it was cut from {config.model.path}; {format_holdings(holdings(fm, proxy.model))}"
+
+
+def _server_privacy(config: ServerConfig, fm: nn.Module) -> str:
+    terms = config.secure_terms
+    if terms is None:
+        return "this server learns each silo's adapter and sample count; federation.secure_aggregation leaves it sums"
+    if terms.silo_privacy is None:
+        return f"secure aggregation: this server learns sums over {terms.min_silos} silos or more"
+    proxy = cut(fm, select_for_size(fm, config.proxy))
+    adapters.attach(proxy, config.adapter, seed=config.seed)
+    return wholesilo.describe(terms, adapters.trained_values(proxy, frozen_a=config.training.frozen_a))
 
 
 def _server_data(config: ServerConfig, labels: tuple[str, ...] | None, processor: Any) -> str:

@@ -130,7 +130,8 @@ def verdicts(found):
 
 
 SILO = ["certificate", "key", "connection", "clock", "privacy", "data", "device", "work", "federation", "disk"]
-SERVER = ["certificate", "key", "revoked", "listen", "labels", "model", "proxy", "data", "device", "out", "run", "disk"]
+SERVER = ["certificate", "key", "revoked", "listen", "labels", "model", "proxy", "privacy", "data", "device", "out"]
+SERVER += ["run", "disk"]
 ANYWHERE = ["versions", "kernels"]
 
 
@@ -157,6 +158,28 @@ def test_a_server_in_order(examine, server_yaml):
     assert code == 0
     assert "held in float32, fit for sequence-classification of up to 12 tokens" in found["model"][1]
     assert not (server_yaml.parent / "out").exists(), "a look changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("federation", "said"),
+    [
+        ({}, "this server learns each silo's adapter"),
+        ({"secure_aggregation": True}, "sums over 3 silos or more"),
+        (
+            {"secure_aggregation": True, "silo_privacy": {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0}},
+            "epsilon 8 at delta 1e-05 for a whole silo over 4 rounds",
+        ),
+    ],
+    ids=["updates", "sums", "noised sums"],
+)
+def test_what_a_server_will_learn_of_a_silo(examine, server_yaml, federation, said):
+    values = json.loads(server_yaml.read_text()) | {"aggregation": {"weights": "equal"}, "training": {"rounds": 4}}
+    values["federation"] = {"silos": ["north", "south", "west"], "min_silos": 3} | federation
+    server_yaml.write_text(json.dumps(values))
+    code, found = examine(server_yaml)
+    assert code == 0
+    assert found["privacy"][0] == "ok"
+    assert said in found["privacy"][1]
 
 
 def test_an_operator_that_is_wrong_is_the_machines_fault(examine, monkeypatch):

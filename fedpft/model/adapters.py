@@ -102,6 +102,11 @@ def trains(name: str, *, frozen_a: bool) -> bool:
     return not (frozen_a and ".lora_A." in name)
 
 
+def trained_values(model: nn.Module, *, frozen_a: bool) -> int:
+    """How many values of a model's adapter training changes, which are what a mean is of."""
+    return sum(p.numel() for name, p in _parameters(model).items() if trains(name, frozen_a=frozen_a))
+
+
 @contextmanager
 def training(model: nn.Module, dropout: float, *, frozen_a: bool = False) -> Iterator[None]:
     """While open, peft's LoRA drops its input with this probability and computes by `lora_linear`.

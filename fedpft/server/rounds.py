@@ -119,8 +119,7 @@ class Rounds:
         private = None if agreed is None else agreed.silo_privacy
         terms = Terms(proxy.task, proxy.labels, proxy.max_tokens, owner.characters_per_token, secure, private)
         if agreed is not None and private is not None:
-            frozen_a, adapter = config.training.frozen_a, adapters.extract(proxy.model)
-            values = sum(each.numel() for name, each in adapter.items() if adapters.trains(name, frozen_a=frozen_a))
+            values = adapters.trained_values(proxy.model, frozen_a=config.training.frozen_a)
             log.info("%s", wholesilo.describe(agreed, values))
         self._silos = reach(config, built.bundle, settings, ledger, terms)
 
