@@ -1,6 +1,7 @@
 """What several test files share: a tiny FM of each architecture, written once, a fresh copy for every test."""
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,11 @@ from fedpft.model.loading import load_model
 
 if TYPE_CHECKING:
     from emulation import Emulator
+
+# The workers, and the processes that tests start, share the machine's cores. With threads for each of them that wait for
+# each other in turns, the tests take several times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 ModelFactory = Callable[[str], nn.Module]
 
