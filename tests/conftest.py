@@ -16,8 +16,8 @@ from fedpft.model.loading import load_model
 if TYPE_CHECKING:
     from emulation import Emulator
 
-# The workers, and the processes that tests start, share the machine's cores. With threads for each of them that wait for
-# each other in turns, the tests take several times as long.
+# The workers, and the processes that tests start, share the machine's cores. With several threads for each of them,
+# which wait for each other, the tests take some times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
