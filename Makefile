@@ -8,7 +8,7 @@
 #   TORCH=torch==2.11.0      another torch than the one that constraints.txt holds
 #   FEDPFT_CUDA=0            no CUDA kernels; 1 demands them; auto, the default, builds them if nvcc is found
 #   DEMO_ARGS=--quick        options of `fedpft demo`, of `fedpft demo --lm` for demo-lm
-#   PYTEST_ARGS='-k report'  options of pytest; -m slow runs the slow tests instead
+#   PYTEST_ARGS='-k report'  options of pytest; -m slow or -m hours runs those instead
 #   WHEEL_TORCH=torch==2.15.0  the torch of make wheel-test; the default is the oldest that is supported
 
 PYTHON ?= python3
@@ -51,7 +51,7 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not hours" $(PYTEST_ARGS)
 
 dist: $(STAMP)
 	rm -rf dist

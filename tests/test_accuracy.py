@@ -79,6 +79,7 @@ def test_the_rivals_are_run_once_and_shown_side_by_side(data: Path, capsys: pyte
     assert (data / "out" / "accuracy.jsonl").read_text(encoding="utf-8") == first
 
 
+@pytest.mark.slow
 def test_the_dials_are_drawn(data: Path) -> None:
     accuracy.run(asked(data, "--change", "dials"))
     records = cells.read_records(data / "out" / "accuracy.jsonl")

@@ -132,6 +132,7 @@ def transport(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_transfer_stands_beside_its_bare_stream(transport: dict[str, Any]) -> None:
     rows = {(row["way"], row["silos"], row["kind"]): row for row in transport["transfers"]}
     assert rows.keys() == {(w, 2, k) for w in ("down", "up") for k in ("bare", "bare, kept", "ours")}
@@ -143,6 +144,7 @@ def test_every_transfer_stands_beside_its_bare_stream(transport: dict[str, Any])
         )
 
 
+@pytest.mark.slow
 def test_memory_and_rounds_are_measured_for_each_number_of_silos(transport: dict[str, Any]) -> None:
     assert [row["silos"] for row in transport["memory"]] == [row["silos"] for row in transport["empty"]] == [2]
     for row in transport["memory"]:
@@ -151,6 +153,7 @@ def test_memory_and_rounds_are_measured_for_each_number_of_silos(transport: dict
     assert [row["silos"] for row in transport["others"]] == [1, 3, 3]
 
 
+@pytest.mark.slow
 def test_the_transport_file_alone_is_enough_for_its_page(transport: dict[str, Any], tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("above\n<!-- measured -->\nold\n<!-- /measured -->\nbelow\n", encoding="utf-8")

@@ -202,7 +202,7 @@ def test_a_tensor_file_is_read_as_the_library_reads_it_or_is_corrupt(content: by
     look_at(content)
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @search(LONG)
 @given(files)
 def test_a_tensor_file_is_read_as_the_library_reads_it_or_is_corrupt_long(content: bytes) -> None:
@@ -215,7 +215,7 @@ def test_a_file_is_an_update_or_is_refused(content: bytes, encoding: Encoding) -
     judge(content, encoding)
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @search(LONG)
 @given(files, st.sampled_from(ENCODINGS), st.integers(0, 2**64 - 1), st.dictionaries(st.text(max_size=9), st.floats()))
 def test_a_file_is_an_update_or_is_refused_long(
@@ -389,7 +389,7 @@ def test_what_is_no_update_does_not_get_into_a_round(headers: list[pb.UpdateHead
     submit(headers, sent)
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @search(LONG // 10)
 @given(
     st.lists(update_headers, min_size=1, max_size=3),

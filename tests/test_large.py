@@ -37,6 +37,7 @@ from fedpft.tasks import TASKS
 
 FM = Callable[[str], Path]
 MIXTURES = [kind for kind, row in ARCHITECTURES.items() if row.experts is not None]
+UNLIKE = ("bert", "deberta-v2", "gpt2", "llama", "gemma2", "vit")  # of the others each is much like one of these
 every_kind = pytest.mark.parametrize("model_type", [kind for kind in ARCHITECTURES if kind not in MIXTURES])
 
 PROXY = ProxySection(neurons=5, importance="leverage", importance_samples=16)
@@ -420,7 +421,15 @@ def streamed(model: Any, _device: Any, scratch: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "mode"),
-    [*((kind, "layers") for kind in ARCHITECTURES if kind not in MIXTURES), ("bert", "whole"), ("llama", "whole")],
+    [
+        *(
+            pytest.param(kind, "layers", marks=() if kind in UNLIKE else pytest.mark.slow)
+            for kind in ARCHITECTURES
+            if kind not in MIXTURES
+        ),
+        ("bert", "whole"),
+        ("llama", "whole"),
+    ],
 )
 def test_layers_are_on_the_device_while_they_compute(
     model_type: str, mode: str, fm_directory: FM, tmp_path: Path

@@ -487,6 +487,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict
     return found
 
 
+@pytest.mark.slow
 def test_a_federation_in_bfloat16_comes_to_what_one_in_float32_comes_to(
     runs: dict[str, tuple[Path, dict[str, Any]]],
 ) -> None:

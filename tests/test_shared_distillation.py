@@ -118,6 +118,7 @@ class Build:
         raise AssertionError(f"no rank {number}")
 
 
+@pytest.mark.slow
 def test_after_a_killed_rank_the_same_command_ends_with_the_same_proxy(digits: Digits, tmp_path: Path) -> None:  # noqa: F811
     settings = server_settings(digits, ("north",)) | {"out": str(tmp_path / "out")}
     settings["distillation"] = {"steps": 300, "batch": 8, "weight_term": 0.0, "mode": "whole"}

@@ -1003,7 +1003,7 @@ def kill_at(count: int, monkeypatch: pytest.MonkeyPatch, work: Path) -> None:
     monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 def test_a_silo_killed_at_any_point_sends_the_same_bytes(federation: Any) -> None:
     undisturbed, config = federation("int8")
     run(config)

@@ -175,6 +175,7 @@ CASES: dict[str, Case] = {
         model_type="vit",
     ),
 }
+FEDERATED = ("multi-label-classification", "token-classification")  # here; a class or an image a row are in test_run
 every_task = pytest.mark.parametrize("name", CASES)
 
 
@@ -756,7 +757,9 @@ def test_baselines_know_nothing_but_the_labels() -> None:
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 
-@every_task
+@pytest.mark.parametrize(
+    "name", [name if name in FEDERATED else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_a_federation_learns_the_task_and_its_product_loads(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
