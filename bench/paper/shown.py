@@ -80,10 +80,11 @@ def markdown(table: str, cells: Sequence[Cell], records: Mapping[str, Record]) -
 def drawing(table: str, cells: Sequence[Cell], records: Mapping[str, Record]) -> str:
     """The headline of one world's rows as an SVG file; empty if nothing has been run."""
     task = TASKS[cells[0].world.settings["model"]["task"]]
+    varied = TABLES[table].varied.split(",")[0]
     values: dict[str, list[float]] = {}
     for cell in cells:
         if not cell.counted and cell.key in records:
-            name = " ".join(filter(None, (cell.method, cell.variation)))
+            name = cell.method + (f", {varied} {cell.variation}" if cell.variation else "")
             values.setdefault(name, []).append(_headline(records[cell.key], task.headline))
     svg = rows_compared({name: statistics.fmean(each) for name, each in values.items()}, task.headline, "FedPFT")
     return standing_alone(svg)
