@@ -206,7 +206,7 @@ def test_a_wheel_holds_the_package_alone_and_passes_the_doctor(tmp_path: Path) -
     assert "compiled=True" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @needs_source
 @needs_setuptools
 def test_the_sdist_alone_builds_a_wheel(tmp_path: Path) -> None:

