@@ -17,8 +17,6 @@ from fedpft.privacy.clipping import ClippedSum
 from fedpft.privacy.noise import Secret
 from fedpft.tasks import Task
 
-AT_ONCE = 64  # samples of a private step, whose batches are large, that a gradient is kept of; unless `limits` says
-
 Part = dict[str, Tensor]  # some samples of a batch, as the model takes them
 
 

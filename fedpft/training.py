@@ -14,7 +14,7 @@ from fedpft.config import LimitsSection, RoundSettings, Schedule, TrainingSectio
 from fedpft.data.batches import EncodedDataset, lots, round_window
 from fedpft.data.language import LanguageDataset
 from fedpft.errors import DataError
-from fedpft.gradients import AT_ONCE, Gradients, PlainGradients, Private, PrivateGradients
+from fedpft.gradients import Gradients, PlainGradients, Private, PrivateGradients
 from fedpft.model import adapters
 from fedpft.model.architectures import in_head
 from fedpft.model.checkpointing import checkpointing
@@ -24,6 +24,8 @@ from fedpft.model.subffn import compacting, counting, totals
 from fedpft.parallel import ALONE, Ranks
 from fedpft.seeding import derive_seed
 from fedpft.tasks import Task
+
+AT_ONCE = 64  # samples of a private step, whose batches are large, that a gradient is kept of; unless `limits` says
 
 
 @dataclass(frozen=True)
