@@ -296,6 +296,16 @@ def test_of_many_silos_the_largest_are_listed_and_the_others_added_up(tmp_path: 
     )
 
 
+@pytest.mark.parametrize(
+    ("used", "said"), [(300, "after each round on 300 of the 900 test samples, of"), (900, "after each round, of")]
+)
+def test_the_curve_says_if_it_was_measured_on_fewer_samples_than_the_table(
+    tmp_path: Path, used: int, said: str
+) -> None:
+    html = page(tmp_path, SUMMARY | {"config": {"evaluation": {"samples_per_round": used}}}, CURVES)
+    assert said in html
+
+
 def test_a_run_without_evaluation_has_a_page(tmp_path: Path) -> None:
     html = page(tmp_path, {key: value for key, value in SUMMARY.items() if key != "metrics"}, {})
     assert "Parameters" in html

@@ -243,7 +243,7 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
         ),
         _figure(
             figures.score_by_round(curves.get("rounds", []), reference, metric),
-            f"Test {metric.title} after each round, of the tuned proxy and of the FM with the same "
+            f"Test {metric.title} {_between_rounds(summary)}, of the tuned proxy and of the FM with the same "
             f"adapter{_which_is_better(metric)}.",
         ),
         _answers(summary.get("written", [])),
@@ -347,6 +347,17 @@ def _answers(written: Sequence[Mapping[str, str]]) -> str:
 
 def _figure(svg: str, caption: str) -> str:
     return svg and f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _between_rounds(summary: Mapping[str, Any]) -> str:
+    """When the curve's points were measured, and on what: the last point and the table's row may differ by that."""
+    tested = summary.get("data", {}).get("server", {}).get("test", {}).get("samples", 0)
+    used = summary.get("config", {}).get("evaluation", {}).get("samples_per_round", tested)
+    return (
+        f"after each round on {_count(used)} of the {_count(tested)} test samples"
+        if used < tested
+        else "after each round"
+    )
 
 
 def _split_caption(split: Mapping[str, Any]) -> str:
