@@ -1,33 +1,26 @@
-"""The `fedpft` command: each sub-command is a few lines over the rooms."""
+"""The `fedpft` command: each sub-command is a few lines over the rooms.
+
+They are imported when the command line and the YAML file have been read: with torch and transformers some take seconds,
+and `--help`, a typo, and what needs no model are to be answered at once.
+"""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from fedpft import __version__, atomic, audit, doctor, parallel
+from fedpft import __version__, atomic, audit
 from fedpft.command import run_command
 from fedpft.config import (
-    ServerConfig,
     SimulationConfig,
     load_owner_config,
     load_server_config,
     load_silo_config,
     load_simulation_config,
 )
-from fedpft.demo import run
-from fedpft.digests import Digests
 from fedpft.errors import ConfigError
-from fedpft.evaluation import Gap, format_gaps
-from fedpft.leakage.finished import leak_finished
-from fedpft.leakage.report import format_report
-from fedpft.leakage.run import FULL, QUICK, Effort, leak
-from fedpft.model import adapters
-from fedpft.model.mapped import held
 from fedpft.provision import (
     DEFAULT_DAYS,
     DEFAULT_PORT,
@@ -37,20 +30,6 @@ from fedpft.provision import (
     replace_authority,
     revoke,
 )
-from fedpft.proxy.bundle import apply_patch
-from fedpft.proxy.cut import cut
-from fedpft.proxy.holdings import format_holdings, holdings
-from fedpft.report.page import format_table
-from fedpft.server.construction import Built, Owner, build_proxy, help_distil, load_built, load_owner, measure
-from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, check_unchanged, kept_digests
-from fedpft.server.ledger import has_begun
-from fedpft.server.product import measure_worth, refine_product, save_product
-from fedpft.server.run import finished
-from fedpft.server.run import run as run_server
-from fedpft.silo.explain import explain, privacy_report
-from fedpft.silo.run import run as run_silo
-from fedpft.simulation.data import SilosData
-from fedpft.simulation.run import simulate
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -63,6 +42,9 @@ def main() -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    from fedpft.demo import run
+    from fedpft.report.page import format_table
+
     of_size = (run.LM_FULL, run.LM_QUICK) if arguments.lm else (run.FULL, run.QUICK)
     scale = of_size[arguments.quick]
     with atomic.made(arguments.out, "--out") as directory:
@@ -74,39 +56,47 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _build_proxy(arguments: argparse.Namespace) -> None:
-    config, ranks = load_owner_config(arguments.config), parallel.joined()
+    config = load_owner_config(arguments.config)
+    from fedpft import parallel
+    from fedpft.evaluation import format_gaps
+    from fedpft.proxy.holdings import format_holdings
+    from fedpft.server import apart
+
+    ranks = parallel.joined()
     config = config.model_copy(update={"device": ranks.device(config.device)})
-    if ranks.rank:
-        help_distil(config, ranks)
-        parallel.part(ranks)
-        return
-    own, wanted = config.out / "proxy", arguments.out or config.out / "proxy"
-    if has_begun(config.out) and wanted.resolve() in (own.resolve(), (config.proxy_path or own).resolve()):
-        raise ConfigError(f"{wanted}: is the proxy of the run in {config.out}", "give another directory with --out")
-    with atomic.made(wanted, "--out" if arguments.out else "out") as directory:
-        owner = load_owner(config, digests := kept_digests(config))
-        built = build_proxy(config, owner, directory, ranks)
-        if held(owner.model) is not None:  # it was what its files were
-            check_unchanged(config, owner.contents, digests)
-        print(format_gaps(built.record.gaps))
-        print(format_holdings(holdings(owner.model, built.proxy.model)))
+    gaps, held = apart.build(config, arguments.out, ranks)
+    if not ranks.rank:
+        print(format_gaps(gaps))
+        print(format_holdings(held))
     parallel.part(ranks)
 
 
 def _server(arguments: argparse.Namespace) -> None:
-    print(format_table(run_server(load_server_config(arguments.config))))
+    config = load_server_config(arguments.config)
+    from fedpft.report.page import format_table
+    from fedpft.server.run import run
+
+    print(format_table(run(config)))
 
 
 def _silo(arguments: argparse.Namespace) -> None:
     config = load_silo_config(arguments.config)
     if arguments.explain:
+        from fedpft.silo.explain import explain
+
         print(explain(config))
     else:
-        run_silo(config)
+        from fedpft.silo.run import run
+
+        run(config)
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
     config = load_simulation_config(arguments.config)
+    from fedpft.report.page import format_table
+    from fedpft.simulation.data import SilosData
+    from fedpft.simulation.run import simulate
+
     if arguments.write_split is not None:
         with atomic.made(arguments.write_split, "--write-split") as directory:
             SilosData(config).write(directory)
@@ -118,14 +108,21 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
 
 def _leakage(arguments: argparse.Namespace) -> None:
-    config, effort = load_owner_config(arguments.config), QUICK if arguments.quick else FULL
+    config = load_owner_config(arguments.config)
+    rehearsal = config if isinstance(config, SimulationConfig) and not arguments.finished else None
+    if arguments.widths and rehearsal is None:
+        raise ConfigError("--widths: a finished run has one proxy", "leave it out, or rehearse with a simulation.yaml")
+    from fedpft.leakage.finished import leak_finished
+    from fedpft.leakage.report import format_report
+    from fedpft.leakage.run import FULL, QUICK, leak
+    from fedpft.server.run import finished
+    from fedpft.simulation.data import SilosData
+
+    effort = QUICK if arguments.quick else FULL
     if arguments.widths:
         effort = replace(effort, widths=tuple(sorted({*arguments.widths})))
-    attack: Callable[[Path, Effort], dict[str, Any]]
-    if isinstance(config, SimulationConfig) and not arguments.finished:
-        attack = partial(leak, config)
-    elif arguments.widths:
-        raise ConfigError("--widths: a finished run has one proxy", "leave it out, or rehearse with a simulation.yaml")
+    if rehearsal is not None:
+        attack = partial(leak, rehearsal)
     else:
         config = SilosData(config).config if isinstance(config, SimulationConfig) else config
         attack = partial(leak_finished, config, finished(config))
@@ -138,41 +135,25 @@ def _leakage(arguments: argparse.Namespace) -> None:
 
 def _plug_in(arguments: argparse.Namespace) -> None:
     config = load_owner_config(arguments.config)
+    from fedpft.server import apart
+
     with atomic.made(arguments.out, "--out") as directory:
-        owner, built = _owner_and_proxy(config)
-        path = arguments.adapter or config.out / ADAPTER_FILE
-        if config.plug_in.is_on:
-            _carry(config, owner, built, path)
-            refine_product(config, owner, built)
-        else:
-            check_provenance(config, path, owner.contents, built.files)
-            adapters.plug_in(owner.model, adapters.read(path), built.selection.layers, built.selection.neurons)
-        save_product(owner, config, directory)
+        apart.plug_in(config, arguments.adapter, directory)
     print(f"PEFT adapter: {arguments.out / 'adapter'}    merged model: {arguments.out / 'merged'}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     config = load_owner_config(arguments.config)
-    owner, built = _owner_and_proxy(config)
-    if arguments.alignment:
-        print(format_gaps(_gaps(config, owner, built)))
-        return
-    if owner.test is None:
+    if config.test_data is None and not arguments.alignment:
         raise ConfigError(f"{arguments.config}: no test_data", "name a labelled file there, or ask for --alignment")
-    _carry(config, owner, built, arguments.adapter or config.out / ADAPTER_FILE)
-    worth = measure_worth(config, owner, built, refine_product(config, owner, built))
-    gain = None if worth.gain is None else asdict(worth.gain)
-    print(format_table({"task": config.model.task, "metrics": worth.metrics, "gain": gain}))
+    from fedpft.evaluation import format_gaps
+    from fedpft.report.page import format_table
+    from fedpft.server import apart
 
-
-def _carry(config: ServerConfig, owner: Owner, built: Built, path: Path) -> None:
-    """Brings proxy and FM to where a run left them."""
-    patch = config.out / PATCH_FILE
-    check_provenance(config, path, owner.contents, built.files, Digests().of_file(patch))
-    adapter = adapters.read(path)
-    apply_patch(built.proxy.model, adapters.read(patch))
-    adapters.load(built.proxy.model, adapter)
-    adapters.plug_in(owner.model, adapter, built.selection.layers, built.selection.neurons)
+    if arguments.alignment:
+        print(format_gaps(apart.gaps(config)))
+    else:
+        print(format_table(apart.evaluate(config, arguments.adapter)))
 
 
 def _provision(arguments: argparse.Namespace) -> None:
@@ -200,6 +181,8 @@ def _change_kits(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
+    from fedpft import doctor
+
     doctor.examine(arguments.config)
 
 
@@ -214,27 +197,10 @@ def _audit(arguments: argparse.Namespace) -> None:
 
 
 def _privacy(arguments: argparse.Namespace) -> None:
-    print(privacy_report(load_silo_config(arguments.config)))
+    config = load_silo_config(arguments.config)
+    from fedpft.silo.explain import privacy_report
 
-
-def _owner_and_proxy(config: ServerConfig) -> tuple[Owner, Built]:
-    digests = kept_digests(config)
-    owner = load_owner(config, digests)
-    return owner, load_built(config, owner, config.proxy_path or config.out / "proxy", digests)
-
-
-def _gaps(config: ServerConfig, owner: Owner, built: Built) -> list[tuple[str, Gap]]:
-    """The proxy as cut and as distilled, measured now, and what the run measured at its alignments."""
-    selection, model = built.selection, built.proxy.model
-    stages = [("cut", measure(config, owner, cut(owner.model, selection), selection))]
-    stages.append(("distilled", measure(config, owner, model, selection)))
-    curves = config.out / "curves.json"
-    if curves.exists():
-        recorded: list[dict[str, Any]] = json.loads(curves.read_text(encoding="utf-8"))["alignment"]["stages"]
-        stages += [
-            (stage.pop("stage"), Gap.from_json(stage)) for stage in recorded if stage["stage"].startswith("round")
-        ]
-    return [(name, gap) for name, gap in stages if gap is not None]
+    print(privacy_report(config))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -265,11 +231,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--compare", action="store_true", help="add the rows of the paper: full model, layer drop, ablations"
     )
-
     sub.add_argument(
         "--private",
         action="store_true",
-        help=f"add rows with secure aggregation, without and with differential privacy at epsilon {run.EPSILON:g}",
+        help="add rows with secure aggregation, without and with differential privacy",
     )
 
     sub = with_server_yaml(

@@ -261,7 +261,7 @@ def test_a_place_that_is_no_directory_is_found_before_there_is_anything_to_write
     (tmp_path / "there").write_text("") if way == "file" else (tmp_path / "there").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["fedpft", *command, "--out", "there"])
-    monkeypatch.setattr(cli, "load_owner", lambda _: pytest.fail("it loads the FM first"))
+    monkeypatch.setattr("fedpft.server.apart.load_owner", lambda _: pytest.fail("it loads the FM first"))
     assert cli.main() == 3
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "there: is " in line
@@ -275,7 +275,7 @@ def test_what_breaks_in_a_product_is_explained_where_it_is_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "server.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    monkeypatch.setattr(cli, "load_owner", fail)
+    monkeypatch.setattr("fedpft.server.apart.load_owner", fail)
     monkeypatch.setattr("sys.argv", ["x", "plug-in", "--config", str(tmp_path / "server.yaml"), "--out", str(tmp_path)])
     assert cli.main() == 1
     assert f"error: {tmp_path}: no space left on device -> make room there" in capsys.readouterr().err

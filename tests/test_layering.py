@@ -1,6 +1,8 @@
 """Who may import whom: a room imports rooms of the rows above its own, and none beside it but those listed."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -241,6 +243,13 @@ def test_the_walk_sees_every_form_of_import(tmp_path: Path) -> None:
     assert not allowed("training", "proxy")
     assert allowed("training", "data")
     assert allowed("server", "wire")
+
+
+def test_a_command_line_is_read_before_what_takes_seconds_to_import() -> None:
+    """Else `--help` and a typo in a YAML file are answered as late as a model is loaded."""
+    program = "import sys, fedpft.cli, fedpft.server.__main__, fedpft.silo.__main__\n"
+    program += "print(*{'torch', 'transformers', 'peft', 'matplotlib', 'grpc'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_only_the_room_of_tasks_compares_a_tasks_name() -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from fedpft.command import run_command
 from fedpft.config import load_server_config
-from fedpft.report.page import format_table
-from fedpft.server.run import run
 
 
 def main() -> int:
@@ -19,7 +17,15 @@ def main() -> int:
     )
     parser.add_argument("--config", type=Path, required=True, metavar="server.yaml", help="the server's configuration")
     arguments = parser.parse_args()
-    return run_command(lambda: print(format_table(run(load_server_config(arguments.config)))))
+    return run_command(lambda: _run(arguments.config))
+
+
+def _run(path: Path) -> None:
+    config = load_server_config(path)
+    from fedpft.report.page import format_table  # with torch and transformers: a fault of the file is told before
+    from fedpft.server.run import run
+
+    print(format_table(run(config)))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import fedpft
 from fedpft.command import run_command
-from fedpft.config import SiloConfig, load_silo_config
-from fedpft.silo.explain import explain
-from fedpft.silo.run import run
+from fedpft.config import load_silo_config
 
 DESCRIPTION = """\
 Takes part in a federation as one institution: connects to the server named in silo.yaml, fetches the proxy, and in
@@ -48,12 +46,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fedpft {fedpft.__version__}")
     options = parser.parse_args(arguments)
-    action = _explain if options.explain else run
-    return run_command(lambda: action(load_silo_config(options.config)))
+    return run_command(lambda: _run(options.config, only_explain=options.explain))
 
 
-def _explain(config: SiloConfig) -> None:
-    print(explain(config))
+def _run(path: Path, *, only_explain: bool) -> None:
+    config = load_silo_config(path)
+    if only_explain:
+        from fedpft.silo.explain import explain  # with torch and transformers: a fault of the file is told before
+
+        print(explain(config))
+    else:
+        from fedpft.silo.run import run
+
+        run(config)
 
 
 if __name__ == "__main__":
