@@ -281,6 +281,24 @@ def test_simulation_that_was_killed_goes_on_to_the_same_bytes(
     assert updates(config.out) == updates(alone)
 
 
+def test_what_the_proxy_weighs_is_counted_though_the_first_round_was_begun_twice(
+    alone: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Ledger.begin_round
+
+    def deadly(*arguments: Any, **options: Any) -> None:
+        begin(*arguments, **options)
+        raise Killed
+
+    config = simulated(tmp_path, inputs, training={"update_encoding": "int8"})
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "begin_round", deadly)
+        with pytest.raises(Killed):
+            simulate(config)
+    whole = json.loads((alone / "summary.json").read_text(encoding="utf-8"))
+    assert simulate(config)["bytes"] == whole["bytes"]
+
+
 def until(reached: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not reached():

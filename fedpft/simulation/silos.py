@@ -82,7 +82,7 @@ class SimulatedSilos:
 
     def wait_for_silos(self) -> None:
         """Nobody has to be waited for."""
-        if self._ledger.last_round() is None:
+        if not self._ledger.recorded("round"):  # of the time before one closed no count is kept
             self.bytes_down += self._bundle_bytes * len(self._federation.silos)
         for silo in sorted(self._federation.silos):
             self._files.inbox.enrolled(silo, self._data.sizes[silo])
