@@ -412,14 +412,14 @@ CSS = """
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 50rem; margin: 0 auto; padding: 3.5rem 1.5rem 5rem; }
+main { max-width: 60rem; margin: 0 auto; padding: 3.5rem 1.5rem 5rem; }
 h1 { margin: 0; font-size: .8rem; font-weight: 600; letter-spacing: .08em; text-transform: uppercase;
   color: var(--muted); }
 .lead { margin: .6rem 0 0; font-size: 1.35rem; line-height: 1.45; text-wrap: pretty; }
 h2 { margin: 3rem 0 .6rem; font-size: 1rem; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .42rem 1.2rem .42rem 0; text-align: left; vertical-align: baseline;
+th, td { padding: .42rem 1rem .42rem 0; text-align: left; vertical-align: baseline;
   border-bottom: 1px solid var(--rule); }
 th { font-weight: 500; color: var(--muted); white-space: nowrap; }
 .n { text-align: right; white-space: nowrap; }
@@ -429,6 +429,7 @@ tr > :last-child { padding-right: .5rem; }
 .strong td:not(:last-child) { font-weight: 600; }
 .said { table-layout: fixed; min-width: 44rem; }
 .said th { white-space: normal; }
+.said th:first-child { width: 38%; }
 td:last-child:not(.n) { min-width: 8rem; }
 .said td { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
 figure { margin: 2.8rem 0 0; }
