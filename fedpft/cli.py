@@ -16,7 +16,6 @@ from fedpft.command import run_command
 from fedpft.config import (
     SimulationConfig,
     load_owner_config,
-    load_server_config,
     load_silo_config,
     load_simulation_config,
 )
@@ -30,6 +29,8 @@ from fedpft.provision import (
     replace_authority,
     revoke,
 )
+from fedpft.server.__main__ import serve
+from fedpft.silo.__main__ import take_part
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -72,23 +73,11 @@ def _build_proxy(arguments: argparse.Namespace) -> None:
 
 
 def _server(arguments: argparse.Namespace) -> None:
-    config = load_server_config(arguments.config)
-    from fedpft.report.page import format_table
-    from fedpft.server.run import run
-
-    print(format_table(run(config)))
+    serve(arguments.config)
 
 
 def _silo(arguments: argparse.Namespace) -> None:
-    config = load_silo_config(arguments.config)
-    if arguments.explain:
-        from fedpft.silo.explain import explain
-
-        print(explain(config))
-    else:
-        from fedpft.silo.run import run
-
-        run(config)
+    take_part(arguments.config, only_explain=arguments.explain)
 
 
 def _simulate(arguments: argparse.Namespace) -> None:

@@ -17,10 +17,11 @@ def main() -> int:
     )
     parser.add_argument("--config", type=Path, required=True, metavar="server.yaml", help="the server's configuration")
     arguments = parser.parse_args()
-    return run_command(lambda: _run(arguments.config))
+    return run_command(lambda: serve(arguments.config))
 
 
-def _run(path: Path) -> None:
+def serve(path: Path) -> None:
+    """Runs the federation of a server.yaml."""
     config = load_server_config(path)
     from fedpft.report.page import format_table  # with torch and transformers: a fault of the file is told before
     from fedpft.server.run import run

@@ -46,10 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fedpft {fedpft.__version__}")
     options = parser.parse_args(arguments)
-    return run_command(lambda: _run(options.config, only_explain=options.explain))
+    return run_command(lambda: take_part(options.config, only_explain=options.explain))
 
 
-def _run(path: Path, *, only_explain: bool) -> None:
+def take_part(path: Path, *, only_explain: bool) -> None:
+    """Runs the silo of a silo.yaml, or only prints what would leave it."""
     config = load_silo_config(path)
     if only_explain:
         from fedpft.silo.explain import explain  # with torch and transformers: a fault of the file is told before
