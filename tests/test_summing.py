@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -26,6 +27,7 @@ from fedpft.config import (
     TrainingSection,
 )
 from fedpft.errors import FedPFTError, InvalidUpdate, PrivacyViolation, QuorumLost, RefusedByServer, RoundOver
+from fedpft.federation import Phase
 from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Contribution, Layout
 from fedpft.provision import provision
@@ -143,21 +145,61 @@ class Killed(Exception):
     """A process ends without another word."""
 
 
+class Clock:
+    """A server's deadlines without a clock: one passes when nobody is waited for but silos that have fallen silent.
+
+    So a deadline says which silos have had nothing to say for as long as anybody cares to wait, on a busy machine too.
+    """
+
+    def __init__(self, live, silent):
+        self._live, self._silent = live, silent
+        self._waiting_since = None  # the turn, while the server waits
+        self._is_over = threading.Event()
+        live._await_news = self._await_news
+
+    def _await_news(self, timeout_seconds):
+        live = self._live
+        self._waiting_since = live._turns
+        while live._turns == self._waiting_since and not live._outcome and not live._broken:
+            live._changed.wait(0.02)
+            federation = live._federation
+            left = federation.waiting if federation.phase is Phase.SUMMING else federation.pending
+            if self._is_over.is_set() or (left and left <= self._silent()):
+                break
+        turned = live._turns != self._waiting_since
+        self._waiting_since = None
+        self._is_over.clear()
+        live._check_whole()
+        return turned or live._outcome is not None
+
+    def passes(self, meanwhile):
+        """A deadline passes, and before it, but not before the server waits for it, what `meanwhile` does."""
+        for _ in range(3000):
+            with self._live._changed:
+                if not self._is_over.is_set() and self._waiting_since == self._live._turns:
+                    meanwhile()
+                    self._is_over.set()
+                    return
+            time.sleep(0.02)
+        raise AssertionError("the server waits for nothing")
+
+
 class World:
     """A server and its silos in one directory; each can be killed and started again."""
 
     def __init__(self, root, kits, pool, **federation):
         self.root, self.kits, self._pool = root, kits, pool
         section = {"silos": SILOS, "round_deadline_seconds": LONG_SECONDS, "secure_aggregation": True}
-        self._stage_seconds = federation.pop("stage_seconds", LONG_SECONDS)
         self.federation = FederationSection(**(section | federation))
         self.stack = contextlib.ExitStack()
         (root / "bundle").mkdir()
         description = {"format": 1, "neurons": [3, 3], "compressed": [1]}
         (root / "bundle" / "proxy.json").write_text(json.dumps(description))
         self.server = None
+        self.clock = None
         self.port = 0
         self.running: dict[str, Future] = {}
+        self._faults = {}
 
     def start_server(self):
         kit = tls(self.kits / "server").model_dump()
@@ -169,7 +211,7 @@ class World:
             federation=self.federation,
             aggregation={"weights": "samples" if self.federation.silo_privacy is None else "equal"},
             alignment={"counts": "public"},
-            secure_aggregation=SecureAggregationSection(most_samples=1000, stage_deadline_seconds=self._stage_seconds),
+            secure_aggregation=SecureAggregationSection(most_samples=1000, stage_deadline_seconds=LONG_SECONDS),
             public_data=self.root,
         )
         self.ledger = Ledger(config.out, {})
@@ -177,6 +219,7 @@ class World:
         settings = SETTINGS.model_copy(update={"secure_aggregation": self.terms})
         said = dataclasses.replace(TERMS, silo_privacy=self.terms.silo_privacy)
         self.server = FederationServer(config, self.root / "bundle", settings, self.ledger, said)
+        self.clock = Clock(self.server._live, self.silent)
         self.address = self.server.start()
         self.port = int(self.address.rpartition(":")[2])
         return self.server
@@ -185,6 +228,10 @@ class World:
         self.server._server.stop(0).wait()
         self.server._audit.close()
         self.ledger.close()
+
+    def silent(self):
+        """The silos from which nothing is to be expected, as they are now."""
+        return {name for name, fault in self._faults.items() if isinstance(fault, Once) and fault.is_silent}
 
     def start(self, name, at=lambda asked, silo: None, **changes):
         def life():
@@ -199,6 +246,7 @@ class World:
             finally:
                 silo.close()
 
+        self._faults[name] = at
         self.running[name] = self._pool.submit(life)
         return self.running[name]
 
@@ -217,6 +265,9 @@ class World:
         return read_tensors(self.ledger.sum_path(round), "sum")["words"]
 
     def close(self):
+        for name in SILOS:
+            if name not in self.running or self.running[name].done():
+                self.server._live.tell(name)  # it takes leave of nobody
         self.server.abort("the test is over")
         self.kill_server()
 
@@ -268,16 +319,20 @@ STAGES = ("train", "roster", "sealed", "survivors", "signatures")  # what a silo
 
 
 class Once:
-    """What a silo does the first time that it is asked for something."""
+    """What a silo does the first time that it is asked for something; silent: while it does that, it says nothing."""
 
-    def __init__(self, asked, action):
-        self.asked, self.reached, self._action = asked, threading.Event(), action
+    def __init__(self, asked, action, *, silent=False):
+        self.asked, self.reached, self.is_silent = asked, threading.Event(), False
+        self._action, self._falls_silent = action, silent
 
     def __call__(self, asked, silo):
         if asked != self.asked or self.reached.is_set():
             return None
+        self.is_silent = self._falls_silent
         self.reached.set()
-        return self._action()
+        found = self._action()
+        self.is_silent = False
+        return found
 
 
 def die():
@@ -303,9 +358,8 @@ def test_a_silo_that_is_killed_and_comes_back_is_in_the_sum(world, stage, name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_round_goes_on_without_a_silo_that_falls_silent(world, stage):
     """At its own deadline; its vector counts if it was there."""
-    here = world(min_silos=2, stage_seconds=1.5, round_deadline_seconds=3.0 if stage == "train" else LONG_SECONDS)
-    silent = threading.Event()
-    fault = Once(stage, lambda: silent.wait(LONG_SECONDS) and None)
+    here, silent = world(min_silos=2), threading.Event()
+    fault = Once(stage, lambda: silent.wait(LONG_SECONDS) and None, silent=True)
     here.start_silos(north=fault)
     here.server.wait_for_silos()
     try:
@@ -365,9 +419,9 @@ def test_a_server_that_is_killed_once_the_sum_is_kept_asks_nobody_again(world):
 
 def test_a_server_that_is_killed_while_a_sum_is_opened_goes_on_with_those_whose_sum_that_was(world):
     """North dropped out before; east may have given its shares of the sum without it already."""
-    here, silent, killed = world(min_silos=2, stage_seconds=1.5), threading.Event(), threading.Event()
+    here, silent, killed = world(min_silos=2), threading.Event(), threading.Event()
     reveals = Once("signatures", lambda: killed.wait(LONG_SECONDS) and None)
-    here.start_silos(north=Once("sealed", lambda: silent.wait(LONG_SECONDS) and None), south=reveals)
+    here.start_silos(north=Once("sealed", lambda: silent.wait(LONG_SECONDS) and None, silent=True), south=reveals)
     here.server.wait_for_silos()
     first = here._pool.submit(here.run_round, 1)
     assert reveals.reached.wait(LONG_SECONDS)
@@ -385,11 +439,12 @@ def test_a_server_that_is_killed_while_a_sum_is_opened_goes_on_with_those_whose_
 
 
 def test_below_the_threshold_nothing_is_opened_and_the_quorum_is_lost(world):
-    here = world(min_silos=2, stage_seconds=1.0)
-    silent = threading.Event()
-    here.start_silos(
-        **{name: Once("signatures", lambda: silent.wait(LONG_SECONDS) and None) for name in ("north", "south")}
-    )
+    here, silent = world(min_silos=2), threading.Event()
+
+    def fall_silent():
+        return Once("signatures", lambda: silent.wait(LONG_SECONDS) and None, silent=True)
+
+    here.start_silos(north=fall_silent(), south=fall_silent())
     here.server.wait_for_silos()
     try:
         with pytest.raises(QuorumLost, match="no reveals before the deadline"):
@@ -414,9 +469,9 @@ def test_a_silo_that_leaves_is_not_waited_for(world):
 
 def test_a_silo_opens_one_sum_of_a_round_and_no_other(world):
     """East reveals for all three, and then the two others are killed; north stays away."""
-    here, silent = world(min_silos=2, stage_seconds=2.0), threading.Event()
+    here = world(min_silos=2)
     here.start_silos(
-        north=Once("signatures", die),
+        north=Once("signatures", die, silent=True),
         south=Once("signatures", die),
     )
     here.server.wait_for_silos()
@@ -431,7 +486,6 @@ def test_a_silo_opens_one_sum_of_a_round_and_no_other(world):
     assert not here.ledger.recorded("sum"), "east gives nothing for a sum of east and south alone"
     events = [entry for entry in audit.read(here.root / "work-east" / "audit.jsonl") if entry.event == "withdrawn"]
     assert "over other silos" in events[0].fields["reason"]
-    silent.set()
 
 
 # --- what the server has ----------------------------------------------------------------------------------------------
@@ -530,7 +584,7 @@ def test_both_audit_logs_have_the_stages(world):
 
 def lying(world, monkeypatch, asked, lie, **federation):
     """A round in which the server asks north for something else; returns how north ended."""
-    here = world(min_silos=2, stage_seconds=2.0, **federation)
+    here = world(min_silos=2, **federation)
     honest = here.server._summing.asked
 
     def asks(silo, round, attempt, stage):
@@ -622,12 +676,11 @@ def test_a_server_that_does_not_keep_what_it_said_is_left(tmp_path, kits, said, 
 
 def test_a_vector_that_is_on_its_way_is_waited_for_longer_than_a_stage(world):
     """As over a slow link: a byte arrives now and then."""
-    here, trickling = world(min_silos=2, stage_seconds=0.8), threading.Event()
+    here = world(min_silos=2)
 
     def slowly():
         for _ in range(4):
-            here.server._files.inbox._count(1)
-            trickling.wait(0.5)
+            here.clock.passes(meanwhile=lambda: here.server._files.inbox._count(1))
 
     here.start_silos(north=Once("sealed", slowly))
     here.server.wait_for_silos()

@@ -316,8 +316,8 @@ def encoded_of(here: Any, silo: str) -> torch.Tensor:
 
 
 def test_a_silo_that_drops_out_takes_its_noise_along_and_the_rest_is_enough(private: Any) -> None:
-    here, silent = private(stage_seconds=1.5), threading.Event()
-    here.start_silos(north=Once("sealed", lambda: silent.wait(LONG_SECONDS) and None))
+    here, silent = private(), threading.Event()
+    here.start_silos(north=Once("sealed", lambda: silent.wait(LONG_SECONDS) and None, silent=True))
     here.server.wait_for_silos()
     try:
         here.run_round(1)
@@ -356,7 +356,7 @@ def test_a_silo_that_is_killed_puts_in_the_same_words_again(stage: str, private:
 
 def test_a_silo_puts_no_second_update_into_a_round(private: Any) -> None:
     """As if the server had shown it another adapter to start from, after its vector was there."""
-    here = private(min_silos=2, stage_seconds=2.0)
+    here = private(min_silos=2)
 
     def forget() -> None:
         work = Work(here.root / "work-north")
