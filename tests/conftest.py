@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import forks
 import pytest
 import tiny
 import torch
 from torch import nn
 
+from fedpft.demo import run
 from fedpft.model.loading import load_model
 
 if TYPE_CHECKING:
@@ -27,6 +29,14 @@ ModelFactory = Callable[[str], nn.Module]
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_any_order_of_tests() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _processes_are_forked() -> Iterator[None]:
+    """Those of federations that a test runs itself. Those of a `fedpft demo` are started as a user's are."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "_process", forks.process)
+        yield
 
 
 @pytest.fixture

@@ -12,12 +12,11 @@ but for the Observer, which halts it there until the test lets it go on.
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
-import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -32,6 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import forks
 import yaml
 
 PATIENCE = 300.0  # seconds for whatever is awaited: far above what it takes, so that only a hang reaches it
@@ -314,18 +314,10 @@ class Observer:
             time.sleep(TICK)
 
 
-def _run(module: str, config: str, log: str, control: str, die_at: int | None) -> None:
-    """The forked process: from here on it is `python -m MODULE --config CONFIG`."""
-    for stream, path in ((1, f"{control}/stdout"), (2, log)):
-        os.dup2(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
-    sys.argv = [module, "--config", config]
+def _watch(control: str, die_at: int | None) -> None:
+    """In the forked process, before all else."""
     os.chdir(control)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background is started without
     Observer(Path(control), die_at).install()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-_forks = multiprocessing.get_context("forkserver")
 
 
 class Party:
@@ -348,10 +340,9 @@ class Party:
             command = [sys.executable, "-m", self.module, "--config", str(self.config)]
             self._process = _Command(command, self.log_file, self._clock if self._clock.exists() else None)
             return self
-        _forks.set_forkserver_preload(PRELOADED)
-        arguments = (self.module, str(self.config), str(self.log_file), str(self._control), die_at)
-        self._process = _forks.Process(target=_run, args=arguments, daemon=True)
-        self._process.start()
+        watched = functools.partial(_watch, str(self._control), die_at)
+        stdout, config = self._control / "stdout", self.config.absolute()
+        self._process = forks.start(self.module, config, stdout=stdout, stderr=self.log_file, before=watched)
         return self
 
     @property
@@ -448,11 +439,6 @@ class _Command:
     @property
     def exitcode(self) -> int | None:
         return self._process.poll()
-
-
-# All third-party, and nothing of grpc: its threads would not survive the fork.
-PRELOADED = ["torch", "transformers", "transformers.models.bert.modeling_bert", "peft", "safetensors.torch", "pydantic"]
-PRELOADED += ["matplotlib.figure", "cryptography.x509", "yaml", "sqlite3", "tqdm"]
 
 
 class Deployment:
