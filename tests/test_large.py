@@ -406,8 +406,8 @@ class Places(TorchDispatchMode):
         self.computed += bool(on_gpu)
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor) and (on_disk or on_gpu):
-                known = leaf.untyped_storage().data_ptr() in self.disk | self.gpu
-                if not known:
+                place = leaf.untyped_storage().data_ptr()
+                if place not in self.disk and place not in self.gpu:
                     self._put(self.gpu if on_gpu or copies else self.disk, leaf)
         return found
 
