@@ -177,9 +177,13 @@ def read(path: Path) -> Iterator[Entry]:
             for line in _lines(file):
                 number += 1
                 entry = _parse(line)
+                if entry is None and not line.endswith(b"\n") and not file.read(1):
+                    raise CheckpointError(
+                        f"{path}: line {number}, the last, is torn: it is being written, or was when its process died",
+                        "start that process again, which cuts the line off and records that",
+                    )
                 if entry is None:
-                    fault = "is not what was written" if line.endswith(b"\n") else "is torn"
-                    raise _broken(path, f"line {number}", fault)
+                    raise _broken(path, f"line {number}", "is not what was written")
                 if (entry.number, entry.previous) != (number, head):
                     raise _broken(path, f"line {number}", "does not follow from the line before")
                 head = entry.hash

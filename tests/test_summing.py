@@ -691,11 +691,16 @@ def test_a_vector_that_is_on_its_way_is_waited_for_longer_than_a_stage(world):
 # --- a silo that lies -------------------------------------------------------------------------------------------------
 
 
+def other(signature):
+    """One that differs in a bit, whatever it was: the last byte is a random one."""
+    return signature[:-1] + bytes([signature[-1] ^ 1])
+
+
 def spoil(kind, request):
     """Makes an answer one that nobody could use."""
     match kind:
         case "keys":
-            request.keys.keys.signature = request.keys.keys.signature[:-1] + b"x"
+            request.keys.keys.signature = other(request.keys.keys.signature)
         case "foreign keys":
             request.keys.keys.certificate = b"no certificate"
         case "shares":
@@ -703,7 +708,7 @@ def spoil(kind, request):
         case "short shares":
             request.shares.by_silo["east"] = b"short"
         case "signature":
-            request.signature = request.signature[:-1] + b"x"
+            request.signature = other(request.signature)
         case "reveal":
             request.reveal.by_silo["west"] = bytes(33)
 
