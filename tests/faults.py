@@ -341,8 +341,8 @@ class Party:
             self._process = _Command(command, self.log_file, self._clock if self._clock.exists() else None)
             return self
         watched = functools.partial(_watch, str(self._control), die_at)
-        stdout, config = self._control / "stdout", self.config.absolute()
-        self._process = forks.start(self.module, config, stdout=stdout, stderr=self.log_file, before=watched)
+        named, stdout = ("--config", self.config.absolute()), self._control / "stdout"
+        self._process = forks.start(self.module, *named, stdout=stdout, stderr=self.log_file, before=watched)
         return self
 
     @property

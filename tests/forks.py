@@ -17,32 +17,32 @@ PRELOADED = ["torch", "transformers", "transformers.models.bert.modeling_bert", 
 PRELOADED += ["matplotlib.figure", "cryptography.x509", "yaml", "sqlite3", "tqdm"]
 
 
-def start(module: str, config: Path, *, stdout: Path, stderr: Path | None, before: Callable[[], None]) -> Any:
-    """`python -m MODULE --config CONFIG`, as a process of multiprocessing's.
+def start(
+    module: str, *arguments: str | Path, stdout: Path, stderr: Path | None, before: Callable[[], None] | None = None
+) -> Any:
+    """`python -m MODULE ARGUMENTS`, as a process of multiprocessing's.
 
     Args:
         stdout, stderr: files to add to; without the second its log goes to this process's.
         before: called in the new process first. It goes there by name.
     """
     _forks.set_forkserver_preload(PRELOADED)
-    process = _forks.Process(target=_run, args=(module, str(config), stdout, stderr, before), daemon=True)
+    words = [module, *map(str, arguments)]
+    process = _forks.Process(target=_run, args=(words, stdout, stderr, before), daemon=True)
     process.start()
     return process
 
 
-def _run(module: str, config: str, stdout: Path, stderr: Path | None, before: Callable[[], None]) -> None:
-    """The forked process: from here on it is `python -m MODULE --config CONFIG`."""
+def _run(words: list[str], stdout: Path, stderr: Path | None, before: Callable[[], None] | None) -> None:
+    """The forked process: from here on it is `python -m MODULE ARGUMENTS`."""
     for stream, path in ((1, stdout), (2, stderr)):
         if path is not None:
             os.dup2(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
-    sys.argv = [module, "--config", config]
+    sys.argv = words
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background is started without
-    before()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-def nothing() -> None:
-    """Before a process that is left to itself."""
+    if before is not None:
+        before()
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 class Forked:
@@ -50,7 +50,7 @@ class Forked:
 
     def __init__(self, module: str, config: Path, log_file: Path | None) -> None:
         self.args = [sys.executable, "-m", module, "--config", str(config)]
-        self._process = start(module, config, stdout=Path(os.devnull), stderr=log_file, before=nothing)
+        self._process = start(module, "--config", config, stdout=Path(os.devnull), stderr=log_file)
         self.pid: int = self._process.pid
         self.terminate = self._process.terminate
 

