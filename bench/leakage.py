@@ -2,7 +2,8 @@
 
 plain          the demo's settings, silos counting inactive neurons; with the curve over K
 same_settings  whole epochs of large batches, as differential privacy wants them, without it
-private        with them at epsilon 8
+shifted        the same, but with the loss shifted by the silo's label shares, as in `plain`
+private        as same_settings, at epsilon 8
 seed-1, seed-2 as plain, with other partitions, documents and beginnings. The label reader's features were chosen
                on seed 0: these are the ones that say what it is worth
 
@@ -38,6 +39,7 @@ COUNTED: Settings = {"alignment": {"counts": "silos"}}
 PRIVATE: Settings = {
     "training": {"batch": 128, "local_epochs": 1.0, "head_learning_rate": 0.05, "logit_adjustment": "none"}
 }
+SHIFTED: Settings = {"training": {"logit_adjustment": "own"}}
 PRIVACY: Settings = {"training": {"privacy": {"epsilon": EPSILON, "delta": DELTA}}}
 
 
@@ -56,10 +58,11 @@ class Run:
 
 
 RUNS = {
-    "plain": Run(changes=COUNTED, widths=(0.5, 1.0)),
+    "plain": Run(changes=COUNTED, widths=(0.25, 0.5, 1.0)),
     "private": Run(changes=merged(PRIVATE, PRIVACY)),
     **{f"seed-{seed}": Run(seed=seed, changes=COUNTED, updates_alone=True) for seed in (1, 2)},
     "same_settings": Run(changes=PRIVATE, updates_alone=True),
+    "shifted": Run(changes=merged(PRIVATE, SHIFTED), updates_alone=True),
 }
 UPDATES = ("label shares of a silo", "which tokens occur, of those in no public text")
 SEEDS = ("plain", "seed-1", "seed-2")
