@@ -26,6 +26,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 ModelFactory = Callable[[str], nn.Module]
 
 
+@pytest.hookimpl(optionalhook=True)  # where there is no xdist
 def pytest_xdist_auto_num_workers() -> int:
     """Half as many again as there are cores: the parties of a federation wait for each other half of the time."""
     cores = len(os.sched_getaffinity(0))
