@@ -26,7 +26,15 @@ from fedpft.config import (
     TlsSection,
     TrainingSection,
 )
-from fedpft.errors import FedPFTError, InvalidUpdate, PrivacyViolation, QuorumLost, RefusedByServer, RoundOver
+from fedpft.errors import (
+    ConfigError,
+    FedPFTError,
+    InvalidUpdate,
+    PrivacyViolation,
+    QuorumLost,
+    RefusedByServer,
+    RoundOver,
+)
 from fedpft.federation import Phase
 from fedpft.privacy import fixedpoint
 from fedpft.privacy.fixedpoint import Contribution, Layout
@@ -672,6 +680,18 @@ def test_a_server_that_does_not_keep_what_it_said_is_left(tmp_path, kits, said, 
     )
     with pytest.raises(PrivacyViolation, match=message):
         check_agreed(config, said=said, terms=terms)
+
+
+def test_a_silo_without_a_certificate_takes_part_in_no_sum(tmp_path):
+    config = SiloConfig(
+        server="127.0.0.1:1",
+        insecure_loopback=True,
+        insecure_name="north",
+        data=SiloDataSection(path=tmp_path),
+        work=tmp_path,
+    )
+    with pytest.raises(ConfigError, match="secure aggregation needs `tls` in silo.yaml"):
+        check_agreed(config, said=True, terms=SECURE)
 
 
 def test_a_vector_that_is_on_its_way_is_waited_for_longer_than_a_stage(world):

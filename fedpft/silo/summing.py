@@ -144,8 +144,7 @@ class Summing:
         Raises:
             CertificateError: the kit is not in order.
         """
-        if config.tls is None:
-            raise ConfigError("secure aggregation needs `tls` in silo.yaml", "ask for a kit")
+        assert config.tls is not None, "as check_agreed found"
         self._name, self._config, self._work, self._server, self._neurons = name, config, work, server, neurons
         self._signer, self._verifier = Signer(config.tls), Verifier(config.tls.ca)
         self._attempt: SiloAttempt | None = None
