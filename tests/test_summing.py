@@ -690,7 +690,7 @@ def test_a_silo_without_a_certificate_takes_part_in_no_sum(tmp_path):
         data=SiloDataSection(path=tmp_path),
         work=tmp_path,
     )
-    with pytest.raises(ConfigError, match="secure aggregation needs `tls` in silo.yaml"):
+    with pytest.raises(ConfigError, match="secure aggregation needs `tls`"):
         check_agreed(config, said=True, terms=SECURE)
 
 
