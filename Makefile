@@ -51,7 +51,7 @@ lint: $(STAMP)
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not hours" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not hours" $(PYTEST_ARGS)
 
 dist: $(STAMP)
 	rm -rf dist

@@ -26,13 +26,6 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 ModelFactory = Callable[[str], nn.Module]
 
 
-@pytest.hookimpl(optionalhook=True)  # where there is no xdist
-def pytest_xdist_auto_num_workers() -> int:
-    """Half as many again as there are cores: the parties of a federation wait for each other half of the time."""
-    cores = len(os.sched_getaffinity(0))
-    return cores + cores // 2
-
-
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_any_order_of_tests() -> None:
     torch.manual_seed(0)
