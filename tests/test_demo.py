@@ -48,6 +48,7 @@ def summary_of(out: Path) -> dict[str, Any]:
     return summary
 
 
+@pytest.mark.slow
 def test_the_demo_prints_a_table_and_writes_what_it_promises(finished: tuple[Path, str]) -> None:
     out, printed = finished
     summary = summary_of(out)
@@ -67,6 +68,7 @@ def test_the_demo_prints_a_table_and_writes_what_it_promises(finished: tuple[Pat
     assert "src=" not in page
 
 
+@pytest.mark.slow
 def test_silos_have_their_files_apart_and_no_path_to_the_model(finished: tuple[Path, str]) -> None:
     row = finished[0] / "rows" / "plugged_in"
     model = summary_of(finished[0])["config"]["model"]["path"]
@@ -79,6 +81,7 @@ def test_silos_have_their_files_apart_and_no_path_to_the_model(finished: tuple[P
     assert "data/silos" not in server_yaml
 
 
+@pytest.mark.slow
 def test_evaluate_finds_the_accuracy_that_the_run_reported(finished: tuple[Path, str], tmp_path: Path) -> None:
     config = finished[0] / "rows" / "plugged_in" / "server.yaml"
     ran = fedpft(tmp_path, "evaluate", "--config", config)
@@ -88,6 +91,7 @@ def test_evaluate_finds_the_accuracy_that_the_run_reported(finished: tuple[Path,
         assert found[row] == next(line.split()[1] for line in finished[1].splitlines() if line.startswith(row))
 
 
+@pytest.mark.slow
 def test_evaluate_alignment_measures_every_compressed_layer_at_every_stage(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -103,6 +107,7 @@ def test_evaluate_alignment_measures_every_compressed_layer_at_every_stage(
     assert all(-1.0 <= float(cosine) <= 1.0 for row in rows for cosine in row[3:])
 
 
+@pytest.mark.slow
 def test_plug_in_writes_the_same_model_again(finished: tuple[Path, str], tmp_path: Path) -> None:
     run = finished[0] / "rows" / "plugged_in"
     ran = fedpft(tmp_path / "said", "plug-in", "--config", run / "server.yaml", "--out", tmp_path / "out")

@@ -502,8 +502,8 @@ def run(running: Deployment, rows: Sequence[Row]) -> None:
 # What `make test` has of the table: fault-party, and the moments by their third name.
 # Of `kill` alone, and some moments: each fault at every moment is slow.
 BRIEF = {
-    "server": "proxy not noted; noted, not answered; half of it; step 2; mean not entered; patch without snapshot",
-    "north": "first byte; noted, not answered; half of it; step 2; whole, not counted; recorded",
+    "server": "proxy not noted; half of it; mean not entered; patch without snapshot",
+    "north": "first byte; noted, not answered; step 2; whole, not counted; recorded",
 }
 
 
@@ -561,7 +561,13 @@ def int8_deployment(inputs: Path, directory: Path) -> Deployment:
     )
 
 
-@pytest.mark.parametrize("stride", [13, *(pytest.param(stride, marks=pytest.mark.hours) for stride in (1, 2, 3, 5, 7))])
+@pytest.mark.parametrize(
+    "stride",
+    [
+        pytest.param(13, marks=pytest.mark.slow),
+        *(pytest.param(stride, marks=pytest.mark.hours) for stride in (1, 2, 3, 5, 7)),
+    ],
+)
 def test_killed_again_and_again(stride: int, inputs: Path, tmp_path: Path, int8_reference: Result) -> None:
     """Each process gets a little further each time, and the others do not wait for it."""
     kills = 0
@@ -597,6 +603,7 @@ def small_deployment(inputs: Path, directory: Path) -> Deployment:
     return deployment(inputs, directory, adapter={"rank": 16, "alpha": 16})
 
 
+@pytest.mark.slow
 def test_faults_of_what_comes_along(inputs: Path, tmp_path: Path, small_reference: Result) -> None:
     with small_deployment(inputs, tmp_path) as running:
         server, north, link = running.server, running.silos["north"], running.links["north"]
@@ -713,6 +720,7 @@ def test_the_servers_optimizer_goes_on_where_it_was(inputs: Path, tmp_path: Path
 # --- stops by hand ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stopped_in_a_round_and_started_again(inputs: Path, tmp_path: Path, reference: Result) -> None:
     with deployment(inputs, tmp_path) as running:
         server, north = running.server, running.silos["north"]
@@ -759,6 +767,7 @@ def test_stopped_in_a_round_and_started_again(inputs: Path, tmp_path: Path, refe
 # --- a silo that is late, or away -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_late_silo_is_refused_goes_and_catches_up(inputs: Path, tmp_path: Path) -> None:
     settings = {
         "training": server_settings(inputs)["training"] | {"rounds": 3},
@@ -811,6 +820,7 @@ def damage(path: Path) -> None:
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
+@pytest.mark.slow
 def test_files_that_changed_are_named_and_refused_or_made_again(
     inputs: Path, tmp_path: Path, reference: Result
 ) -> None:
@@ -989,7 +999,10 @@ def disturb(running: Deployment, moment: Moment, fault: Fault) -> None:
 @pytest.mark.parametrize(
     "chosen",
     [
-        (("shares asked for", kill), ("vector not written", kill), ("about to reveal", kill), ("sum noted", kill)),
+        pytest.param(
+            (("shares asked for", kill), ("vector not written", kill), ("about to reveal", kill), ("sum noted", kill)),
+            marks=pytest.mark.slow,
+        ),
         (("keys not shown", outage), ("vector half sent", cut), ("enough have signed", kill), ("sum not noted", kill)),
     ],
     ids=["one", "two"],

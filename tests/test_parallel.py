@@ -217,9 +217,8 @@ def is_alive(process: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(
-    "limits", [{}, pytest.param({"sharded": True}, marks=pytest.mark.slow)], ids=["whole", "sharded"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("limits", [{}, {"sharded": True}], ids=["whole", "sharded"])
 def test_a_killed_rank_ends_all_and_the_restart_goes_on(
     limits: dict[str, Any],
     digits: Digits,  # noqa: F811

@@ -306,6 +306,7 @@ def until(reached: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_pool_of_processes_ends_with_the_one_that_is_killed_and_another_goes_on(
     alone: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
