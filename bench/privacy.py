@@ -8,7 +8,7 @@ newsgroups    the demo's data: some 870 texts a silo, of twenty classes
 reuters       1,500 texts a silo, of eight
 
     OUT/DATA/rows/ROW/    each row's configurations and logs
-    JSON                  for each DATA metrics and costs of each row; and that table
+    JSON                  for each DATA and row its metrics, seconds, commit and machine; and that table
 """
 
 import argparse
@@ -69,10 +69,10 @@ def table(found: dict[str, Any]) -> str:
     """As Markdown."""
     lines = ["| data | row | accuracy | macro-F1 | seconds |", "| --- | --- | --- | --- | --- |"]
     for name in filter(found.__contains__, DATA):
-        metrics, costs = found[name]["metrics"], found[name]["costs"]
-        for row, each in metrics.items():
-            seconds = f"{costs[row]['seconds']:.0f}" if row in costs else ""
-            lines.append(f"| {name} | {row} | {each['accuracy']:.3f} | {each['macro_f1']:.3f} | {seconds} |")
+        for row, each in found[name].items():
+            seconds = f"{each['cost']['seconds']:.0f}" if "cost" in each else ""
+            metrics = each["metrics"]
+            lines.append(f"| {name} | {row} | {metrics['accuracy']:.3f} | {metrics['macro_f1']:.3f} | {seconds} |")
     lines += ["", f"| values of the adapter | {' | '.join(f'{silos:,} silos' for silos in SILOS)} |"]
     lines.append(f"| --- {'| --- ' * len(SILOS)}|")
     for values in VALUES:
@@ -99,8 +99,10 @@ def main() -> int:
             scale, facts = QUICK if arguments.quick else DATA[name], provenance("cpu")
             wanted = {row: each for row, each in rows(scale.private).items() if row in (arguments.row or (row,))}
             summary = run_demo(arguments.out / name, scale=scale, seed=arguments.seed, compare=False, more=wanted)
-            measured = {key: summary[key] for key in ("metrics", "costs")}
-            found |= {name: {**facts, "seed": arguments.seed, **measured}, "silo_noise": silo_noise()}
+            for row, metrics in summary["metrics"].items():
+                cost = {"cost": summary["costs"][row]} if row in summary["costs"] else {}
+                found.setdefault(name, {})[row] = {**facts, "seed": arguments.seed, "metrics": metrics, **cost}
+            found["silo_noise"] = silo_noise()
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(table(found))
 
