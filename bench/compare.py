@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.measure import commit
 from fedpft.command import run_command
-from fedpft.demo.run import FULL, LM_FULL, Scale, run_demo
+from fedpft.demo.run import LM_FULL, NEWS, Scale, run_demo
 from fedpft.tasks import TASKS
 
 ORDER = (
@@ -107,7 +107,7 @@ def main() -> int:
 
     def command() -> None:
         name = "compare-lm" if arguments.lm else "compare"
-        results = compare(arguments.out / name, LM_FULL if arguments.lm else FULL, arguments.seeds)
+        results = compare(arguments.out / name, LM_FULL if arguments.lm else NEWS, arguments.seeds)
         path = arguments.json or Path("bench/results") / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

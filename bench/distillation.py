@@ -17,7 +17,7 @@ import torch
 from fedpft.config import AdapterSection, ColumnsSection, DistillationSection, ProxySection
 from fedpft.data.samples import Samples, read_label_list
 from fedpft.demo import corpora
-from fedpft.demo.run import FULL, SILOS
+from fedpft.demo.run import NEWS, SILOS
 from fedpft.evaluation import measure_gap
 from fedpft.model import adapters, loading
 from fedpft.proxy.cut import cut
@@ -43,9 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.distillation", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     seed = parser.parse_args().seed
-    task, settings, max_tokens = TASKS[TASK], FULL.settings["distillation"], FULL.settings["model"]["max_tokens"]
+    task, settings, max_tokens = TASKS[TASK], NEWS.settings["distillation"], NEWS.settings["model"]["max_tokens"]
     with tempfile.TemporaryDirectory() as directory:
-        data = FULL.prepare(Path(directory), silos=SILOS, seed=seed)
+        data = NEWS.prepare(Path(directory), silos=SILOS, seed=seed)
         assert data.labels is not None
         public, labels = task.read_public(data.public, ColumnsSection()), read_label_list(data.labels)
     processor = loading.load_processor(corpora.model_directory(), TASK)

@@ -30,7 +30,7 @@ import yaml
 from bench.measure import provenance
 from fedpft.command import run_command
 from fedpft.config import load_simulation_config
-from fedpft.demo.run import DELTA, EPSILON, FULL, QUICK, SILOS, Scale, Settings, merged
+from fedpft.demo.run import DELTA, EPSILON, NEWS, QUICK, SILOS, Scale, Settings, merged
 from fedpft.leakage import run as leakage
 from fedpft.leakage.run import Effort, first_updates, leak
 
@@ -172,7 +172,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     def command() -> None:
-        scale, effort = (QUICK, leakage.QUICK) if arguments.quick else (FULL, leakage.FULL)
+        scale, effort = (QUICK, leakage.QUICK) if arguments.quick else (NEWS, leakage.FULL)
         path: Path = arguments.json
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         for name in arguments.runs:

@@ -23,20 +23,20 @@ from typing import Any
 from bench.measure import provenance
 from fedpft.command import run_command
 from fedpft.demo import corpora
-from fedpft.demo.run import DELTA, FULL, QUICK, SECURE, Settings, run_demo
+from fedpft.demo.run import DELTA, NEWS, QUICK, SECURE, Settings, run_demo
 from fedpft.privacy.accounting import noise_for
 
 RESULT = Path(__file__).parent / "results" / "privacy.json"
 EPSILON, SILO_DELTA, ROUNDS = 8.0, 1e-5, 6  # of whole silos
 SILOS, VALUES = (10, 64, 1_000, 10_000), (10_000, 150_000)
 REUTERS = replace(
-    FULL,
+    NEWS,
     prepare=partial(
         corpora.prepare, corpus="r8", documents=4500, test_documents=1000, public_documents=900, concentration=1.0
     ),
-    private={**FULL.private, "batch": 750},
+    private={**NEWS.private, "batch": 750},
 )
-DATA = {"newsgroups": FULL, "reuters": REUTERS}
+DATA = {"newsgroups": NEWS, "reuters": REUTERS}
 
 
 def rows(training: Settings) -> dict[str, Settings]:

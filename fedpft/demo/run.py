@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from fedpft import atomic
-from fedpft.demo import corpora, dialogues
+from fedpft.demo import corpora, dialogues, movies
 from fedpft.demo.corpora import DemoData
 from fedpft.errors import ConfigError, FedPFTError
 from fedpft.provision import provision
@@ -59,7 +59,22 @@ class Scale:
     ablations: bool = True
 
 
-FULL = Scale(
+MOVIES = Scale(
+    prepare=partial(movies.prepare, sentences=480, test_sentences=800, public_sentences=1000, concentration=1.0),
+    model=movies.model_directory,
+    settings={
+        "proxy": {"importance_samples": 128},
+        "distillation": {"closed_form_samples": 192},
+        "alignment": {"every_rounds": 2, "steps": 6, "batch": 16, "learning_rate": 6e-4},
+        "adapter": {"rank": 8, "alpha": 48.0},
+        "training": {"rounds": 4, "local_epochs": 0.75, "batch": 8, "learning_rate": 8e-4},
+        "evaluation": {"every_rounds": 0, "gap_samples": 0},
+        "model": {"max_tokens": 32},
+    },
+    layer_drop_steps=30,
+    private={},
+)
+NEWS = Scale(
     prepare=partial(
         corpora.prepare,
         corpus="20newsgroups",
