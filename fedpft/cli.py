@@ -46,7 +46,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     from fedpft.demo import run
     from fedpft.report.page import format_table
 
-    whole = run.LM_FULL if arguments.lm else run.NEWS if arguments.news else run.MOVIES
+    whole = run.LM_FULL if arguments.lm else run.NEWS if arguments.news or arguments.private else run.MOVIES
     quick = run.LM_QUICK if arguments.lm else run.QUICK
     with atomic.made(arguments.out, "--out") as directory:
         summary = run.run_demo(
@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="every random choice derives from it; default: %(default)s")
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--lm", action="store_true", help="a decoder and dialogues in place of MPNet-base and sentences")
-    what.add_argument("--news", action="store_true", help="a small encoder, MiniLM, and 20 Newsgroups")
+    what.add_argument("--news", action="store_true", help="a small encoder, MiniLM-L6, and 20 Newsgroups")
     sub.add_argument("--quick", action="store_true", help="a small corpus and few steps: does it run at all?")
     sub.add_argument(
         "--compare", action="store_true", help="add the rows of the paper: full model, layer drop, ablations"
@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--private",
         action="store_true",
-        help="add rows with secure aggregation, without and with differential privacy",
+        help="add rows with secure aggregation, without and with differential privacy; implies --news without --lm",
     )
 
     sub = with_server_yaml(

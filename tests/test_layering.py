@@ -94,7 +94,7 @@ ORDER = {
         "run",
         "finished",
     ),
-    "demo": ("corpora", "dialogues", "run"),
+    "demo": ("corpora", "dialogues", "movies", "run"),
 }
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 

