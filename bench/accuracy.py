@@ -118,6 +118,9 @@ def variants(world: World, groups: Sequence[str]) -> dict[str, Settings]:
     if "distillation" in groups and not TASKS[world.settings["model"]["task"]].head:
         more = merged(WORDS["logits"], stepped(world, STEPS["steps x 4"]))
         found |= WORDS | {"logits, steps x 4": more}
+        if "ffn" in groups:
+            both = "LoRA in the FFN, R 5"
+            found[f"{both}, logits, steps x 4"] = merged(more, CHANGES["ffn"][both])
     return found
 
 
