@@ -9,7 +9,7 @@ import forks
 import pytest
 import transformers
 
-from fedpft.cli import main
+from fedpft import cli
 from fedpft.demo import run
 from fedpft.errors import ConfigError
 
@@ -161,7 +161,30 @@ def test_help_of_every_command_explains_every_option(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["fedpft", command, "--help"])
     with pytest.raises(SystemExit) as ended:
-        main()
+        cli.main()
     assert ended.value.code == 0
     options = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  -")]
     assert options
+
+
+CHOICES = {
+    "": run.MOVIES,
+    "--compare": run.MOVIES,
+    "--news": run.NEWS,
+    "--private": run.NEWS,
+    "--lm --private": run.LM_FULL,
+    "--quick": run.QUICK,
+    "--news --quick": run.QUICK,
+    "--lm --quick": run.LM_QUICK,
+}
+
+
+@pytest.mark.parametrize("options", CHOICES)
+def test_options_choose_what_the_demo_runs_on(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_demo(out: Path, **wanted: Any) -> None:
+        assert wanted["scale"] is CHOICES[options]
+        raise ConfigError("it was called", "go on")
+
+    monkeypatch.setattr(run, "run_demo", run_demo)
+    with pytest.raises(ConfigError, match="it was called"):
+        cli._demo(cli._parser().parse_args(["demo", "--out", str(tmp_path / "out"), *options.split()]))
