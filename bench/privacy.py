@@ -6,6 +6,7 @@ a whole silo in a sum, against the largest update that there can be.
 
 newsgroups    the demo's data: some 870 texts a silo, of twenty classes
 reuters       1,500 texts a silo, of eight
+films         3,000 sentences a silo, of two
 
     OUT/DATA/rows/ROW/    each row's configurations and logs
     JSON                  for each DATA and row its metrics, seconds, commit and machine; and that table
@@ -22,7 +23,7 @@ from typing import Any
 
 from bench.measure import provenance
 from fedpft.command import run_command
-from fedpft.demo import corpora
+from fedpft.demo import corpora, movies
 from fedpft.demo.run import DELTA, NEWS, QUICK, SECURE, Settings, run_demo
 from fedpft.privacy.accounting import noise_for
 
@@ -36,7 +37,12 @@ REUTERS = replace(
     ),
     private={**NEWS.private, "batch": 750},
 )
-DATA = {"newsgroups": NEWS, "reuters": REUTERS}
+FILMS = replace(
+    NEWS,
+    prepare=partial(movies.prepare, sentences=9000, test_sentences=1000, public_sentences=4000, concentration=100.0),
+    private={**NEWS.private, "batch": 1500},
+)
+DATA = {"newsgroups": NEWS, "reuters": REUTERS, "films": FILMS}
 
 
 def rows(training: Settings) -> dict[str, Settings]:
