@@ -40,7 +40,7 @@ help:
 
 install: $(STAMP)
 
-demo: $(STAMP) $(if $(filter --news --quick --private,$(DEMO_ARGS)),,$(MOVIES_STAMP))
+demo: $(STAMP) $(if $(filter --lm --news --quick --private,$(DEMO_ARGS)),,$(MOVIES_STAMP))
 	$(BIN)/fedpft demo $(DEMO_ARGS)
 
 demo-lm: $(STAMP)
