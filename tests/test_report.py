@@ -47,6 +47,7 @@ SUMMARY: dict[str, Any] = {
     "seed": 0,
     "config": {"proxy": {"neurons": "<hidden>"}},
 }
+UNTESTED = SUMMARY | {"metrics": {}}  # without test data there are no rows, and no drawing of them
 COMPARED = {"full_model": {"accuracy": 0.58, "macro_f1": 0.57}, "layer_drop": {"accuracy": 0.53, "macro_f1": 0.52}}
 CURVES: dict[str, Any] = {
     "distillation": [{"stage": "layer-level", "loss": [0.3, 0.2, 0.1]}, {"stage": "round 2", "loss": [0.1, 0.08]}],
@@ -109,6 +110,13 @@ def test_what_plugging_in_is_worth_stands_below_the_table(
     assert sentence in format_table(summary).splitlines()[-1]
     assert sentence.split(" (")[0].replace("'", "&#x27;") in page(tmp_path, summary, {})
     assert "beside the tuned" not in page(tmp_path, {**summary, "gain": None}, {})
+
+
+def test_rows_are_drawn_by_round_or_else_beside_each_other(tmp_path: Path) -> None:
+    bars, lines = "Bar chart of test accuracy: plugged_in 57.1%", "Line chart of test accuracy by round"
+    by_round, without = page(tmp_path, SUMMARY, CURVES), page(tmp_path, SUMMARY, {**CURVES, "rounds": []})
+    assert (lines in by_round, bars in by_round) == (True, False)
+    assert (lines in without, bars in without) == (False, True)
 
 
 def test_the_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
@@ -188,7 +196,7 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", [*CURVES, "all"])
 def test_a_missing_curve_leaves_no_empty_figure(tmp_path: Path, missing: str) -> None:
     curves = {} if missing == "all" else {name: curve for name, curve in CURVES.items() if name != missing}
-    html = page(tmp_path, SUMMARY, curves)
+    html = page(tmp_path, UNTESTED, curves)
     assert len(drawings(html)) == html.count("<figure>") == len(curves)
 
 
@@ -200,7 +208,7 @@ def test_empty_curves_leave_no_figure(tmp_path: Path) -> None:
         "rounds": [{"round": 1, "proxy": None, "plugged_in": None}],
         "split": {"labels": [], "silos": {}},
     }
-    assert drawings(page(tmp_path, SUMMARY, curves)) == []
+    assert drawings(page(tmp_path, UNTESTED, curves)) == []
 
 
 def test_one_stage_and_one_step_are_drawn(tmp_path: Path) -> None:
@@ -209,7 +217,7 @@ def test_one_stage_and_one_step_are_drawn(tmp_path: Path) -> None:
         "alignment": {"layers": [1], "stages": [{"stage": "as cut", "hidden_error": [0.1]}]},
         "rounds": [{"round": 1, "proxy": 0.2}],
     }
-    assert len(drawings(page(tmp_path, SUMMARY, curves))) == 3
+    assert len(drawings(page(tmp_path, UNTESTED, curves))) == 3
 
 
 def cells(drawing: str) -> int:
@@ -220,14 +228,14 @@ def cells(drawing: str) -> int:
 
 def test_the_refinement_after_plug_in_is_drawn_beside_the_distillations(tmp_path: Path) -> None:
     curves = CURVES | {"refinement": {"layer_scales": [1.0, 0.9], "loss": [0.5, 0.25]}}
-    html = page(tmp_path, SUMMARY, curves)
+    html = page(tmp_path, UNTESTED, curves)
     assert "refinement from 0.5 to 0.25" in html
     assert "refinement after plug-in" in html
     assert "refinement" not in page(tmp_path, SUMMARY, CURVES | {"refinement": {"layer_scales": [], "loss": []}})
 
 
 def test_a_small_split_is_drawn_with_every_count_and_name(tmp_path: Path) -> None:
-    (drawing,) = drawings(page(tmp_path, SUMMARY, {"split": CURVES["split"]}))
+    (drawing,) = drawings(page(tmp_path, UNTESTED, {"split": CURVES["split"]}))
     texts = [unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawing)]
     for shown in ("north", "south", "sport", "$x$ <b>", "120", "31", "151", "60% to 100%"):
         assert shown in texts, shown
@@ -241,7 +249,7 @@ def test_a_large_split_is_drawn_up_to_120_silos_in_order_of_size(
 ) -> None:
     counts = {f"silo {silo}": [silo + 1] * max(1, labels) for silo in range(silos)}
     split = {"labels": [f"label {label}" for label in range(labels)], "silos": counts}
-    html = page(tmp_path, SUMMARY, {"split": split})
+    html = page(tmp_path, UNTESTED, {"split": split})
     (drawing,) = drawings(html)
     assert cells(drawing) == shown * labels
     bars = re.findall(r'<path d="M \S+ (\S+) \nL \S+ \S+ \nL \S+ (\S+) [^"]*"[^>]*style="fill: var\(--third\)', drawing)
@@ -256,7 +264,7 @@ def test_a_large_split_is_drawn_up_to_120_silos_in_order_of_size(
 def test_the_rarest_of_very_many_labels_are_drawn_as_one(tmp_path: Path) -> None:
     names = [f"label {label}" for label in range(102)]
     split = {"labels": names, "silos": {"a": list(range(1, 103)), "b": [0] * 101 + [5]}}
-    (drawing,) = drawings(page(tmp_path, SUMMARY, {"split": split}))
+    (drawing,) = drawings(page(tmp_path, UNTESTED, {"split": split}))
     assert [name in drawing for name in ("label 73<", "label 72<", "73 others<")] == [True, False, True]
     assert f">{sum(range(1, 74))}<" in drawing
     assert cells(drawing) == 30 + 1
@@ -268,7 +276,7 @@ def test_names_of_any_letters_are_drawn_without_a_word(tmp_path: Path) -> None:
     split = {"labels": ["\u8d1f\u9762", "a\x01b", "$\\x^{"], "silos": {long: [1, 2, 3], "$b_$": [1, 0, 0]}}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (drawing,) = drawings(page(tmp_path, SUMMARY, {"split": split}))
+        (drawing,) = drawings(page(tmp_path, UNTESTED, {"split": split}))
     for shown in ("\u8d1f\u9762<", ">ab<", "$\\x^{<", "a-silo-of\u2026coast-07<", "$b_$<"):
         assert shown in drawing, shown
 

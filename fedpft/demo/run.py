@@ -69,7 +69,7 @@ MOVIES = Scale(
         "distillation": {"closed_form_samples": 192},
         "alignment": {"every_rounds": 2, "steps": 4, "batch": 16, "learning_rate": 6e-4},
         "training": {"rounds": 4, "local_epochs": 0.75, "batch": 8, "learning_rate": 8e-4},
-        "evaluation": {"samples_per_round": 120, "gap_samples": 0},
+        "evaluation": {"every_rounds": 0, "gap_samples": 0},
         "model": {"max_tokens": 32},
     },
     layer_drop_steps=30,

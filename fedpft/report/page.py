@@ -231,18 +231,19 @@ def _sections(summary: Mapping[str, Any], curves: Mapping[str, Any]) -> list[str
     found, metric = _headlines(summary), TASKS[summary["task"]].headline
     alignment, saliency = curves.get("alignment", {}), curves.get("saliency_kept", {})
     parameters, traffic, seconds = (summary.get(key, {}) for key in ("parameters", "bytes", "seconds"))
-    compared = found if found.keys() - set(ALWAYS) else {}
     refined = {"stage": "refinement", "loss": curves.get("refinement", {}).get("loss", [])}
     reference = {name: found[name] for name in ("zero_shot", "head_only", *BASELINES) if name in found}
+    by_round = figures.score_by_round(curves.get("rounds", []), reference, metric)
+    compared = found if found.keys() - set(ALWAYS) or not by_round else {}
     measured = [f"{each.title}#" for each in _metrics(summary)]
     sections = [
         _table("Result", ["row", *measured, "meaning"], _metric_rows(summary), strong="plugged_in"),
         _figure(
             figures.rows_compared(compared, metric),
-            f"Test {metric.title} of every row, each the same federation otherwise{_which_is_better(metric)}.",
+            f"Test {metric.title} of every row{_which_is_better(metric)}.",
         ),
         _figure(
-            figures.score_by_round(curves.get("rounds", []), reference, metric),
+            by_round,
             f"Test {metric.title} {_between_rounds(summary)}, of the tuned proxy and of the FM with the same "
             f"adapter{_which_is_better(metric)}.",
         ),
