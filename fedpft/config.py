@@ -1018,6 +1018,12 @@ class LimitsSection(Section):
         description="Share of each compressed layer's neurons that this silo loads of the proxy: those that matter "
         "most. The adapter is the same and counts as any other. Takes effect at the silo's next start.",
     )
+    memory_gib: float | None = Field(
+        None,
+        gt=0.0,
+        description="In place of `width`: memory for the proxy's frozen weights. `width` is then the largest multiple "
+        "of 1/16 with which they fit, and the silo's log says it.",
+    )
     checkpointing: bool = Field(
         False,
         description="Keep only the input of each layer for the backward pass and compute the layer again there: far "
@@ -1042,8 +1048,12 @@ class LimitsSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "LimitsSection":
-        if self.sharded and self.width < 1.0:
-            raise ValueError("sharded does not go with width: leave one of them out")
+        if self.memory_gib is not None and self.width < 1.0:
+            raise ValueError("memory_gib chooses width: leave one of them out")
+        if self.memory_gib is not None and self.weights != "full":
+            raise ValueError("memory_gib does not go with weights in few bits: set width by hand")
+        if self.sharded and (self.width < 1.0 or self.memory_gib is not None):
+            raise ValueError("sharded does not go with width or memory_gib: leave one of them out")
         if self.sharded and self.weights != "full":
             raise ValueError("sharded does not go with weights in few bits: leave one of them out")
         return self

@@ -14,8 +14,9 @@ from torch import Tensor
 from fedpft.config import AdapterSection, LimitsSection, RoundSettings, SimulationConfig, TrainingSection
 from fedpft.demo.run import run_federation
 from fedpft.errors import ModelError
+from fedpft.model.adapters import frozen_state
 from fedpft.model.subffn import NEURON_PARAMETERS, sub_ffns
-from fedpft.proxy.bundle import Proxy, apply_patch, load_proxy, of_part, of_whole, patch, save_bundle
+from fedpft.proxy.bundle import Proxy, apply_patch, load_proxy, of_part, of_whole, patch, save_bundle, width_within
 from fedpft.proxy.cut import cut
 from fedpft.proxy.selection import select
 from fedpft.proxy.updating import apoz
@@ -112,6 +113,47 @@ def test_what_a_narrow_silo_counts_counts_for_what_it_has(make_fm: FM, tmp_path:
         expected[places] = torch.tensor([7, 8, 9], dtype=torch.float64) / 12
         assert torch.equal(shares[layer], expected)
         assert apoz([found])[layer].count_nonzero() == 3  # nothing is known of the others
+
+
+@each_form
+def test_as_many_neurons_as_fit_into_the_memory_allowed(model_type: str, make_fm: FM, tmp_path: Path) -> None:
+    written(make_fm(model_type), model_type, tmp_path)
+
+    def taken(width: float) -> int:
+        return sum(tensor.nbytes for tensor in frozen_state(load_proxy(tmp_path, width=width).model).values())
+
+    bytes_of = [taken(sixteenths / 16) for sixteenths in range(1, 17)]
+    assert len(set(bytes_of)) == K  # several widths have the same neurons
+    for room in bytes_of:
+        assert taken(width_within(tmp_path, room)) == room
+        if room > bytes_of[0]:
+            assert taken(width_within(tmp_path, room - 1)) == max(less for less in bytes_of if less < room)
+    assert width_within(tmp_path, 2**40) == 1.0
+    with pytest.raises(ModelError, match=r"limits\.memory_gib: .* with a sixteenth of its neurons") as caught:
+        width_within(tmp_path, bytes_of[0] - 1)
+    assert "limits.weights" in caught.value.remedy
+
+
+def test_a_silo_takes_what_fits(make_fm: FM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(make_fm("bert"), "bert", tmp_path)
+    half = load_proxy(tmp_path, width=0.5)
+    room = sum(tensor.nbytes for tensor in frozen_state(half.model).values()) / 2**30
+    settings = RoundSettings(seed=0, adapter=AdapterSection(), training=TrainingSection(), inactive_below=0.0)
+    with caplog.at_level("INFO"):
+        learner = Learner(tmp_path, settings, "cpu", LimitsSection(memory_gib=room))
+    assert learner.proxy.loaded_neurons == half.loaded_neurons
+    assert "limits.memory_gib" in caplog.text
+    whole = Learner(tmp_path, settings, "cpu", LimitsSection(memory_gib=1.0))
+    assert not whole.proxy.held
+    with_ffn = settings.model_copy(update={"adapter": AdapterSection(ffn=True)})
+    with pytest.raises(ModelError, match=r"limits\.memory_gib: the federation trains LoRA on the FFN"):
+        Learner(tmp_path, with_ffn, "cpu", LimitsSection(memory_gib=room))
+
+
+@pytest.mark.parametrize("other", [{"width": 0.5}, {"weights": "int8"}, {"sharded": True}], ids=str)
+def test_memory_goes_with_nothing_that_it_would_have_to_know_of(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="memory_gib"):
+        LimitsSection(memory_gib=1.0, **other)
 
 
 def test_a_mixture_has_no_parts(make_fm: FM, tmp_path: Path) -> None:

@@ -123,20 +123,11 @@ def load_proxy(
     if work is not None:
         files = [Path(shutil.copy(file, work)) for file in files]
     try:
-        description = json.loads((directory / "proxy.json").read_text(encoding="utf-8"))
-        if description["format"] != _FORMAT:
-            raise ModelError(
-                f"{directory}: proxy format {description['format']}", "install the server's fedpft version"
-            )
+        description = _described(directory)
         counts, task = description["neurons"], description["task"]
         parts = _parts(directory, width)
         sent = tuple(counts) if parts else ()
-        counts = [len(parts.get(layer, range(count))) for layer, count in enumerate(counts)]
-        model = loading.empty_model(directory, task, len(counts))
-        for layer, count in zip(architectures.layers_of(model), counts, strict=True):
-            replace_ffn(model, layer, torch.arange(count // len(projections(model, layer))))
-        model.trained_modules = tuple(description["trained"])  # type: ignore[assignment]
-        hold_wide(model, architectures.head_of(model))
+        model = _empty(directory, description, parts)
         expected = frozen_state(model)
         modules = list(sub_ffns(model))
         held_neurons = {modules[layer]: places for layer, places in parts.items()}
@@ -162,17 +153,63 @@ def load_proxy(
             raise ValueError(f"{odd[0]} is {tensors[odd[0]].dtype}, not {expected[odd[0]].dtype}")
         # `assign`: the model has no parameters of its own so far. Second names of what is shared are not in the file.
         model.load_state_dict(tensors, strict=False, assign=True)
-        model.tie_weights()  # type: ignore[operator]
+        model.tie_weights()
         if work is not None:
             hold_on_disk(model, held)
         elif on_disk:
-            model.held = held  # type: ignore[assignment]
+            model.held = held
         check_finite(model, f"the proxy in {directory}")
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
         processor = loading.load_processor(directory, task)
         return Proxy(model, processor, task, labels, description["max_tokens"], compressed, held_neurons, sent)
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise _no_proxy(directory, loading.first_line(error)) from None
+
+
+def width_within(directory: Path, room: int) -> float:
+    """The width with which the proxy's frozen weights take no more than `room` bytes; a multiple of 1/16.
+
+    Raises:
+        ModelError: there is no proxy, it cannot be had in part, or not even 1/16 of its neurons are so little.
+    """
+    try:
+        model = _empty(directory, _described(directory), {})
+        sizes = {name: tensor.nbytes for name, tensor in frozen_state(model).items()}
+        total, ffns = sum(sizes.values()), list(sub_ffns(model).items())
+        for sixteenths in range(16, 0, -1):
+            taken = total
+            for layer, places in _parts(directory, sixteenths / 16).items():
+                module, ffn = ffns[layer]
+                whole = sum(sizes.get(f"{module}.{part}", 0) for part in NEURON_PARAMETERS)
+                taken -= whole * (ffn.neurons - len(places)) // ffn.neurons
+            if taken <= room:
+                return sixteenths / 16
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _no_proxy(directory, loading.first_line(error)) from None
+    raise ModelError(
+        f"limits.memory_gib: the proxy's weights take {total / 2**30:.3g} GiB, and {taken / 2**30:.3g} GiB with a "
+        f"sixteenth of its neurons, not {room / 2**30:.3g}",
+        "allow more, or hold them in few bits with limits.weights in its place",
+    )
+
+
+def _described(directory: Path) -> dict[str, Any]:
+    """proxy.json, of this format."""
+    description: dict[str, Any] = json.loads((directory / "proxy.json").read_text(encoding="utf-8"))
+    if description["format"] != _FORMAT:
+        raise ModelError(f"{directory}: proxy format {description['format']}", "install the server's fedpft version")
+    return description
+
+
+def _empty(directory: Path, description: Mapping[str, Any], parts: Mapping[int, Tensor]) -> Any:
+    """The proxy's model without weights, with these neurons of some layers and all of the others."""
+    counts = [len(parts.get(layer, range(count))) for layer, count in enumerate(description["neurons"])]
+    model = loading.empty_model(directory, description["task"], len(counts))
+    for layer, count in zip(architectures.layers_of(model), counts, strict=True):
+        replace_ffn(model, layer, torch.arange(count // len(projections(model, layer))))
+    model.trained_modules = tuple(description["trained"])  # type: ignore[assignment]
+    hold_wide(model, architectures.head_of(model))
+    return model
 
 
 def _no_proxy(directory: Path, why: str) -> ModelError:
@@ -186,7 +223,8 @@ def _parts(directory: Path, width: float) -> dict[int, Tensor]:
     if not (directory / TURNS).exists():
         raise ModelError(
             f"{directory}: the proxy cannot be had in part (it has no {TURNS})",
-            "leave limits.width out; a mixture of experts, whole layers, or a proxy of an earlier version has no parts",
+            "leave limits.width and limits.memory_gib out; a mixture of experts, whole layers, or a proxy of an "
+            "earlier version has no parts",
         )
     turns = load_file(directory / TURNS)
     return {

@@ -19,7 +19,7 @@ from fedpft.model.precision import dtype_of
 from fedpft.model.quantized import dense_bytes, held_bytes
 from fedpft.model.sharding import shard
 from fedpft.parallel import ALONE, Ranks
-from fedpft.proxy.bundle import apply_patch, load_proxy, of_part, of_whole
+from fedpft.proxy.bundle import apply_patch, load_proxy, of_part, of_whole, width_within
 from fedpft.silo import data
 from fedpft.silo.budget import Budget
 from fedpft.silo.ondisk import DataOnDisk
@@ -50,10 +50,15 @@ class Learner:
             ConfigError: bitsandbytes is needed, and is not there.
         """
         limits = limits or LimitsSection()
-        if limits.width < 1.0 and settings.adapter.ffn:
+        width = limits.width
+        if limits.memory_gib is not None:
+            width = width_within(bundle, int(limits.memory_gib * 2**30))
+            log.info("limits.memory_gib: %g, with which its width is %g", limits.memory_gib, width)
+        if width < 1.0 and settings.adapter.ffn:
             raise ModelError(
-                "limits.width: the federation trains LoRA on the FFN's neurons too, of which every silo needs all",
-                "leave limits.width out, or have the server set adapter.ffn: false",
+                f"limits.{'width' if limits.memory_gib is None else 'memory_gib'}: the federation trains LoRA on the "
+                "FFN's neurons too, of which every silo needs all",
+                "leave it out, or have the server set adapter.ffn: false",
             )
         if limits.weights != "full" and settings.adapter.ffn and not limits.checkpointing:
             raise ModelError(
@@ -61,9 +66,7 @@ class Learner:
                 "set limits.checkpointing: true, with which only one does at a time, or leave limits.weights out",
             )
         log.info("reading the proxy")
-        self.proxy = load_proxy(
-            bundle, width=limits.width, weights=limits.weights, device=device, on_disk=limits.sharded
-        )
+        self.proxy = load_proxy(bundle, width=width, weights=limits.weights, device=device, on_disk=limits.sharded)
         self.task, self.settings, self.version = TASKS[self.proxy.task], settings, 0
         if limits.weights != "full":
             mebibytes = (each(self.proxy.model.parameters()) / 2**20 for each in (held_bytes, dense_bytes))
