@@ -133,9 +133,18 @@ def test_an_archive_with_a_spoiled_byte_is_named(tmp_path: Path) -> None:
         movies.read(tmp_path, "movies")
 
 
-def test_slices_that_make_no_archive_are_named(tmp_path: Path) -> None:
-    slices = list(write_slices(tmp_path).values())
-    slices[-1].write_bytes(b"")
+@pytest.mark.parametrize("spoiled", [b"", b"mpnet", None], ids=["empty", "other", "a byte of the model"])
+def test_slices_that_make_no_archive_are_named(
+    spoiled: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = write_slices(tmp_path)
+    first, last = written[movies.SLICES[0]], written[movies.SLICES[-1]]
+    if spoiled is None:
+        first.write_bytes(first.read_bytes().replace(b"model_type", b"model_tipe"))
+    else:
+        last.write_bytes(spoiled)
+    monkeypatch.setattr(movies, "installed_file", lambda name, _file, _remedy: written[name])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(DataError, match=r"\.zip\.001 and the slices after it make no archive"):
-        movies.unpack(slices, tmp_path / "made")
-    assert not (tmp_path / "made").exists()
+        movies.model_directory()
+    assert not list((tmp_path / "cache").rglob("all-mpnet*"))

