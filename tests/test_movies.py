@@ -52,6 +52,8 @@ def write_slices(directory: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoData:
+    written = write_slices(tmp_path / "installed")
+    monkeypatch.setattr(movies, "installed_file", lambda name, _file, _remedy: written[name])
     monkeypatch.setattr(movies, "SHARED", tmp_path)
     write_archive(tmp_path, 40)
     return movies.prepare(tmp_path / "out", silos=SILOS, **SIZES, concentration=5.0, seed=0)
@@ -108,7 +110,7 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path: Path, monkeyp
     assert f"--dest {tmp_path} vaderSentiment==0.5" in caught.value.remedy
     monkeypatch.setattr(movies, "SLICES", ["nobody-has-this"])
     with pytest.raises(DataError, match="nobody-has-this is not installed") as caught:
-        movies.model_directory()
+        movies.prepare(tmp_path / "out", silos=SILOS, **SIZES, concentration=5.0, seed=0)
     assert "requirements-movies.txt" in caught.value.remedy
     assert "--news" in caught.value.remedy
 

