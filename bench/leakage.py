@@ -1,6 +1,6 @@
-"""`python -m bench.leakage`: what `fedpft leakage` finds on the demo's federation, and how long that takes.
+"""`python -m bench.leakage`: what `fedpft leakage` finds on the federation of `fedpft demo --news`, and how long that takes.
 
-plain          the demo's settings, silos counting inactive neurons; with the curve over K
+plain          that demo's settings, silos counting inactive neurons; with the curve over K
 same_settings  whole epochs of large batches, as differential privacy wants them, without it
 shifted        the same, but with the loss shifted by the silo's label shares, as in `plain`
 private        as same_settings, at epsilon 8

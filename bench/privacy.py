@@ -4,7 +4,7 @@ Rows of `fedpft demo` with secure aggregation, with differential privacy at seve
 LoRA's factors; and with inactive neurons counted at the silos or by nobody. And, of no federation: the noise that hides
 a whole silo in a sum, against the largest update that there can be.
 
-newsgroups    the demo's data: some 870 texts a silo, of twenty classes
+newsgroups    of `fedpft demo --news`: some 870 texts a silo, of twenty classes
 reuters       1,500 texts a silo, of eight
 films         3,000 sentences a silo, of two
 
