@@ -1,4 +1,4 @@
-"""`python -m bench.leakage`: what `fedpft leakage` finds on the federation of `fedpft demo --news`, and how long that takes.
+"""`python -m bench.leakage`: what `fedpft leakage` finds on `fedpft demo --news`, and how long that takes.
 
 plain          that demo's settings, silos counting inactive neurons; with the curve over K
 same_settings  whole epochs of large batches, as differential privacy wants them, without it
