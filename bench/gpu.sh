@@ -118,7 +118,7 @@ run_step() {
     build) "$PYTHON" setup.py build_ext --inplace ;;
     check) "$PYTHON" -m fedpft.kernels ;;
     tests)
-      mapfile -t files < <(grep -l 'mark\.cuda' tests/test_*.py | grep -v test_sharding)
+      mapfile -t files < <(grep -lE 'mark\.cuda|each_device' tests/test_*.py | grep -v test_sharding)
       "$PYTHON" -m pytest -q -m "cuda and not slow" "${files[@]}"
       ;;
     slow) "$PYTHON" -m pytest -q -m "cuda and slow" tests/test_cuda.py ;;

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import each_device
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,8 +13,6 @@ N, D, E, R = 7, 5, 6, 2
 SCALE = 1.5
 dropouts = pytest.mark.parametrize("dropout", [0.0, 0.4])
 biases = pytest.mark.parametrize("with_bias", [True, False])
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, no_gpu])])
 
 
 def tensors(dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Tensor]:
@@ -29,7 +28,7 @@ def mask(dropout: float, device: str = "cpu") -> Tensor:
     return lora_linear(ones, torch.zeros_like(eye), None, eye, eye, scale=1.0, dropout=dropout)
 
 
-@devices
+@each_device
 @dropouts
 @biases
 def test_values_are_the_formula(dropout: float, with_bias: bool, device: str) -> None:
@@ -42,7 +41,7 @@ def test_values_are_the_formula(dropout: float, with_bias: bool, device: str) ->
     torch.testing.assert_close(found, wanted)
 
 
-@devices
+@each_device
 @dropouts
 @biases
 def test_gradients(dropout: float, with_bias: bool, device: str) -> None:
@@ -69,7 +68,7 @@ def test_transposed_weight_and_batch_dimensions() -> None:
         torch.testing.assert_close(one, other)
 
 
-@devices
+@each_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_dtype_stays_its_own(dtype: torch.dtype, device: str) -> None:
     t = tensors(dtype, device)
@@ -78,7 +77,7 @@ def test_every_dtype_stays_its_own(dtype: torch.dtype, device: str) -> None:
     assert {y.dtype, *(t[name].grad.dtype for name in ("x", "a", "b"))} == {dtype}
 
 
-@devices
+@each_device
 @pytest.mark.parametrize("dropout", [1e-3, 0.1, 0.5, 0.999])
 def test_mask_drops_with_the_given_probability_and_keeps_the_mean(dropout: float, device: str) -> None:
     count = 1 << 20

@@ -10,6 +10,7 @@ import dp_accounting.rdp
 import pytest
 import tiny
 import torch
+from devices import each_device
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -155,15 +156,16 @@ def test_a_gradient_that_is_not_finite_adds_nothing() -> None:
     assert total.noised(0.0, Without(), 1.0)[parameter].tolist() == pytest.approx([0.3, 0.4])
 
 
+@each_device
 @pytest.mark.parametrize("model_type", ["bert", "llama", "vit"])
-def test_without_noise_and_clipping_it_is_the_plain_step(model_type: str, make_fm: FM) -> None:
+def test_without_noise_and_clipping_it_is_the_plain_step(model_type: str, device: str, make_fm: FM) -> None:
     """One step over all samples: the mean of single gradients is that of the batch, whatever its parts."""
     found = []
     for private, most in ((None, 12), (Private(1e6, 1.0, Without()), 12), (Private(1e6, 1.0, Without()), 5)):
         model = adapted(make_fm, model_type)
         start = adapters.extract(model)
         named: dict[str, Any] = {"batch": 12, "gradient_clip": 1e6, "adam_epsilon": 1e-3, "logit_adjustment": "none"}
-        result = train(model, model_type, private, limits=LimitsSection(max_batch=most), **named)
+        result = train(model.to(device), model_type, private, limits=LimitsSection(max_batch=most), **named)
         assert result.samples == 12
         found.append({name: value - start[name] for name, value in result.adapter.items()})
     for name, wanted in found[0].items():

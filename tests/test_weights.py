@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import tiny
 import torch
+from devices import each_device
 from safetensors.torch import load_file, save_file
 from test_training import settings, train
 from test_width import settings_of, written
@@ -59,13 +60,14 @@ def largest_of_blocks(weight: Tensor) -> Tensor:
 @each_form
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 192, 576])
 @pytest.mark.parametrize("dtype", SLACK)
-def test_each_value_is_the_nearest_that_there_is(form: FewBits, columns: int, dtype: torch.dtype) -> None:
+@each_device
+def test_each_value_is_the_nearest_that_there_is(form: FewBits, columns: int, dtype: torch.dtype, device: str) -> None:
     weight = matrix(9, columns).to(dtype)
-    held = quantized(weight, form)
+    held = quantized(weight.to(device), form)
     assert (held.shape, held.dtype) == (weight.shape, dtype)
     share = weight.float() / largest_of_blocks(weight.float())
     nearest = (share[..., None] - LEVELS[form]).abs().amin(-1)
-    found = (held.dense().float() - weight.float()).abs() / largest_of_blocks(weight.float())
+    found = (held.dense().cpu().float() - weight.float()).abs() / largest_of_blocks(weight.float())
     assert (found - nearest).max() < SLACK[dtype]
 
 
@@ -202,13 +204,16 @@ def test_training_is_that_on_the_coarse_values(form: FewBits, model_type: str, m
         assert tiny.changed(found[0].inactivity or {}, other.inactivity or {}) == set()
 
 
+@each_device
 @pytest.mark.parametrize("model_type", ["bert", "llama", "vit"])
-def test_gradients_are_near_those_on_the_full_weights(model_type: str, make_fm: FM, tmp_path: Path) -> None:
+def test_gradients_are_near_those_on_the_full_weights(
+    model_type: str, device: str, make_fm: FM, tmp_path: Path
+) -> None:
     written(make_fm(model_type), model_type, tmp_path)
     wanted, gradients = settings(), {}
-    batch = tiny.dataset(model_type, 16).batch(torch.arange(16))
+    batch = {name: each.to(device) for name, each in tiny.dataset(model_type, 16).batch(torch.arange(16)).items()}
     for form in ("full", *FORMS):
-        model = with_adapter(load_proxy(tmp_path, weights=form), wanted)
+        model = with_adapter(load_proxy(tmp_path, weights=form, device=device), wanted).to(device)
         with adapters.training(model, 0.0):
             model(**batch).loss.backward()
         parts = [each.grad.flatten() for name, each in model.named_parameters() if ".lora_" in name]

@@ -1,0 +1,7 @@
+"""Tests that run on a CPU everywhere, and on a GPU with `-m cuda`."""
+
+import pytest
+import torch
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, no_gpu])])
