@@ -130,10 +130,12 @@ def _status(pid: int) -> tuple[dict[str, int], int]:
     return found, int(read[1]) if read else 0
 
 
-def write_checkpoint(directory: Path, *, layers: int, hidden: int, ffn: int) -> int:
-    """A LLaMA of random weights with a tokenizer of WORDS words, shard by shard; returns its bytes."""
+def write_checkpoint(
+    directory: Path, *, layers: int, hidden: int, ffn: int, words: int = WORDS, device: str = "cpu"
+) -> int:
+    """A LLaMA of random weights, drawn on a device, with a tokenizer of so many words; returns its bytes."""
     config = transformers.LlamaConfig(
-        vocab_size=WORDS + 2,
+        vocab_size=words + 2,
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=layers,
@@ -144,7 +146,7 @@ def write_checkpoint(directory: Path, *, layers: int, hidden: int, ffn: int) -> 
     )
     with torch.device("meta"):
         model: Any = transformers.LlamaForCausalLM(config)
-    shards, generator = Shards(directory), torch.Generator().manual_seed(0)
+    shards, generator = Shards(directory), torch.Generator(device).manual_seed(0)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
         parts.setdefault(name.split(".")[2] if ".layers." in name else "", {})[name] = tensor
@@ -154,7 +156,7 @@ def write_checkpoint(directory: Path, *, layers: int, hidden: int, ffn: int) -> 
     shards.finish()
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)
-    vocabulary = {"[PAD]": 0, "[UNK]": 1} | {f"w{number}": number + 2 for number in range(WORDS)}
+    vocabulary = {"[PAD]": 0, "[UNK]": 1} | {f"w{number}": number + 2 for number in range(words)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -167,7 +169,8 @@ def write_checkpoint(directory: Path, *, layers: int, hidden: int, ffn: int) -> 
 def _drawn(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     if "norm" in name:
         return torch.ones(like.shape, dtype=torch.bfloat16)
-    return torch.empty(like.shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+    drawn = torch.empty(like.shape, dtype=torch.bfloat16, device=generator.device)
+    return drawn.normal_(std=0.02, generator=generator).cpu()
 
 
 def write_data(directory: Path, rows: Mapping[str, int]) -> None:
@@ -228,33 +231,40 @@ def started(side: str, directory: Path, watched: Watched, *command: str) -> Iter
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measures, and writes OUT/large.json."""
+    """Measures, and writes OUT/large.json, or what it is called of the build alone or on a GPU."""
     work: Path = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work / "out", ignore_errors=True)
     shutil.rmtree(work / "silo", ignore_errors=True)
     if not (work / "fm" / "tokenizer.json").exists():
         log.info("writing the checkpoint")
-        write_checkpoint(work / "fm", layers=arguments.layers, hidden=arguments.hidden, ffn=arguments.ffn)
+        shape = {name: getattr(arguments, name) for name in ("layers", "hidden", "ffn", "words", "device")}
+        write_checkpoint(work / "fm", **shape)
     size = sum(file.stat().st_size for file in (work / "fm").glob("*.safetensors"))
     write_data(work, {"public": arguments.rows, "north": 8, "test": 8})
     write_settings(work, rows=arguments.rows, neurons=arguments.neurons, port=arguments.port, device=arguments.device)
     server, silo = Watched(arguments.device), Watched()
-    with started("server", work, server) as owners, started("silo", work, silo):
-        owners.join()
+    if arguments.build:
+        build(work, server)
+    else:
+        with started("server", work, server) as owners, started("silo", work, silo):
+            owners.join()
     proxy = sum(file.stat().st_size for file in (work / "out" / "proxy" / "bundle").glob("*.safetensors"))
     found = {
         "checkpoint_bytes": size,
         "proxy_bytes": proxy,
         "layer_bytes": max(file.stat().st_size for file in (work / "fm").glob("*.safetensors")),
-        "shape": {name: getattr(arguments, name) for name in ("layers", "hidden", "ffn", "neurons", "rows")},
+        "shape": {name: getattr(arguments, name) for name in ("layers", "hidden", "ffn", "words", "neurons", "rows")},
         "server": [asdict(phase) for phase in server.phases],
         "silo": [asdict(phase) for phase in silo.phases],
-        "metrics": json.loads((work / "out" / "summary.json").read_text(encoding="utf-8"))["metrics"],
         "provenance": provenance(arguments.device),
     }
-    name = "large.json" if arguments.device == "cpu" else "large-cuda.json"
-    atomic.write_text(arguments.out / name, json.dumps(found, indent=1) + "\n")
+    if not arguments.build:
+        found["metrics"] = json.loads((work / "out" / "summary.json").read_text(encoding="utf-8"))["metrics"]
+    name = "-".join(
+        ["large", *(["build"] if arguments.build else []), *(["cuda"] if arguments.device != "cpu" else [])]
+    )
+    atomic.write_text(arguments.out / f"{name}.json", json.dumps(found, indent=1) + "\n")
     print(markdown(found))
     if not arguments.keep:
         shutil.rmtree(work)
@@ -262,6 +272,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 BASE = {"layers": 8, "hidden": 512, "ffn": 2048, "rows": 64}
 BUILD = "import sys; from fedpft.cli import main; sys.exit(main())"
+
+
+def build(work: Path, watched: Watched) -> None:
+    """The proxy alone, as `fedpft build-proxy` builds it."""
+    command = ("-c", BUILD, "build-proxy", "--config", str(work / "server.yaml"))
+    with started("build-proxy", work, watched, *command) as thread:
+        thread.join()
 
 
 def grow(arguments: argparse.Namespace) -> None:
@@ -278,9 +295,7 @@ def grow(arguments: argparse.Namespace) -> None:
         write_settings(work, rows=shape["rows"], neurons=shape["ffn"] // 4, port=arguments.port)
         reading = _seconds_to_read(work / "fm")
         watched = Watched()
-        command = ("-c", BUILD, "build-proxy", "--config", str(work / "server.yaml"))
-        with started("build-proxy", work, watched, *command) as thread:
-            thread.join()
+        build(work, watched)
         phases = [phase for phase in watched.phases if phase.name != "start"]
         rows.append(
             {
@@ -369,12 +384,14 @@ def main() -> int:
     add("--hidden", type=int, default=4096, help="default: %(default)s")
     add("--ffn", type=int, default=11008, help="default: %(default)s")
     add("--neurons", type=int, default=2048, help="K; default: %(default)s")
+    add("--words", type=int, default=WORDS, help="of the vocabulary; default: %(default)s")
     add("--rows", type=int, default=32, help="public rows of 25 tokens that are looked at; default: %(default)s")
     add("--port", type=int, default=50551)
     add("--device", default="cpu", help="where the server computes; default: %(default)s")
     add("--out", type=Path, default=Path("bench/results"), help="default: %(default)s")
     add("--work", type=Path, default=Path("large-out"), help="default: %(default)s")
     add("--keep", action="store_true", help="leave WORK there; what lies there is used again")
+    add("--build", action="store_true", help="build the proxy, and no more: OUT/large-build.json")
     add("--growth", action="store_true", help="how seconds and memory grow with each size")
     arguments = parser.parse_args()
     return run_command(lambda: (grow if arguments.growth else run)(arguments))

@@ -90,6 +90,12 @@ OURS = {
     "fedpft, int4, packed": LimitsSection(weights="int4"),
 }
 PLAIN = "Trainer + peft"
+# The Trainer's name for it, the newer first.
+SPARING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in transformers.TrainingArguments.__dataclass_fields__
+)
 THEIRS = (PLAIN, f"{PLAIN}, checkpointing", f"{PLAIN}, packed")
 # float32 rounding through some steps; AdamW's first steps divide by the size of a gradient, however small it is
 TOLERANCES = {"loss": 1e-4, "adapter": 0.02}
@@ -168,8 +174,7 @@ class TheirSteps:
             learning_rate=training.learning_rate,
             num_train_epochs=1,
             train_sampling_strategy="sequential",
-            activation_checkpointing=checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+            **({SPARING: True, f"{SPARING}_kwargs": {"use_reentrant": False}} if checkpointing else {}),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
