@@ -265,9 +265,11 @@ def _side_by_side(parts: list[tuple[float, int]], steps: list[tuple[float, int]]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def measure_silo(cases: dict[str, Case], device: str, turns: int, clock: str) -> dict[str, Any]:
-    """The part's results: for each case how far the loops come apart, and a row for each loop."""
-    differences, rows = {}, {}
+def measure_silo(cases: dict[str, Case], device: str, turns: int, clock: str) -> Iterator[dict[str, Any]]:
+    """The part's results after each case: how far its loops come apart, and a row for each loop."""
+    shapes = {key: asdict(case) for key, case in cases.items()}
+    differences: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for key, case in cases.items():
         with tempfile.TemporaryDirectory(prefix="fedpft-bench-") as place:
             directory = Path(place)
@@ -289,8 +291,7 @@ def measure_silo(cases: dict[str, Case], device: str, turns: int, clock: str) ->
                 "weights_bytes": weights[name],
                 "peak_bytes": peaks[name],
             }
-    shapes = {key: asdict(case) for key, case in cases.items()}
-    return {"clock": clock, "cases": shapes, "differences": differences, "rows": rows}
+        yield {"clock": clock, "cases": shapes, "differences": differences, "rows": rows}
 
 
 def silo_table(found: dict[str, Any]) -> str:
@@ -375,8 +376,8 @@ def _the_row(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 # --- all parts --------------------------------------------------------------------------------------------------------
 
-# name -> what measures it, and what prints it
-PARTS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
+# name -> what measures it, case by case, and what prints it
+PARTS: dict[str, tuple[Callable[[argparse.Namespace], Iterator[dict[str, Any]]], Callable[[dict[str, Any]], str]]] = {
     "silo": (
         lambda wanted: measure_silo(QUICK if wanted.quick else CASES, wanted.device, wanted.turns, wanted.clock),
         silo_table,
@@ -404,10 +405,11 @@ def main() -> int:
         results = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
         for part in arguments.part:
             measure, table = PARTS[part]
-            results[part] = {**provenance(arguments.device), **measure(arguments)}
+            for found in measure(arguments):
+                results[part] = {**provenance(arguments.device), **found}
+                if path:
+                    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(f"## {part}\n\n{table(results[part])}\n", flush=True)
-            if path:
-                path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     return run_command(command)
 
