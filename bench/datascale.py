@@ -197,14 +197,14 @@ def _processor(case: Case) -> Any:
 
 
 def cases(root: Path, count: int, text_bytes: int, held_bytes: int) -> Iterator[Case]:
-    """Each one's data is made when it is its turn."""
+    """Each one's data is made when it is its turn; of a kind of which there is to be nothing there are none."""
     processors = write_processors(root / "processors")
-    for share in (GROWTH, 1):
+    for share in (GROWTH, 1) if count else ():
         directory = write_images(root / f"images-{share}", count // share)
         for way in _ways("on demand", held=2 * count // share * 3 * PIXELS_SIDE**2 * 4):
             yield Case("image-classification", way, directory, processors["image-classification"], held_bytes)
         shutil.rmtree(directory)
-    for share in (GROWTH, 1):
+    for share in (GROWTH, 1) if text_bytes else ():
         path, cache = write_texts(root / f"{share}.jsonl", text_bytes // share), root / f"{share}.safetensors"
         for way in _ways("tokenised", "found", held=5 * text_bytes // share):
             kept = None if way == "held" else cache
@@ -235,7 +235,9 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
 def main() -> int:
     """Measures, prints the table, and writes it with its provenance."""
     parser = argparse.ArgumentParser(prog="python -m bench.datascale", description=str(__doc__).split("\n")[0])
-    parser.add_argument("--images", type=int, default=20_000, help="of the larger case; the smaller has a quarter")
+    parser.add_argument(
+        "--images", type=int, default=20_000, help="of the larger case; the smaller has a quarter; 0: none"
+    )
     parser.add_argument("--gigabytes", type=float, default=0.4, help="of text, the same")
     parser.add_argument(
         "--held-mib",
@@ -248,14 +250,7 @@ def main() -> int:
 
     def command() -> None:
         found: list[dict[str, Any]] = []
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bench.measure", "transformers"])
-        with tempfile.TemporaryDirectory() as root:
-            texts, held_bytes = int(arguments.gigabytes * 1e9), arguments.held_mib << 20
-            for case in cases(Path(root), arguments.images, texts, held_bytes):
-                with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as child:
-                    found.append(child.submit(measured, case).result())
-                print("\n".join(table(found[-1:])[2 if len(found) > 1 else 0 :]), flush=True)
+        held_bytes = arguments.held_mib << 20
         settings = {
             "image_side": IMAGE_SIDE,
             "pixels_side": PIXELS_SIDE,
@@ -264,7 +259,14 @@ def main() -> int:
             "held_bytes": held_bytes,
         }
         results = {**provenance("cpu"), **settings, "rows": found}
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["bench.measure", "transformers"])
+        with tempfile.TemporaryDirectory() as root:
+            for case in cases(Path(root), arguments.images, int(arguments.gigabytes * 1e9), held_bytes):
+                with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as child:
+                    found.append(child.submit(measured, case).result())
+                print("\n".join(table(found[-1:])[2 if len(found) > 1 else 0 :]), flush=True)
+                arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     return run_command(command)
 

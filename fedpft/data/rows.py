@@ -396,6 +396,7 @@ def _json_rows(
 ) -> Iterator[tuple[tuple[str, ...], Row]]:
     """The rows, each with the roles that the first one has."""
     roles: tuple[str, ...] = ()
+    keys, found = list[str](), dict[str, int]()  # of the row before: as a rule they are those of all rows
     for line, written in enumerate(_text_lines(path, encoding), 1):
         if not written.strip():
             continue
@@ -408,13 +409,13 @@ def _json_rows(
             faults.add(line, "not a JSON object", 'write {"text": ..., "label": ...} on each line')
             continue
         try:
-            found = columns.find([key for key, _ in row])
+            if (there := [key for key, _ in row]) != keys or not found:
+                found = columns.find(there)
+                keys = there
             values = [_plain(row[position][1]) for position in found.values()]
             roles = roles or tuple(found)
             if tuple(found) != roles:
-                raise _Missing(
-                    f"other columns than the rows above: {listed([key for key, _ in row])}", "write the same"
-                )
+                raise _Missing(f"other columns than the rows above: {listed(there)}", "write the same")
         except _Missing as missing:
             faults.add(line, *missing.args)
         else:
