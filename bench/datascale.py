@@ -74,7 +74,7 @@ class Case:
 
 def measured(case: Case) -> dict[str, Any]:
     """Runs a case in this process."""
-    torch.set_num_threads(multiprocessing.cpu_count())
+    torch.set_num_threads(1)  # a batch is small: several wait for each other, for milliseconds where a core is busy
     task, seconds = TASKS[case.task], dict[str, float]()  # type: ignore[index]
     processor = _processor(case)
     rows.HELD_BYTES = 1 << 60 if case.way == "held" else case.held_bytes
@@ -196,15 +196,17 @@ def _processor(case: Case) -> Any:
 # --- all cases --------------------------------------------------------------------------------------------------------
 
 
-def cases(root: Path, count: int, text_bytes: int, held_bytes: int) -> Iterator[Case]:
+def cases(
+    root: Path, count: int, text_bytes: int, held_bytes: int, shares: Sequence[int] = (GROWTH, 1)
+) -> Iterator[Case]:
     """Each one's data is made when it is its turn; of a kind of which there is to be nothing there are none."""
     processors = write_processors(root / "processors")
-    for share in (GROWTH, 1) if count else ():
+    for share in shares if count else ():
         directory = write_images(root / f"images-{share}", count // share)
         for way in _ways("on demand", held=2 * count // share * 3 * PIXELS_SIDE**2 * 4):
             yield Case("image-classification", way, directory, processors["image-classification"], held_bytes)
         shutil.rmtree(directory)
-    for share in (GROWTH, 1) if text_bytes else ():
+    for share in shares if text_bytes else ():
         path, cache = write_texts(root / f"{share}.jsonl", text_bytes // share), root / f"{share}.safetensors"
         for way in _ways("tokenised", "found", held=5 * text_bytes // share):
             kept = None if way == "held" else cache
@@ -245,6 +247,7 @@ def main() -> int:
         default=rows.HELD_BYTES >> 20,
         help="texts, and prepared images, up to this size are held",
     )
+    parser.add_argument("--larger", action="store_true", help="the larger cases alone")
     parser.add_argument("--json", type=Path, default=RESULT)
     arguments = parser.parse_args()
 
@@ -262,7 +265,8 @@ def main() -> int:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["bench.measure", "transformers"])
         with tempfile.TemporaryDirectory() as root:
-            for case in cases(Path(root), arguments.images, int(arguments.gigabytes * 1e9), held_bytes):
+            texts, shares = int(arguments.gigabytes * 1e9), (1,) if arguments.larger else (GROWTH, 1)
+            for case in cases(Path(root), arguments.images, texts, held_bytes, shares):
                 with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as child:
                     found.append(child.submit(measured, case).result())
                 print("\n".join(table(found[-1:])[2 if len(found) > 1 else 0 :]), flush=True)
