@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ SPARING = next(
     if name in transformers.TrainingArguments.__dataclass_fields__
 )
 THEIRS = (PLAIN, f"{PLAIN}, checkpointing", f"{PLAIN}, packed")
+LOOPS = (*OURS, *THEIRS)
 # float32 rounding through some steps; AdamW's first steps divide by the size of a gradient, however small it is
 TOLERANCES = {"loss": 1e-4, "adapter": 0.02}
 
@@ -227,9 +228,12 @@ def prepare_silo(name: str, case: Case, directory: Path, device: str, dropout: f
     return TheirSteps(proxy, device, "checkpointing" in name, "packed" in name)
 
 
-def names_of(case: Case, spared: bool) -> list[str]:
-    """The loops of a case: packed those of language models, theirs with checkpointing where transformers has it."""
-    names = [name for name in (*OURS, *THEIRS) if "packed" not in name or case.task == "causal-lm"]
+def names_of(case: Case, spared: bool, wanted: Sequence[str] = LOOPS) -> list[str]:
+    """Of a case, those that are wanted and what they are compared with.
+
+    Packed are those of language models, theirs has checkpointing where transformers does.
+    """
+    names = [name for name in LOOPS if name in (*wanted, PLAIN) and ("packed" not in name or case.task == "causal-lm")]
     return [name for name in names if spared or name in OURS or "checkpointing" not in name]
 
 
@@ -265,7 +269,9 @@ def _side_by_side(parts: list[tuple[float, int]], steps: list[tuple[float, int]]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def measure_silo(cases: dict[str, Case], device: str, turns: int, clock: str) -> Iterator[dict[str, Any]]:
+def measure_silo(
+    cases: dict[str, Case], device: str, turns: int, clock: str, wanted: Sequence[str] = LOOPS
+) -> Iterator[dict[str, Any]]:
     """The part's results after each case: how far its loops come apart, and a row for each loop."""
     shapes = {key: asdict(case) for key, case in cases.items()}
     differences: dict[str, dict[str, float]] = {}
@@ -274,7 +280,7 @@ def measure_silo(cases: dict[str, Case], device: str, turns: int, clock: str) ->
         with tempfile.TemporaryDirectory(prefix="fedpft-bench-") as place:
             directory = Path(place)
             spared = write_model(case, directory)
-            names = names_of(case, spared)
+            names = names_of(case, spared, wanted)
             for how in ("", ", packed"):
                 if f"fedpft{how}" in names:
                     differences[f"{key}{how}"] = silo_agreement(case, directory, device, how)
@@ -379,7 +385,9 @@ def _the_row(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 # name -> what measures it, case by case, and what prints it
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], Iterator[dict[str, Any]]], Callable[[dict[str, Any]], str]]] = {
     "silo": (
-        lambda wanted: measure_silo(QUICK if wanted.quick else CASES, wanted.device, wanted.turns, wanted.clock),
+        lambda wanted: measure_silo(
+            QUICK if wanted.quick else CASES, wanted.device, wanted.turns, wanted.clock, wanted.loop
+        ),
         silo_table,
     ),
 }
@@ -390,6 +398,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__.split("\n\n")[0])
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--loop", nargs="+", choices=LOOPS, default=LOOPS, help="of --part silo, beside the plain Trainer; default: all"
+    )
     parser.add_argument("--turns", type=int, default=3, help="timed rounds of each loop; default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; default: %(default)s")
     parser.add_argument(

@@ -176,14 +176,17 @@ def width_within(directory: Path, room: int) -> float:
         model = _empty(directory, _described(directory), {})
         sizes = {name: tensor.nbytes for name, tensor in frozen_state(model).items()}
         total, ffns = sum(sizes.values()), list(sub_ffns(model).items())
-        for sixteenths in range(16, 0, -1):
-            taken = total
-            for layer, places in _parts(directory, sixteenths / 16).items():
-                module, ffn = ffns[layer]
-                whole = sum(sizes.get(f"{module}.{part}", 0) for part in NEURON_PARAMETERS)
-                taken -= whole * (ffn.neurons - len(places)) // ffn.neurons
+        if total <= room:
+            return 1.0
+        neurons = list[tuple[int, int]]()  # of each layer that can be had in part, and what they take
+        for layer in _turns(directory):
+            module, ffn = ffns[layer]
+            neurons.append((ffn.neurons, sum(sizes.get(f"{module}.{part}", 0) for part in NEURON_PARAMETERS)))
+        for sixteenths in range(15, 0, -1):
+            width = sixteenths / 16
+            taken = total - sum(whole * (count - _kept(count, width)) // count for count, whole in neurons)
             if taken <= room:
-                return sixteenths / 16
+                return width
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise _no_proxy(directory, loading.first_line(error)) from None
     raise ModelError(
@@ -220,16 +223,24 @@ def _parts(directory: Path, width: float) -> dict[int, Tensor]:
     """Which neurons of the compressed layers a proxy of that width has; nothing if it has all."""
     if width == 1.0:
         return {}
+    return {
+        layer: places[: _kept(len(places), width)].long().sort().values for layer, places in _turns(directory).items()
+    }
+
+
+def _turns(directory: Path) -> dict[int, Tensor]:
+    """For each compressed layer its neurons, those first that matter most."""
     if not (directory / TURNS).exists():
         raise ModelError(
             f"{directory}: the proxy cannot be had in part (it has no {TURNS})",
             "leave limits.width and limits.memory_gib out; a mixture of experts, whole layers, or a proxy of an "
             "earlier version has no parts",
         )
-    turns = load_file(directory / TURNS)
-    return {
-        int(layer): places[: max(1, round(width * len(places)))].long().sort().values for layer, places in turns.items()
-    }
+    return {int(layer): places for layer, places in load_file(directory / TURNS).items()}
+
+
+def _kept(neurons: int, width: float) -> int:
+    return max(1, round(width * neurons))
 
 
 def of_part(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
