@@ -157,10 +157,10 @@ def write_checkpoint(
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)
     vocabulary = {"[PAD]": 0, "[UNK]": 1} | {f"w{number}": number + 2 for number in range(words)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    by_word = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    by_word.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="w0"
+        tokenizer_object=by_word, pad_token="[PAD]", unk_token="[UNK]", eos_token="w0"
     )
     tokenizer.save_pretrained(directory)
     return shards.held.nbytes
@@ -261,10 +261,8 @@ def run(arguments: argparse.Namespace) -> None:
     }
     if not arguments.build:
         found["metrics"] = json.loads((work / "out" / "summary.json").read_text(encoding="utf-8"))["metrics"]
-    name = "-".join(
-        ["large", *(["build"] if arguments.build else []), *(["cuda"] if arguments.device != "cpu" else [])]
-    )
-    atomic.write_text(arguments.out / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    name = f"large{'-build' if arguments.build else ''}{'-cuda' if arguments.device != 'cpu' else ''}.json"
+    atomic.write_text(arguments.out / name, json.dumps(found, indent=1) + "\n")
     print(markdown(found))
     if not arguments.keep:
         shutil.rmtree(work)

@@ -396,7 +396,8 @@ def _json_rows(
 ) -> Iterator[tuple[tuple[str, ...], Row]]:
     """The rows, each with the roles that the first one has."""
     roles: tuple[str, ...] = ()
-    keys, found = list[str](), dict[str, int]()  # of the row before: as a rule they are those of all rows
+    keys: list[str] | None = None  # of the row that was looked at last: as a rule all have the same
+    found: dict[str, int] = {}
     for line, written in enumerate(_text_lines(path, encoding), 1):
         if not written.strip():
             continue
@@ -409,7 +410,7 @@ def _json_rows(
             faults.add(line, "not a JSON object", 'write {"text": ..., "label": ...} on each line')
             continue
         try:
-            if (there := [key for key, _ in row]) != keys or not found:
+            if (there := [key for key, _ in row]) != keys:
                 found = columns.find(there)
                 keys = there
             values = [_plain(row[position][1]) for position in found.values()]
