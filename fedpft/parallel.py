@@ -100,12 +100,25 @@ class Ranks:
                 raise _lost() from error
             raise
 
+    def collect(self, sums: Iterable[Tensor]) -> None:
+        """Adds to rank 0's sums those of the others, in the order of the ranks. In place; the others keep theirs."""
+        for own in sums if self.size > 1 else ():
+            with _together():
+                if self.rank:
+                    dist.send(own, 0)
+                    continue
+                for rank in range(1, self.size):
+                    dist.recv(given := torch.empty_like(own), rank)
+                    own += given
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Gives all ranks the values that rank 0 has. In place."""
         if self.size > 1:
             with _together():
                 for tensor in tensors:
-                    dist.broadcast(tensor.detach(), 0)
+                    dense = tensor.detach().contiguous()  # what travels is memory, in whatever order
+                    dist.broadcast(dense, 0)
+                    tensor.detach().copy_(dense)
 
     def in_order(self, values: Sequence[float], parts: int) -> list[float]:
         """(P,) values of all parts, of which `values` are this rank's."""

@@ -13,8 +13,11 @@ LINES = 5  # log lines a phase, where there is no terminal
 
 @contextmanager
 def progress(title: str, total: int, unit: str = "step") -> Iterator[Callable[..., None]]:
-    """Yields a function to call with (units done, loss) after each, or with (units done) where there is no loss."""
-    if sys.stderr.isatty():
+    """Yields a function to call with (units done, loss) after each, or with (units done) where there is no loss.
+
+    A process that logs warnings alone says nothing of it: another one does.
+    """
+    if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
         with tqdm(total=total, desc=title, leave=False) as bar:
 
             def draw(done: int, loss: float | None = None, /) -> None:

@@ -26,6 +26,7 @@ from fedpft.model.architectures import ARCHITECTURES, layer_outputs, layers_of
 from fedpft.model.mapped import MappedTensors, Shards, copies, held, hold_on_disk
 from fedpft.model.streaming import Visits, at_hand, place, stream
 from fedpft.model.walk import Scratch, keep_states
+from fedpft.parallel import ALONE, Ranks
 from fedpft.proxy.bundle import Proxy, load_proxy, save_bundle
 from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import layer_level
@@ -58,10 +59,13 @@ def made(
     mode: str = "whole",
     place: Callable[..., None] = place,
     seen: Callable[[Any], None] = lambda _: None,
+    most: int | None = None,
+    ranks: Ranks = ALONE,
+    **distillation: Any,
 ) -> tuple[Selection, Proxy]:
     """A distilled proxy of the FM, written to a directory as construction.py writes it."""
     public = tiny.dataset(model_type, 24, labelled=False)
-    selection = select(fm, PROXY, public, seed=0, journal=journal)
+    selection = select(fm, PROXY, public, seed=0, journal=journal, ranks=ranks)
     shards = None if held(fm) is None else Shards(directory)
     model = cut(fm, selection) if shards is None else cut(fm, selection, shards.put)
     if shards is not None:
@@ -69,8 +73,19 @@ def made(
         place(model, "cpu", directory)
         seen(model)
     compressed = tuple(student for student, _ in selection.matched)
-    settings = DISTILLATION.model_copy(update={"steps": steps, "mode": mode, "learning_rate": 0.01})
-    layer_level(model, fm, selection.matched, public, settings, seed=0, progress=lambda *_: None, journal=journal)
+    settings = DISTILLATION.model_copy(update={"steps": steps, "mode": mode, "learning_rate": 0.01} | distillation)
+    layer_level(
+        model,
+        fm,
+        selection.matched,
+        public,
+        settings,
+        seed=0,
+        progress=lambda *_: None,
+        journal=journal,
+        most=most,
+        ranks=ranks,
+    )
     proxy = Proxy(model, tiny.processor(model_type), tiny.task_of(model_type), tiny.LABELS, 12, compressed)
     save_bundle(proxy, directory, shards)
     return selection, proxy

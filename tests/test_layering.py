@@ -70,6 +70,7 @@ ORDER = {
     "privacy": ("masking", "fixedpoint", "shares", "secagg", "noise", "clipping", "accounting", "wholesilo"),
     "proxy": (
         "journal",
+        "parts",
         "closed_form",
         "importance",
         "selection",

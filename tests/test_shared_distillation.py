@@ -16,12 +16,13 @@ import torch.distributed as dist
 import yaml
 from faults import await_
 from safetensors.torch import load_file, save_file
+from test_large import DISTILLATION, load, made, weights
 from test_parallel import RANKS
 from test_run import Digits, digits, server_settings  # noqa: F401  (digits is a fixture)
 from test_sharding import run_ranks
 from torch import Tensor
 
-from fedpft.config import AdapterSection, DistillationSection, Dtype
+from fedpft.config import AdapterSection, DistillationSection, Dtype, ProxySection
 from fedpft.errors import ConfigError
 from fedpft.model.adapters import attach
 from fedpft.model.loading import load_model
@@ -41,6 +42,27 @@ CASES: dict[str, tuple[str, Dtype, dict[str, Any]]] = {
     "bfloat16": ("llama", "bfloat16", {}),
     "mixture": ("mixtral", "auto", {}),
 }
+
+# model type, where the FM is, what is asked for
+MADE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "refitted": ("bert", "memory", {"closed_form_ridge": "held_out"}),
+    "probed": ("gpt2", "memory", {"closed_form_probes": 0.5}),
+    "refitted mixture": ("mixtral", "memory", {}),
+    "images by layer": ("vit", "memory", {"steps": 3, "mode": "layers", "batch": 3}),
+    "from disk": ("llama", "disk", {"steps": 3, "mode": "auto", "weight_term": 0.5}),
+    "then whole": ("bert", "disk", {"steps": 3, "mode": "whole"}),
+    "rank 1 without a part": ("bert", "memory", {"steps": 3, "mode": "layers", "batch": 1}),
+}
+
+
+def constructed(directory: Path, name: str, out: Path, ranks: Ranks, most: int | None) -> dict[str, Tensor]:
+    """Neurons chosen, and all that is distilled."""
+    model_type, hold, others = MADE[name]
+    fm = load(directory / model_type, model_type, hold)
+    attach(fm, AdapterSection(rank=2), seed=0)
+    selection, _ = made(fm, model_type, out, most=most, ranks=ranks, **others)
+    chosen = {f"neurons.{layer}": neurons.contiguous() for layer, neurons in enumerate(selection.neurons)}
+    return weights(out) | chosen | {f"saliency.{n}": each for n, each in enumerate(selection.saliency)}
 
 
 def distilled(directory: Path, name: str, ranks: Ranks, most: int | None) -> dict[str, Tensor]:
@@ -75,13 +97,16 @@ def be_rank(rank: int, directory: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=RANKS)
     for name in CASES:
         save_file(distilled(directory, name, Ranks(rank, RANKS), None), directory / f"{name}-{rank}")
+    for name in MADE:
+        out = directory / f"made by {rank}" / name
+        save_file(constructed(directory, name, out, Ranks(rank, RANKS), None), directory / f"{name}-{rank}")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, fm_directory: Callable[[str], Path]) -> Path:
     directory = tmp_path_factory.mktemp("distilled")
-    for model_type in {case[0] for case in CASES.values()}:
+    for model_type in {case[0] for case in (*CASES.values(), *MADE.values())}:
         (directory / model_type).symlink_to(fm_directory(model_type))
     run_ranks(be_rank, directory, codes=[0] * RANKS)
     return directory
@@ -96,6 +121,25 @@ def test_ranks_distil_what_one_process_with_the_same_parts_distils_bit_for_bit(n
     whole = distilled(done, name, ALONE, None)
     assert tiny.changed(alone, whole) >= {"losses"}  # each part is relative to its own size
     torch.testing.assert_close(alone["losses"], whole["losses"], rtol=0.2, atol=0.0)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("name", MADE)
+def test_ranks_make_the_proxy_of_one_process_with_the_same_parts_but_for_rounding(
+    name: str, done: Path, tmp_path: Path
+) -> None:
+    """Only sums in float64 are added up in another order."""
+    made_by = [load_file(done / f"{name}-{rank}") for rank in range(RANKS)]
+    assert tiny.changed(*made_by) == set()
+    settings = MADE[name][2]
+    most = -(-settings.get("batch", DISTILLATION.batch) // RANKS)
+    alone = constructed(done, name, tmp_path / "alone", ALONE, most)
+    for key, value in alone.items():
+        torch.testing.assert_close(made_by[0][key], value, rtol=1e-4, atol=1e-6)
+    if name.startswith("refitted"):  # else something of each part is relative to its own size
+        whole = constructed(done, name, tmp_path / "whole", ALONE, None)
+        for key, value in alone.items():
+            torch.testing.assert_close(whole[key], value, rtol=1e-4, atol=1e-6)
 
 
 # --- under torchrun ---------------------------------------------------------------------------------------------------
@@ -119,9 +163,15 @@ class Build:
 
 
 @pytest.mark.slow
-def test_after_a_killed_rank_the_same_command_ends_with_the_same_proxy(digits: Digits, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize(("mode", "kept"), [("whole", "distillation"), ("layers", "closed-form-*")])
+def test_after_a_killed_rank_the_same_command_ends_with_the_same_proxy(
+    mode: str,
+    kept: str,
+    digits: Digits,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     settings = server_settings(digits, ("north",)) | {"out": str(tmp_path / "out")}
-    settings["distillation"] = {"steps": 300, "batch": 8, "weight_term": 0.0, "mode": "whole"}
+    settings["distillation"] = {"steps": 300, "batch": 8, "weight_term": 0.0, "mode": mode}
     config = tmp_path / "server.yaml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
 
@@ -129,7 +179,7 @@ def test_after_a_killed_rank_the_same_command_ends_with_the_same_proxy(digits: D
     assert whole.process.wait(600) == 0, whole.log.read_text()
 
     torn = Build(config, tmp_path / "torn")
-    noted = lambda: list(tmp_path.rglob("distillation.safetensors"))  # noqa: E731
+    noted = lambda: list(tmp_path.rglob(f"{kept}.safetensors"))  # noqa: E731
     await_("the first steps to be kept", lambda: noted() or torn.process.poll() is not None)
     os.kill(torn.rank(1), signal.SIGKILL)
     assert torn.process.wait(600) != 0
@@ -141,13 +191,14 @@ def test_after_a_killed_rank_the_same_command_ends_with_the_same_proxy(digits: D
     one, other = (tmp_path / name for name in ("whole", "torn"))
     assert tiny.changed(*(load_file(each / "bundle" / "model.safetensors") for each in (one, other))) == set()
     losses = [json.loads((each / "record.json").read_text(encoding="utf-8"))["losses"] for each in (one, other)]
-    assert len(losses[0]) == 300
+    assert len(losses[0]) == 300  # of one layer, that is compressed
     assert losses[0] == losses[1]
 
 
-def test_without_steps_there_is_nothing_to_share(tmp_path: Path) -> None:
+def test_where_nothing_looks_at_public_data_there_is_nothing_to_share(tmp_path: Path) -> None:
     class Config:
-        distillation = DistillationSection(steps=0)
+        proxy = ProxySection(importance="weights")
+        distillation = DistillationSection(steps=0, closed_form_samples=0)
 
-    with pytest.raises(ConfigError, match="several processes share the steps"):
+    with pytest.raises(ConfigError, match="several processes share what looks at public_data"):
         build_proxy(Config(), None, tmp_path, Ranks(0, RANKS))  # type: ignore[arg-type]

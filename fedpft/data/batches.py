@@ -128,8 +128,13 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """(indices, batch) over the `chosen` samples, (m,) int64 (default: all), in order of length."""
     chosen = torch.arange(len(dataset)) if chosen is None else chosen
-    for indices in dataset.ahead(_split(chosen[dataset.lengths[chosen].argsort(stable=True)], batch)):
+    for indices in dataset.ahead(by_length(dataset, batch, chosen)):
         yield indices, dataset.batch(indices)
+
+
+def by_length(dataset: EncodedDataset, batch: int, chosen: Tensor) -> list[Tensor]:
+    """The `chosen` samples, (m,) int64, in order of length, `batch` at a time."""
+    return _split(chosen[dataset.lengths[chosen].argsort(stable=True)], batch)
 
 
 def _split(indices: Tensor, size: int) -> list[Tensor]:

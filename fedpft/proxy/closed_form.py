@@ -22,7 +22,7 @@ ones, and the weights stay as they were cut.
 public samples halves the hidden-state error before the first step; docs/results.md has the figures.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -32,17 +32,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedpft.data.batches import EncodedDataset, evaluation_batches, sample
+from fedpft.data.batches import EncodedDataset, sample
 from fedpft.errors import DataError, ModelError
 from fedpft.finite import is_finite
 from fedpft.model.adapters import Probes
-from fedpft.model.architectures import architecture_of, is_post_norm, layers_of
+from fedpft.model.architectures import architecture_of, config_of, is_post_norm, layers_of
 from fedpft.model.precision import wide
 from fedpft.model.streaming import at_hand
 from fedpft.model.subffn import SubExperts, SubFFN, sub_ffns
 from fedpft.model.walk import LayerWalk
+from fedpft.parallel import ALONE, Ranks
 from fedpft.progress import progress
 from fedpft.proxy.journal import Found, Journal
+from fedpft.proxy.parts import Part, Parts
 from fedpft.seeding import derive_seed
 
 # r, in units of the mean square of a neuron's value: regression on fewer tokens than neurons stays sane
@@ -65,7 +67,9 @@ def fit_output_projections(
     layers: Sequence[int] | None = None,
     updated: Mapping[int, Tensor] | None = None,
     journal: Journal | None = None,
-    then: "Callable[[int, Sequence[Lot]], None] | None" = None,
+    then: "Callable[[int, Sequence[Lot], Sequence[int]], None] | None" = None,
+    most: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Refits the output projection and bias of every compressed layer, in place, from the first layer to the last.
 
@@ -79,8 +83,12 @@ def fit_output_projections(
         layers: as of :class:`Probes`.
         updated: proxy layer -> (U,) int64 neurons whose output weights are refitted; None: all of them.
         journal: keeps each layer's.
-        then: is given each layer when it is refitted, before the next is looked at, and the batches, whose proxy stands
-            before it and whose FM behind the layer that it is to be like.
+        then: is given each layer when it is refitted, before the next is looked at, this rank's parts of the batches,
+            whose proxy stands before it and whose FM behind the layer that it is to be like, and how many parts each
+            batch has.
+        most: samples that are computed at once; None: all of a batch, or a part for each rank. With probes c is a
+            part's.
+        ranks: that look at the batches together, each with a proxy of its own that becomes the same.
 
     Raises:
         DataError: there is no batch to hold out.
@@ -94,17 +102,18 @@ def fit_output_projections(
     if ridge == "held_out":
         batch = min(batch, max(1, len(chosen) // HELD_OUT))
     moving = Probes(proxy, model, layers) if probes else None
+    parts = Parts(public, chosen, batch, most=most, ranks=ranks)
     with torch.no_grad(), progress("closed form", len(matched), "layer") as report:
         lots = [
-            Lot(proxy, model, LayerWalk(proxy, inputs), LayerWalk(model, inputs), real)
-            for inputs, real in real_inputs(public, chosen, batch, device)
+            Lot(proxy, model, LayerWalk(proxy, part.inputs), LayerWalk(model, part.inputs), part)
+            for part in parts.own(device)
         ]
-        if ridge == "held_out" and len(lots) < 2:
+        if ridge == "held_out" and len(parts.counts) < 2:
             raise DataError(
                 "closed_form_ridge: held_out needs two of closed_form_samples, of which one is held out",
                 "ask for more of them and give public_data the rows, or name a number",
             )
-        fit = _Fit(lots, ridge, moving, probes, seed)
+        fit = _Fit(proxy, model, lots, ridge, moving, probes, seed, ranks)
         for done, (student, teacher) in enumerate(matched, 1):
             layer, ffn = layers_of(proxy)[student], ffns[student]
             own = None if updated is None else updated[student].to(device)
@@ -117,7 +126,7 @@ def fit_output_projections(
                 ffn.add_to_output(weights, solution[-1])
                 if then is not None:
                     fit.bring(student, teacher + 1)
-                    then(student, lots)
+                    then(student, lots, parts.counts)
             report(done)
 
 
@@ -125,47 +134,76 @@ class _Fit:
     """The regression of a layer at a time.
 
     Args:
-        lots: batches on their way, which come along layer by layer.
+        lots: this rank's parts of batches on their way, which come along layer by layer.
         moving, probes, seed: lambda, and what draws the probes, if there are any.
     """
 
-    def __init__(self, lots: "Sequence[Lot]", ridge: Ridge, moving: Probes | None, probes: float, seed: int) -> None:
-        self._lots, self._ridge, self._moving, self._probes, self._seed = lots, ridge, moving, probes, seed
+    def __init__(
+        self,
+        proxy: nn.Module,
+        model: nn.Module,
+        lots: "Sequence[Lot]",
+        ridge: Ridge,
+        moving: Probes | None,
+        probes: float,
+        seed: int,
+        ranks: Ranks,
+    ) -> None:
+        self._proxy, self._model, self._lots, self._ranks = proxy, model, lots, ranks
+        self._ridge, self._moving, self._probes, self._seed = ridge, moving, probes, seed
         self._moved = [lot.again() for lot in lots] if moving else []
 
     def of_layer(
         self, student: int, teacher: int, ffn: SubFFN | SubExperts, updated: Tensor | None, scale: Tensor | float
     ) -> Found:
-        """`solution`: dW above db, (U + 1, D) float64.
+        """`solution`: dW above db, (U + 1, D) float64, the same on all ranks.
 
         Raises:
             ModelError: FM or proxy is not finite on the samples.
         """
         self.bring(student, teacher)
-        with at_hand(self._lots[0].model, [teacher]):
-            return self._of_layer_here(student, ffn, updated, scale)
+        neurons = ffn.neurons if updated is None else len(updated)
+        hidden, device = config_of(self._model.config).hidden_size, next(self._proxy.parameters()).device
+        sums = [_NormalEquations(neurons, hidden, device) for _ in range(2 if self._ridge == "held_out" else 1)]
+        with at_hand(self._model, [teacher]):
+            self._add(sums[0], sums[-1], ffn, updated, scale)
+        for equations in sums:
+            self._ranks.collect((equations.gram, equations.cross))
+        solution = torch.empty_like(sums[0].cross)
+        if not self._ranks.rank:
+            solution = self._solved(sums[0], sums[-1], ffn)
+            if not is_finite(solution):
+                raise ModelError(
+                    f"the closed form of the proxy's layer {student}: FM or proxy is not finite on public_data",
+                    "set model.dtype: bfloat16 or float32",
+                )
+        self._ranks.share([solution])
+        return {"solution": solution}
 
-    def _of_layer_here(
-        self, student: int, ffn: SubFFN | SubExperts, updated: Tensor | None, scale: Tensor | float
-    ) -> Found:
+    def _add(
+        self,
+        seen: "_NormalEquations",
+        unseen: "_NormalEquations",
+        ffn: SubFFN | SubExperts,
+        updated: Tensor | None,
+        scale: Tensor | float,
+    ) -> None:
+        """What this rank has to add: to the same equations twice, or to those of the batches that are held out."""
         own: Tensor | slice = slice(None) if updated is None else updated
-        sizes = (ffn.neurons if updated is None else len(updated), self._lots[0].hidden_size)
-        device = self._lots[0].ours.hidden.device
-        seen = unseen = _NormalEquations(*sizes, device)
-        if self._ridge == "held_out":
-            unseen = _NormalEquations(*sizes, device)
         for number, lot in enumerate(self._lots):
-            equations = unseen if number % HELD_OUT == 1 else seen
+            equations = unseen if lot.part.batch % HELD_OUT == 1 else seen
             a, theirs, ours = lot.at(ffn)
             equations.add(a[:, own], (theirs - ours) / scale)
             if self._moving is not None:
-                with self._probe(number):
+                with self._probe(lot):
                     a_moved, theirs_moved, ours_moved = self._moved[number].at(ffn)
                 change = theirs_moved - theirs
                 share = self._probes * theirs.square().mean() / change.square().mean()
                 weight = share.sqrt() if change.any() else 0.0
                 wanted = (change - (ours_moved - ours)) / scale
                 equations.add(weight * (a_moved - a)[:, own], weight * wanted, constant=0.0)
+
+    def _solved(self, seen: "_NormalEquations", unseen: "_NormalEquations", ffn: SubFFN | SubExperts) -> Tensor:
         if not ffn.has_output_bias:
             seen.leave_out_bias()
             unseen.leave_out_bias()
@@ -174,53 +212,39 @@ class _Fit:
             seen.join(unseen)
         else:
             r = self._ridge
-        solution = seen.solve(r)
-        if not is_finite(solution):
-            raise ModelError(
-                f"the closed form of the proxy's layer {student}: FM or proxy is not finite on public_data",
-                "set model.dtype: bfloat16 or float32",
-            )
-        return {"solution": solution}
+        return seen.solve(r)
 
     def bring(self, ours: int, theirs: int) -> None:
         """Lets all batches leave the layers before these behind, in the proxy and in the FM."""
         lots, moved = self._lots, self._moved
-        for layer in range(lots[0].ours.position, ours):
-            with at_hand(lots[0].proxy, [layer]):
+        for layer in range(lots[0].ours.position, ours) if lots else ():
+            with at_hand(self._proxy, [layer]):
                 self._advance([lot.ours for lot in lots], [lot.ours for lot in moved])
-        for layer in range(lots[0].theirs.position, theirs):
-            with at_hand(lots[0].model, [layer]):
+        for layer in range(lots[0].theirs.position, theirs) if lots else ():
+            with at_hand(self._model, [layer]):
                 self._advance([lot.theirs for lot in lots], [lot.theirs for lot in moved])
 
     def _advance(self, walks: Sequence[LayerWalk], moved: Sequence[LayerWalk]) -> None:
         for walk in walks:
             walk.advance()
-        for number, walk in enumerate(moved):
-            with self._probe(number):
+        for lot, walk in zip(self._lots, moved, strict=False):
+            with self._probe(lot):
                 walk.advance()
 
-    def _probe(self, number: int) -> AbstractContextManager[None]:
+    def _probe(self, lot: "Lot") -> AbstractContextManager[None]:
         assert self._moving is not None
-        return self._moving.drawn(derive_seed(self._seed, "closed form, probe", number))
+        return self._moving.drawn(derive_seed(self._seed, "closed form, probe", lot.part.batch))
 
 
 @dataclass
 class Lot:
-    """One batch on its way through proxy and FM.
-
-    real: which of its (B T,) tokens are there.
-    """
+    """A part of a batch on its way through proxy and FM."""
 
     proxy: nn.Module
     model: nn.Module
     ours: LayerWalk
     theirs: LayerWalk
-    real: Tensor | slice
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return self.ours.hidden.shape[-1]
+    part: Part
 
     def again(self) -> "Lot":
         """The same batch on a way of its own, from where it is now."""
@@ -231,8 +255,9 @@ class Lot:
         given, ours, _ = look(self.proxy, self.ours, ffn)
         _, theirs, after = look(self.model, self.theirs, None)
         self.theirs.advance(after)
-        values = ffn.values(*given).flatten(0, -2)[self.real]
-        return wide(values), wide(theirs).flatten(0, 1)[self.real], wide(ours).flatten(0, 1)[self.real]
+        real = self.part.real
+        values = ffn.values(*given).flatten(0, -2)[real]
+        return wide(values), wide(theirs).flatten(0, 1)[real], wide(ours).flatten(0, 1)[real]
 
 
 class _NormalEquations:
@@ -269,15 +294,6 @@ class _NormalEquations:
     def error(self, solution: Tensor) -> float:
         """The sum of squares that a solution leaves on these tokens, less what it is without one."""
         return float((solution * (self.gram @ solution - 2.0 * self.cross)).sum())
-
-
-def real_inputs(
-    public: EncodedDataset, chosen: Tensor, batch: int, device: torch.device
-) -> Iterator[tuple[dict[str, Tensor], Tensor | slice]]:
-    """The chosen samples as a model takes them, `batch` at a time; and which of the (B T,) tokens are no padding."""
-    for _, inputs in evaluation_batches(public, batch, chosen):
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        yield inputs, inputs["attention_mask"].bool().flatten() if "attention_mask" in inputs else slice(None)
 
 
 def look(model: nn.Module, walk: LayerWalk, ffn: nn.Module | None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:

@@ -64,15 +64,28 @@ def layer_level(
         journal: keeps each layer's closed form, and the steps every NOTED of them.
         most: samples that are computed at once; a larger batch is made up of parts, each of which is relative to the
             size of its own hidden states. None: all of a batch, or a part for each rank.
-        ranks: that take the steps together, all with the same arguments. What trains begins as rank 0 has it.
+        ranks: that distil together, all with the same arguments, each a proxy of its own.
     """
     journal, losses = journal or Journal(), list[float]()
     by_layer = is_by_layer(settings, model)
     then = None
     if by_layer and settings.steps:
         steps_seed = derive_seed(seed, "layer-level distillation")
-        then = partial(_steps_of_layer, proxy, model, dict(matched), settings, steps_seed, journal, losses)
-    _refit(proxy, model, matched, None, public, settings, seed=seed, layers=layers, journal=journal, then=then)
+        then = partial(_steps_of_layer, proxy, model, dict(matched), settings, steps_seed, journal, losses, ranks)
+    _refit(
+        proxy,
+        model,
+        matched,
+        None,
+        public,
+        settings,
+        seed=seed,
+        layers=layers,
+        journal=journal,
+        then=then,
+        most=most,
+        ranks=ranks,
+    )
     if by_layer:
         return losses
     everything: dict[int, Tensor | None] = {layer: None for layer, _ in matched}
@@ -163,7 +176,9 @@ def _refit(
     seed: int,
     layers: Sequence[int] | None,
     journal: Journal,
-    then: Callable[[int, Sequence[Lot]], None] | None = None,
+    then: Callable[[int, Sequence[Lot], Sequence[int]], None] | None = None,
+    most: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     if settings.closed_form_samples:
         fit_output_projections(
@@ -180,6 +195,8 @@ def _refit(
             updated=updated,
             journal=journal,
             then=then,
+            most=most,
+            ranks=ranks,
         )
 
 
@@ -191,26 +208,36 @@ def _steps_of_layer(
     seed: int,
     journal: Journal,
     losses: list[float],
+    ranks: Ranks,
     student: int,
     lots: Sequence[Lot],
+    counts: Sequence[int],
 ) -> None:
-    """The steps of one layer by itself, in place, on batches that stand before it."""
+    """The steps of one layer by itself, in place, on batches that stand before it.
+
+    Args:
+        lots: this rank's parts of them.
+        counts: how many parts each has.
+    """
     ffn, layer = list(sub_ffns(proxy).values())[student], layers_of(proxy)[student]
     norms = [proxy.get_parameter(name) for name in ffn_norms(proxy, [student])]
     trained = {str(number): parameter for number, parameter in enumerate((*ffn.parameters(), *norms))}
     step = f"steps-{student}"
     if (found := journal.recall(step)) is None:
         product = _product(model, matched[student]) if settings.weight_term else None
-        order = training_order(len(lots), 0, settings.steps, derive_seed(seed, "layer", student)).tolist()
+        order = training_order(len(counts), 0, settings.steps, derive_seed(seed, "layer", student)).tolist()
 
-        def parts_of(number: int) -> list[Callable[[], Tensor]]:
-            return [partial(loss_of, lots[order[number]])]
+        def parts_of(number: int) -> tuple[list[Callable[[], Tensor]], int]:
+            batch = order[number]
+            return [partial(loss_of, lot) for lot in lots if lot.part.batch == batch], counts[batch]
 
         def loss_of(lot: Lot) -> Tensor:
-            mask = lot.real if isinstance(lot.real, Tensor) else None
+            mask = lot.part.real if isinstance(lot.part.real, Tensor) else None
             ours, theirs = (states.flatten(0, 1) for states in (lot.ours.output(), lot.theirs.hidden))
             loss = kernels.alignment_loss(ours, theirs, mask)
-            return loss if product is None else loss + settings.weight_term * _relative(ffn.product(), product)
+            if product is not None:
+                loss = loss + settings.weight_term * _relative(ffn.product(), product)
+            return loss * lot.part.share
 
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
@@ -219,7 +246,8 @@ def _steps_of_layer(
             parameters = [norm.requires_grad_(True) for norm in norms]
             parameters += stack.enter_context(ffn.training_neurons(None))
             own: list[float] = []
-            _descend(proxy, parameters, settings, parts_of, own, progress=lambda *_: None, journal=Journal())
+            none = Journal()
+            _descend(proxy, parameters, settings, parts_of, own, progress=lambda *_: None, journal=none, ranks=ranks)
         found = {name: parameter.detach() for name, parameter in trained.items()}
         journal.note(step, found | {"losses": torch.tensor(own, dtype=torch.float64)})
         losses += own
@@ -233,7 +261,7 @@ def _descend(
     proxy: nn.Module,
     parameters: Sequence[Tensor],
     settings: DistillationSection,
-    parts_of: Callable[[int], Sequence[Callable[[], Tensor]]],
+    parts_of: Callable[[int], tuple[Sequence[Callable[[], Tensor]], int]],
     losses: list[float],
     *,
     progress: Progress,
@@ -243,10 +271,11 @@ def _descend(
     """Takes the steps that are still to be taken.
 
     Args:
-        parts_of: what makes the parts, each (), of which a step's loss is the sum, by its number; steps are asked for
-            one after the other.
+        parts_of: by a step's number what makes the parts, each (), of which its loss is the sum: this rank's, and how
+            many all ranks have. Steps are asked for one after the other.
         losses: of the steps so far, one of which is kept after NOTED of them.
     """
+    ranks.share(parameters)
     masters, scaler = Masters(parameters), loss_scaler(proxy, DISTILLATION_SCALE)
     optimizer = torch.optim.AdamW(masters.wide, lr=settings.learning_rate, weight_decay=0.0)
     if (noted := journal.recall(STEPS)) is not None:
@@ -255,11 +284,10 @@ def _descend(
     for step in range(len(losses), settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(step, settings.steps, settings.warmup_fraction)
-        parts, own = parts_of(step), list[float]()
-        for first in range(0, len(parts), ranks.size):
-            together = parts[first : first + ranks.size]
-            with ranks.adding(parameters, len(together)):
-                for part in ranks.own(together):
+        (parts, count), own = parts_of(step), list[float]()
+        for number, first in enumerate(range(0, count, ranks.size)):
+            with ranks.adding(parameters, min(ranks.size, count - first)):
+                for part in parts[number : number + 1]:
                     loss = part()
                     scaler.scale(loss).backward()
                     own.append(float(loss.detach()))
@@ -269,7 +297,7 @@ def _descend(
         scaler.step(optimizer)
         scaler.update()
         masters.round()
-        losses.append(sum(ranks.in_order(own, len(parts))))
+        losses.append(sum(ranks.in_order(own, count)))
         if not math.isfinite(losses[-1]):
             raise ModelError(
                 f"step {step + 1} of a distillation: the loss is {losses[-1]}",
@@ -314,18 +342,17 @@ def _distil(
         count = settings.steps * settings.batch
         lots = list(draws(public, batch=settings.batch, start=0, count=count, seed=seed))
         parts = [lot.split(most or ranks.largest(settings.batch)) for lot in lots]
-        wanted = (torch.cat([lot[:0], *ranks.own(own)]) for lot, own in zip(lots, parts, strict=True))
-        ahead = enumerate(public.ahead(wanted))
+        own = [ranks.own(each) for each in parts]
+        ahead = enumerate(public.ahead(torch.cat([lot[:0], *mine]) for lot, mine in zip(lots, own, strict=True)))
 
         def share(step: int, part: Tensor) -> Tensor:
             inputs = {name: value.to(device) for name, value in public.batch(part, lots[step]).items()}
             return lost(inputs, step) * (int(public.lengths[part].sum()) / int(public.lengths[lots[step]].sum()))
 
-        def parts_of(step: int) -> list[Callable[[], Tensor]]:
+        def parts_of(step: int) -> tuple[list[Callable[[], Tensor]], int]:
             next(number for number, _ in ahead if number == step)
-            return [partial(share, step, part) for part in parts[step]]
+            return [partial(share, step, part) for part in own[step]], len(parts[step])
 
-        ranks.share(parameters)
         _descend(proxy, parameters, settings, parts_of, losses, progress=progress, journal=journal, ranks=ranks)
     return losses
 

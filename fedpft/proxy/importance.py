@@ -36,9 +36,11 @@ from fedpft.model.mapped import release
 from fedpft.model.streaming import at_hand
 from fedpft.model.subffn import ffn_path, projections, sub_ffn_of
 from fedpft.model.walk import LayerWalk
+from fedpft.parallel import ALONE, Ranks
 from fedpft.progress import progress
-from fedpft.proxy.closed_form import look, real_inputs
+from fedpft.proxy.closed_form import look
 from fedpft.proxy.journal import Found, Journal
+from fedpft.proxy.parts import Part, Parts
 from fedpft.seeding import derive_seed
 
 RIDGE = 1e-3  # r, in units of the mean of A's diagonal; an elimination on fewer tokens than neurons stays sane
@@ -104,11 +106,13 @@ def by_activations(
     *,
     seed: int,
     journal: Journal | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[int, Ranking]:
     """Of the given layers of the FM, ascending, in one pass over public samples: `variance` or `leverage`.
 
     Args:
         journal: keeps each layer's.
+        ranks: that share the samples, and all come to the same.
 
     Raises:
         ModelError: what the neurons pass on is not finite.
@@ -117,9 +121,10 @@ def by_activations(
     chosen = sample(len(public), settings.importance_samples, seed, "importance")
     found: dict[int, Ranking] = {}
     with torch.no_grad(), progress(f"proxy.importance: {settings.importance}", len(layers), "layer") as report:
-        walks = [(LayerWalk(model, inputs), real) for inputs, real in real_inputs(public, chosen, BATCH, device)]
+        parts = Parts(public, chosen, BATCH, ranks=ranks).own(device)
+        walks = [(LayerWalk(model, part.inputs), part) for part in parts]
         for layer in layers:
-            rank = partial(_ranking, model, layer, walks, leverage=settings.importance == "leverage")
+            rank = partial(_ranking, model, layer, walks, ranks, leverage=settings.importance == "leverage")
             ranked = (journal or Journal()).kept(f"importance-{layer}", rank)
             found[layer] = Ranking(ranked["saliency"], ranked["order"])
             report(len(found))
@@ -176,38 +181,51 @@ def _cheapest(inverse: Tensor, w_out: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 def _ranking(
-    model: nn.Module, place: int, walks: Sequence[tuple[LayerWalk, Tensor | slice]], *, leverage: bool
+    model: nn.Module, place: int, walks: Sequence[tuple[LayerWalk, Part]], ranks: Ranks, *, leverage: bool
 ) -> Found:
     """A layer's :class:`Ranking`, by the names of its tensors."""
-    for passed in range(walks[0][0].position, place):
+    for passed in range(walks[0][0].position, place) if walks else ():
         with at_hand(model, [passed]):
             for walk, _ in walks:
                 walk.advance()
     with at_hand(model, [place]):
-        return _ranking_here(model, place, walks, leverage=leverage)
+        ffns = projections(model, architectures.layers_of(model)[place])
+        moments = [_Moments(len(ffn["w_out"]), ffn["w_out"].device, products=leverage) for ffn in ffns]
+        stream = _summed(model, place, walks, moments)
+        ranks.collect([stream, *(each for moment in moments for each in moment.sums)])
+        shape = (len(ffns), len(ffns[0]["w_out"])) if len(ffns) > 1 else (len(ffns[0]["w_out"]),)
+        found = {"saliency": torch.empty(shape), "order": torch.empty(shape, dtype=torch.int64)}
+        if not ranks.rank:
+            found = _judged(model, place, moments, stream, leverage=leverage)
+    ranks.share(found.values())
+    return found
 
 
-def _ranking_here(
-    model: nn.Module, place: int, walks: Sequence[tuple[LayerWalk, Tensor | slice]], *, leverage: bool
-) -> Found:
-    row, layer = architectures.architecture_of(model), architectures.layers_of(model)[place]
-    parts, ffn, called = (
-        projections(model, layer),
-        sub_ffn_of(model, layer),
-        layer.get_submodule(ffn_path(model, layer)),
-    )
-    device = parts[0]["w_out"].device
-    moments = [_Moments(len(part["w_out"]), device, products=leverage) for part in parts]
-    tokens, energy = 0, torch.zeros((), dtype=torch.float64, device=device)
-    for walk, real in walks:
+def _summed(
+    model: nn.Module, place: int, walks: Sequence[tuple[LayerWalk, Part]], moments: "Sequence[_Moments]"
+) -> Tensor:
+    """Adds to the moments what the layer's neurons pass on; its tokens, and their sum of ||S||^2: (2,) float64."""
+    layer = architectures.layers_of(model)[place]
+    ffn, called = sub_ffn_of(model, layer), layer.get_submodule(ffn_path(model, layer))
+    total = torch.zeros(2, dtype=torch.float64, device=moments[0].total.device)
+    for walk, part in walks:
         given, stream, after = look(model, walk, called)
         walk.advance(after)
-        ffn.add_moments([moment.sums for moment in moments], *(value.flatten(0, -2)[real] for value in given))
-        stream = stream.flatten(0, -2)[real].double()
-        tokens, energy = tokens + len(stream), energy + stream.square().sum()
+        ffn.add_moments([moment.sums for moment in moments], *(value.flatten(0, -2)[part.real] for value in given))
+        stream = stream.flatten(0, -2)[part.real].double()
+        total += torch.stack([stream.new_tensor(len(stream)), stream.square().sum()])
+    return total
+
+
+def _judged(
+    model: nn.Module, place: int, moments: "Sequence[_Moments]", stream: Tensor, *, leverage: bool
+) -> dict[str, Tensor]:
+    """A layer's ranking by the sums over all tokens."""
+    row, layer = architectures.architecture_of(model), architectures.layers_of(model)[place]
+    ffns, (tokens, energy) = projections(model, layer), stream.tolist()
     scale = layer.get_parameter(row.scale).double() if row.scale is not None else 1.0
-    spreads = [moment.spread(tokens, about_mean=not leverage or "b_out" in parts[0]).cpu() for moment in moments]
-    if not torch.stack([energy.cpu(), *(spread.sum() for spread in spreads)]).isfinite().all():
+    spreads = [moment.spread(int(tokens), about_mean=not leverage or "b_out" in ffns[0]).cpu() for moment in moments]
+    if not torch.stack([stream.cpu()[1], *(spread.sum() for spread in spreads)]).isfinite().all():
         raise ModelError(
             f"layer {place} of the FM is not finite on public_data",
             "hold it in another model.dtype, or set proxy.importance: weights",
@@ -215,17 +233,17 @@ def _ranking_here(
     # One for all experts: those that no token asked have the order of their output weights, and are worth next to none.
     diagonals = torch.stack([spread.diagonal() if leverage else spread for spread in spreads])
     ridge = (RIDGE * diagonals.mean()).clamp(min=torch.finfo(torch.float32).tiny)
-    unit = (energy.cpu() / tokens).clamp(min=torch.finfo(torch.float32).tiny)
-    outputs = [(part["w_out"].double() * scale).cpu() for part in parts]
+    unit = max(energy / tokens, torch.finfo(torch.float32).tiny)
+    outputs = [(ffn["w_out"].double() * scale).cpu() for ffn in ffns]
     if not leverage:
         squares = (diagonals + ridge) * torch.stack([w_out.square().sum(1) for w_out in outputs])
         saliency = (squares / unit).sqrt().float()
-        ranking = by_saliency(saliency if len(parts) > 1 else saliency[0])
+        ranking = by_saliency(saliency if len(ffns) > 1 else saliency[0])
         return {"saliency": ranking.saliency, "order": ranking.order}
     found = [eliminate(spread + ridge * torch.eye(len(spread)), w) for spread, w in zip(spreads, outputs, strict=True)]
     saliency = torch.stack([(costs / unit).sqrt().float() for costs, _ in found])
     order = torch.stack([turns.flip(0) for _, turns in found])
-    return {"saliency": saliency, "order": order} if len(parts) > 1 else {"saliency": saliency[0], "order": order[0]}
+    return {"saliency": saliency, "order": order} if len(ffns) > 1 else {"saliency": saliency[0], "order": order[0]}
 
 
 class _Moments:

@@ -18,6 +18,7 @@ from fedpft.config import ProxySection
 from fedpft.data.batches import EncodedDataset
 from fedpft.errors import ModelError
 from fedpft.model import architectures
+from fedpft.parallel import ALONE, Ranks
 from fedpft.proxy.importance import Ranking, by_activations, by_chance, by_weights
 from fedpft.proxy.journal import Journal
 
@@ -90,6 +91,7 @@ def select(
     *,
     seed: int = 0,
     journal: Journal | None = None,
+    ranks: Ranks = ALONE,
 ) -> Selection:
     """Chooses layers and neurons; ModelError if the FM has fewer than are asked for.
 
@@ -97,6 +99,7 @@ def select(
         public: unlabelled samples; `variance` and `leverage` look at some of them, the others need none.
         seed: what draws those, and the order of `random`.
         journal: keeps what was found of each layer.
+        ranks: that share the samples, and all choose the same.
     """
     rankings = by_weights(model)
     everything = [torch.arange(ranking.order.shape[-1]).expand(ranking.order.shape) for ranking in rankings]
@@ -117,7 +120,7 @@ def select(
         return _selection(range(total), everything, rankings)
     count = _neuron_count(model, settings, min(each.shape[-1] for each in everything))
     compressed = [layer for layer in range(total) if layer not in whole]
-    for layer, ranking in _ranked(model, rankings, compressed, settings, public, seed, journal).items():
+    for layer, ranking in _ranked(model, rankings, compressed, settings, public, seed, journal, ranks).items():
         rankings[layer] = ranking
     counts = dict.fromkeys(compressed, count)
     if settings.spread == "global":
@@ -161,6 +164,7 @@ def _ranked(
     public: EncodedDataset | None,
     seed: int,
     journal: Journal | None,
+    ranks: Ranks,
 ) -> dict[int, Ranking]:
     if settings.importance == "weights" or not layers:
         return {}
@@ -168,7 +172,7 @@ def _ranked(
         return {layer: by_chance(by_size[layer], seed, layer) for layer in layers}
     if public is None:
         raise TypeError(f"proxy.importance {settings.importance} needs public samples")
-    return by_activations(model, layers, public, settings, seed=seed, journal=journal)
+    return by_activations(model, layers, public, settings, seed=seed, journal=journal, ranks=ranks)
 
 
 def _spread(rankings: Mapping[int, Ranking], count: int) -> dict[int, int]:

@@ -16,7 +16,7 @@ from fedpft.parallel import Ranks
 from fedpft.proxy.bundle import apply_patch
 from fedpft.proxy.cut import cut
 from fedpft.proxy.holdings import holdings
-from fedpft.server.construction import Built, Owner, build_proxy, help_distil, load_built, load_owner, measure
+from fedpft.server.construction import Built, Owner, build_proxy, help_build, load_built, load_owner, measure
 from fedpft.server.identity import ADAPTER_FILE, PATCH_FILE, check_provenance, check_unchanged, kept_digests
 from fedpft.server.ledger import has_begun
 from fedpft.server.product import measure_worth, refine_product, save_product
@@ -37,7 +37,7 @@ def build(config: ServerConfig, out: Path | None, ranks: Ranks) -> tuple[Stages,
         Others as of :func:`load_owner` and :func:`build_proxy`.
     """
     if ranks.rank:
-        help_distil(config, ranks)
+        help_build(config, ranks)
         return [], {}
     own, wanted = config.out / "proxy", out or config.out / "proxy"
     if has_begun(config.out) and wanted.resolve() in (own.resolve(), (config.proxy_path or own).resolve()):

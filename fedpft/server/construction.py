@@ -36,7 +36,7 @@ from fedpft.parallel import ALONE, Ranks
 from fedpft.progress import progress
 from fedpft.proxy.bundle import Proxy, check_finite, load_proxy, save_bundle
 from fedpft.proxy.cut import cut, in_memory
-from fedpft.proxy.distillation import is_by_layer, layer_level
+from fedpft.proxy.distillation import layer_level
 from fedpft.proxy.holdings import check_holdings
 from fedpft.proxy.journal import Journal
 from fedpft.proxy.selection import Selection, load_selection, save_selection, select
@@ -46,6 +46,7 @@ from fedpft.server.identity import (
     check_cut_from,
     check_unchanged,
     contents,
+    kept_digests,
     label_list,
     proxy_files,
     settings,
@@ -194,10 +195,10 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
     return model, processor
 
 
-class Distillation(BaseModel):
-    """What rank 0 tells the others of the proxy that they are to distil with it.
+class Construction(BaseModel):
+    """What rank 0 tells the others of the proxy that they are to make with it.
 
-    directory: that it writes, with the selection by now.
+    directory: that it writes.
     about: as of its :class:`Journal`.
     """
 
@@ -213,38 +214,35 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path, ranks: Rank
     record.json is written last: a directory without it is not whole, and :func:`load_built` refuses it.
 
     Args:
-        ranks: this is rank 0; the others :func:`help_distil`.
+        ranks: this is rank 0; the others :func:`help_build`.
 
     Raises:
         ConfigError: there are other ranks, and nothing for them to do.
     """
-    if ranks.size > 1 and (not config.distillation.steps or is_by_layer(config.distillation, owner.model)):
+    looks = config.proxy.importance in ("variance", "leverage")
+    if ranks.size > 1 and not (looks or config.distillation.steps or config.distillation.closed_form_samples):
         raise ConfigError(
-            "distillation: several processes share the steps of a whole proxy alone, and there are none",
-            "start one process, or set distillation.steps, and mode: whole",
+            "several processes share what looks at public_data, and here nothing does",
+            "start one process, or set distillation.steps or closed_form_samples",
         )
     record = Record(model=owner.contents["model.path"])
     journal = Journal(directory / JOURNAL, about := _follows_from(config, owner, ranks))
+    ranks.tell(Construction(directory=directory, about=about).model_dump_json())
     with record.timed("construction"):
         log.info("proxy.importance: %s: choosing neurons", config.proxy.importance)
-        selection = select(owner.model, config.proxy, owner.public, seed=config.seed, journal=journal)
+        selection = select(owner.model, config.proxy, owner.public, seed=config.seed, journal=journal, ranks=ranks)
         check_holdings(selection, config.proxy)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "record.json").unlink(missing_ok=True)
         shutil.rmtree(directory / "bundle", ignore_errors=True)
         log.info("cutting the proxy")
-        shards = None if held(owner.model) is None else Shards(directory / "bundle")
-        model = cut(owner.model, selection, in_memory if shards is None else shards.put)
-        if shards is not None:
-            hold_on_disk(model, shards.held)
-            place(model, config.device, directory)
+        model, shards = _cut(config, owner, selection, directory / "bundle")
         compressed = tuple(student for student, _ in selection.matched)
         proxy = Proxy(model, owner.processor, config.model.task, owner.labels, config.model.max_tokens, compressed)
     built = Built(directory, proxy, selection, record)
     record_gap(config, owner, built, "cut")
     steps = config.distillation.steps if selection.matched else 0
     save_selection(selection, directory / SELECTION)
-    ranks.tell(Distillation(directory=directory, about=about).model_dump_json())
     with record.timed("distillation"), progress("layer-level distillation", steps) as report:
         record.losses = layer_level(
             model,
@@ -270,28 +268,44 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path, ranks: Rank
     return built
 
 
-def help_distil(config: ServerConfig, ranks: Ranks) -> None:
-    """What a rank beside rank 0 has of :func:`build_proxy`: its parts of the steps. It writes nothing.
+def help_build(config: ServerConfig, ranks: Ranks) -> None:
+    """What a rank beside rank 0 has of :func:`build_proxy`: its parts of the samples. It writes nothing that stays.
 
     Raises:
         RankLost: rank 0 or another rank ended; any other as of :func:`load_owner`.
     """
     logging.getLogger().setLevel(logging.WARNING)  # rank 0 says the rest
-    told = Distillation.model_validate_json(ranks.tell())
-    owner, selection = load_owner(config, Digests()), load_selection(told.directory / SELECTION)
+    told = Construction.model_validate_json(ranks.tell())
+    journal = Journal(told.directory / JOURNAL, told.about, is_own=False)
+    owner = load_owner(config, kept_digests(config))
+    selection = select(owner.model, config.proxy, owner.public, seed=config.seed, journal=journal, ranks=ranks)
+    shutil.rmtree(own := config.out / f"{IN_USE}-{ranks.rank}", ignore_errors=True)
+    model, _ = _cut(config, owner, selection, own)
+    shutil.rmtree(own, ignore_errors=True)  # what is mapped stays, without a name, until the process ends
     layer_level(
-        cut(owner.model, selection),
+        model,
         owner.model,
         selection.matched,
         owner.public,
-        config.distillation.model_copy(update={"closed_form_samples": 0}),
+        config.distillation,
         seed=config.seed,
         progress=lambda _step, _loss: None,
         layers=selection.layers,
         task=TASKS[config.model.task],
-        journal=Journal(told.directory / JOURNAL, told.about, is_own=False),
+        journal=journal,
         ranks=ranks,
     )
+
+
+def _cut(config: ServerConfig, owner: Owner, selection: Selection, files: Path) -> tuple[nn.Module, Shards | None]:
+    """The proxy's model; if the FM is on disk, so is the proxy, in these files."""
+    if held(owner.model) is None:
+        return cut(owner.model, selection, in_memory), None
+    shards = Shards(files)
+    model = cut(owner.model, selection, shards.put)
+    hold_on_disk(model, shards.held)
+    place(model, config.device, config.out)
+    return model, shards
 
 
 def _follows_from(config: ServerConfig, owner: Owner, ranks: Ranks) -> str:
