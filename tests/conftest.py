@@ -26,6 +26,12 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 ModelFactory = Callable[[str], nn.Module]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is marked `cuda` needs a device, wherever it stands."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_any_order_of_tests() -> None:
     torch.manual_seed(0)

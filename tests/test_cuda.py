@@ -17,10 +17,7 @@ from fedpft.kernels.cases import Case, cases, make_ffn
 from fedpft.kernels.check import changed_arguments, compare, kernel_of
 from fedpft.kernels.schemas import SCHEMAS
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 ALL_CASES = list(cases())
 OPERATORS = [name for name in SCHEMAS if name != "mask_update"]  # which is for the CPU only
 # A case of each operator that is large enough for several blocks, in float32 and in a type that has fused multiplies.

@@ -322,7 +322,6 @@ def test_row_ends_are_those_of_the_positions() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral-window", "gpt2", "gpt-neox", "opt"])
 def test_on_cuda_packed_rows_have_the_loss_and_gradients_they_have_alone(
     name: str, varlen: str, monkeypatch: pytest.MonkeyPatch

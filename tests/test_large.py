@@ -541,7 +541,6 @@ def test_states_are_in_a_file_and_come_back_as_they_were(tmp_path: Path) -> None
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("model_type", ["bert", "llama", "gpt2", "vit"])
 @pytest.mark.parametrize("mode", ["whole", "layers"])
 def test_an_fm_on_disk_computes_on_a_gpu(model_type: str, mode: str, fm_directory: FM, tmp_path: Path) -> None:

@@ -170,7 +170,6 @@ def test_all_of_the_method_in_a_narrow_type_comes_to_what_float32_comes_to(
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("model_type", [*SOME, "clip"])
 def test_all_of_the_method_on_a_gpu_comes_to_what_a_cpu_comes_to(

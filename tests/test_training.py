@@ -468,7 +468,6 @@ def test_training_learns_what_there_is_to_learn(make_fm: ModelFactory) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("model_type", ["bert", "llama", "mixtral"])
 def test_checkpointing_on_a_gpu_draws_the_same_dropout_again(model_type: str, make_fm: ModelFactory) -> None:
     """What was drawn anew would change the gradient by as much as the dropout drops."""
