@@ -301,8 +301,8 @@ def _examine_server(findings: _Findings, config: ServerConfig) -> None:
     ):
         fm, processor = loaded
     if fm is not None:
-        findings.check("proxy", lambda: _proxy(config, fm, digests))
-        findings.check("privacy", lambda: _server_privacy(config, fm))
+        proxy = findings.check("proxy", lambda: _proxy(config, fm, digests), lambda seen: _size(config, fm, seen))
+        findings.check("privacy", lambda: _server_privacy(config, proxy))
     findings.check("data", lambda: _server_data(config, labels, processor))
     findings.check("out", lambda: _writable(config.out, "out"))
     findings.check("run", lambda: _run(config, digests))
@@ -342,30 +342,37 @@ def _model(config: ServerConfig, fm: nn.Module) -> str:
     return f"{path}: {_bytes(path) / GIB:.2f} GiB, held in {held}, {fit}"
 
 
-def _proxy(config: ServerConfig, fm: nn.Module, digests: Digests) -> str:
+def _proxy(config: ServerConfig, fm: nn.Module, digests: Digests) -> nn.Module:
+    """The proxy that there is, on disk, or one of the size that it will have, without values."""
     if (path := config.proxy_path) is None:
         selection = select_for_size(fm, config.proxy)
         check_holdings(selection, config.proxy)
-        return format_holdings(holdings(fm, cut(fm, selection)))
+        return cut(fm, selection, lambda part: {name: tensor.to("meta") for name, tensor in part.items()})
     record = read_record(path)
     if record.model:
         check_cut_from(config, path, record.model, model_files(config, digests))
         check_as_built(path, record, proxy_files(path, digests))
-    proxy = load_proxy(path / "bundle")
+    proxy = load_proxy(path / "bundle", on_disk=True)
     check_made_for(config, path, proxy, dtype_of(fm))
     check_holdings(load_selection(path / "selection.safetensors"), config.proxy)
     if not record.model:
         raise Worry(f"{path}: {UNKNOWN_FM} -> build it again, or be sure that it was cut from {config.model.path}")
-    return f"{path}: as it was cut from {config.model.path}; {format_holdings(holdings(fm, proxy.model))}"
+    return proxy.model
 
 
-def _server_privacy(config: ServerConfig, fm: nn.Module) -> str:
+def _size(config: ServerConfig, fm: nn.Module, proxy: nn.Module) -> str:
+    known = "" if config.proxy_path is None else f"{config.proxy_path}: as it was cut from {config.model.path}; "
+    return known + format_holdings(holdings(fm, proxy))
+
+
+def _server_privacy(config: ServerConfig, proxy: nn.Module | None) -> str:
     terms = config.secure_terms
     if terms is None:
         return "this server learns each silo's adapter and sample count; federation.secure_aggregation leaves it sums"
     if terms.silo_privacy is None:
         return f"secure aggregation: this server learns sums over {terms.min_silos} silos or more"
-    proxy = cut(fm, select_for_size(fm, config.proxy))
+    if proxy is None:
+        return "secure aggregation and silo_privacy: what it costs is known once `proxy` is in order"
     adapters.attach(proxy, config.adapter, seed=config.seed)
     return wholesilo.describe(terms, adapters.trained_values(proxy, frozen_a=config.training.frozen_a))
 
