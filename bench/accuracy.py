@@ -86,6 +86,8 @@ CHANGES: dict[str, dict[str, Settings]] = {
     "silos": {  # some of which have little room: for half of the proxy's neurons, or for coarse ones
         "half of the silos narrow": {"simulation": {"narrow_fraction": 0.5}},
         "all silos narrow": {"simulation": {"narrow_fraction": 1.0}},
+        "half narrow, refitted": {"proxy": {"widths": [0.5]}, "simulation": {"narrow_fraction": 0.5}},
+        "all narrow, refitted": {"proxy": {"widths": [0.5]}, "simulation": {"narrow_fraction": 1.0}},
         "all silos int8": {"simulation": {"narrow_fraction": 1.0, "narrow_width": 1.0, "narrow_weights": "int8"}},
         "all silos int4": {"simulation": {"narrow_fraction": 1.0, "narrow_width": 1.0, "narrow_weights": "int4"}},
     },

@@ -91,7 +91,7 @@ def test_a_patch_does_to_the_part_what_it_does_to_the_whole(model_type: str, mak
             for name in NEURON_PARAMETERS:
                 if (parameter := getattr(ffn, name)) is not None:
                     parameter[rows] += torch.randn(parameter[rows].shape, generator=generator)
-    apply_patch(narrow.model, of_part(patch(whole.model, updated, []), narrow.held))
+    apply_patch(narrow.model, of_part(patch(whole.model, updated, []), narrow))
     ours = sub_ffns(narrow.model)
     for module, places in narrow.held.items():
         for name in NEURON_PARAMETERS:
@@ -129,7 +129,7 @@ def test_as_many_neurons_as_fit_into_the_memory_allowed(model_type: str, make_fm
         if room > bytes_of[0]:
             assert taken(width_within(tmp_path, room - 1)) == max(less for less in bytes_of if less < room)
     assert width_within(tmp_path, 2**40) == 1.0
-    with pytest.raises(ModelError, match=r"limits\.memory_gib: .* with a sixteenth of its neurons") as caught:
+    with pytest.raises(ModelError, match=r"limits\.memory_gib: .* with the smallest width, 0\.0625, not") as caught:
         width_within(tmp_path, bytes_of[0] - 1)
     assert "limits.weights" in caught.value.remedy
 
