@@ -103,6 +103,10 @@ WORDS: dict[str, Settings] = {  # of language models alone
     "logits": {"distillation": {"logit_term": 1.0}},
     "logit offset": {"evaluation": {"logit_offset": True}},
 }
+REFITTED: dict[str, Settings] = {  # the narrow silos where there is a closed form
+    "half narrow, refitted": {"proxy": {"widths": [0.5]}, "simulation": {"narrow_fraction": 0.5}},
+    "all narrow, refitted": {"proxy": {"widths": [0.5]}, "simulation": {"narrow_fraction": 1.0}},
+}
 
 
 def variants(world: World, groups: Sequence[str]) -> dict[str, Settings]:
@@ -113,6 +117,8 @@ def variants(world: World, groups: Sequence[str]) -> dict[str, Settings]:
     found = known | {name: change for group in groups for name, change in CHANGES[group].items() if name not in known}
     if "dials" in groups:
         found |= {name: dial(world, share) for name, share in DIALS.items()}
+    if "silos" in groups and merged(world.settings, world.accuracy)["distillation"]["closed_form_samples"]:
+        found |= REFITTED
     if "steps" in groups:
         found |= {name: stepped(world, factor) for name, factor in STEPS.items()}
     if "distillation" in groups and not TASKS[world.settings["model"]["task"]].head:

@@ -134,6 +134,30 @@ class ProxySection(Section):
     allow_whole: bool = Field(
         False, description="Whether a proxy may hold every FFN neuron, which gives the FM away: for comparison only."
     )
+    widths: tuple[float, ...] = Field(
+        (),
+        description="Sizes in which silos can have the proxy beside the whole one (`limits` in silo.yaml): shares of "
+        "each compressed layer's neurons, above 0 and below 1, for each of which the output weights are refitted in "
+        "closed form.",
+    )
+
+    @field_validator("widths")
+    @classmethod
+    def _in_order(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        names = [f"{width:g}" for width in values]
+        for width, name in zip(values, names, strict=True):
+            if not 0.0 < width < 1.0:
+                raise ValueError(f"{name} is no share between 0 and 1; the whole proxy needs no width")
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is there twice: name each width once")
+        return tuple(sorted(values, reverse=True))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ProxySection":
+        if self.widths and (self.keep == "layers" or self.neurons == "all"):
+            whole = "keep: layers" if self.keep == "layers" else "neurons: all"
+            raise ValueError(f"{whole} goes without widths: no layer has neurons that could be left out; remove one")
+        return self
 
 
 class DistillationSection(Section):
@@ -818,6 +842,8 @@ class ServerConfig(Endpoint):
             self.check_silos()
         if self.proxy.keep == "layers" and self.proxy.layers is None:
             raise ValueError("proxy.layers is needed with proxy.keep: layers")
+        if self.proxy.widths:
+            self._check_widths()
         if not self.adapter.rank:
             self._check_no_probes()
         if self.training.privacy is not None:
@@ -827,6 +853,17 @@ class ServerConfig(Endpoint):
         if self.federation.silo_privacy is not None:
             self._check_silo_privacy(self.federation.silo_privacy)
         return self
+
+    def _check_widths(self) -> None:
+        if not self.distillation.closed_form_samples:
+            raise ValueError(
+                "proxy.widths needs distillation.closed_form_samples, which is 0: nothing would refit the proxy for "
+                "them; set it to 256, say"
+            )
+        if self.adapter.ffn:
+            raise ValueError(
+                "proxy.widths goes without adapter.ffn: true, for which every silo needs all neurons; leave one out"
+            )
 
     def _check_private(self) -> None:
         odd = {
@@ -1016,13 +1053,15 @@ class LimitsSection(Section):
         gt=0.0,
         le=1.0,
         description="Share of each compressed layer's neurons that this silo loads of the proxy: those that matter "
-        "most. The adapter is the same and counts as any other. Takes effect at the silo's next start.",
+        "most. With one of the server's `proxy.widths` their output weights are refitted for them. The adapter is the "
+        "same and counts as any other. Takes effect at the silo's next start.",
     )
     memory_gib: float | None = Field(
         None,
         gt=0.0,
-        description="In place of `width`: memory for the proxy's frozen weights. `width` is then the largest multiple "
-        "of 1/16 with which they fit, and the silo's log says it.",
+        description="In place of `width`: memory for the proxy's frozen weights. `width` is then the largest with "
+        "which they fit, of 1 and the server's `proxy.widths`, or of the multiples of 1/16 if it has none. The silo's "
+        "log says it.",
     )
     checkpointing: bool = Field(
         False,

@@ -367,9 +367,14 @@ def test_the_page_describes_every_field_in_words() -> None:
         if line.startswith("| `"):
             cells = line.replace("\\|", "/").strip("| ").split(" | ")
             assert len(cells) == 4, line
-            assert cells[1] in ("section", "path", "text", "list of texts", "list of whole numbers") or cells[
-                1
-            ].startswith(("`", "number", "whole number", "list of `")), line
+            assert cells[1] in (
+                "section",
+                "path",
+                "text",
+                "list of texts",
+                "list of whole numbers",
+                "list of numbers",
+            ) or cells[1].startswith(("`", "number", "whole number", "list of `")), line
     assert set(ServerConfig.model_fields) <= {line.split("`")[1] for line in reference().splitlines() if "| `" in line}
 
 

@@ -4,6 +4,7 @@ D hidden size, K neurons of a layer, U of them updated.
 """
 
 import json
+import logging
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,12 @@ from fedpft.model.precision import hold_wide
 from fedpft.model.quantized import quantizable, quantized
 from fedpft.model.sharding import put
 from fedpft.model.subffn import NEURON_PARAMETERS, projections, replace_ffn, sub_ffns
+from fedpft.proxy.corrections import Corrections
+
+log = logging.getLogger(__name__)
 
 _FORMAT = 3
+DESCRIPTION = "proxy.json"
 TURNS = "turns.safetensors"
 
 
@@ -47,6 +52,7 @@ class Proxy:
         held: of a proxy that is only part of the one that was sent, the neurons that it has of the compressed layers,
             by the name of what stands for the FFN: (K',) int64, ascending, in the places that they have there.
         neurons: of each layer, as it was sent; none where nobody asks, because the proxy has all.
+        corrections: of the output weights of one that is only part, if they were refitted for that part.
     """
 
     model: nn.Module
@@ -57,6 +63,7 @@ class Proxy:
     compressed: tuple[int, ...]
     held: Mapping[str, Tensor] = field(default_factory=dict)
     neurons: tuple[int, ...] = ()
+    corrections: Corrections | None = None
 
     @property
     def loaded_neurons(self) -> int:
@@ -92,7 +99,7 @@ def save_bundle(
         "trained": architectures.head_of(proxy.model),
         "neurons": [ffn.neurons for ffn in sub_ffns(proxy.model).values()],
     }
-    (directory / "proxy.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+    (directory / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
 
 def load_proxy(
@@ -107,10 +114,11 @@ def load_proxy(
     """Reads what :func:`save_bundle` wrote; ModelError names the file that is missing or does not fit.
 
     Args:
-        work: an empty directory for a copy of the weights, if they are to stay on disk; what becomes of them in the
-            model becomes of them there.
+        work: an empty directory for a copy of the weights that are loaded, if they are to stay on disk; what becomes of
+            them in the model becomes of them there.
         width: share of each compressed layer's neurons that is loaded, rounded, but one at least: those that matter
-            most. The others are as if the FM had never had them.
+            most. The others are as if the FM had never had them. With a width that the bundle announces, output weights
+            are as they were refitted for these neurons.
         weights: how the matrices of the layers are held (`fedpft.model.quantized`). Not with `work`.
         device: where they are quantised, if they are, and stay; all else is on the CPU.
         on_disk: the weights stay in the directory's files, for :func:`fedpft.model.sharding.shard` to take them out;
@@ -120,8 +128,6 @@ def load_proxy(
         files = loading.weight_files(directory)
     except ModelError as error:
         raise _no_proxy(directory, error.message) from None
-    if work is not None:
-        files = [Path(shutil.copy(file, work)) for file in files]
     try:
         description = _described(directory)
         counts, task = description["neurons"], description["task"]
@@ -131,11 +137,16 @@ def load_proxy(
         expected = frozen_state(model)
         modules = list(sub_ffns(model))
         held_neurons = {modules[layer]: places for layer, places in parts.items()}
+        rows = {f"{module}.{part}": places for module, places in held_neurons.items() for part in NEURON_PARAMETERS}
+        corrections = _corrections(directory, description, width)
+        if corrections is not None:
+            corrections.check(expected, held_neurons.keys())
         if work is None and not on_disk:
-            rows = {f"{module}.{part}": places for module, places in held_neurons.items() for part in NEURON_PARAMETERS}
             few_bits = set[str]() if weights == "full" else quantizable(model)
 
             def made(name: str, tensor: Tensor) -> Tensor:
+                if corrections is not None:
+                    tensor = corrections.corrected(name, tensor)
                 if weights == "full" or name not in few_bits:
                     return tensor
                 if not is_finite(tensor):  # what NaN is quantised to need not be NaN
@@ -145,6 +156,8 @@ def load_proxy(
             tensors = copies(files, rows, made)
             machine.trim_heap()  # of what quantising took
         else:
+            if work is not None:
+                files = [_copied(file, work, rows, corrections) for file in files]
             held = MappedTensors(files, writable=work is not None)
             tensors = held.tensors
         if odd := sorted(tensors.keys() ^ expected):
@@ -161,19 +174,23 @@ def load_proxy(
         check_finite(model, f"the proxy in {directory}")
         labels, compressed = tuple(description["labels"]), tuple(description["compressed"])
         processor = loading.load_processor(directory, task)
-        return Proxy(model, processor, task, labels, description["max_tokens"], compressed, held_neurons, sent)
+        length = description["max_tokens"]
+        return Proxy(model, processor, task, labels, length, compressed, held_neurons, sent, corrections)
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise _no_proxy(directory, loading.first_line(error)) from None
 
 
 def width_within(directory: Path, room: int) -> float:
-    """The width with which the proxy's frozen weights take no more than `room` bytes; a multiple of 1/16.
+    """The largest width with which the proxy's frozen weights take no more than `room` bytes.
+
+    Other than 1, one of those that the proxy was refitted for; if it was for none, a multiple of 1/16.
 
     Raises:
-        ModelError: there is no proxy, it cannot be had in part, or not even 1/16 of its neurons are so little.
+        ModelError: there is no proxy, it cannot be had in part, or not even the smallest width takes so little.
     """
     try:
-        model = _empty(directory, _described(directory), {})
+        description = _described(directory)
+        model = _empty(directory, description, {})
         sizes = {name: tensor.nbytes for name, tensor in frozen_state(model).items()}
         total, ffns = sum(sizes.values()), list(sub_ffns(model).items())
         if total <= room:
@@ -182,26 +199,56 @@ def width_within(directory: Path, room: int) -> float:
         for layer in _turns(directory):
             module, ffn = ffns[layer]
             neurons.append((ffn.neurons, sum(sizes.get(f"{module}.{part}", 0) for part in NEURON_PARAMETERS)))
-        for sixteenths in range(15, 0, -1):
-            width = sixteenths / 16
+        for width in _announced(description) or [sixteenths / 16 for sixteenths in range(15, 0, -1)]:
             taken = total - sum(whole * (count - _kept(count, width)) // count for count, whole in neurons)
             if taken <= room:
                 return width
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise _no_proxy(directory, loading.first_line(error)) from None
     raise ModelError(
-        f"limits.memory_gib: the proxy's weights take {total / 2**30:.3g} GiB, and {taken / 2**30:.3g} GiB with a "
-        f"sixteenth of its neurons, not {room / 2**30:.3g}",
+        f"limits.memory_gib: the proxy's weights take {total / 2**30:.3g} GiB, and {taken / 2**30:.3g} GiB with the "
+        f"smallest width, {width:g}, not {room / 2**30:.3g}",
         "allow more, or hold them in few bits with limits.weights in its place",
     )
 
 
 def _described(directory: Path) -> dict[str, Any]:
     """proxy.json, of this format."""
-    description: dict[str, Any] = json.loads((directory / "proxy.json").read_text(encoding="utf-8"))
+    description: dict[str, Any] = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
     if description["format"] != _FORMAT:
         raise ModelError(f"{directory}: proxy format {description['format']}", "install the server's fedpft version")
     return description
+
+
+def _announced(description: Mapping[str, Any]) -> list[float]:
+    """The widths that the proxy was refitted for, beside the whole one; none in one of an earlier version."""
+    return sorted(map(float, description.get("widths", ())), reverse=True)
+
+
+def _corrections(directory: Path, description: Mapping[str, Any], width: float) -> Corrections | None:
+    announced = _announced(description)
+    if width in announced:
+        return Corrections(directory, width)
+    if announced and width < 1.0:
+        log.warning(
+            "width %g: the proxy was refitted for %s, not for this one, of which it is less like the FM",
+            width,
+            ", ".join(f"{each:g}" for each in announced),
+        )
+    return None
+
+
+def _copied(file: Path, work: Path, rows: Mapping[str, Tensor], corrections: Corrections | None) -> Path:
+    """A file of weights in another directory, with no more than these rows of some."""
+    if rows.keys().isdisjoint(MappedTensors([file]).tensors):
+        return Path(shutil.copy(file, work))
+
+    def made(name: str, tensor: Tensor) -> Tensor:
+        return tensor if corrections is None else corrections.corrected(name, tensor)
+
+    save_file(copies([file], rows, made), work / file.name)
+    machine.trim_heap()
+    return work / file.name
 
 
 def _empty(directory: Path, description: Mapping[str, Any], parts: Mapping[int, Tensor]) -> Any:
@@ -243,15 +290,18 @@ def _kept(neurons: int, width: float) -> int:
     return max(1, round(width * neurons))
 
 
-def of_part(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a patch is for a proxy that has only part of the neurons (:attr:`Proxy.held`)."""
-    found = dict(tensors)
+def of_part(tensors: Mapping[str, Tensor], proxy: Proxy) -> dict[str, Tensor]:
+    """What a patch is for a proxy that has only part of the neurons."""
+    found, corrections = dict(tensors), proxy.corrections
     for key, rows in tensors.items():
         name, _, kind = key.partition("@")
-        if kind == "rows" and (own := held.get(name.rpartition(".")[0])) is not None:
+        if kind == "rows" and (own := proxy.held.get(name.rpartition(".")[0])) is not None:
             there = torch.isin(rows.long(), own)
-            found[key] = torch.searchsorted(own, rows.long()[there]).int()
-            found[f"{name}@values"] = tensors[f"{name}@values"][there]
+            places, values = torch.searchsorted(own, rows.long()[there]), tensors[f"{name}@values"][there]
+            found[key] = places.int()
+            found[f"{name}@values"] = values if corrections is None else corrections.corrected(name, values, places)
+        elif not kind and corrections is not None:
+            found[key] = corrections.corrected(name, rows)
     return found
 
 
@@ -284,7 +334,7 @@ def mean_neurons(bundle: Path) -> int:
 def _neurons(bundle: Path) -> tuple[list[int], dict[int, int]]:
     """Of each layer, and by number of those that are compressed."""
     try:
-        description = json.loads((bundle / "proxy.json").read_text(encoding="utf-8"))
+        description = json.loads((bundle / DESCRIPTION).read_text(encoding="utf-8"))
         every = [int(neurons) for neurons in description["neurons"]]
         return every, {int(layer): every[layer] for layer in description["compressed"]}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
@@ -294,7 +344,7 @@ def _neurons(bundle: Path) -> tuple[list[int], dict[int, int]]:
 def task_of(directory: Path) -> TaskName | None:
     """The task of what :func:`save_bundle` wrote; None if it is not there yet."""
     try:
-        task: TaskName = json.loads((directory / "proxy.json").read_text(encoding="utf-8"))["task"]
+        task: TaskName = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))["task"]
     except (OSError, LookupError, TypeError, ValueError):
         return None
     return task

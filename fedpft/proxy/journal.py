@@ -53,6 +53,11 @@ class Journal:
                     {name: tensor.contiguous() for name, tensor in found.items()}, written, {"about": self._about}
                 )
 
+    def within(self, name: str) -> "Journal":
+        """One for steps that are called as others are."""
+        directory = None if self._directory is None else self._directory / name
+        return Journal(directory, self._about, is_own=self._is_own)
+
     def clear(self) -> None:
         """The proxy is there; nothing of this is needed any more."""
         if self._directory is not None and self._is_own:

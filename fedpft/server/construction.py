@@ -28,6 +28,7 @@ from fedpft.digests import Digests, differences
 from fedpft.errors import ConfigError, ModelError
 from fedpft.evaluation import Gap, measure_gap
 from fedpft.model import adapters, loading
+from fedpft.model.architectures import architecture_of
 from fedpft.model.compatibility import check_travels, make_fit
 from fedpft.model.mapped import Shards, held, hold_on_disk
 from fedpft.model.precision import dtype_of, name_of
@@ -40,6 +41,7 @@ from fedpft.proxy.distillation import layer_level
 from fedpft.proxy.holdings import check_holdings
 from fedpft.proxy.journal import Journal
 from fedpft.proxy.selection import Selection, load_selection, save_selection, select
+from fedpft.proxy.widths import add_widths
 from fedpft.server.identity import (
     JOURNAL,
     Contents,
@@ -180,6 +182,11 @@ def load_fm(config: ServerConfig, labels: Sequence[str]) -> tuple[nn.Module, Any
         hold=section.hold,
         memory=machine.memory_bytes(config.device),
     )
+    if config.proxy.widths and architecture_of(model).experts is not None:
+        raise ModelError(
+            f"proxy.widths: {section.path} is a mixture of experts, of whose proxy every silo has all",
+            "leave widths out",
+        )
     place(model, config.device, config.out)
     processor = loading.load_processor(section.path, section.task)
     if section.chat_template is not None:
@@ -261,6 +268,21 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path, ranks: Rank
     if config.distillation.steps or config.distillation.closed_form_samples:
         record_gap(config, owner, built, "distilled")
     save_bundle(proxy, built.bundle, shards, turns=selection.turns)
+    if config.proxy.widths:
+        with record.timed("widths"):
+            add_widths(
+                built.bundle,
+                config.proxy.widths,
+                owner.model,
+                selection,
+                owner.public,
+                config.distillation,
+                config.adapter,
+                seed=config.seed,
+                device=config.device,
+                scratch=directory / JOURNAL,
+                journal=journal,
+            )
     record.files = proxy_files(directory, Digests())
     atomic.write_text(directory / "record.json", json.dumps(asdict(record)))
     journal.clear()

@@ -20,6 +20,7 @@ from fedpft import atomic, faults
 from fedpft.audit import AuditLog
 from fedpft.config import RoundSettings, SiloConfig
 from fedpft.errors import NotEnrolled, PrivacyViolation, RankLost, RefusedByServer
+from fedpft.proxy.corrections import is_used
 from fedpft.wire import transfer
 from fedpft.wire.channel import (
     ID_BYTES,
@@ -153,11 +154,15 @@ class ServerConnection:
         self._ask(self._stub.AnswerStage, request)
 
     def fetch_proxy(self, enrolment: Enrolment) -> Path:
-        """The bundle's directory under `work`; what lies there already, whole and unchanged, is not fetched again."""
+        """The bundle's directory under `work`, with what the limits make use of.
+
+        What lies there already, whole and unchanged, is not fetched again.
+        """
         directory = self._config.work / f"proxy-{enrolment.proxy_digest}"
-        for file in enrolment.proxy:
+        used = [file for file in enrolment.proxy if is_used(file.name, self._config.limits)]
+        for file in used:
             self.fetch(file, directory)
-        for stranger in {path.name for path in directory.glob("*")} - {file.name for file in enrolment.proxy}:
+        for stranger in {path.name for path in directory.glob("*")} - {file.name for file in used}:
             (directory / stranger).unlink()
         return directory
 

@@ -72,7 +72,9 @@ class Learner:
             mebibytes = (each(self.proxy.model.parameters()) / 2**20 for each in (held_bytes, dense_bytes))
             log.info("limits.weights: its weights take %.1f of %.1f MiB", *mebibytes)
         if self.proxy.held:
-            log.info("limits.width: of its %d FFN neurons, %d", sum(self.proxy.neurons), self.proxy.loaded_neurons)
+            refitted = ", refitted for that" if self.proxy.corrections is not None else ""
+            neurons = (sum(self.proxy.neurons), self.proxy.loaded_neurons)
+            log.info("limits.width: of its %d FFN neurons, %d%s", *neurons, refitted)
         adapters.attach(self.proxy.model, settings.adapter, seed=settings.seed)
         if limits.sharded:
             shard(self.proxy.model, device)
@@ -80,7 +82,7 @@ class Learner:
 
     def bring_to(self, version: int, patch: Path) -> None:
         """Brings the proxy to a version, by a patch from the one before or a snapshot."""
-        apply_patch(self.proxy.model, of_part(read_tensors(patch, "patch"), self.proxy.held))
+        apply_patch(self.proxy.model, of_part(read_tensors(patch, "patch"), self.proxy))
         self.version = version
 
     def encode(self, samples: Samples, on_disk: DataOnDisk, section: SiloDataSection, cache: Path) -> EncodedDataset:

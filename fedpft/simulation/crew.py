@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fedpft.config import LimitsSection, RoundSettings, ShareSection
+from fedpft.config import LimitsSection, RoundSettings, ShareSection, SimulationConfig
 from fedpft.errors import ConfigError, FedPFTError, OutOfMemory
 from fedpft.seeding import derive_seed
 from fedpft.silo.budget import Budget
@@ -31,6 +31,13 @@ SHARE = ShareSection()  # a simulated silo keeps nothing back
 def falls_on(fraction: float, seed: int, *purpose: str | int) -> bool:
     """A draw with the seed, which is true for that share of all purposes."""
     return derive_seed(seed, *purpose) < fraction * LARGEST_DRAW
+
+
+def limits_of(config: SimulationConfig, silo: str) -> LimitsSection:
+    """What a silo loads of the proxy, and how."""
+    section = config.simulation
+    narrow = falls_on(section.narrow_fraction, config.seed, "narrow", silo)
+    return LimitsSection(width=section.narrow_width, weights=section.narrow_weights) if narrow else LimitsSection()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +84,7 @@ class Post:
 
     def limits(self, silo: str) -> LimitsSection:
         """What a silo loads of the proxy, and how."""
-        section = self.data.config.simulation
-        narrow = falls_on(section.narrow_fraction, self.data.config.seed, "narrow", silo)
-        return LimitsSection(width=section.narrow_width, weights=section.narrow_weights) if narrow else LimitsSection()
+        return limits_of(self.data.config, silo)
 
 
 class Worker:

@@ -26,6 +26,7 @@ from fedpft.federation import (
 )
 from fedpft.privacy.noise import Secret
 from fedpft.proxy.bundle import compressed_neurons
+from fedpft.proxy.corrections import is_used
 from fedpft.server.ledger import Ledger
 from fedpft.server.live import log_action
 from fedpft.server.outcome import Sum
@@ -35,7 +36,7 @@ from fedpft.server.updates import Update
 from fedpft.silo.summing import words_of
 from fedpft.silo.work import Update as Trained
 from fedpft.silo.work import Work
-from fedpft.simulation.crew import SHARE, Crew, Done, Job, falls_on
+from fedpft.simulation.crew import SHARE, Crew, Done, Job, falls_on, limits_of
 from fedpft.simulation.data import SilosData
 from fedpft.wire.transfer import Payload, payload
 from fedpft.wire.v1 import federation_pb2 as pb
@@ -66,7 +67,7 @@ class SimulatedSilos:
         self._files.resume(self._federation)
         self._keep_residuals()
         self._neurons = compressed_neurons(bundle)
-        self._bundle_bytes = sum(path.stat().st_size for path in bundle.iterdir())
+        self._bundle = {path.name: path.stat().st_size for path in bundle.iterdir()}
         self._versions = self._versions_so_far()
         self.bytes_down = 0
         self._settings, self._rounds = settings, settings.training.rounds
@@ -83,7 +84,7 @@ class SimulatedSilos:
     def wait_for_silos(self) -> None:
         """Nobody has to be waited for."""
         if not self._ledger.recorded("round"):  # of the time before one closed no count is kept
-            self.bytes_down += self._bundle_bytes * len(self._federation.silos)
+            self.bytes_down += sum(map(self._bundle_bytes, self._federation.silos))
         for silo in sorted(self._federation.silos):
             self._files.inbox.enrolled(silo, self._data.sizes[silo])
             self._federation.handle(Enrolled(silo))
@@ -201,6 +202,11 @@ class SimulatedSilos:
         neurons = self._neurons if self._files.inbox.counts_inactivity else {}
         start = self._files.adapter.path
         return work.keep_vector(words_of(silo, trained, work, start, neurons, self._settings, noise=Secret()))
+
+    def _bundle_bytes(self, silo: str) -> int:
+        """Of the proxy's files, those that the silo uses."""
+        limits = limits_of(self._config, silo)
+        return sum(size for name, size in self._bundle.items() if is_used(name, limits))
 
     def _handle(self, event: Event) -> Aggregate | LoseQuorum | None:
         outcome: Aggregate | LoseQuorum | None = None
