@@ -300,23 +300,10 @@ def test_a_journal_of_something_else_or_a_torn_one_is_no_journal(tmp_path: Path)
 
 
 def settings_of(tmp_path: Path, fm: Path, hold: str) -> dict[str, Any]:
-    """Data in files, and what a simulation.yaml says of them."""
-    labelled = "\n".join(json.dumps({"text": f"red {n % 5} box", "label": tiny.LABELS[n % 2]}) for n in range(24))
-    (tmp_path / "data.jsonl").write_text(labelled)
-    (tmp_path / "public.jsonl").write_text("\n".join(json.dumps({"text": f"a blue {n} cup"}) for n in range(24)))
-    (tmp_path / "labels.txt").write_text("\n".join(tiny.LABELS))
-    return {
-        "threads": 1,
-        "model": {"path": str(fm), "labels": str(tmp_path / "labels.txt"), "max_tokens": 12, "hold": hold},
-        "proxy": {"neurons": 5, "importance_samples": 8},
-        "distillation": {"closed_form_samples": 8, "batch": 2},
-        "alignment": {"every_rounds": 1, "steps": 2, "closed_form_samples": 8},
-        "adapter": {"rank": 2, "alpha": 4.0},
-        "training": {"rounds": 2, "batch": 4},
-        "public_data": str(tmp_path / "public.jsonl"),
-        "test_data": str(tmp_path / "data.jsonl"),
-        "simulation": {"data": str(tmp_path / "data.jsonl"), "silos": 2, "partition": {"kind": "iid"}},
-    }
+    """What a simulation.yaml says."""
+    simulation = {"data": str(tmp_path / "data.jsonl"), "silos": 2, "partition": {"kind": "iid"}}
+    refitted = {"closed_form_samples": 8}
+    return tiny.federation(tmp_path, fm, model={"hold": hold}, alignment=refitted, simulation=simulation)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "llama"])

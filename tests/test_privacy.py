@@ -368,20 +368,8 @@ def test_the_stricter_of_both_sides_holds(own: Any, asked: Any, wanted: Any) -> 
 
 
 def values_of(tmp_path: Path, fm: Path) -> dict[str, Any]:
-    labelled = "\n".join(json.dumps({"text": f"red {n % 5} box", "label": tiny.LABELS[n % 2]}) for n in range(40))
-    (tmp_path / "data.jsonl").write_text(labelled)
-    (tmp_path / "public.jsonl").write_text("\n".join(json.dumps({"text": f"a blue {n} cup"}) for n in range(8)))
-    (tmp_path / "labels.txt").write_text("\n".join(tiny.LABELS))
-    return {
-        "threads": 1,
-        "model": {"path": str(fm), "labels": str(tmp_path / "labels.txt"), "max_tokens": 12},
-        "proxy": {"neurons": 5, "importance": "weights"},
-        "distillation": {"closed_form_samples": 4, "batch": 2},
-        "alignment": {"every_rounds": 1, "steps": 1, "counts": "public"},
-        "adapter": {"rank": 2, "alpha": 4.0},
-        "training": {"rounds": 2, "batch": 4, "privacy": {"epsilon": 6.0, "delta": 1e-3}},
-        "public_data": str(tmp_path / "public.jsonl"),
-    }
+    private = {"privacy": {"epsilon": 6.0, "delta": 1e-3}}
+    return tiny.federation(tmp_path, fm, 40, proxy={"importance": "weights"}, training=private)
 
 
 def test_silos_of_a_simulation_keep_to_it(

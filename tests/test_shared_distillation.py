@@ -172,6 +172,7 @@ def test_after_a_killed_rank_the_same_command_ends_with_the_same_proxy(
 ) -> None:
     settings = server_settings(digits, ("north",)) | {"out": str(tmp_path / "out")}
     settings["distillation"] = {"steps": 300, "batch": 8, "weight_term": 0.0, "mode": mode}
+    settings["proxy"]["widths"] = [0.5] if mode == "layers" else []
     config = tmp_path / "server.yaml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
 
@@ -189,7 +190,10 @@ def test_after_a_killed_rank_the_same_command_ends_with_the_same_proxy(
     again = Build(config, tmp_path / "torn")
     assert again.process.wait(600) == 0, again.log.read_text()
     one, other = (tmp_path / name for name in ("whole", "torn"))
-    assert tiny.changed(*(load_file(each / "bundle" / "model.safetensors") for each in (one, other))) == set()
+    files = sorted(path.name for path in (one / "bundle").glob("*.safetensors"))
+    assert len(files) == (3 if mode == "layers" else 2)
+    for file in files:
+        assert tiny.changed(*(load_file(each / "bundle" / file) for each in (one, other))) == set()
     losses = [json.loads((each / "record.json").read_text(encoding="utf-8"))["losses"] for each in (one, other)]
     assert len(losses[0]) == 300  # of one layer, that is compressed
     assert losses[0] == losses[1]

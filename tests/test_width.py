@@ -195,22 +195,7 @@ def test_lora_on_the_ffn_needs_all_neurons(make_fm: FM, tmp_path: Path) -> None:
 
 
 def settings_of(tmp_path: Path, fm: Path) -> dict[str, Any]:
-    """Data in files, and what a server.yaml says of them."""
-    rows = [{"text": f"red {n % 5} box", "label": tiny.LABELS[n % 2]} for n in range(24)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "public.jsonl").write_text("\n".join(json.dumps({"text": f"a blue {n} cup"}) for n in range(24)))
-    (tmp_path / "labels.txt").write_text("\n".join(tiny.LABELS))
-    return {
-        "threads": 1,
-        "model": {"path": str(fm), "labels": str(tmp_path / "labels.txt"), "max_tokens": 12},
-        "proxy": {"neurons": K, "importance_samples": 8},
-        "distillation": {"closed_form_samples": 8, "batch": 2},
-        "alignment": {"counts": "silos", "every_rounds": 1, "steps": 2},
-        "adapter": {"rank": 2, "alpha": 4.0},
-        "training": {"rounds": 2, "batch": 4},
-        "public_data": str(tmp_path / "public.jsonl"),
-        "test_data": str(tmp_path / "data.jsonl"),
-    }
+    return tiny.federation(tmp_path, fm, proxy={"neurons": K}, alignment={"counts": "silos"})
 
 
 @pytest.mark.parametrize("narrow", [0.0, 0.6, 1.0])

@@ -4,6 +4,7 @@ D = 32 hidden, F = 64 FFN neurons, L = 4 layers, E = 3 experts, C = 3 classes, T
 and norms included: a test that mixed two of them up would notice.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -297,6 +298,30 @@ def ffn_names(model_type: str, layer: int) -> set[str]:
 def by_weights(**settings: Any) -> ProxySection:
     """How a proxy is cut where it does not matter which neurons stay, and there is no public data to tell by."""
     return ProxySection(**{"importance": "weights"} | settings)
+
+
+def federation(directory: Path, fm: Path, rows: int = 24, **sections: dict[str, Any]) -> dict[str, Any]:
+    """What a server.yaml says of two short rounds, with its data in files of the directory; data.jsonl has the labels.
+
+    Args:
+        sections: what is other than here.
+    """
+    labelled = [{"text": f"red {number % 5} box", "label": LABELS[number % 2]} for number in range(rows)]
+    (directory / "data.jsonl").write_text("\n".join(map(json.dumps, labelled)))
+    (directory / "public.jsonl").write_text("\n".join(json.dumps({"text": f"a blue {n} cup"}) for n in range(24)))
+    (directory / "labels.txt").write_text("\n".join(LABELS))
+    values: dict[str, Any] = {
+        "threads": 1,
+        "model": {"path": str(fm), "labels": str(directory / "labels.txt"), "max_tokens": 12},
+        "proxy": {"neurons": 5, "importance_samples": 8},
+        "distillation": {"closed_form_samples": 8, "batch": 2},
+        "alignment": {"every_rounds": 1, "steps": 2},
+        "adapter": {"rank": 2, "alpha": 4.0},
+        "training": {"rounds": 2, "batch": 4},
+        "public_data": str(directory / "public.jsonl"),
+        "test_data": str(directory / "data.jsonl"),
+    }
+    return values | {name: values.get(name, {}) | section for name, section in sections.items()}
 
 
 def parts(path: str, ffn: SubFFN | SubExperts) -> list[tuple[str, SubFFN]]:

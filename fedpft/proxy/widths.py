@@ -19,6 +19,7 @@ from fedpft.model import adapters, loading
 from fedpft.model.mapped import MappedTensors, held, release
 from fedpft.model.precision import wide
 from fedpft.model.streaming import place
+from fedpft.parallel import ALONE, Ranks
 from fedpft.proxy.bundle import DESCRIPTION, Proxy, check_finite, load_proxy
 from fedpft.proxy.corrections import REFITTED, save_correction
 from fedpft.proxy.distillation import layer_level
@@ -41,6 +42,7 @@ def add_widths(
     device: str,
     scratch: Path,
     journal: Journal,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Refits the proxy of a bundle for each width, writes what that changes into the bundle, and announces the widths.
 
@@ -51,6 +53,7 @@ def add_widths(
         adapter: untrained, on both models.
         scratch: a directory for what is on disk meanwhile.
         journal: keeps each layer's closed form, for each width.
+        ranks: that refit together, once rank 0 has written the bundle. It alone writes.
 
     Raises:
         ModelError: the proxy cannot be had in part, or is not finite on the samples.
@@ -61,9 +64,10 @@ def add_widths(
             "leave widths out, or lower proxy.neurons",
         )
     closed_form = settings.model_copy(update={"steps": 0})
+    ranks.tell()
     for width in widths:
         log.info("proxy.widths: refitting for width %g", width)
-        narrow = _narrow(bundle, width, scratch if held(model) is not None else None)
+        narrow = _narrow(bundle, width, None if held(model) is None else scratch / f"narrow-{ranks.rank}")
         place(narrow.model, device, scratch)
         adapters.attach(narrow.model, adapter, seed=seed)
         layer_level(
@@ -76,18 +80,22 @@ def add_widths(
             progress=lambda _step, _loss: None,
             layers=selection.layers,
             journal=journal.within(f"width-{width:g}"),
+            ranks=ranks,
         )
-        check_finite(narrow.model, f"proxy.widths: the proxy of width {width:g}")
-        _save(narrow, bundle, width)
+        if not ranks.rank:
+            check_finite(narrow.model, f"proxy.widths: the proxy of width {width:g}")
+            _save(narrow, bundle, width)
+    if ranks.rank:
+        return
     description = json.loads((bundle / DESCRIPTION).read_text(encoding="utf-8"))
     (bundle / DESCRIPTION).write_text(json.dumps(description | {"widths": widths}, indent=1), encoding="utf-8")
 
 
-def _narrow(bundle: Path, width: float, scratch: Path | None) -> Proxy:
+def _narrow(bundle: Path, width: float, work: Path | None) -> Proxy:
     """The part of the proxy, as it is; with a directory its weights stay on disk."""
-    if scratch is None:
+    if work is None:
         return load_proxy(bundle, width=width)
-    shutil.rmtree(work := scratch / "narrow", ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     proxy = load_proxy(bundle, work, width=width)
     shutil.rmtree(work)  # what is mapped stays, without a name

@@ -270,19 +270,7 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path, ranks: Rank
     save_bundle(proxy, built.bundle, shards, turns=selection.turns)
     if config.proxy.widths:
         with record.timed("widths"):
-            add_widths(
-                built.bundle,
-                config.proxy.widths,
-                owner.model,
-                selection,
-                owner.public,
-                config.distillation,
-                config.adapter,
-                seed=config.seed,
-                device=config.device,
-                scratch=directory / JOURNAL,
-                journal=journal,
-            )
+            _add_widths(config, owner, selection, directory, journal, ranks)
     record.files = proxy_files(directory, Digests())
     atomic.write_text(directory / "record.json", json.dumps(asdict(record)))
     journal.clear()
@@ -314,6 +302,27 @@ def help_build(config: ServerConfig, ranks: Ranks) -> None:
         progress=lambda _step, _loss: None,
         layers=selection.layers,
         task=TASKS[config.model.task],
+        journal=journal,
+        ranks=ranks,
+    )
+    if config.proxy.widths:
+        _add_widths(config, owner, selection, told.directory, journal, ranks)
+
+
+def _add_widths(
+    config: ServerConfig, owner: Owner, selection: Selection, directory: Path, journal: Journal, ranks: Ranks
+) -> None:
+    add_widths(
+        directory / "bundle",
+        config.proxy.widths,
+        owner.model,
+        selection,
+        owner.public,
+        config.distillation,
+        config.adapter,
+        seed=config.seed,
+        device=config.device,
+        scratch=directory / JOURNAL,
         journal=journal,
         ranks=ranks,
     )
