@@ -3,6 +3,7 @@
 D hidden size, K neurons of a layer, U of them updated.
 """
 
+import errno
 import json
 import logging
 import shutil
@@ -177,6 +178,8 @@ def load_proxy(
         length = description["max_tokens"]
         return Proxy(model, processor, task, labels, length, compressed, held_neurons, sent, corrections)
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # it is `work` that has no room
         raise _no_proxy(directory, loading.first_line(error)) from None
 
 
