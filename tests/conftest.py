@@ -92,4 +92,8 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> "Emulator":
 
     if emulation.COMPILER is None:
         pytest.skip("no C++ compiler")
-    return emulation.Emulator(tmp_path_factory.mktemp("cuda_emulator"))
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return emulation.Emulator(tmp_path_factory.mktemp("cuda_emulator"))
+    shared = tmp_path_factory.getbasetemp().parent / "cuda_emulator"
+    shared.mkdir(exist_ok=True)
+    return emulation.Emulator(shared)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -23,6 +24,7 @@ from fedpft.kernels.schemas import SCHEMAS
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
 REPLACED = ("stream.cpp", "ffn_gemm.cpp")  # by files in tests/cuda_emulator/
+LIBRARY = "emulated.so"
 PLACEMENTS = {"aligned": 1, "at the end": 2}  # of a tensor in its pages
 
 
@@ -30,10 +32,12 @@ class Emulator:
     """`call(operator, arguments)` runs an operator's CUDA kernel."""
 
     def __init__(self, directory: Path) -> None:
-        """Builds the library in `directory`."""
+        """Builds the library in `directory`, unless another worker has."""
         sources = sorted(path for path in (ROOT / "csrc/cuda").iterdir() if path.suffix in (".cu", ".cpp"))
         sources = [path for path in sources if path.name not in REPLACED and "<cutlass/" not in path.read_text()]
-        path = compile_library(sources + sorted((ROOT / "tests/cuda_emulator").glob("*.cpp")), directory)
+        with FileLock(directory / "lock"):
+            if not (path := directory / LIBRARY).exists():
+                compile_library(sources + sorted((ROOT / "tests/cuda_emulator").glob("*.cpp")), directory)
         for name, schema in SCHEMAS.items():
             torch.library.define(f"fedpft_emulated::{name}", " ".join(schema.split()))
         torch.ops.load_library(str(path))
@@ -99,9 +103,9 @@ def compile_library(sources: list[Path], directory: Path) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_source, sources))
-    library = directory / "emulated.so"
-    _run([*common, "-shared", *objects, "-o", str(library), f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-lc10"])
-    return library
+    linked = directory / f"{LIBRARY}.part"
+    _run([*common, "-shared", *objects, "-o", str(linked), f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-lc10"])
+    return linked.rename(directory / LIBRARY)
 
 
 def _run(command: list[str]) -> None:

@@ -481,7 +481,7 @@ def test_no_more_than_two_layers_are_on_the_device(
     assert not there
 
 
-@pytest.mark.parametrize("model_type", ["bert", "llama"])
+@pytest.mark.parametrize("model_type", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_federation_whose_layers_are_copied_to_the_device_comes_to_the_same_product(
     model_type: str, fm_directory: FM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,8 +171,8 @@ def test_two_tables_share_a_cell_and_a_change_makes_another() -> None:
 @pytest.mark.parametrize(
     ("table", "model", "task", "only", "count"),
     [
-        ("iid", "bert-base", "sst2", None, 5),
-        ("dirichlet", "roberta-base", "qnli", "FedPFT", 3),
+        pytest.param("iid", "bert-base", "sst2", None, 5, marks=pytest.mark.slow),
+        pytest.param("dirichlet", "roberta-base", "qnli", "FedPFT", 3, marks=pytest.mark.slow),
         ("ablation", "mpnet-base", "movies", None, 4),
         ("interval", "bert-base", "qqp", None, 3),
         ("fraction", "bert-base", "mnli-m", None, 3),

@@ -501,6 +501,7 @@ def test_a_federation_in_bfloat16_comes_to_what_one_in_float32_comes_to(
     assert sizes[1] < 0.6 * sizes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
 def test_the_product_in_bfloat16_loads_where_people_load_it(runs: dict[str, tuple[Path, dict[str, Any]]]) -> None:
     out, summary = runs["bfloat16"]

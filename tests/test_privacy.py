@@ -417,6 +417,7 @@ def as_processes(values: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any]
     return values, silos
 
 
+@pytest.mark.slow
 def test_a_silo_keeps_to_its_own(fm_directory: Callable[[str], Path], tmp_path: Path) -> None:
     server, silos = as_processes(values_of(tmp_path, fm_directory("bert")), tmp_path)
     run_federation(tmp_path, server, silos)

@@ -209,6 +209,7 @@ def test_gemma_2_costs_what_transformers_says(dtype: torch.dtype) -> None:
     assert ours.item() / 16 == pytest.approx(theirs.item(), rel=1e-6 if dtype == torch.float32 else 2e-3)
 
 
+@pytest.mark.slow
 def test_the_bench_measures_what_it_compares(tmp_path: Path) -> None:
     import json
 

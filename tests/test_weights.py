@@ -351,6 +351,7 @@ def test_full_and_coarse_silos_make_one_federation(share: float, form: str, fm_d
     assert tiny.changed(made[0], made[2])
 
 
+@pytest.mark.slow
 def test_silos_of_two_forms_as_processes(fm_directory: FM, tmp_path: Path) -> None:
     server = settings_of(tmp_path, fm_directory("llama")) | {"listen": "127.0.0.1:0", "insecure_loopback": True}
     server["federation"] = {"silos": ["full", "coarse"]}
