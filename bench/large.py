@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 SECONDS = 0.1  # between two looks at a process
 LAST_WORDS_SECONDS = 60.0
+BUILDING_SECONDS = 86_400.0  # a silo has more patience than the making of a proxy takes
 WORDS, ROW_WORDS = 30_000, 24
 SHOWN = ("peak_bytes", "anonymous_bytes", "read_bytes", "gpu_bytes")
 # What a line of the log says has begun.
@@ -207,6 +208,7 @@ def write_settings(directory: Path, *, rows: int, neurons: int | str, port: int,
         "insecure_loopback": True,
         "insecure_name": "north",
         "work": "silo",
+        "connect_timeout_seconds": BUILDING_SECONDS,
         "data": {"path": "north.jsonl"},
     }
     for name, settings in (("server", server), ("silo", silo)):
