@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "fedpft"
 
 ROWS: list[set[str]] = [
     {"errors", "faults", "atomic", "progress"},
-    {"config", "seeding", "command", "audit", "finite", "digests", "machine", "parallel"},
+    {"config", "seeding", "command", "audit", "finite", "products", "digests", "machine", "parallel"},
     {"kernels", "federation", "aggregation", "data"},
     {"tasks"},
     {"model", "privacy"},

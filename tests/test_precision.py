@@ -35,6 +35,7 @@ from fedpft.model import adapters, loading
 from fedpft.model.architectures import ARCHITECTURES, head_of, in_head
 from fedpft.model.lora import lora_linear
 from fedpft.model.precision import DTYPES, Masters, dtype_of
+from fedpft.products import add_product
 from fedpft.proxy.bundle import Proxy, apply_patch, load_proxy, patch, save_bundle
 from fedpft.proxy.cut import cut
 from fedpft.proxy.distillation import ffn_norms, layer_level, neuron_level
@@ -468,6 +469,20 @@ def test_float16_that_overflows_ends_in_a_clear_error(fm_directory: FM) -> None:
         fm.get_parameter("model.norm.weight").mul_(6e4)
     with pytest.raises(DataError, match="the training loss is not finite"):
         one_step(fm)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("inner", [1, 7, 8, 21])
+def test_a_product_is_rounded_once(dtype: torch.dtype, inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedpft.products.WIDENED", 7)
+    left, right, before = (torch.randn(size) for size in ((5, inner), (inner, 6), (5, 6)))
+    right, total = right.to(dtype), before.to(dtype, copy=True)
+    wanted, close = total.double() + left.double() @ right.double(), max(0.51 * torch.finfo(dtype).eps, 1e-5)
+    assert add_product(total, left, right) is total
+    torch.testing.assert_close(total.double(), wanted, rtol=close, atol=1e-6)
+    by_columns = right.t().contiguous().t()
+    again = add_product(before.to(dtype), left, by_columns)
+    torch.testing.assert_close(again.double(), wanted, rtol=close, atol=1e-6)
 
 
 # --- a federation -----------------------------------------------------------------------------------------------------

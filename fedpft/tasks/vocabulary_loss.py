@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedpft.data.language import NOT_LEARNED
+from fedpft.products import add_product
 
 LOGITS_BYTES = 1 << 27  # of one chunk, in float32
 
@@ -141,7 +142,7 @@ class _Loss(torch.autograd.Function):
                     odds.mul_(slope)
                 if scale != 1.0:
                     odds.mul_(scale)
-                torch.mm(odds.to(weight.dtype), weight, out=place)
+                add_product(place.zero_(), odds, weight)
             del logits, odds
         ctx.save_for_backward(gradient)
         return loss
@@ -181,7 +182,7 @@ class _Divergence(_Loss):
                     ours.mul_(slope)
                 if scale != 1.0:
                     ours.mul_(scale)
-                torch.mm(ours.to(weight.dtype), weight, out=place)
+                add_product(place.zero_(), ours, weight)
             del theirs, ours, odds, slope  # before the next chunk's
         ctx.save_for_backward(gradient)
         return loss
