@@ -53,9 +53,9 @@ ORDER = {
     "model": (
         "architectures",
         "precision",
-        "lora",
         "subffn",
         "quantized",
+        "lora",
         "checkpointing",
         "packing",
         "persample",

@@ -20,6 +20,7 @@ from fedpft.errors import ConfigError, ModelError
 from fedpft.model import adapters
 from fedpft.model.adapters import attach
 from fedpft.model.loading import load_model
+from fedpft.model.lora import lora_linear
 from fedpft.model.quantized import AT_ONCE, BLOCK, QuantizedWeight, dense_bytes, held_bytes, quantizable, quantized
 from fedpft.proxy.bundle import Proxy, apply_patch, load_proxy
 from fedpft.silo.learner import Learner
@@ -130,6 +131,20 @@ def test_a_linear_layer_keeps_few_bits_for_backward(form: FewBits) -> None:
     assert all(isinstance(tensor, QuantizedWeight) for tensor in kept if tensor.shape[-2:] in ((70, 40), (40, 70)))
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, torch.ones_like(y) @ layer.weight.detach().dense())
+
+
+@each_form
+@pytest.mark.parametrize("dtype", list(SLACK))
+def test_lora_goes_through_few_bits_in_any_type(form: FewBits, dtype: torch.dtype) -> None:
+    held = quantized(torch.randn(40, 70).to(dtype), form)
+    x, a, b = (torch.randn(size) for size in ((12, 70), (2, 70), (40, 2)))
+    gradients = []
+    for weight in (held, held.dense()):
+        leaves = [x.to(dtype).requires_grad_(), a.clone().requires_grad_(), b.clone().requires_grad_()]
+        y = lora_linear(leaves[0], weight, None, *leaves[1:], scale=2.0, dropout=0.0)
+        gradients.append(torch.autograd.grad(y.float().square().sum(), leaves))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert tiny.same_bits(ours, theirs)
 
 
 def test_it_moves_with_its_module() -> None:

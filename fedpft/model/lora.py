@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedpft.model.quantized import QuantizedWeight
 from fedpft.products import add_product
 
 _LEVELS = 1 << 16  # dropout draws 16 bits an element, so its probability is a multiple of 1 / 65536
@@ -50,7 +51,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = grad_h @ a.to(weight.dtype)
             if keep is not None:
                 grad_x.mul_(keep.to(weight.dtype))
-            add_product(grad_x, grad_y, weight)
+            add_product(grad_x, grad_y, weight.dense() if isinstance(weight, QuantizedWeight) else weight)
         if ctx.needs_input_grad[3]:
             grad_a = _sum_of_products(grad_h, _masked(x, keep), ctx.samples).to(a.dtype)
         # in this order the multiply reads dy along its rows
