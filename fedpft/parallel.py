@@ -115,10 +115,11 @@ class Ranks:
         """Gives all ranks the values that rank 0 has. In place."""
         if self.size > 1:
             with _together():
-                for tensor in tensors:
-                    dense = tensor.detach().contiguous()  # what travels is memory, in whatever order
+                for tensor in map(Tensor.detach, tensors):
+                    dense = tensor.contiguous()  # what travels is memory, in whatever order
                     dist.broadcast(dense, 0)
-                    tensor.detach().copy_(dense)
+                    if dense is not tensor:
+                        tensor.copy_(dense)
 
     def in_order(self, values: Sequence[float], parts: int) -> list[float]:
         """(P,) values of all parts, of which `values` are this rank's."""

@@ -248,22 +248,9 @@ def build_proxy(config: ServerConfig, owner: Owner, directory: Path, ranks: Rank
         proxy = Proxy(model, owner.processor, config.model.task, owner.labels, config.model.max_tokens, compressed)
     built = Built(directory, proxy, selection, record)
     record_gap(config, owner, built, "cut")
-    steps = config.distillation.steps if selection.matched else 0
     save_selection(selection, directory / SELECTION)
-    with record.timed("distillation"), progress("layer-level distillation", steps) as report:
-        record.losses = layer_level(
-            model,
-            owner.model,
-            selection.matched,
-            owner.public,
-            config.distillation,
-            seed=config.seed,
-            progress=report,
-            layers=selection.layers,
-            task=TASKS[config.model.task],
-            journal=journal,
-            ranks=ranks,
-        )
+    with record.timed("distillation"):
+        record.losses = _distil(config, owner, selection, model, journal, ranks)
     check_finite(model, "the layer-level distillation")
     if config.distillation.steps or config.distillation.closed_form_samples:
         record_gap(config, owner, built, "distilled")
@@ -292,21 +279,30 @@ def help_build(config: ServerConfig, ranks: Ranks) -> None:
     shutil.rmtree(own := config.out / f"{IN_USE}-{ranks.rank}", ignore_errors=True)
     model, _ = _cut(config, owner, selection, own)
     shutil.rmtree(own, ignore_errors=True)  # what is mapped stays, without a name, until the process ends
-    layer_level(
-        model,
-        owner.model,
-        selection.matched,
-        owner.public,
-        config.distillation,
-        seed=config.seed,
-        progress=lambda _step, _loss: None,
-        layers=selection.layers,
-        task=TASKS[config.model.task],
-        journal=journal,
-        ranks=ranks,
-    )
+    _distil(config, owner, selection, model, journal, ranks)
     if config.proxy.widths:
         _add_widths(config, owner, selection, told.directory, journal, ranks)
+
+
+def _distil(
+    config: ServerConfig, owner: Owner, selection: Selection, model: nn.Module, journal: Journal, ranks: Ranks
+) -> list[float]:
+    """The layer-level distillation of a proxy's model, in place, alike on every rank; returns the loss of each step."""
+    steps = config.distillation.steps if selection.matched else 0
+    with progress("layer-level distillation", steps) as report:
+        return layer_level(
+            model,
+            owner.model,
+            selection.matched,
+            owner.public,
+            config.distillation,
+            seed=config.seed,
+            progress=report,
+            layers=selection.layers,
+            task=TASKS[config.model.task],
+            journal=journal,
+            ranks=ranks,
+        )
 
 
 def _add_widths(
